@@ -1,0 +1,37 @@
+"""Attention: the dense definition, its tiled and online rewrites, and what they move on the way."""
+
+from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
+from refimpl.attention.decomposition import head_decomposition, head_terms
+from refimpl.attention.dense import (
+    AttentionGradients,
+    AttentionOutput,
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_vjp,
+)
+from refimpl.attention.flash import block_sizes_for, flash_attention, flash_attention_steps
+from refimpl.attention.flash_backward import flash_attention_vjp
+from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
+from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
+from refimpl.attention.standard import standard_attention, standard_attention_vjp
+
+__all__ = [
+    "AttentionGradients",
+    "AttentionOutput",
+    "block_sizes_for",
+    "block_sparse_flash",
+    "block_sparse_flash_vjp",
+    "flash_attention",
+    "flash_attention_steps",
+    "flash_attention_vjp",
+    "head_decomposition",
+    "head_terms",
+    "multi_head_attention",
+    "multi_head_attention_vjp",
+    "online_softmax",
+    "online_softmax_vjp",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_vjp",
+    "softmax",
+    "standard_attention",
+    "standard_attention_vjp",
+]

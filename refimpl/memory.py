@@ -1,0 +1,134 @@
+"""Two levels of memory, counted: what a tiled algorithm moves between HBM and on-chip SRAM.
+
+A reference written against `Memory` reads like the paper's algorithm, and what it moves is counted as it
+runs, so a cost model can be held to the count exactly.
+
+>>> import numpy as np
+>>> hbm = Memory(log=True)
+>>> q = np.ones((4, 2), np.float16)
+>>> with hbm.on_chip():
+...     q_i = hbm.load("Q", q, slice(0, 2))
+>>> hbm.elements_read, hbm.bytes_read, hbm.peak, hbm.held
+(4, 8, 4, 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+from refimpl.errors import CapacityError
+from refimpl.numerics import Array
+
+__all__ = ["Event", "Memory"]
+
+
+class Event(NamedTuple):
+    """One step of the log: what moved, how much, and what the SRAM holds afterwards."""
+
+    step: int
+    kind: Literal["load", "store", "compute", "free", "note"]
+    array: str
+    rows: str
+    elements: int
+    bytes: int
+    on_chip: int
+
+
+class Memory:
+    """Counts loads and stores, and enforces the capacity of the SRAM.
+
+    Parameters
+    ----------
+    capacity : int, optional
+        Elements that fit on chip.  Exceeding it raises `CapacityError`.  None: unlimited, only counted.
+    log : bool
+        Keep every step in `events`.
+
+    Attributes
+    ----------
+    elements_read, elements_written, bytes_read, bytes_written : int
+        Totals moved from and to HBM.
+    held, peak : int
+        Elements on chip now, and at most so far.
+    events : list of Event
+        The steps, if `log`.
+    """
+
+    def __init__(self, capacity: int | None = None, *, log: bool = False) -> None:
+        self.capacity = capacity
+        self.log = log
+        self.elements_read = self.elements_written = 0
+        self.bytes_read = self.bytes_written = 0
+        self.held = self.peak = 0
+        self.events: list[Event] = []
+
+    def load(self, name: str, array: Array, rows: slice | None = None) -> Array:
+        """Copy `rows` of `array` from HBM onto the chip and return them."""
+        tile = array[rows if rows is not None else ...].copy()
+        self.elements_read += tile.size
+        self.bytes_read += tile.nbytes
+        self._hold(name, tile)
+        self._record("load", name, rows, tile.size, tile.nbytes)
+        return tile
+
+    def store(self, name: str, array: Array, rows: slice | None, tile: Array) -> None:
+        """Write `tile`, rounded to the dtype of `array`, over `rows` of `array` in HBM."""
+        target = array[rows if rows is not None else ...]
+        target[...] = tile
+        self.elements_written += target.size
+        self.bytes_written += target.nbytes
+        self._record("store", name, rows, target.size, target.nbytes)
+
+    def compute(self, name: str, tile: Array) -> Array:
+        """Declare that `tile` was computed on chip and takes room there; return it."""
+        self._hold(name, tile)
+        self._record("compute", name, None, tile.size, 0)
+        return tile
+
+    def note(self, text: str) -> None:
+        """Put a remark into the log."""
+        self._record("note", text, None, 0, 0)
+
+    @contextmanager
+    def on_chip(self) -> Iterator[None]:
+        """Free, at the end of the block, everything that was loaded or computed inside it."""
+        before = self.held
+        try:
+            yield
+        finally:
+            freed = self.held - before
+            self.held = before
+            if freed:
+                self._record("free", "", None, freed, 0)
+
+    def totals(self) -> dict[str, int]:
+        """Return the four counters by name."""
+        return {
+            "elements_read": self.elements_read,
+            "elements_written": self.elements_written,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+        }
+
+    def _hold(self, name: str, tile: Array) -> None:
+        if self.capacity is not None and self.held + tile.size > self.capacity:
+            raise CapacityError(
+                f"{name}: {tile.size} elements do not fit on chip beside the {self.held} held; "
+                f"capacity {self.capacity}"
+            )
+        self.held += tile.size
+        self.peak = max(self.peak, self.held)
+
+    def _record(
+        self,
+        kind: Literal["load", "store", "compute", "free", "note"],
+        name: str,
+        rows: slice | None,
+        elements: int,
+        size: int,
+    ) -> None:
+        if self.log:
+            span = "" if rows is None else f"{rows.start}:{rows.stop}"
+            self.events.append(Event(len(self.events) + 1, kind, name, span, elements, size, self.held))

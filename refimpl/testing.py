@@ -1,0 +1,361 @@
+"""Hold any function to the record of a technique: `check` is what `frugal verify` runs.
+
+Cases are drawn from the record's axes and options; each implementation is compared with the reference under
+the policy of `refimpl.tolerances`, run through the technique's laws, and, where it is the reference itself,
+checked against finite differences of its gradient and against the prices set on it.  Freshly allocated memory
+is filled with NaN, so an output that nothing wrote shows.
+
+>>> from refimpl.attention import scaled_dot_product_attention
+>>> check("attention.dense", scaled_dot_product_attention, examples=2).ok
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from refimpl import registry
+from refimpl.candidate import guarded, label_of, poisoned
+from refimpl.consistency import check_price, check_vjp
+from refimpl.errors import LawViolation, UnsupportedError
+from refimpl.numerics import Array
+from refimpl.registry import Case, Option, Technique
+from refimpl.tolerances import (
+    Limit,
+    baseline_limits,
+    cast,
+    exact_copy,
+    mismatch,
+    outputs,
+    rewrite_limits,
+)
+
+__all__ = ["Close", "Outcome", "Report", "check", "draw", "poisoned"]
+
+Status = Literal["passed", "failed", "refused", "invalid"]
+LOW_PRECISION = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One check of one implementation on one case."""
+
+    technique: str
+    implementation: str
+    backend: str
+    dtype: str
+    check: str
+    status: Status
+    detail: str = ""
+    reproducer: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """All outcomes of a run."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The outcomes that failed."""
+        return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether something passed and nothing failed: a run in which all was refused proves nothing."""
+        counts = self.counts()
+        return counts["failed"] == 0 and counts["passed"] > 0
+
+    def counts(self) -> dict[Status, int]:
+        """Return how many outcomes have each status."""
+        counter = Counter(outcome.status for outcome in self.outcomes)
+        return {status: counter[status] for status in ("passed", "failed", "refused", "invalid")}
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The comparison that a law is given: as strict as the policy is for the case at hand."""
+
+    technique: Technique
+    dtype: str
+    limits: Mapping[str, Limit]
+
+    def on(self, case: Case) -> Close:
+        """Return the comparison for another case, which a law made from the one it was given."""
+        return Close(self.technique, self.dtype, _judged(self.technique, case, self.dtype).limits)
+
+    def __call__(
+        self, actual: Any, expected: Any, what: str, *, factor: float = 1.0, of: str | None = None
+    ) -> None:
+        """Raise `LawViolation` unless both are equal within the error that two evaluations may have.
+
+        Parameters
+        ----------
+        actual, expected : array or NamedTuple of arrays
+            Outputs of the implementation, or arrays shaped like its first output.
+        what : str
+            The claim, for the message.
+        factor : float
+            How many times more terms the compared quantity sums than an output does.
+        of : str, optional
+            The output whose limit applies.  Default: that of the same name, or else the first.
+        """
+        found, wanted = outputs(actual), outputs(expected)
+        first = next(iter(self.limits))
+        for (name, value), other in zip(found.items(), wanted.values(), strict=True):
+            limit = self.limits[of or (name if name in self.limits else first)]
+            allowed = 2.0 * factor * float(np.max(limit.largest, initial=0.0))
+            problem = mismatch(value, other, Limit(np.asarray(allowed)), name=name)
+            if problem:
+                raise LawViolation(f"{what}: {problem}")
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error allowed anywhere in the first output."""
+        first = next(iter(self.limits.values()))
+        return float(np.max(first.largest, initial=0.0))
+
+
+def draw(technique: Technique, seed: int, fixed: Mapping[str, Option] | None = None) -> dict[str, Option]:
+    """Return axes and options of a case, drawn from `seed`, those in `fixed` as given."""
+    rng = np.random.default_rng([seed, 0xA11E5])  # apart from the stream that fills the arrays
+    chosen: dict[str, Option] = {
+        axis: int(rng.integers(low, high + 1)) for axis, (low, high) in technique.axes.items()
+    }
+    for name, choices in technique.options.items():
+        chosen[name] = choices[int(rng.integers(len(choices)))]
+    unknown = set(fixed or {}) - set(chosen)
+    if unknown:
+        known = ", ".join(chosen)
+        raise ValueError(f"{technique.name} has no axis {', '.join(sorted(unknown))}; it has {known}")
+    return {**chosen, **(fixed or {})}
+
+
+def check(
+    name: str,
+    f: Callable[..., Any] | None = None,
+    *,
+    label: str | None = None,
+    backend: str = "numpy",
+    seed: int = 0,
+    examples: int = 8,
+    axes: Mapping[str, Option] | None = None,
+    dtypes: Sequence[str] | None = None,
+    target: str | None = None,
+) -> Report:
+    """Hold `f` to the record of technique `name` on sampled cases, and say what passed.
+
+    Parameters
+    ----------
+    name : str
+        Registered name.
+    f : callable, optional
+        The candidate; its arguments are the reference's.  A keyword that it does not take is no failure:
+        cases that need it are counted as refused, and so is what it refuses itself with NotImplementedError.
+        Default: the reference.
+    label, target : str, optional
+        Names for the report, and for ``--with`` in the reproducers.
+    backend : str
+        Where `f` runs; it chooses the default dtypes.
+    seed : int
+        Cases use seeds ``seed, seed + 1, ...``.
+    examples : int
+        Random cases beside the record's edge cases.
+    axes : mapping, optional
+        Axes and options to fix.  If all are fixed one case runs.
+    dtypes : sequence of str, optional
+        Default float64 for NumPy, and float32, float16, bfloat16 for kernels.
+
+    Returns
+    -------
+    Report
+        `Report.ok` is the verdict.
+
+    Raises
+    ------
+    UnknownNameError
+        If nothing is registered under `name`.
+    ValueError
+        If `axes` names an axis that the technique has not.
+    """
+    technique = registry.get(name)
+    candidate = technique.function if f is None else f
+    context = _Context(technique, candidate, label or label_of(candidate), backend, target)
+    report = Report()
+    if technique.sample is None:
+        return report
+    chosen = dtypes or (("float64",) if backend == "numpy" else LOW_PRECISION)
+    everything = set(technique.axes) | set(technique.options)
+    single = axes is not None and everything <= set(axes)
+    for dtype in chosen:
+        edges, draws = _plan(technique, seed, axes, examples, single)
+        for case_seed, shape in edges:
+            report.outcomes += _check_case(context, case_seed, shape, dtype)
+        tried = 0
+        for case_seed, shape in draws:
+            found = _check_case(context, case_seed, shape, dtype)
+            report.outcomes += found
+            tried += any(outcome.status in ("passed", "failed") for outcome in found)
+            if tried == examples:
+                break
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    technique: Technique
+    f: Callable[..., Any]
+    label: str
+    backend: str
+    target: str | None
+
+    @property
+    def is_reference(self) -> bool:
+        return self.f is self.technique.function
+
+
+Plan = list[tuple[int, dict[str, Option]]]
+
+
+def _plan(
+    technique: Technique, seed: int, axes: Mapping[str, Option] | None, examples: int, single: bool
+) -> tuple[Plan, Plan]:
+    """Return the edge cases, and random ones: more than asked for, because some may be refused."""
+    fixed = dict(axes or {})
+    if single:
+        return [], [(seed, fixed)]
+    edges = [
+        (seed + index, {**draw(technique, seed + index), **edge, **fixed})
+        for index, edge in enumerate(technique.edges)
+        if all(edge.get(key, value) == value for key, value in fixed.items())
+    ]
+    return edges, [(seed + index, draw(technique, seed + index, fixed)) for index in range(5 * examples)]
+
+
+def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype: str) -> list[Outcome]:
+    """Return the outcomes of every check on one case."""
+    technique: Technique = context.technique
+    found: list[Outcome] = []
+
+    def record(what: str, status: Status, detail: str = "") -> None:
+        line = _reproducer(context, seed, shape, dtype) if status == "failed" else ""
+        found.append(
+            Outcome(technique.name, context.label, context.backend, dtype, what, status, detail, line)
+        )
+
+    def attempt(what: str, action: Callable[[], str | None]) -> None:
+        try:
+            problem = action()
+        except NotImplementedError as error:
+            record(what, "refused", str(error))
+        except LawViolation as error:
+            record(what, "failed", str(error))
+        except Exception as error:  # whatever a candidate raises is a verdict on it, not a crash of ours
+            record(what, "failed", f"raised {type(error).__name__}: {error}")
+        else:
+            record(what, "failed" if problem else "passed", problem or "")
+
+    assert technique.sample is not None
+    drawn = technique.sample(np.random.default_rng(seed), **shape)
+    try:
+        case = cast(drawn, _dtype(dtype))
+    except UnsupportedError as error:
+        record("reference", "refused", str(error))
+        return found
+    f = guarded(context.f)
+
+    standard = _judged(technique, case, dtype)
+    if standard.invalid:
+        record("reference", "invalid", standard.invalid)
+        return found
+
+    if not context.is_reference:
+        attempt("reference", lambda: _compare(f, case, standard))
+        if found[-1].status == "refused":
+            return found
+    close = Close(technique, dtype, standard.limits)
+    for law in registry.laws_of(technique.name):
+        attempt(law.name, partial(law.function, f, case, close))
+    if context.is_reference and dtype == "float64":
+        if technique.vjp is not None:
+            attempt("gradient", lambda: check_vjp(technique, case, seed))
+        for price in (item for item in registry.PRICES if item.technique == technique.name):
+            attempt(f"price {price.counts}", partial(check_price, price, technique, case))
+    return found
+
+
+class _Standard(NamedTuple):
+    """What a candidate is held to: the truth, the dtypes it must return, and how far it may be."""
+
+    truth: Mapping[str, Array]
+    dtypes: Mapping[str, np.dtype[Any]]
+    limits: Mapping[str, Limit]
+    invalid: str | None
+
+
+def _judged(technique: Technique, case: Case, dtype: str) -> _Standard:
+    if technique.exact:
+        truth = outputs(exact_copy(case).call(technique.function))
+        return _Standard(truth, _dtypes(truth), dict.fromkeys(truth, Limit(np.zeros(()))), None)
+    if dtype == "float64":
+        truth, limits = rewrite_limits(technique, case)
+        return _Standard(truth, _dtypes(truth), limits, None)
+    truth, baseline, limits, invalid = baseline_limits(technique, case, _dtype(dtype))
+    return _Standard(truth, _dtypes(baseline), limits, invalid)
+
+
+def _dtypes(arrays: Mapping[str, Array]) -> dict[str, np.dtype[Any]]:
+    return {name: array.dtype for name, array in arrays.items()}
+
+
+def _compare(f: Callable[..., Any], case: Case, standard: _Standard) -> str | None:
+    before = [array.copy() for array in case.args if isinstance(array, np.ndarray)]
+    with poisoned():
+        found = outputs(case.call(f))
+    after = [array for array in case.args if isinstance(array, np.ndarray)]
+    if any(a.tobytes() != b.tobytes() for a, b in zip(before, after, strict=True)):
+        return "it changed its arguments"
+    if len(found) != len(standard.truth):
+        return f"expected {len(standard.truth)} outputs ({', '.join(standard.truth)}), got {len(found)}"
+    for (name, expected), actual in zip(standard.truth.items(), found.values(), strict=True):
+        if actual.dtype != standard.dtypes[name]:
+            return f"{name}: expected dtype {standard.dtypes[name]}, got {actual.dtype}"
+        problem = mismatch(actual, expected, standard.limits[name], name=name)
+        if problem:
+            return problem
+    return None
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        try:
+            dtype: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+            return dtype
+        except ImportError:
+            raise UnsupportedError("bfloat16 arrays need the package ml_dtypes") from None
+    return np.dtype(name)
+
+
+def _reproducer(context: _Context, seed: int, shape: Mapping[str, Option], dtype: str) -> str:
+    """Return the command that runs this one case again."""
+    parts = ["frugal verify", context.technique.name]
+    if context.target:
+        parts.append(f"--with {context.target}")
+    elif context.backend != "numpy":
+        parts.append(f"--backend {context.backend}")
+    if dtype != "float64":
+        parts.append(f"--dtype {dtype}")
+    axes = ",".join(f"{key}={_text(value)}" for key, value in shape.items())
+    return " ".join([*parts, f"--seed {seed}", f"--axes {axes}"])
+
+
+def _text(value: Option) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

@@ -1,0 +1,209 @@
+"""What "equal" means: how far an implementation may be from its reference.
+
+R is the reference on exact float64 copies of the inputs, B the reference on the inputs as they are (the
+low-precision baseline), C the candidate.  All three are compared in float64.
+
+- A rewrite in float64 may differ by the rounding of its sums and by how much the reference itself moves when
+  its inputs move by one unit in the last place: ``8 * (n * eps * sum|terms| + max |R(x') - R(x)|)``.  The
+  summation bound alone is wrong once exp amplifies a rounding of the score.
+- A kernel may err at most twice as much as the baseline does, plus one ulp, in maximum and in root mean
+  square.  Where the baseline itself is useless the case says nothing and is invalid.
+- Codes, masks, indices and counts are equal.  NaN never passes where R is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refimpl.numerics import Array, FloatArray, is_floating, round_to, ulp, widen
+from refimpl.registry import Case, Technique
+
+__all__ = [
+    "BASELINE_CAP",
+    "Limit",
+    "baseline_limits",
+    "cast",
+    "exact_copy",
+    "mismatch",
+    "outputs",
+    "rewrite_limits",
+]
+
+# Flash-attention's own tests allow twice the error of the low-precision baseline.
+BASELINE_FACTOR = 2.0
+# Above these the baseline's relative rms error says that the case is ill-conditioned in that format.
+BASELINE_CAP = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
+REWRITE_FACTOR = 8.0
+PERTURBATIONS = 3
+
+
+class Limit(NamedTuple):
+    """Largest allowed absolute error, everywhere or by element, and largest rms error if one is set."""
+
+    largest: FloatArray
+    rms: float | None = None
+
+
+def outputs(value: Any) -> dict[str, Array]:
+    """Return what a function returned as named arrays: one array, a NamedTuple, or a tuple of arrays.
+
+    Examples
+    --------
+    >>> list(outputs((np.zeros(1), np.ones(1))))
+    ['output 0', 'output 1']
+    """
+    if hasattr(value, "_fields"):
+        pairs = zip(value._fields, value, strict=True)
+        return {name: np.asarray(item) for name, item in pairs if item is not None}
+    if isinstance(value, tuple | list):
+        return {f"output {index}": np.asarray(item) for index, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        return {str(name): np.asarray(item) for name, item in value.items()}
+    return {"output": np.asarray(value)}
+
+
+def cast(case: Case, dtype: np.dtype[Any]) -> Case:
+    """Return the case with every floating array rounded to `dtype`: the inputs a candidate is given."""
+    return case.map_arrays(lambda array: round_to(array, dtype) if is_floating(array.dtype) else array)
+
+
+def exact_copy(case: Case) -> Case:
+    """Return the case with every floating array widened, exactly, to float64."""
+    return case.map_arrays(
+        lambda array: widen(array).astype(np.float64) if is_floating(array.dtype) else array
+    )
+
+
+def rewrite_limits(technique: Technique, case: Case) -> tuple[dict[str, Array], dict[str, Limit]]:
+    """Return the reference's outputs on a float64 case, and how far a float64 rewrite may be from them."""
+    truth = outputs(case.call(technique.function))
+    if technique.terms is not None:
+        n, magnitudes = technique.terms(case)
+        terms = outputs(magnitudes)
+    else:
+        sizes = [size for array in case.args if isinstance(array, np.ndarray) for size in array.shape]
+        n, terms = max(sizes, default=1), {name: _finite_magnitude(value) for name, value in truth.items()}
+    sensitivity = dict.fromkeys(truth, 0.0)
+    rng = np.random.default_rng(0)
+    for _ in range(PERTURBATIONS):
+        moved = outputs(case.map_arrays(lambda array: _one_ulp_away(array, rng)).call(technique.function))
+        for name, value in truth.items():
+            sensitivity[name] = max(sensitivity[name], _largest(np.abs(_difference(moved[name], value))))
+    eps = np.finfo(np.float64).eps
+    limits = {
+        name: Limit(np.asarray(REWRITE_FACTOR * (n * eps * terms[name] + sensitivity[name])))
+        for name in truth
+    }
+    return truth, limits
+
+
+def baseline_limits(
+    technique: Technique, case: Case, dtype: np.dtype[Any], factor: float = BASELINE_FACTOR
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Limit], str | None]:
+    """Return truth, baseline and limits for a kernel on a case in `dtype`, and why the case is invalid."""
+    truth = outputs(exact_copy(case).call(technique.function))
+    baseline = outputs(case.call(technique.function))
+    limits: dict[str, Limit] = {}
+    invalid = None
+    for name, value in truth.items():
+        error = _difference(widen(baseline[name]).astype(np.float64), value)
+        spacing = float(ulp(_largest(_finite_magnitude(value)), baseline[name].dtype))
+        limits[name] = Limit(
+            np.asarray(factor * _largest(np.abs(error)) + spacing), factor * _rms(error) + spacing
+        )
+        scale, cap = _rms(_finite_magnitude(value)), BASELINE_CAP.get(dtype.name, np.inf)
+        if not _rms(error) <= cap * scale:
+            invalid = f"baseline error {_rms(error):.2e} of {name} exceeds {cap} of its rms {scale:.2e}"
+    return truth, baseline, limits, invalid
+
+
+def mismatch(actual: Array, expected: Array, limit: Limit | None, *, name: str = "output") -> str | None:
+    """Return how `actual` differs from `expected` beyond `limit`, in words; None if it does not.
+
+    Parameters
+    ----------
+    actual, expected : ndarray
+        The candidate's output and the truth.
+    limit : Limit or None
+        None: they must be equal.
+    name : str
+        For the message.
+
+    Returns
+    -------
+    str or None
+        Shape first, then non-finite values, then the largest excess with its coordinates.
+
+    Examples
+    --------
+    >>> mismatch(np.array([1.0, np.nan]), np.array([1.0, 2.0]), Limit(np.asarray(0.1)))
+    'output[1]: got nan, expected 2.0 (1 of 2 cells differ in being finite)'
+    """
+    if actual.shape != expected.shape:
+        return f"{name}: expected shape {expected.shape}, got {actual.shape}"
+    if limit is None:
+        wrong = ~((actual == expected) | ((actual != actual) & (expected != expected)))
+        if not wrong.any():
+            return None
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        return f"{_cell(name, where)}: got {actual[where]}, expected {expected[where]}, {_share(wrong)}"
+    c, r = widen(actual).astype(np.float64), widen(expected).astype(np.float64)
+    odd = (np.isfinite(c) | np.isfinite(r)) & ~(np.isfinite(c) & np.isfinite(r))
+    odd |= ~np.isfinite(c) & ~np.isfinite(r) & ~((c == r) | (np.isnan(c) & np.isnan(r)))
+    if odd.any():
+        where = tuple(int(i) for i in np.argwhere(odd)[0])
+        return (
+            f"{_cell(name, where)}: got {c[where]}, expected {r[where]} "
+            f"({int(odd.sum())} of {odd.size} cells differ in being finite)"
+        )
+    error = np.abs(_difference(c, r))
+    allowed = np.broadcast_to(limit.largest, error.shape)
+    wrong = ~(error <= allowed)
+    if wrong.any():
+        excess = np.where(wrong, error - allowed, -np.inf)
+        where = tuple(int(i) for i in np.unravel_index(np.argmax(excess), excess.shape))
+        return (
+            f"{_cell(name, where)}: got {c[where]:.9g}, expected {r[where]:.9g}, "
+            f"error {error[where]:.3g} > {allowed[where]:.3g}, {_share(wrong)}"
+        )
+    if limit.rms is not None and not _rms(error) <= limit.rms:
+        return f"{name}: rms error {_rms(error):.3g} > {limit.rms:.3g}"
+    return None
+
+
+def _cell(name: str, where: tuple[int, ...]) -> str:
+    return f"{name}[{', '.join(map(str, where))}]" if where else name
+
+
+def _share(wrong: Array) -> str:
+    return f"{int(wrong.sum())} of {wrong.size} cells are wrong"
+
+
+def _difference(a: Array, b: Array) -> FloatArray:
+    """Return a - b, with 0 where both are the same infinity or both are NaN."""
+    same = (a == b) | ((a != a) & (b != b))
+    with np.errstate(invalid="ignore"):
+        return np.where(same, 0.0, np.subtract(a, b, dtype=np.float64))
+
+
+def _finite_magnitude(x: Array) -> FloatArray:
+    wide = np.abs(widen(x).astype(np.float64))
+    return np.where(np.isfinite(wide), wide, 0.0)
+
+
+def _largest(x: FloatArray) -> float:
+    return float(np.max(x, initial=0.0))
+
+
+def _rms(x: FloatArray) -> float:
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+
+
+def _one_ulp_away(array: Array, rng: np.random.Generator) -> Array:
+    if not np.issubdtype(array.dtype, np.floating):
+        return array
+    towards = np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf)
+    return np.where(np.isfinite(array), np.nextafter(array, towards), array)
