@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 from refimpl.errors import CapacityError
-from refimpl.numerics import Array
+from refimpl.numerics import Array, round_to, widen
 
 __all__ = ["Event", "Memory"]
 
@@ -65,18 +65,18 @@ class Memory:
         self.events: list[Event] = []
 
     def load(self, name: str, array: Array, rows: slice | None = None) -> Array:
-        """Copy `rows` of `array` from HBM onto the chip and return them."""
-        tile = array[rows if rows is not None else ...].copy()
-        self.elements_read += tile.size
-        self.bytes_read += tile.nbytes
-        self._hold(name, tile)
-        self._record("load", name, rows, tile.size, tile.nbytes)
-        return tile
+        """Copy `rows` of `array` from HBM onto the chip and return them, bfloat16 widened to float32."""
+        source = array[rows if rows is not None else ...]
+        self.elements_read += source.size
+        self.bytes_read += source.nbytes
+        self._hold(name, source)
+        self._record("load", name, rows, source.size, source.nbytes)
+        return widen(source).copy()
 
     def store(self, name: str, array: Array, rows: slice | None, tile: Array) -> None:
         """Write `tile`, rounded to the dtype of `array`, over `rows` of `array` in HBM."""
         target = array[rows if rows is not None else ...]
-        target[...] = tile
+        target[...] = round_to(tile, array.dtype)
         self.elements_written += target.size
         self.bytes_written += target.nbytes
         self._record("store", name, rows, target.size, target.nbytes)

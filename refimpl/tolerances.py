@@ -48,21 +48,31 @@ class Limit(NamedTuple):
 
 
 def outputs(value: Any) -> dict[str, Array]:
-    """Return what a function returned as named arrays: one array, a NamedTuple, or a tuple of arrays.
+    """Return what a function returned as named arrays: an array, several, a NamedTuple, or an estimate.
 
     Examples
     --------
     >>> list(outputs((np.zeros(1), np.ones(1))))
     ['output 0', 'output 1']
     """
+    if not isinstance(value, np.ndarray) and isinstance(getattr(value, "totals", None), Mapping):
+        # An estimate of memsim: exact numbers, one for each unit, kept as objects.
+        return {name: np.asarray(total, dtype=object) for name, total in value.totals.items()}
     if hasattr(value, "_fields"):
-        pairs = zip(value._fields, value, strict=True)
-        return {name: np.asarray(item) for name, item in pairs if item is not None}
-    if isinstance(value, tuple | list):
-        return {f"output {index}": np.asarray(item) for index, item in enumerate(value)}
-    if isinstance(value, Mapping):
-        return {str(name): np.asarray(item) for name, item in value.items()}
-    return {"output": np.asarray(value)}
+        value = {name: item for name, item in zip(value._fields, value, strict=True) if item is not None}
+    elif isinstance(value, tuple | list):
+        value = {f"output {index}": item for index, item in enumerate(value)}
+    if not isinstance(value, Mapping):
+        return {"output": np.asarray(value)}
+    found: dict[str, Array] = {}
+    for name, item in value.items():
+        inner = outputs(item)
+        found |= {name: inner["output"]} if list(inner) == ["output"] else _prefixed(name, inner)
+    return found
+
+
+def _prefixed(name: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return {f"{name}.{key}": array for key, array in arrays.items()}
 
 
 def cast(case: Case, dtype: np.dtype[Any]) -> Case:
@@ -145,7 +155,9 @@ def mismatch(actual: Array, expected: Array, limit: Limit | None, *, name: str =
     if actual.shape != expected.shape:
         return f"{name}: expected shape {expected.shape}, got {actual.shape}"
     if limit is None:
-        wrong = ~((actual == expected) | ((actual != actual) & (expected != expected)))
+        same = np.asarray(actual == expected, dtype=bool)
+        both_nan = np.asarray(actual != actual, dtype=bool) & np.asarray(expected != expected, dtype=bool)
+        wrong = ~(same | both_nan)
         if not wrong.any():
             return None
         where = tuple(int(i) for i in np.argwhere(wrong)[0])

@@ -13,7 +13,7 @@ from refimpl.attention.samples import AXES, EDGES, OPTIONS, sample_attention
 from refimpl.attention.scores import AttentionOptions, score_rule
 from refimpl.errors import DTypeError
 from refimpl.memory import Memory
-from refimpl.numerics import BoolArray, FloatArray, wide_dtype, widen
+from refimpl.numerics import BoolArray, FloatArray, wide_dtype
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, broadcastable, floating
 
@@ -120,8 +120,6 @@ def block_sparse_flash(
     True
     """
     q, k, v = floating(q=q, k=k, v=v)
-    dtype = q.dtype
-    q, k, v = widen(q), widen(k), widen(v)
     rule = score_rule(q, k, v, **options)
     Br, Bc = chosen_blocks(block_sizes, sram, rule.shape.D)
     hbm = memory or Memory()
@@ -144,7 +142,7 @@ def block_sparse_flash(
                     if present[b, h, i, j]:
                         where = b, h, rows, columns
                         inner_step(hbm, rule, (q, k_j, v_j), out, out, SoftmaxState(m, l), where)
-    result = finished(out, SoftmaxState(m, l), dtype)
+    result = finished(out, SoftmaxState(m, l), q.dtype)
     return result if return_lse else result.out
 
 

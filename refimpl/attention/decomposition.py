@@ -14,9 +14,20 @@ from refimpl.validation import bind_axes, floating
 __all__ = ["head_decomposition", "head_terms"]
 
 
-def _sample(rng: np.random.Generator, *, B: int, T: int, M: int, H: int, D: int, bias: bool = False) -> Case:
-    case = sample_multi_head(rng, B=B, T=T, M=M, Hkv=H, group=1, D=D)
-    return case.replace(b_o=rng.standard_normal(M)) if bias else case
+def _sample(
+    rng: np.random.Generator,
+    *,
+    B: int,
+    T: int,
+    M: int,
+    H: int,
+    D: int,
+    bias: bool = False,
+    square: bool = False,
+) -> Case:
+    extra = "square" if square else "none"
+    case = sample_multi_head(rng, B=B, T=T, M=M, Hkv=H, group=1, D=D, extra=extra)
+    return case.replace(b_o=rng.standard_normal(case.args[4].shape[1])) if bias else case
 
 
 @technique(
@@ -27,7 +38,7 @@ def _sample(rng: np.random.Generator, *, B: int, T: int, M: int, H: int, D: int,
         "Wang et al. 2022", "OpenReview RftryyYyjiG (ICLR 2022)", "section 2, multi-head self-attention"
     ),
     axes={"B": (1, 2), "T": (1, 8), "M": (1, 8), "H": (1, 4), "D": (1, 5)},
-    options={"bias": (False, True)},
+    options={"bias": (False, True), "square": (False, True)},
     edges=({"B": 0}, {"T": 0}, {"B": 1, "T": 1, "M": 1, "H": 1, "D": 1}),
     sample=_sample,
     vjp="refimpl.attention.multi_head:multi_head_attention_vjp",

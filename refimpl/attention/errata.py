@@ -75,7 +75,7 @@ def block_counts_rounded_down(
     slide=ALGORITHM_1,
     says="P = exp(S), without the block's maximum",
     should_say="P = exp(S - m): the update of l and O multiplies by exp(m - m_new) and counts on it",
-    breaks="attention.output_is_an_average_of_values",
+    breaks="attention.keys_commute",
 )
 def scores_not_shifted(
     q: FloatArray,
@@ -83,11 +83,10 @@ def scores_not_shifted(
     v: FloatArray,
     /,
     *,
-    scale: float = 4.0,
     block_sizes: tuple[int, int] = (4, 4),
 ) -> FloatArray:
     """Compute Algorithm 1 with P = exp(S)."""
-    return _algorithm_1(q, k, v, {"scale": scale, "block_sizes": block_sizes}, "no shift")
+    return _algorithm_1(q, k, v, {"block_sizes": block_sizes}, "no shift")
 
 
 @erratum(

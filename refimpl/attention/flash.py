@@ -18,7 +18,7 @@ from refimpl.attention.samples import AXES, EDGES, OPTIONS, attention_terms, sam
 from refimpl.attention.scores import AttentionOptions, ScoreRule, score_rule
 from refimpl.errors import OptionError
 from refimpl.memory import Memory
-from refimpl.numerics import Array, FloatArray, IntArray, contract, round_to, wide_dtype, widen
+from refimpl.numerics import Array, FloatArray, IntArray, contract, round_to, wide_dtype
 from refimpl.registry import Source, implements, technique
 from refimpl.validation import floating
 
@@ -208,7 +208,6 @@ def flash_attention_steps(
     """
     q, k, v = floating(q=q, k=k, v=v)
     dtype = q.dtype
-    q, k, v = widen(q), widen(k), widen(v)
     rule = score_rule(q, k, v, **options)
     Br, Bc = chosen_blocks(block_sizes, sram, rule.shape.D)
     hbm = memory or Memory()

@@ -106,7 +106,6 @@ def flash_attention_vjp(
     """
     q, k, v, o, do = floating(q=q, k=k, v=v, o=o, do=do)
     dtype = q.dtype
-    q, k, v, o, do = (widen(x) for x in (q, k, v, o, do))
     axes = {"q": (q, "B Tq Hq D"), "v": (v, "B Tk Hkv Dv"), "o": (o, "B Tq Hq Dv"), "do": (do, "B Tq Hq Dv")}
     bind_axes({**axes, "lse": (as_array("lse", lse), "B Hq Tq")})
     rule = score_rule(q, k, v, **options)
@@ -143,8 +142,8 @@ def flash_attention_vjp(
                         hbm.store("dQ", dq[b, :, h], rows, dq_i + contract("ij,jd->id", ds, k_j))
                 hbm.store("dK", head_dk, columns, dk_j)
                 hbm.store("dV", head_dv, columns, dv_j)
-        dk[b, :, group] += head_dk
-        dv[b, :, group] += head_dv
+        dk[b, :, group] += widen(head_dk)
+        dv[b, :, group] += widen(head_dv)
     return AttentionGradients(
         round_to(dq, dtype),
         round_to(dk, dtype),

@@ -48,6 +48,8 @@ def sample_multi_head(
 ) -> Case:
     """Return one call of `multi_head_attention`, its arrays drawn from `rng`.
 
+    `extra` adds biases or a context; "square" makes the heads as wide together as the tokens.
+
     Examples
     --------
     >>> case = sample_multi_head(np.random.default_rng(0), B=1, T=3, M=4, Hkv=1, group=2, D=5)
@@ -55,6 +57,7 @@ def sample_multi_head(
     [(1, 3, 4), (4, 10), (4, 5), (4, 5), (10, 4)]
     """
     H = Hkv * group
+    M = H * D if extra == "square" else M
     shapes = (B, T, M), (M, H * D), (M, Hkv * D), (M, Hkv * D), (H * D, M)
     arrays = tuple(rng.standard_normal(shape) for shape in shapes)
     options: dict[str, Any] = {"num_heads": H}
@@ -76,13 +79,15 @@ def sample_multi_head(
     kind="function",
     source=Source("Vaswani et al. 2017", "arXiv:1706.03762", "section 3.2.2"),
     axes={"B": (1, 2), "T": (1, 9), "M": (1, 8), "Hkv": (1, 3), "group": (1, 3), "D": (1, 5)},
-    options={"causal": (False, True), "extra": ("none", "biases", "context")},
+    options={"causal": (False, True), "extra": ("none", "biases", "context", "square")},
     edges=(
         {"B": 0, "T": 2},
         {"T": 0},
         {"B": 1, "T": 1, "M": 1, "Hkv": 1, "group": 1, "D": 1},
         {"M": 6, "Hkv": 3, "group": 1, "D": 4},  # H * D differs from M
         {"Hkv": 1, "group": 3},
+        {"Hkv": 2, "group": 1, "extra": "square"},
+        {"Hkv": 3, "group": 1, "extra": "square", "causal": True},
     ),
     sample=sample_multi_head,
     vjp="refimpl.attention.multi_head:multi_head_attention_vjp",
@@ -222,7 +227,8 @@ def multi_head_attention_vjp(
         db_o=None if b_o is None else dy.sum(axis=(0, 1)),
         dcontext=None if context is None else dsource,
     )
-    return MultiHeadGradients(*(None if g is None else round_to(g, call.dtype) for g in gradients))  # type: ignore[arg-type]
+    rounded = (None if gradient is None else round_to(gradient, call.dtype) for gradient in gradients)
+    return MultiHeadGradients(*rounded)  # type: ignore[arg-type]
 
 
 class _Call(NamedTuple):
@@ -278,7 +284,7 @@ def _projected(
             raise ShapeError(f"{w}: {width} columns do not divide into {count} heads")
         bias = arrays.get(f"b_{name}")
         projected = round_to(_linear(tokens, arrays[w], bias, f"b_{name}"), arrays["x"].dtype)
-        # Cut the columns into heads where they stand: a plain reshape to (H, T, D) would mix tokens and heads.
+        # Cut the columns where they stand: a plain reshape to (H, T, D) would mix tokens and heads.
         heads[name] = projected.reshape(*projected.shape[:2], count, width // count)
     rows = num_heads * heads["v"].shape[3]
     if arrays["w_o"].ndim != 2 or arrays["w_o"].shape[0] != rows:

@@ -14,7 +14,18 @@ __all__ = ["AXES", "EDGES", "OPTIONS", "attention_terms", "sample_attention", "s
 AXES = {"B": (1, 2), "Tq": (1, 18), "Tk": (1, 18), "Hkv": (1, 2), "group": (1, 3), "D": (1, 9), "Dv": (1, 9)}
 
 # One extra at a time, or all of them: an implementation that lacks one is still tried on the others.
-EXTRAS = ("none", "scale", "attn_mask", "bias", "alibi_slopes", "softcap", "lengths", "dropout", "all")
+EXTRAS = (
+    "none",
+    "scale",
+    "attn_mask",
+    "bias",
+    "alibi_slopes",
+    "softcap",
+    "softcap_and_bias",  # their order shows only together
+    "lengths",
+    "dropout",
+    "all",
+)
 OPTIONS: dict[str, tuple[str | bool, ...]] = {
     "causal": (False, "top_left", "bottom_right"),
     "extra": EXTRAS,
@@ -99,11 +110,11 @@ def sample_attention(
         mask = rng.random((B, 1, Tq, Tk)) < 0.7
         mask[:, :, : Tq // 3] &= rng.random((B, 1, Tq // 3, 1)) < 0.5  # some rows attend to nothing
         options["attn_mask"] = mask
-    if extra in ("bias", "all"):
+    if extra in ("bias", "softcap_and_bias", "all"):
         options["bias"] = rng.standard_normal((1, H, Tq, Tk))
     if extra in ("alibi_slopes", "all") and (causal is not False or Tq == Tk):
         options["alibi_slopes"] = 2.0 ** -np.arange(1.0, H + 1)
-    if extra in ("softcap", "all"):
+    if extra in ("softcap", "softcap_and_bias", "all"):
         options["softcap"] = 2.0
     if extra in ("lengths", "all"):
         options["q_lengths"] = rng.integers(0, Tq + 1, B)

@@ -88,8 +88,6 @@ def standard_attention(
     True
     """
     q, k, v = floating(q=q, k=k, v=v)
-    dtype = q.dtype
-    q, k, v = widen(q), widen(k), widen(v)
     rule = score_rule(q, k, v, **options)
     hbm = memory or Memory()
     shape = rule.shape
@@ -102,9 +100,8 @@ def standard_attention(
             keep = _keep(rule, b, h)
             dropped = weights if keep is None else round_to(weights * keep, p.dtype)
             o = contract("ij,jd->id", dropped, hbm.load("V", v[b, :, h // shape.group]))
-            hbm.store("O", out[b, :, h], None, round_to(o, q.dtype))
-    result = round_to(out, dtype)
-    return AttentionOutput(result, lse) if return_lse else result
+            hbm.store("O", out[b, :, h], None, o)
+    return AttentionOutput(out, lse) if return_lse else out
 
 
 @technique(
@@ -164,8 +161,6 @@ def standard_attention_vjp(
     if options.get("softcap") is not None:
         raise UnsupportedError("softcap: its derivative needs the scores; Algorithm 3 keeps only P")
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
-    dtype = q.dtype
-    q, k, v, do = widen(q), widen(k), widen(v), widen(do)
     bind_axes({"q": (q, "B Tq Hq D"), "v": (v, "B Tk Hkv Dv"), "do": (do, "B Tq Hq Dv")})
     rule = score_rule(q, k, v, **options)
     hbm = memory or Memory()
@@ -197,10 +192,10 @@ def standard_attention_vjp(
             hbm.store(
                 "dK", head_dk, None, contract("ij,id->jd", hbm.load("dS", ds), hbm.load("Q", q[b, :, h]))
             )
-        dq[b, :, h] += head_dq
-        dk[b, :, g] += head_dk
-        dv[b, :, g] += head_dv
-    return AttentionGradients(round_to(dq, dtype), round_to(dk, dtype), round_to(dv, dtype))
+        dq[b, :, h] += widen(head_dq)
+        dk[b, :, g] += widen(head_dk)
+        dv[b, :, g] += widen(head_dv)
+    return AttentionGradients(round_to(dq, q.dtype), round_to(dk, q.dtype), round_to(dv, q.dtype))
 
 
 def _probabilities(
@@ -212,10 +207,10 @@ def _probabilities(
     everywhere = np.asarray(b), np.asarray(h), np.arange(q.shape[0]), np.arange(k.shape[0])
     with hbm.on_chip():
         product = contract("id,jd->ij", hbm.load("Q", q), hbm.load("K", k))
-        hbm.store("S", s, None, round_to(rule.scores(product, *everywhere), q.dtype))
+        hbm.store("S", s, None, rule.scores(product, *everywhere))
     with hbm.on_chip():
         weights, lse = softmax(hbm.load("S", s).astype(wide_dtype(s.dtype), copy=False), return_lse=True)
-        hbm.store("P", p, None, round_to(weights, q.dtype))
+        hbm.store("P", p, None, weights)
     return p, lse
 
 

@@ -1,0 +1,54 @@
+"""What a technique costs: memory, HBM traffic, communication, FLOPs and time.
+
+Every model returns an `Estimate`: named terms, each with its exact value, unit, formula and source.  Hardware
+and published numbers are data files; ``reproduce`` sets every published number beside the one computed here.
+Nothing loads before it is used; a function that bears its module's name is imported from there:
+``from memsim.attention_io import attention_io``.
+
+>>> from memsim import zero_memory
+>>> print(zero_memory(parameters="7.5B", ranks=64, stage=2).explain()[-1])
+total: 2Ψ + 14Ψ/N = 2*7.5e9 + 14*7.5e9/64 = 16.64 GB
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Estimate": "estimate",
+    "Term": "estimate",
+    "amdahl_scaling": "parallelism",
+    "attended_pairs": "flops",
+    "attention_flops": "flops",
+    "attention_traffic": "attention_io",
+    "block_activations": "training_memory",
+    "block_sizes": "attention_io",
+    "checkpoint_activations": "training_memory",
+    "crossover_batch": "parallelism",
+    "data_vs_model_parallel": "parallelism",
+    "fused_buffer": "training_memory",
+    "hardware_names": "hardware",
+    "ideal_scaling": "parallelism",
+    "inference_weights": "training_memory",
+    "largest_model": "zero",
+    "pass_total": "standard_attention",
+    "pipeline_bubble": "parallelism",
+    "reproduce": "published",
+    "softmax_flops": "flops",
+    "standard_passes": "standard_attention",
+    "zero_activations": "training_memory",
+    "zero_communication": "communication",
+    "zero_memory": "zero",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memsim' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"memsim.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

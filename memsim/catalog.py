@@ -1,0 +1,20 @@
+"""Every module of memsim that registers techniques, laws or prices (entry point ``frugal.techniques``)."""
+
+from __future__ import annotations
+
+import importlib
+
+__all__ = ["MODULES"]
+
+MODULES = (
+    "attention_io",
+    "attention_prices",
+    "communication",
+    "laws",
+    "parallelism",
+    "training_memory",
+    "zero",
+)
+
+for _module in MODULES:
+    importlib.import_module(f"memsim.{_module}")

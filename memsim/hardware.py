@@ -1,0 +1,94 @@
+"""What the machines can do, from data files in which every number names its source.
+
+>>> card = hardware("a100-40gb")
+>>> card.hbm_bandwidth.value, card.hbm_bandwidth.unit
+(1555000000000, 'B/s')
+>>> card.peaks["fp16"].value
+312000000000000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memsim import data_files
+from refimpl.errors import UnknownNameError
+
+__all__ = ["Hardware", "Specification", "hardware", "hardware_names"]
+
+
+@dataclass(frozen=True, slots=True)
+class Specification:
+    """One number of a datasheet: an exact integer, its unit, and where it is printed."""
+
+    value: int
+    unit: str
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One accelerator.
+
+    Attributes
+    ----------
+    name, title : str
+        The name it is asked for by, and the maker's.
+    hbm, hbm_bandwidth : Specification
+        Capacity in bytes, and bytes per second.
+    l2, sram_per_sm, shared_memory_per_sm : Specification
+        Bytes of the L2 cache, of one multiprocessor's L1 and shared memory together, and of the part of
+        it that can be shared memory.
+    sms : Specification
+        Streaming multiprocessors.
+    peaks : mapping of str to Specification
+        Dense peak rates by number format: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp16"``, ...
+    """
+
+    name: str
+    title: str
+    hbm: Specification
+    hbm_bandwidth: Specification
+    l2: Specification
+    sram_per_sm: Specification
+    shared_memory_per_sm: Specification
+    sms: Specification
+    peaks: Mapping[str, Specification]
+
+    def peak(self, precision: str) -> Specification:
+        """Return the dense peak rate in `precision`.
+
+        Raises
+        ------
+        UnknownNameError
+            If the maker prints none for `precision`.
+        """
+        if precision not in self.peaks:
+            raise UnknownNameError(f"precision of {self.name}", precision, self.peaks)
+        return self.peaks[precision]
+
+
+def hardware_names() -> list[str]:
+    """Return the names that `hardware` knows.
+
+    >>> hardware_names()
+    ['a100-40gb', 'a100-80gb', 'h200']
+    """
+    return data_files.names("hardware")
+
+
+def hardware(name: str) -> Hardware:
+    """Return the accelerator called `name` (see `hardware_names`), in lower case.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is none; the message offers the nearest names.
+    """
+    data: dict[str, Any] = dict(data_files.read(name.lower(), "hardware", "hardware"))
+    peaks = {precision: Specification(**entry) for precision, entry in data.pop("peaks").items()}
+    title = data.pop("title")
+    return Hardware(name.lower(), title, peaks=peaks, **{k: Specification(**v) for k, v in data.items()})
