@@ -140,7 +140,6 @@ def _sample_comparison(rng: np.random.Generator, **axes: int) -> Case:  # noqa: 
     exact=True,
     sample=_sample_comparison,
     edges=({"ranks": 1},),
-    exact=True,
 )
 def data_vs_model_parallel(
     *,
