@@ -37,7 +37,7 @@ from refimpl.tolerances import (
     rewrite_limits,
 )
 
-__all__ = ["Close", "Outcome", "Report", "check", "draw", "poisoned"]
+__all__ = ["Close", "Outcome", "Report", "check", "draw", "dtype_named", "poisoned"]
 
 Status = Literal["passed", "failed", "refused", "invalid"]
 LOW_PRECISION = ("float32", "float16", "bfloat16")
@@ -266,7 +266,7 @@ def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype
     assert technique.sample is not None
     drawn = technique.sample(np.random.default_rng(seed), **shape)
     try:
-        case = cast(drawn, _dtype(dtype))
+        case = cast(drawn, dtype_named(dtype))
     except UnsupportedError as error:
         record("reference", "refused", str(error))
         return found
@@ -308,7 +308,7 @@ def _judged(technique: Technique, case: Case, dtype: str) -> _Standard:
     if dtype == "float64":
         truth, limits = rewrite_limits(technique, case)
         return _Standard(truth, _dtypes(truth), limits, None)
-    truth, baseline, limits, invalid = baseline_limits(technique, case, _dtype(dtype))
+    truth, baseline, limits, invalid = baseline_limits(technique, case, dtype_named(dtype))
     return _Standard(truth, _dtypes(baseline), limits, invalid)
 
 
@@ -334,7 +334,19 @@ def _compare(f: Callable[..., Any], case: Case, standard: _Standard) -> str | No
     return None
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def dtype_named(name: str) -> np.dtype[Any]:
+    """Return a floating dtype by its name; bfloat16 is that of the package ml_dtypes.
+
+    Raises
+    ------
+    UnsupportedError
+        For bfloat16, if ml_dtypes is not installed.
+
+    Examples
+    --------
+    >>> dtype_named("float16")
+    dtype('float16')
+    """
     if name == "bfloat16":
         try:
             dtype: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)

@@ -116,7 +116,7 @@ def flash_attention_vjp(
     # Query heads share the gradient of their key head, so it is summed over them in the wide dtype.
     dq, dk, dv = np.zeros(q.shape, q.dtype), np.zeros(k.shape, wide), np.zeros(v.shape, wide)
     bias = options.get("bias")
-    dbias = None if bias is None else np.zeros(np.shape(bias), wide)
+    dbias = None if bias is None else np.zeros((1,) * (4 - np.ndim(bias)) + np.shape(bias), wide)
     for b, h in np.ndindex(rule.shape.B, rule.shape.Hq):
         group = h // rule.shape.group
         head_dk, head_dv = np.zeros(k[b, :, 0].shape, q.dtype), np.zeros(v[b, :, 0].shape, q.dtype)
@@ -148,7 +148,7 @@ def flash_attention_vjp(
         round_to(dq, dtype),
         round_to(dk, dtype),
         round_to(dv, dtype),
-        None if dbias is None else round_to(dbias, dtype),
+        None if bias is None or dbias is None else round_to(dbias.reshape(np.shape(bias)), dtype),
     )
 
 
@@ -187,21 +187,12 @@ def _score_gradient(
 
 
 def _add_to_bias(dbias: FloatArray, ds: FloatArray, where: tuple[int, int, slice, slice]) -> None:
-    """Add a tile's gradient to that of a bias which may be broadcast along any axis, or lack some."""
+    """Add a tile's gradient to that of a bias of four axes, summed along those that were broadcast."""
     b, h, rows, columns = where
-    tile = ds[None, None]
-    index: list[Any] = []
-    for axis, span in zip(range(-4, 0), (slice(b, b + 1), slice(h, h + 1), rows, columns), strict=True):
-        if -axis > dbias.ndim:
-            tile = tile[0]
-        elif dbias.shape[axis] == 1:
-            index.append(slice(0, 1))
-            tile = tile.sum(axis=axis, keepdims=True)
-        else:
-            index.append(span)
-    while tile.ndim > dbias.ndim:  # axes that the bias does not have
-        tile = tile.sum(axis=0)
-    dbias[tuple(index)] += tile
+    spans = slice(b, b + 1), slice(h, h + 1), rows, columns
+    stretched = tuple(axis for axis, size in enumerate(dbias.shape) if size == 1)
+    index = tuple(slice(0, 1) if axis in stretched else span for axis, span in enumerate(spans))
+    dbias[index] += ds[None, None].sum(axis=stretched, keepdims=True)
 
 
 def flash_attention_recomputed_vjp(

@@ -1,0 +1,138 @@
+"""The policy itself: what it lets through and what it must not."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refimpl import registry
+from refimpl.attention import scaled_dot_product_attention
+from refimpl.numerics import round_to, ulp, widen
+from refimpl.registry import Case
+from refimpl.testing import check, poisoned
+from refimpl.tolerances import Limit, baseline_limits, cast, mismatch, rewrite_limits
+
+WIDE = Limit(np.asarray(1e9))
+
+
+@pytest.mark.parametrize("actual", [np.nan, np.inf, -np.inf])
+def test_non_finite_never_passes_for_a_number(actual: float) -> None:
+    assert "finite" in str(mismatch(np.array([actual]), np.array([0.0]), WIDE))
+
+
+def test_the_same_infinity_passes_and_the_other_one_does_not() -> None:
+    down = np.array([-np.inf])
+    assert mismatch(down, down, WIDE) is None
+    assert mismatch(-down, down, WIDE) is not None
+    assert mismatch(np.array([np.nan]), down, WIDE) is not None
+
+
+def test_shapes_come_first() -> None:
+    assert "shape" in str(mismatch(np.zeros((2, 1)), np.zeros(2), WIDE))
+
+
+def test_exact_outputs_compare_equal_or_not_at_all() -> None:
+    assert mismatch(np.array([1, 2]), np.array([1, 2]), None) is None
+    assert "output[1]" in str(mismatch(np.array([1, 3]), np.array([1, 2]), None))
+
+
+def test_a_broad_bias_fails_in_rms_where_the_maximum_passes() -> None:
+    expected = np.zeros(1000)
+    limit = Limit(np.asarray(1.0), rms=0.1)
+    assert "rms" in str(mismatch(np.full(1000, 0.5), expected, limit))
+    lone = expected.copy()
+    lone[0] = 0.9
+    assert mismatch(lone, expected, limit) is None
+
+
+def test_the_worst_cell_is_named() -> None:
+    actual = np.zeros((3, 4))
+    actual[2, 1], actual[0, 0] = 5.0, 2.0
+    assert "output[2, 1]" in str(mismatch(actual, np.zeros((3, 4)), Limit(np.asarray(1.0))))
+
+
+def _large_scores() -> Case:
+    """Scores near 1e4 that differ by a few units: their rounding decides the weights."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 1, 16, 1, 8))
+    return Case((1e4 * np.sign(q), np.ones_like(k) + 1e-4 * k, v))
+
+
+def test_rewrites_of_large_scores_are_judged_by_conditioning() -> None:
+    """One ulp of a score of 1e4 moves exp by 1e-12: the summation bound alone would call that wrong."""
+    record, case = registry.get("attention.dense"), _large_scores()
+    q, k, v = case.args
+    small = rewrite_limits(record, Case((1e-4 * q, k, v)))[1]["output"].largest.max()
+    large = rewrite_limits(record, case)[1]["output"].largest.max()
+    assert small < 1e-13
+    assert 10 * small < large < 1e-8
+
+
+def test_a_useless_baseline_makes_a_case_invalid() -> None:
+    case = cast(_large_scores(), np.dtype(np.float16))
+    *_, invalid = baseline_limits(registry.get("attention.dense"), case, np.dtype(np.float16))
+    assert invalid is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_kernel_as_good_as_the_baseline_passes_and_a_worse_one_fails(dtype: str) -> None:
+    def rounded_scores(q, k, v, /):  # type: ignore[no-untyped-def]
+        """Lose three bits of every input before computing."""
+        coarse = {"float32": np.float16, "float16": ml_dtypes.float8_e5m2, "bfloat16": ml_dtypes.float8_e5m2}
+        low = [widen(x).astype(coarse[dtype]).astype(np.float32) for x in (q, k, v)]
+        return round_to(scaled_dot_product_attention(*low), q.dtype)
+
+    def wide(q, k, v, /):  # type: ignore[no-untyped-def]
+        return round_to(
+            scaled_dot_product_attention(*(widen(x).astype(np.float64) for x in (q, k, v))), q.dtype
+        )
+
+    axes = {"B": 1, "extra": "none", "causal": False, "return_lse": False}
+    good = check("attention.dense", wide, backend="cuda", dtypes=[dtype], axes=axes, examples=4)
+    assert good.ok, good.failed
+    bad = check("attention.dense", rounded_scores, backend="cuda", dtypes=[dtype], axes=axes, examples=4)
+    assert bad.failed
+
+
+@given(st.floats(-1e30, 1e30, allow_nan=False))
+def test_bfloat16_rounds_to_nearest_even(x: float) -> None:
+    ours = round_to(np.array([x]), ml_dtypes.bfloat16)
+    # ml_dtypes goes through float32 and rounds twice; the two differ only where that first rounding lies.
+    exact = min(
+        (float(candidate) for candidate in _neighbours(ours)), key=lambda value: (abs(value - x), _odd(value))
+    )
+    assert float(widen(ours)[0]) == exact
+
+
+def _neighbours(x: np.ndarray) -> list[np.ndarray]:
+    bits = x.view(np.uint16).astype(np.int32)
+    near = [np.clip(bits + step, 0, 0xFFFF).astype(np.uint16).view(x.dtype) for step in (-1, 0, 1)]
+    return [value.astype(np.float64)[0] for value in near if np.isfinite(value.astype(np.float64)[0])]
+
+
+def _odd(value: float) -> int:
+    return int(np.array([value], dtype=ml_dtypes.bfloat16).view(np.uint16)[0]) & 1
+
+
+def test_special_values_survive_bfloat16() -> None:
+    x = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e39], dtype=np.float64)
+    back = widen(round_to(x, ml_dtypes.bfloat16))
+    assert np.isnan(back[0])
+    np.testing.assert_array_equal(back[1:], [np.inf, -np.inf, 0.0, -0.0, np.inf])
+    assert np.signbit(back[4])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_ulp_is_numpys_spacing(dtype: type[np.floating]) -> None:
+    x = np.array([1.0, 1.5, 1024.0, 0.1, 3e-3], dtype=dtype)
+    np.testing.assert_array_equal(ulp(x, dtype), np.spacing(x).astype(np.float64))
+
+
+def test_poisoned_memory_reaches_torch() -> None:
+    torch = pytest.importorskip("torch")
+    with poisoned():
+        assert torch.isnan(torch.empty(3)).all()
+        assert torch.empty(3, dtype=torch.int32).eq(1).all()
