@@ -152,9 +152,9 @@ def _prepare(
         Br, Bc = (_whole("block_sizes", size, 1) for size in block_sizes)
     else:
         raise OptionError("sram, block_sizes: expected exactly one of the two")
-    rows, columns = _blocks(int(values["T_q"]), Br), _blocks(int(values["T_k"]), Bc)
-    values |= {"T_r": len(rows), "T_c": len(columns)}
+    values |= {"T_r": -(-values["T_q"] // Br), "T_c": -(-values["T_k"] // Bc)}
     if algorithm == "block_sparse":
+        rows, columns = _blocks(int(values["T_q"]), Br), _blocks(int(values["T_k"]), Bc)
         values |= _present(block_mask, int(values["B"]), int(values["H"]), rows, columns)
     elif block_mask is not None:
         raise OptionError("block_mask: expected with algorithm='block_sparse' only")

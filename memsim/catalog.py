@@ -11,6 +11,7 @@ MODULES = (
     "attention_prices",
     "communication",
     "laws",
+    "linear_io",
     "parallelism",
     "training_memory",
     "zero",

@@ -361,7 +361,7 @@ def _reproducer(context: _Context, seed: int, shape: Mapping[str, Option], dtype
     parts = ["frugal verify", context.technique.name]
     if context.target:
         parts.append(f"--with {context.target}")
-    elif context.backend != "numpy":
+    if context.backend != "numpy":
         parts.append(f"--backend {context.backend}")
     if dtype != "float64":
         parts.append(f"--dtype {dtype}")

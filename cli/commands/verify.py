@@ -1,0 +1,252 @@
+"""``frugal verify``: hold the registered implementations, or anyone's function, to a definition."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.commands.env import BACKENDS, why_not
+from cli.foreign import accepted_dtypes, import_function, untrusted
+from cli.output import output_options, progress
+from cli.parameters import AXES, DTYPES, TECHNIQUE, AxisValue, axis_text
+from cli.result import Column, Result
+
+if TYPE_CHECKING:
+    from refimpl.registry import Technique
+    from refimpl.testing import Outcome
+
+__all__ = ["command"]
+
+STATUSES = ("passed", "failed", "refused", "invalid")
+SHOWN_FAILURES = 3
+COLUMNS = (
+    Column("technique"),
+    Column("implementation"),
+    Column("backend"),
+    Column("dtype"),
+    *(Column(status, right=True) for status in STATUSES),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One function to hold to one technique; without a function, the reference itself."""
+
+    technique: Technique
+    target: str
+    load: Callable[[], Callable[..., Any] | None]
+    with_: str | None = None
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  frugal verify                                            everything registered
+  frugal verify attention.flash --axes Tq=65,D=80 --seed 7
+  frugal verify attention.flash --with my.module:f --dtype float32
+  frugal verify attention.dense --backend cudasim""",
+    short_help="Hold implementations to their definitions.",
+)
+@click.argument("names", metavar="[NAME]...", nargs=-1, type=TECHNIQUE)
+@click.option(
+    "--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True, help="Where to run."
+)
+@click.option(
+    "--with",
+    "with_",
+    metavar="MODULE:FUNCTION",
+    help="Check this function of yours instead; needs one NAME. The current directory is importable.",
+)
+@click.option("--dtype", "dtypes", type=DTYPES, help="Number formats.  [default: those of the backend]")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first case.")
+@click.option(
+    "--examples",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Random cases beside edge cases.",
+)
+@click.option("--axes", type=AXES, help="Fix axes and options of the cases, as a reproducer does.")
+@click.option("--all-failures", is_flag=True, help=f"Print every failure, not {SHOWN_FAILURES} of each row.")
+@output_options()
+def command(
+    names: tuple[str, ...],
+    backend: str,
+    with_: str | None,
+    dtypes: tuple[str, ...] | None,
+    seed: int,
+    examples: int,
+    axes: dict[str, AxisValue] | None,
+    all_failures: bool,
+) -> Result:
+    """Check functions against the laws, edge cases, gradients and counted costs of what they compute.
+
+    Without a NAME, everything that is registered for the backend is checked.  Every failure comes with the
+    command that reproduces it.  The exit code is 1 if a check failed, or if nothing could be checked.
+    """
+    if with_ is not None and len(names) != 1:
+        raise click.UsageError(f"--with checks one function against one NAME; got {len(names)} names")
+    _open(backend)
+    from refimpl import registry
+    from refimpl.testing import check
+
+    registry.load()
+    techniques = [registry.get(name) for name in dict.fromkeys(names) or sorted(registry.TECHNIQUES)]
+    fixed = {record.name: _known_axes(record, axes) for record in techniques} if axes is not None else {}
+    jobs = [job for record in techniques for job in _jobs(record, backend, with_)]
+    rows: list[dict[str, Any]] = []
+    for job in progress(jobs, "verify", lambda job: f"{job.technique.name} {job.target}"):
+        f, refusal = _load(job, backend)
+        outcomes: list[Outcome] = []
+        if refusal is None:
+            with untrusted(job.target, "--axes" if axes else None):
+                outcomes = check(
+                    job.technique.name,
+                    f,
+                    label=job.target,
+                    backend=backend,
+                    seed=seed,
+                    examples=examples,
+                    axes=fixed.get(job.technique.name),
+                    dtypes=dtypes or (accepted_dtypes(job.technique, f, seed) if job.with_ and f else None),
+                    target=job.with_,
+                ).outcomes
+        rows += [refusal] if refusal else _rows(outcomes)
+    return _result(rows, techniques, jobs, backend, all_failures)
+
+
+def _open(backend: str) -> None:
+    """Make `backend` ready, or say why it cannot be.
+
+    Raises
+    ------
+    BackendUnavailableError
+        With the reason.
+    """
+    if backend == "cudasim":
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
+    reason = why_not(backend)
+    if reason is not None:
+        from refimpl.errors import BackendUnavailableError
+
+        raise BackendUnavailableError(f"backend {backend}: {reason}")
+
+
+def _known_axes(technique: Technique, axes: Mapping[str, AxisValue]) -> dict[str, AxisValue]:
+    """Return `axes` as the technique spells them; a word such as none may stand for a choice of that name."""
+    known: dict[str, AxisValue] = {}
+    for name, value in axes.items():
+        if name in technique.axes:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise click.BadParameter(f"--axes: {name} is a size; got {axis_text(value)!r}")
+            known[name] = value
+            continue
+        if name not in technique.options:
+            has = ", ".join([*technique.axes, *technique.options])
+            raise click.BadParameter(f"--axes: {technique.name} has no axis {name!r}; it has {has}")
+        edges = (edge[name] for edge in technique.edges if name in edge)
+        choices = {axis_text(choice): choice for choice in (*technique.options[name], *edges)}
+        if axis_text(value) not in choices:
+            raise click.BadParameter(
+                f"--axes: {name} is one of {', '.join(choices)}; got {axis_text(value)!r}"
+            )
+        known[name] = choices[axis_text(value)]
+    return known
+
+
+def _jobs(technique: Technique, backend: str, with_: str | None) -> Iterator[Job]:
+    from refimpl import registry
+
+    if with_ is not None:
+        function = import_function(with_)
+        yield Job(technique, with_, lambda: function, with_)
+        return
+    if technique.sample is None:
+        return
+    if backend == "numpy":
+        yield Job(technique, technique.home, lambda: None)
+    for item in registry.implementations_of(technique.name):
+        if backend in item.backends:
+            yield Job(technique, item.target, item.load)
+
+
+def _load(job: Job, backend: str) -> tuple[Callable[..., Any] | None, dict[str, Any] | None]:
+    """Return the function of `job`, or a row that says why there is none."""
+    from refimpl.errors import BackendUnavailableError
+
+    try:
+        return job.load(), None
+    except (ImportError, AttributeError, BackendUnavailableError) as error:
+        refused = isinstance(error, BackendUnavailableError)
+        failure = {
+            "check": "import",
+            "detail": str(error),
+            "reproducer": f"frugal verify {job.technique.name}",
+        }
+        counts = dict.fromkeys(STATUSES, 0) | {"refused" if refused else "failed": 1}
+        return None, {
+            "technique": job.technique.name,
+            "implementation": job.target,
+            "backend": backend,
+            "dtype": "",
+            **counts,
+            "failures": [] if refused else [failure],
+        }
+
+
+def _rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """Return one row for each implementation and dtype, with the number of checks by status."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for outcome in outcomes:
+        key = (outcome.technique, outcome.implementation, outcome.backend, outcome.dtype)
+        row = rows.setdefault(
+            key,
+            dict(zip(("technique", "implementation", "backend", "dtype"), key, strict=True))
+            | dict.fromkeys(STATUSES, 0)
+            | {"failures": []},
+        )
+        row[outcome.status] += 1
+        if outcome.status == "failed":
+            row["failures"].append(
+                {"check": outcome.check, "detail": outcome.detail, "reproducer": outcome.reproducer}
+            )
+    return list(rows.values())
+
+
+def _result(
+    rows: list[dict[str, Any]], techniques: list[Technique], jobs: list[Job], backend: str, all_failures: bool
+) -> Result:
+    totals = {status: sum(row[status] for row in rows) for status in STATUSES}
+    tried = {job.technique.name for job in jobs}
+    details: list[str] = []
+    for row in rows:
+        shown = row["failures"] if all_failures else row["failures"][:SHOWN_FAILURES]
+        for failure in shown:
+            details.append(f"FAILED {row['technique']} {row['implementation']}: {failure['check']}")
+            details += [f"  {failure['detail']}", f"  reproduce: {failure['reproducer']}"]
+        hidden = len(row["failures"]) - len(shown)
+        if hidden:
+            details.append(f"  ... and {hidden} more of {row['implementation']} (--all-failures)")
+    problem = ""
+    if totals["failed"]:
+        problem = f"{totals['failed']} checks failed"
+    elif not totals["passed"]:
+        why = f"all {totals['refused']} were refused" if totals["refused"] else f"no function for {backend}"
+        problem = f"nothing was checked: {why}"
+    return Result(
+        rows,
+        COLUMNS,
+        totals={
+            "techniques": len(tried),
+            "without_implementation": len(techniques) - len(tried),
+            "functions": len(jobs),
+            **totals,
+        },
+        details=details,
+        problem=problem,
+        exit_code=1 if problem else 0,
+    )
