@@ -1,0 +1,47 @@
+"""Every kernel obeys the record of its technique: a few cases in the simulator, all of them on a GPU."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import pytest
+
+from refimpl import registry
+from refimpl.testing import LOW_PRECISION, Report, check
+
+registry.load()
+
+KERNELS = [item for item in registry.IMPLEMENTATIONS if {"cuda", "cudasim"} & set(item.backends)]
+NAMES = [f"{item.technique}-{item.target}-{item.tier}" for item in KERNELS]
+
+
+def _assert_ok(report: Report) -> None:
+    assert not report.failed, "\n".join(f"{o.check}: {o.detail}\n  {o.reproducer}" for o in report.failed)
+    assert report.counts()["passed"] > 0
+
+
+@pytest.mark.cudasim
+@pytest.mark.parametrize("item", KERNELS, ids=NAMES)
+def test_in_the_simulator(item: registry.Implementation) -> None:
+    if "cudasim" not in item.backends:
+        pytest.skip(f"{item.tier} kernels need a GPU")
+    for index, dtype in enumerate(LOW_PRECISION):
+        seed = crc32(f"{item.target} {dtype}".encode()) % 10_000  # another case for each
+        _assert_ok(
+            check(
+                item.technique,
+                item.load(),
+                backend="cudasim",
+                seed=seed,
+                examples=2 - min(index, 1),
+                dtypes=[dtype],
+                edges=False,
+            )
+        )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("item", KERNELS, ids=NAMES)
+def test_on_the_gpu(item: registry.Implementation, dtype: str) -> None:
+    _assert_ok(check(item.technique, item.load(), backend="cuda", examples=6, dtypes=[dtype]))
