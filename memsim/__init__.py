@@ -32,6 +32,8 @@ _HOMES = {
     "ideal_scaling": "parallelism",
     "inference_weights": "training_memory",
     "largest_model": "zero",
+    "linear_flops": "linear_io",
+    "linear_traffic": "linear_io",
     "pass_total": "standard_attention",
     "pipeline_bubble": "parallelism",
     "reproduce": "published",

@@ -31,7 +31,6 @@ from refimpl.tolerances import (
     Limit,
     baseline_limits,
     cast,
-    exact_copy,
     mismatch,
     outputs,
     rewrite_limits,
@@ -306,7 +305,8 @@ class _Standard(NamedTuple):
 
 def _judged(technique: Technique, case: Case, dtype: str) -> _Standard:
     if technique.exact:
-        truth = outputs(exact_copy(case).call(technique.function))
+        # Codes, masks and counts are those of the reference on the inputs as they are.
+        truth = outputs(case.call(technique.function))
         return _Standard(truth, _dtypes(truth), dict.fromkeys(truth, Limit(np.zeros(()))), None)
     if dtype == "float64":
         truth, limits = rewrite_limits(technique, case)

@@ -120,16 +120,21 @@ def baseline_limits(
     """
     truth = outputs(exact_copy(case).call(technique.function))
     baseline = outputs(case.call(technique.function))
-    errors = {name: [_difference(widen(baseline[name]), value)] for name, value in truth.items()}
+    floats = [name for name in truth if is_floating(baseline[name].dtype)]
+    errors = {name: [_difference(widen(baseline[name]), truth[name])] for name in floats}
     rng = np.random.default_rng(0)
     for _ in range(PERTURBATIONS):
         near = case.map_arrays(lambda array: _one_ulp_away(array, rng))
         near_truth = outputs(exact_copy(near).call(technique.function))
-        for name, value in outputs(near.call(technique.function)).items():
-            errors[name].append(_difference(widen(value), near_truth[name]))
+        near_baseline = outputs(near.call(technique.function))
+        for name in floats:
+            errors[name].append(_difference(widen(near_baseline[name]), near_truth[name]))
     limits: dict[str, Limit] = {}
     invalid = None
     for name, value in truth.items():
+        if not is_floating(baseline[name].dtype):  # codes beside numbers: equal to those of the raw inputs
+            truth[name], limits[name] = baseline[name], Limit(np.zeros(()))
+            continue
         largest, rms = max(map(_largest, errors[name])), max(map(_rms, errors[name]))
         spacing = float(ulp(_largest(_finite_magnitude(value)), baseline[name].dtype))
         limits[name] = Limit(np.asarray(factor * largest + spacing), factor * rms + spacing)

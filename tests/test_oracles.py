@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,9 @@ import pytest
 from refimpl import registry
 from refimpl.testing import draw
 from refimpl.tolerances import Limit, mismatch, outputs, rewrite_limits
+from tests.oracles import OracleMissing
 
 registry.load()
-importlib.import_module("tests.oracles")
 
 PAIRS = [(name, oracle) for name, oracles in sorted(registry.ORACLES.items()) for oracle in oracles]
 EXAMPLES = 30
@@ -33,6 +32,8 @@ def test_oracle_agrees(name: str, oracle: Callable[..., Any]) -> None:
         case = record.sample(np.random.default_rng(seed), **shape)
         try:
             judgement = outputs(case.call(oracle))
+        except OracleMissing as error:
+            pytest.skip(str(error))
         except NotImplementedError:
             continue
         if record.exact:

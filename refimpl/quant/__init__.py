@@ -14,6 +14,7 @@ from refimpl.quant.grid import Quantized, dequantize, quantize, quantize_vjp
 from refimpl.quant.integer_matmul import MAX_INNER, int8_matmul, integer_matmul
 from refimpl.quant.llm_int8 import Int8Linear, llm_int8_linear, llm_int8_linear_fused
 from refimpl.quant.llm_int8_backward import Int8LinearGradients, llm_int8_linear_vjp
+from refimpl.quant.twos_complement import twos_complement
 from refimpl.quant.uniform import uniform
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "quantize_columns",
     "quantize_rows",
     "quantize_vjp",
+    "twos_complement",
     "uniform",
     "uniform_mse",
     "uniform_sqnr",

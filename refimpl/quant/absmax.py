@@ -249,11 +249,9 @@ def dequantize_columns(weight: Int8Columns, /, *, rows: IntArray | None = None) 
 
 
 def _codes(wide: FloatArray, absmax: FloatArray) -> Array:
-    """Return ``rint(x * (127 / absmax))``, 0 where the factor is not finite or the product is NaN."""
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # both are documented results
-        factor = wide.dtype.type(LIMIT) / absmax
-        steps = np.rint(wide * np.where(np.isfinite(factor), factor, 0))
-    # Beyond the absmax lie only cells that are set aside.
+    """Return ``rint(x * (127 / absmax))``, and 0 where that is no code: NaN, infinite, or set aside."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        steps = np.rint(wide * (wide.dtype.type(LIMIT) / absmax))
     return np.where(np.abs(steps) <= LIMIT, steps, 0)
 
 

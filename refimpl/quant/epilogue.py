@@ -122,7 +122,7 @@ def linear_operands(
     if bias is not None:
         named["bias"] = bias
     found = dict(zip(named, floating(**named), strict=True))
-    given: FloatArray | Int8Columns = found.get("weight", weight)  # type: ignore[assignment]
+    given: FloatArray | Int8Columns = found.get("weight", weight)
     if isinstance(given, Int8Columns):
         given = Int8Columns(as_array("weight codes", given.codes), as_array("weight absmax", given.absmax))
     matrix = given.codes if isinstance(given, Int8Columns) else given

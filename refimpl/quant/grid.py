@@ -257,8 +257,8 @@ def dequantize(q: Quantized, /, *, block: Block = None) -> FloatArray:
 
     Examples
     --------
-    >>> dequantize(uniform(np.array([-2.0, 1.0, 0.9]), bits=2))
-    array([-2.,  0.,  0.])
+    >>> dequantize(Quantized(np.array([255, 127], np.uint8), np.array([0.5]), np.array([128], np.uint8)))
+    array([63.5, -0.5])
     """
     codes, scale, zero_point = q
     # int8 minus int8 wraps in NumPy.
@@ -280,4 +280,5 @@ def _unclipped(
     with np.errstate(over="ignore"):  # infinite quotients saturate
         quotient = wide / expand(steps, x.shape, block)
     zero: Array = expand(np.asarray(zero_point), x.shape, block)
-    return round_half(quotient, rounding) + zero.astype(wide.dtype)
+    rounded: FloatArray = round_half(quotient, rounding) + zero.astype(wide.dtype)
+    return rounded

@@ -25,7 +25,7 @@ _EDGES: tuple[dict[str, int | str], ...] = (
     {"M": 2, "K": 0, "N": 3},
     {"M": 3, "K": 2, "N": 0},
     {"M": 1, "K": 1, "N": 1},
-    {"M": 2, "K": 4096, "N": 3, "codes": "extreme"},
+    {"M": 2, "K": 4099, "N": 3, "codes": "extreme"},  # an odd sum beyond 2**24: float32 cannot hold it
 )
 
 

@@ -113,7 +113,7 @@ def powers_of_two_scale_through(f: Quantizer, case: Case, close: Close) -> None:
 
 @law("quant.uniform")
 def blocks_stand_alone(f: Quantizer, case: Case, close: Close) -> None:  # noqa: ARG001
-    """Every block has the codes and the scale that it has when it is quantised alone, a ragged last one too."""
+    """Every block has the codes and the scale that it has when it is quantised alone, ragged or not."""
     (x,) = case.args
     codes, scale, zero = (np.asarray(part) for part in case.call(f))
     extents = block_sizes(x.shape, case.kwargs.get("block"))
@@ -182,7 +182,7 @@ def _largest_of_blocks(case: Case) -> FloatArray:
 @law("quant.error")
 def error_is_the_difference(f: Quantizer, case: Case, close: Close) -> None:
     """What was quantised and its error add up to the numbers."""
-    x, y = case.args
+    y = case.args[1]
     close(np.asarray(case.call(f)[0]) + widen(y).astype(np.float64), _wide(case), "Q(x) + e", of="error")
 
 

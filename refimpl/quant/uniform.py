@@ -17,6 +17,12 @@ from refimpl.validation import floating
 __all__ = ["uniform"]
 
 
+# What ONNX has: 8 bits, halves to even.  17 columns leave a last group of 1.
+_INT8: dict[str, int | str | bool] = {
+    "rows": 3, "columns": 17, "bits": 8, "rounding": "half_even", "values": "normal"
+}  # fmt: skip
+
+
 @technique(
     "quant.uniform",
     entries=(68,),
@@ -34,8 +40,11 @@ __all__ = ["uniform"]
         {"rows": 0, "columns": 3},
         {"rows": 2, "columns": 0, "granularity": "row"},
         {"rows": 1, "columns": 1},
-        {"rows": 3, "columns": 17, "granularity": "group", "scheme": "symmetric", "values": "normal"},
-        {"rows": 3, "columns": 17, "granularity": "group", "scheme": "affine", "values": "normal"},
+        {**_INT8, "granularity": "group", "scheme": "symmetric"},
+        {**_INT8, "granularity": "group", "scheme": "affine"},
+        {**_INT8, "granularity": "row", "scheme": "symmetric_full"},
+        {**_INT8, "granularity": "column", "scheme": "affine", "signed": False},
+        {**_INT8, "granularity": "tensor", "scheme": "affine", "signed": False, "values": "one_sided"},
         {"rows": 5, "columns": 9, "granularity": "tile", "values": "normal"},
         {"rows": 2, "columns": 30, "granularity": "tensor", "scheme": "symmetric", "values": "ties"},
         {"values": "zero"},
@@ -121,8 +130,8 @@ def uniform(
             low = np.minimum(reduce_blocks(np.minimum, wide, block), 0)
             high = np.maximum(reduce_blocks(np.maximum, wide, block), 0)
             scale = _scale(high - low, (high_code - low_code) * wide.dtype.type(1))
-            nearest = round_half(low_code - low / scale, rounding)
-            zero_point = np.clip(nearest, low_code, high_code).astype(dtype)
+            # The range holds 0, so this is a code without clipping.
+            zero_point = round_half(low_code - low / scale, rounding).astype(dtype)
         else:
             absmax = reduce_blocks(np.maximum, np.abs(wide), block)
             scale = _scale(absmax, (high_code - low_code) * wide.dtype.type(0.5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -10,15 +9,9 @@ import numpy as np
 import scipy.special
 
 from refimpl.registry import oracle
+from tests.oracles import library
 
 NEGATIVE = float("-inf")
-
-
-def _torch() -> Any:
-    try:
-        return importlib.import_module("torch")
-    except ImportError:
-        raise NotImplementedError("torch is not installed") from None
 
 
 def philox_word(b: int, h: int, i: int, j: int, seed: int) -> int:
@@ -128,7 +121,7 @@ def torch_sdpa(q: Any, k: Any, v: Any, **options: Any) -> Any:
     known = {"attn_mask", "bias", "scale", "causal", "block_sizes", "sram"}
     if set(options) - known or 0 in (*q.shape, *k.shape):
         raise NotImplementedError
-    torch = _torch()
+    torch = library("torch")
     q_, k_, v_ = (torch.from_numpy(np.ascontiguousarray(x)).transpose(1, 2) for x in (q, k, v))
     bias = torch.zeros(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=torch.float64)
     if "bias" in options:
@@ -152,11 +145,7 @@ def onnx_attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
     """The Attention operator of the ONNX reference evaluator (opset 24)."""
     if set(options) - {"attn_mask", "scale", "softcap"} or 0 in (*q.shape, *k.shape):
         raise NotImplementedError
-    try:
-        onnx = importlib.import_module("onnx")
-        reference = importlib.import_module("onnx.reference")
-    except ImportError:
-        raise NotImplementedError("onnx is not installed") from None
+    onnx, reference = library("onnx"), library("onnx.reference")
     names = ["q", "k", "v"] + (["m"] if "attn_mask" in options else [])
     attributes = {"softcap": float(options["softcap"])} if "softcap" in options else {}
     if "scale" in options:  # attributes are float32, so the queries carry it
@@ -185,7 +174,7 @@ def _torch_gradients(q: Any, k: Any, v: Any, do: Any, options: dict[str, Any]) -
     """Gradients by PyTorch's autograd, through scores masked and weighted from the scalar definition."""
     if 0 in (*q.shape, *k.shape):
         raise NotImplementedError
-    torch = _torch()
+    torch = library("torch")
     leaves = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
     group = q.shape[2] // k.shape[2]
     q_, k_, v_ = (x.transpose(1, 2) for x in leaves)
@@ -240,7 +229,7 @@ def torch_multi_head(x: Any, w_q: Any, w_k: Any, w_v: Any, w_o: Any, **options: 
     square = w_q.shape[0] == w_q.shape[1] == w_k.shape[1]
     if set(options) - {"b_o"} or not square or 0 in x.shape:
         raise NotImplementedError
-    torch = _torch()
+    torch = library("torch")
     width = x.shape[2]
     tokens = torch.from_numpy(x).transpose(0, 1)
     packed = torch.from_numpy(np.concatenate([w_q, w_k, w_v], axis=1).T.copy())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 from collections import Counter
@@ -12,13 +11,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.registry import oracle
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise NotImplementedError(f"{name} is not installed") from None
+from tests.oracles import library
 
 
 def _nearest(value: Fraction, rounding: str) -> int:
@@ -90,7 +83,7 @@ def onnx_quantize_linear(
     known = block in (None, (1, None), (None, 1), (1, 8))
     if bits != 8 or rounding != "half_even" or not x.size or not known:
         raise NotImplementedError("QuantizeLinear has 8 bits, rounds half to even, and blocks one axis")
-    onnx, reference = _import("onnx"), _import("onnx.reference")
+    onnx, reference = library("onnx"), library("onnx.reference")
     if block is None:
         pieces, attributes = x.reshape(1, 1, -1), {}
     elif block == (1, 8):
@@ -145,7 +138,7 @@ def product_in_int64(a: Any, b: Any, /, *, a_zero_point: Any = 0, b_zero_point: 
 @oracle("quant.int8_matmul")
 def torch_int32_product(a: Any, b: Any, /) -> Any:
     """PyTorch's own product in int32."""
-    torch = _import("torch")
+    torch = library("torch")
     left, right = (torch.from_numpy(codes.copy()).to(torch.int32) for codes in (a, b))
     return torch.matmul(left, right).numpy()
 
@@ -197,7 +190,7 @@ def llm_int8_in_torch(
     """The released steps on tensors: outlier cells set to 0, rows scaled, columns cleared, parts added."""
     if convention != "released" or not x.size or not weight.size:
         raise NotImplementedError("the released convention only, on arrays that are not empty")
-    torch = _import("torch")
+    torch = library("torch")
     a, w = (torch.from_numpy(array.copy()) for array in (x, weight))
     cells = torch.zeros_like(a, dtype=torch.bool) if threshold is None else a.abs().ge(threshold)
     rows = a.masked_fill(cells, 0).abs().amax(1, keepdim=True)
