@@ -45,7 +45,7 @@ def output_options(*, plot: bool = False) -> Callable[[Callable[..., Result]], C
             *, form: Format | None, output_file: str, plot_file: str | None = None, **options: Any
         ) -> int:
             context = click.get_current_context()
-            name = context.info_name or ""
+            name = context.command_path.partition(" ")[2]  # without the program: "memory zero"
             inputs = {key.rstrip("_"): value for key, value in options.items()}
             result = function(**options)
             screen = sys.stdout if output_file == "-" else None

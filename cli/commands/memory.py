@@ -1,0 +1,209 @@
+"""``frugal memory``: what training keeps on a device, with ZeRO or without it, formula by formula."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import click
+
+from cli.output import output_options
+from cli.parameters import COUNT, COUNTS, ListOf
+from cli.result import Column, Result, Row
+
+if TYPE_CHECKING:
+    from memsim.estimate import Estimate
+
+__all__ = ["command"]
+
+Stage = Literal[0, 1, 2, 3]
+
+
+def _bytes_text(value: Any) -> str:
+    from memsim.units import exact, format_quantity
+
+    return "" if value is None else format_quantity(exact(value), "B")
+
+
+def _count_text(value: Any) -> str:
+    from memsim.units import exact, format_number
+
+    return "" if value is None else format_number(exact(value))
+
+
+def _explained(estimates: Sequence[Estimate], titles: Sequence[str]) -> list[str]:
+    """Return the formulas with the numbers in them, under a title for each estimate."""
+    lines: list[str] = []
+    for title, estimate in zip(titles, estimates, strict=True):
+        lines += ["", title, *(f"  {line}" for line in estimate.explain())]
+        if estimate.leaves_out:
+            lines.append(f"  leaves out: {estimate.leaves_out}")
+    return lines
+
+
+def _sources(estimates: Sequence[Estimate]) -> list[str]:
+    return list(dict.fromkeys(term.source for estimate in estimates for term in estimate.terms))
+
+
+@click.group("memory", short_help="Memory of training on a device.")
+def command() -> None:
+    """Estimate the memory of training: model states, ZeRO's shares of them, activations."""
+
+
+@command.command(
+    "zero",
+    epilog="""\b
+Examples:
+  frugal memory zero --params 7.5B --dp 1,4,16,64,256,1024
+  frugal memory zero --params 7.5B --dp 64 --stage 2 --explain
+  frugal memory zero --params 7.5B,128B,1T --dp 64 --convention deepspeed --stage 2,3 --json""",
+    short_help="Model states a rank under ZeRO.",
+)
+@click.option("--params", type=COUNTS, required=True, help="Parameters of the model.")
+@click.option("--dp", type=COUNTS, default="1", show_default=True, help="Data-parallel degree.")
+@click.option(
+    "--stage",
+    "stages",
+    type=ListOf(click.Choice(("0", "1", "2", "3"))),
+    help="ZeRO stage; 0 is plain data parallelism.  [default: all that the convention has]",
+)
+@click.option(
+    "--convention",
+    type=click.Choice(("paper", "deepspeed")),
+    default="paper",
+    show_default=True,
+    help="paper: 16 bytes a parameter; deepspeed: its estimators' 18, with fp32 gradients.",
+)
+@click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")
+@output_options(plot=True)
+def zero(
+    params: tuple[int, ...],
+    dp: tuple[int, ...],
+    stages: tuple[str, ...] | None,
+    convention: str,
+    explain: bool,
+) -> Result:
+    """Give the bytes of model states on each rank, and the elements that it sends in a step.
+
+    Bytes are exact for partitions that need no padding.  GB is 1e9 bytes.
+    """
+    from memsim.communication import zero_communication
+    from memsim.zero import zero_memory
+
+    chosen = stages or (("0", "1", "2", "3") if convention == "paper" else ("2", "3"))
+    rows: list[dict[str, Any]] = []
+    estimates: list[Estimate] = []
+    for parameters, ranks, text in itertools.product(params, dp, chosen):
+        stage = cast("Stage", int(text))
+        states = zero_memory(
+            parameters=parameters, ranks=ranks, stage=stage, convention=cast("Any", convention)
+        )
+        sent = zero_communication(parameters=parameters, ranks=ranks, stage=stage, convention="ring")
+        estimates.append(states)
+        rows.append(
+            {
+                "params": parameters,
+                "dp": ranks,
+                "stage": stage,
+                "convention": convention,
+                "memory_bytes": states.total,
+                "terms_bytes": {term.name: term.value for term in states.terms},
+                "sent_elements": sent.total,
+            }
+        )
+    titles = [f"{row['params']} parameters, dp {row['dp']}, stage {row['stage']}" for row in rows]
+    return Result(
+        rows,
+        (
+            Column("params", right=True, text=_count_text),
+            Column("dp", right=True),
+            Column("stage", right=True),
+            Column("memory_bytes", "memory a rank", right=True, text=_bytes_text),
+            Column("sent_elements", "sent a rank and step (elements)", right=True, text=_count_text),
+        ),
+        sources=_sources(estimates),
+        details=_explained(estimates, titles) if explain else [],
+        draw=lambda axes: _draw(axes, rows),
+    )
+
+
+def _draw(axes: Any, rows: Sequence[Row]) -> None:
+    """Draw the memory of a rank against the number of ranks, a line for each model and stage."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(f"{_count_text(row['params'])} parameters, stage {row['stage']}", []).append(row)
+    for label, points in lines.items():
+        points = sorted(points, key=lambda row: row["dp"])
+        memory = [float(point["memory_bytes"]) for point in points]
+        axes.plot([point["dp"] for point in points], memory, marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="data-parallel degree", ylabel="model states a rank / bytes")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+
+
+@command.command(
+    "training",
+    epilog="""\b
+Examples:
+  frugal memory training --params 7B
+  frugal memory training --params 1.5B --hidden 1600 --layers 48 --sequence 1024 --batch 32 --heads 25""",
+    short_help="Model states and activations of training.",
+)
+@click.option("--params", type=COUNT, required=True, help="Parameters of the model.")
+@click.option("--hidden", type=COUNT, help="Width h of the model.")
+@click.option("--layers", type=COUNT, help="Layers L.")
+@click.option("--sequence", type=COUNT, help="Tokens s of a sequence; K is 1000.")
+@click.option("--batch", type=COUNT, help="Sequences b of a micro-batch.")
+@click.option("--heads", type=COUNT, help="Heads a; needed for Korthikanti's count only.")
+@click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")
+@output_options()
+def training(
+    params: int,
+    hidden: int | None,
+    layers: int | None,
+    sequence: int | None,
+    batch: int | None,
+    heads: int | None,
+    explain: bool,
+) -> Result:
+    """Give the memory of mixed-precision Adam training on one device: states, and activations by each source.
+
+    The sources disagree on activations by factors, so every count is a row of its own.  Buffers and
+    fragmentation come on top.
+    """
+    from memsim import training_memory as models
+
+    states = models.training_memory(parameters=params)
+    activations: dict[str, Estimate] = {}
+    shape = {"hidden": hidden, "layers": layers, "sequence": sequence, "batch": batch}
+    missing = [f"--{name}" for name, value in shape.items() if value is None]
+    if len(missing) < len(shape) or heads is not None:
+        if missing:
+            raise click.UsageError(f"activations need {', '.join(missing)} too")
+        sizes = cast("dict[str, Any]", shape)
+        activations["zero_activations"] = models.zero_activations(**sizes)
+        activations["checkpoints"] = models.checkpoint_activations(**sizes)
+        if heads is not None:
+            activations["korthikanti_activations"] = models.block_activations(**sizes, heads=heads)
+    estimates = [states, *activations.values()]
+    rows = [
+        {"part": estimate.name, "term": term.name, "memory_bytes": term.value, "formula": term.formula}
+        for estimate in estimates
+        for term in estimate.terms
+    ]
+    return Result(
+        rows,
+        (
+            Column("part"),
+            Column("term"),
+            Column("formula"),
+            Column("memory_bytes", "memory", right=True, text=_bytes_text),
+        ),
+        totals={
+            "states_bytes": states.total,
+            **{f"states_and_{name}_bytes": states.total + e.total for name, e in activations.items()},
+        },
+        sources=_sources(estimates),
+        details=_explained(estimates, [e.name for e in estimates]) if explain else [],
+    )
