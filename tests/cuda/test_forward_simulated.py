@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import cuda_backend
+from cuda_backend.arrays import View, broadcast
 from cuda_backend.attention import forward
 from cuda_backend.attention.forward import flash_attention, scaled_dot_product_attention, supports
 from refimpl.attention.samples import EXTRAS, sample_attention
@@ -75,6 +76,12 @@ def test_any_block_sizes_give_the_same(blocks: tuple[int, int]) -> None:
 @pytest.mark.parametrize("sram", [50, 200, 5000])
 def test_block_sizes_from_sram(sram: int) -> None:
     case = Case(arrays((1, 6, 9, 1, 1, 5, 4), "float32"), {"sram": sram})
+    assert difference(flash_attention, case, "float32") is None
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 3), (6, 2), (5, 1)])
+def test_query_heads_share_the_right_key_head(heads: tuple[int, int]) -> None:
+    case = Case(arrays((2, 3, 5, *heads, 4, 3), "float32"))
     assert difference(flash_attention, case, "float32") is None
 
 
@@ -146,6 +153,16 @@ def test_strided_inputs_are_read_where_they_lie() -> None:
     assert difference(flash_attention, Case((q, k, v), {"bias": bias}), "float32") is None
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 4), (3, 4), (1, 1), (2, 5, 3, 4), (4,)])
+def test_broadcast_repeats_by_strides_as_numpy_does(shape: tuple[int, ...]) -> None:
+    array = np.zeros(shape, np.float32)
+    given = View(array.shape, array.strides, "float32", 0, array)
+    expected = np.broadcast_to(array, (2, 5, 3, 4))
+    found = broadcast(given, expected.shape)
+    assert found.shape == expected.shape
+    assert found.strides == expected.strides
+
+
 def test_arguments_are_not_changed() -> None:
     q, k, v = arrays((1, 3, 4, 1, 1, 4, 4), "float16")
     before = [array.tobytes() for array in (q, k, v)]
@@ -190,6 +207,34 @@ def test_refusals() -> None:
         flash_attention(*(array.astype(np.float64) for array in (q, k, v)))
     wide = np.ones((1, 1, 1, 257), np.float32)
     assert supports(wide, wide, wide[..., :1]) == ["D is 257; the kernel takes up to 256"]
+
+
+def test_arrays_of_other_libraries_are_refused_in_words() -> None:
+    """Stand-ins for tensors: what the wrapper asks of PyTorch is a handful of attributes."""
+    host = arrays((1, 3, 4, 2, 1, 4, 4), "float32")
+
+    def tensors(**attributes: Any) -> list[Any]:
+        kind = type("Tensor", (), {"__module__": "torch", "dtype": "torch.float32", **attributes})
+        found = [kind() for _ in host]
+        for tensor, array in zip(found, host, strict=True):
+            tensor.shape = array.shape
+        return found
+
+    with pytest.raises(DTypeError, match="expected arrays of one library"):
+        flash_attention(tensors(is_cuda=True)[0], *host[1:])
+    with pytest.raises(DTypeError, match="q: expected a tensor on the GPU, got one on cpu"):
+        flash_attention(*tensors(is_cuda=False, device="cpu"))
+    with pytest.raises(DTypeError, match="attn_mask: expected an array of numpy, got one of torch"):
+        flash_attention(*host, attn_mask=tensors(is_cuda=True)[0])
+    with pytest.raises(DTypeError, match="q: the simulator takes NumPy arrays, got Tensor"):
+        flash_attention(*tensors(is_cuda=True))
+    assert supports(*tensors(is_cuda=True, dtype="torch.bfloat16")) == []
+    assert "float64" in supports(*tensors(is_cuda=True, dtype="torch.float64"))[0]
+    bias = tensors(is_cuda=True, dtype="torch.float64")[0]
+    bias.shape = (2, 3, 4)
+    assert supports(*tensors(is_cuda=True), bias=bias) == [
+        "bias on the GPU is float64; the kernel takes float32, float16, bfloat16"
+    ]
 
 
 def test_availability_gives_reasons() -> None:

@@ -1,0 +1,284 @@
+"""Arrays of any library on their way into a kernel and back: NumPy copied, GPU arrays taken as they lie.
+
+A kernel sees a `View`: an address with shape and strides.  Arrays on a GPU come from PyTorch, from anything
+with ``__cuda_array_interface__`` (CuPy, Numba) or ``__dlpack__`` (JAX), without a copy, and the result is an
+array of the same library.  None of them is imported here: an array that exists has imported its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuda_backend._numba import SIMULATOR, cuda
+from refimpl.errors import DTypeError
+from refimpl.numerics import Array
+
+__all__ = [
+    "ITEMSIZE",
+    "View",
+    "absent",
+    "broadcast",
+    "dtype_name",
+    "empty",
+    "is_host",
+    "library_of",
+    "poisoned_outputs",
+    "stub",
+    "view",
+]
+
+STORAGE = {"float16": np.uint16, "bfloat16": np.uint16}  # how a format travels into a kernel
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "bool": 1, "int32": 4, "int64": 8}
+
+_poisoned = False
+
+
+class View(NamedTuple):
+    """An array as a kernel sees it.
+
+    Attributes
+    ----------
+    shape, strides
+        In elements and in bytes; a stride of 0 repeats.
+    dtype
+        Name of the number format, ``"bfloat16"`` among them.
+    address
+        Of the first element on the GPU; 0 in the simulator.
+    owner
+        What keeps the memory alive; in the simulator the NumPy array itself.
+    stream
+        CUDA stream whose work the memory waits for; None: nothing to wait for.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    address: int
+    owner: Any
+    stream: int | None = None
+
+
+def library_of(value: Any) -> str:
+    """Return the top package of `value`'s type, "numpy" for whatever NumPy is to convert."""
+    if isinstance(value, np.ndarray):
+        return "numpy"
+    name = type(value).__module__.partition(".")[0]
+    foreign = hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
+    return name if name == "torch" or foreign else "numpy"
+
+
+def is_host(value: Any) -> bool:
+    """Return whether `value` is for NumPy: an ndarray, a list, a number."""
+    return library_of(value) == "numpy"
+
+
+def stub(name: str, value: Any) -> Array:
+    """Return an array with the shape of GPU array `value`, without data, for the reference's checks.
+
+    float32 stands for every floating format: NumPy has no bfloat16, and would widen the others with data.
+
+    Raises
+    ------
+    DTypeError
+        If `value` is a tensor on the host, or has a dtype that no kernel takes.
+    """
+    if not getattr(value, "is_cuda", True):
+        raise DTypeError(f"{name}: expected a tensor on the GPU, got one on {value.device}")
+    dtype = dtype_name(name, value)
+    kind = np.dtype("float32" if "float" in dtype else dtype)
+    return np.broadcast_to(np.zeros((), kind), tuple(int(size) for size in value.shape))
+
+
+def view(name: str, value: Any, stream: int) -> View:
+    """Return `value` as a kernel sees it; a host array is copied to the GPU on `stream` first.
+
+    Raises
+    ------
+    DTypeError
+        If an array is not on the current GPU, or its interface says something illegal.
+    """
+    if is_host(value):
+        return _upload(np.asarray(value), stream)
+    if SIMULATOR:
+        raise DTypeError(f"{name}: the simulator takes NumPy arrays, got {type(value).__name__}")
+    dtype = dtype_name(name, value)
+    if library_of(value) == "torch":
+        strides = tuple(ITEMSIZE[dtype] * step for step in value.stride())
+        found = View(tuple(value.shape), strides, dtype, value.data_ptr(), value)
+    elif hasattr(value, "__cuda_array_interface__"):
+        found = _from_interface(name, value, dtype)
+    else:
+        found = _from_dlpack(value, dtype, stream)
+    _check_device(name, found)
+    return found
+
+
+def broadcast(given: View, shape: tuple[int, ...]) -> View:
+    """Return `given` repeated to `shape` by strides of 0; the caller has checked that it broadcasts."""
+    missing = len(shape) - len(given.shape)
+    strides = [0] * missing
+    for size, stride, target in zip(given.shape, given.strides, shape[missing:], strict=True):
+        strides.append(stride if size == target else 0)
+    owner = np.broadcast_to(given.owner, shape) if SIMULATOR else given.owner
+    return given._replace(shape=shape, strides=tuple(strides), owner=owner)
+
+
+def absent(dtype: str, ndim: int) -> View:
+    """Return what stands for an array that a kernel does not read."""
+    owner = np.zeros((1,) * ndim, STORAGE.get(dtype, dtype)) if SIMULATOR else None
+    return View((1,) * ndim, (0,) * ndim, dtype, 0, owner)
+
+
+def empty(shape: tuple[int, ...], dtype: str, like: Any, stream: int) -> tuple[View, Callable[[], Any]]:
+    """Allocate an output beside `like`; return it for the kernel, and a function that gives it to the caller.
+
+    Host arrays get a buffer on the GPU, copied back, which waits for the kernel; GPU libraries get an array
+    of their own, for which nothing waits, except JAX, which knows of no streams but its own.
+    """
+    if is_host(like):
+        return _empty_host(shape, dtype, like, stream)
+    library = library_of(like)
+    module = sys.modules["jax.numpy" if library.startswith("jax") else library]
+    if library == "numba":
+        array = cuda.device_array(shape, dtype)
+    elif library == "cupy":
+        array = module.empty(shape, dtype=dtype)
+    else:
+        array = module.empty(shape, dtype=getattr(module, dtype), device=like.device)
+    given = view("out", array, stream)
+    _poison(given, stream)
+
+    def result() -> Any:
+        if library.startswith("jax"):
+            cuda.synchronize()
+        return array
+
+    return given, result
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fill every output with NaN before a kernel writes it, so that what nothing wrote shows: for tests."""
+    global _poisoned
+    saved, _poisoned = _poisoned, True
+    try:
+        yield
+    finally:
+        _poisoned = saved
+
+
+def _upload(array: Array, stream: int) -> View:
+    dtype = array.dtype.name
+    stored = array.view(STORAGE[dtype]) if dtype in STORAGE else array
+    if SIMULATOR:
+        return View(array.shape, array.strides, dtype, 0, stored)
+    if array.size == 0:
+        return View(array.shape, array.strides, dtype, 0, None)
+    stored = np.ascontiguousarray(stored)
+    owner = cuda.to_device(stored, stream=_numba_stream(stream))
+    return View(array.shape, stored.strides, dtype, _address(owner), owner)
+
+
+def _empty_host(shape: tuple[int, ...], dtype: str, like: Any, stream: int) -> tuple[View, Callable[[], Any]]:
+    number = np.asarray(like).dtype if dtype == "bfloat16" else np.dtype(dtype)
+    array = np.empty(shape, number)
+    stored = array.view(STORAGE.get(dtype, number))
+    if SIMULATOR:
+        given = View(shape, array.strides, dtype, 0, stored)
+        _poison(given, stream)
+        return given, lambda: array
+    if array.size == 0:
+        return View(shape, array.strides, dtype, 0, None), lambda: array
+    owner = cuda.device_array(shape, stored.dtype)
+    given = View(shape, array.strides, dtype, _address(owner), owner)
+    _poison(given, stream)
+
+    def result() -> Array:
+        on = _numba_stream(stream)
+        owner.copy_to_host(stored, stream=on)  # on stream 0 it waits by itself
+        if on:
+            on.synchronize()
+        return array
+
+    return given, result
+
+
+def _poison(given: View, stream: int) -> None:
+    """Set every byte to 0xFF, a NaN in every format."""
+    size = int(np.prod(given.shape)) * ITEMSIZE[given.dtype]
+    if not _poisoned or size == 0:
+        return
+    if SIMULATOR:
+        given.owner.view(np.uint8)[...] = 0xFF
+        return
+    from cuda.bindings import driver
+
+    (error,) = driver.cuMemsetD8Async(given.address, 0xFF, size, stream)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuMemsetD8Async: {error.name}")
+
+
+def _numba_stream(stream: int) -> Any:
+    return cuda.external_stream(stream) if stream else 0
+
+
+def _address(owner: Any) -> int:
+    return int(owner.__cuda_array_interface__["data"][0])
+
+
+def dtype_name(name: str, value: Any) -> str:
+    """Return the number format of GPU array `value`; raise `DTypeError` for one that no kernel takes."""
+    dtype = value.dtype
+    text = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    if text not in ITEMSIZE:
+        raise DTypeError(f"{name}: expected one of {', '.join(ITEMSIZE)}, got {text}")
+    return text
+
+
+def _from_interface(name: str, value: Any, dtype: str) -> View:
+    interface: dict[str, Any] = value.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise DTypeError(f"{name}: expected an array, got a masked array; pass attn_mask for masking")
+    stream = interface.get("stream")
+    if stream == 0:  # version 3 of the interface: 1 is the legacy stream, 0 is ambiguous and disallowed
+        raise DTypeError(f"{name}: __cuda_array_interface__ says stream 0, which is not allowed")
+    shape = tuple(interface["shape"])
+    strides = interface.get("strides") or _contiguous(shape, ITEMSIZE[dtype])
+    return View(shape, tuple(strides), dtype, int(interface["data"][0]), value, stream)
+
+
+def _from_dlpack(value: Any, dtype: str, stream: int) -> View:
+    from cuda.core.utils import StridedMemoryView
+
+    # The producer makes its work visible to our stream; DLPack calls the legacy default stream 1.
+    memory = StridedMemoryView.from_dlpack(value, stream_ptr=stream or 1)
+    size = ITEMSIZE[dtype]
+    steps = memory.strides
+    strides = _contiguous(memory.shape, size) if steps is None else tuple(size * step for step in steps)
+    return View(tuple(memory.shape), strides, dtype, int(memory.ptr), (value, memory))
+
+
+def _check_device(name: str, given: View) -> None:
+    """Refuse memory that the current GPU is not the home of."""
+    from cuda.bindings import driver
+
+    if given.address == 0:
+        return
+    kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    error, ordinal = driver.cuPointerGetAttribute(kind, given.address)
+    current = cuda.get_current_device().id
+    if int(error) or int(ordinal) != current:
+        where = f"GPU {int(ordinal)}" if not int(error) else "memory that CUDA does not know"
+        raise DTypeError(f"{name}: expected an array on the current GPU, {current}; got one in {where}")
+
+
+def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    strides = [itemsize]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides)) if shape else ()

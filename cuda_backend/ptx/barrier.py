@@ -1,0 +1,66 @@
+"""mbarriers: how a producer and its consumers hand stages of shared memory to each other.
+
+A barrier is eight bytes of shared memory, named by its 32-bit shared address. A *full* barrier completes a
+phase when the bytes announced by `expect_bytes` have arrived; an *empty* one when every consumer warp has
+called `arrive`. Phases alternate parity 0, 1, 0, ...; waiting for parity 1 on a fresh barrier returns at
+once, which is how a producer finds all stages empty at the start.
+
+Source: PTX ISA 8.7, "Parallel Synchronization and Communication Instructions: mbarrier".
+"""
+
+from __future__ import annotations
+
+from cuda_backend.ptx.assembly import instruction, types
+
+__all__ = ["arrive", "expect_bytes", "initialise", "publish_initialisation", "wait"]
+
+_BARRIER = {"barrier": types.uint32}
+
+initialise = instruction(
+    "initialise",
+    types.void,
+    {**_BARRIER, "arrivals": types.uint32},
+    "mbarrier.init.shared::cta.b64 [$0], $1;",
+    "r,r",
+    'A phase completes after `arrivals` arrivals.  PTX ISA, "mbarrier.init".',
+)
+
+publish_initialisation = instruction(
+    "publish_initialisation",
+    types.void,
+    {},
+    "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;",
+    "",
+    "Let the copy engine see initialised barriers; a block barrier must follow for the other threads.  "
+    'PTX ISA, "membar, fence".',
+)
+
+expect_bytes = instruction(
+    "expect_bytes",
+    types.void,
+    {**_BARRIER, "count": types.uint32},
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;",
+    "r,r",
+    'Arrive once, and announce `count` bytes.  PTX ISA, "mbarrier.arrive", .expect_tx.',
+)
+
+arrive = instruction(
+    "arrive",
+    types.void,
+    _BARRIER,
+    "mbarrier.arrive.shared::cta.b64 _, [$0];",
+    "r",
+    'Arrive once, with release semantics in the block.  PTX ISA, "mbarrier.arrive".',
+)
+
+wait = instruction(
+    "wait",
+    types.void,
+    {**_BARRIER, "parity": types.uint32},
+    "{ .reg .pred done; WAIT${:uid}: "
+    "mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; "
+    "@!done bra WAIT${:uid}; }",
+    "r,r",
+    "Spin until the phase of this parity has completed.  The loop ends a basic block for ptxas, so what is "
+    'computed before it does not sink below.  PTX ISA, "mbarrier.try_wait".',
+)

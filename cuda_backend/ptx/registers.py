@@ -1,0 +1,144 @@
+"""What happens between registers: their number for a thread, rounding, exponentials, exchange within a warp.
+
+Source: PTX ISA 8.7, "Miscellaneous Instructions: setmaxnreg", "Data Movement and Conversion Instructions",
+"Floating Point Instructions", "Integer Arithmetic Instructions".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuda_backend.ptx.assembly import Intrinsic, Lowering, declare, instruction, passed, types
+
+__all__ = [
+    "exchange_float",
+    "exchange_word",
+    "exp2",
+    "fused_multiply_add",
+    "give_registers",
+    "log2",
+    "maximum",
+    "pack_pair",
+    "pin",
+    "quotient",
+    "take_registers",
+    "uniform",
+]
+
+_float, _int, _word = types.float32, types.int32, types.uint32
+
+
+def give_registers(count: int) -> Intrinsic:
+    """Return the instruction that lowers a warpgroup to `count` registers a thread, from 24 by 8s."""
+    text = f"setmaxnreg.dec.sync.aligned.u32 {count};"
+    return instruction("give_registers", types.void, {}, text, "", 'PTX ISA, "setmaxnreg", .dec.')
+
+
+def take_registers(count: int) -> Intrinsic:
+    """Return the one that raises a warpgroup to `count`; it waits until others have given theirs."""
+    text = f"setmaxnreg.inc.sync.aligned.u32 {count};"
+    return instruction("take_registers", types.void, {}, text, "", 'PTX ISA, "setmaxnreg", .inc.')
+
+
+def pin(count: int) -> Intrinsic:
+    """Return an empty instruction at which `count` float32 of a local array must have their values."""
+
+    def lower(array: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            passed(context, builder, signature.args[0], values[0], count, "")
+            return context.get_dummy_value()
+
+        return types.void(array), codegen
+
+    return declare("pin", ("array",), "What was computed before stays before.", lower)
+
+
+def pack_pair(kind: str) -> Intrinsic:
+    """Return what rounds two float32 to `kind`, "f16" or "bf16", and puts the first in the low half."""
+    return instruction(
+        f"pack_{kind}",
+        _word,
+        {"low": _float, "high": _float},
+        f"cvt.rn.{kind}x2.f32 $0, $2, $1;",
+        "=r,f,f",
+        'PTX ISA, "cvt": its first source goes to the upper half.',
+        pure=True,
+    )
+
+
+exp2 = instruction(
+    "exp2",
+    _float,
+    {"x": _float},
+    "ex2.approx.ftz.f32 $0, $1;",
+    "=f,f",
+    '2**x within 2**-22 of it; -inf gives 0.  PTX ISA, "ex2".',
+    pure=True,
+)
+
+log2 = instruction(
+    "log2",
+    _float,
+    {"x": _float},
+    "lg2.approx.ftz.f32 $0, $1;",
+    "=f,f",
+    'Logarithm to base 2; 0 gives -inf.  PTX ISA, "lg2".',
+    pure=True,
+)
+
+maximum = instruction(
+    "maximum",
+    _float,
+    {"x": _float, "y": _float},
+    "max.f32 $0, $1, $2;",
+    "=f,f,f",
+    'The larger of two float32; NaN loses.  PTX ISA, "max".',
+    pure=True,
+)
+
+fused_multiply_add = instruction(
+    "fused_multiply_add",
+    _float,
+    {"x": _float, "y": _float, "z": _float},
+    "fma.rn.ftz.f32 $0, $1, $2, $3;",
+    "=f,f,f,f",
+    'x * y + z, rounded once.  PTX ISA, "fma".',
+    pure=True,
+)
+
+quotient = instruction(
+    "quotient",
+    _int,
+    {"x": _int, "y": _int},
+    "div.u32 $0, $1, $2;",
+    "=r,r,r",
+    'x // y of two integers that are not negative.  PTX ISA, "div".',
+    pure=True,
+)
+
+exchange_float = instruction(
+    "exchange_float",
+    _float,
+    {"value": _float, "lane_mask": _int},
+    "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
+    "=f,f,r",
+    'The value of the lane whose index differs by `lane_mask`.  PTX ISA, "shfl.sync", .bfly.',
+)
+
+exchange_word = instruction(
+    "exchange_word",
+    _word,
+    {"value": _word, "lane_mask": _int},
+    "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
+    "=r,r,r",
+    'The same for a 32-bit word.  PTX ISA, "shfl.sync", .bfly.',
+)
+
+uniform = instruction(
+    "uniform",
+    _int,
+    {"value": _int},
+    "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;",
+    "=r,r",
+    "Lane 0's value, which the compiler then knows to be the warp's.  PTX ISA, \"shfl.sync\", .idx.",
+)

@@ -1,0 +1,173 @@
+"""Warpgroup matrix products: 64 rows, n columns, fp16 or bf16 operands, float32 accumulators.
+
+``wgmma`` runs asynchronously: `fence`, issue, `commit`, and later a wait that names how many committed
+groups may still run. Neither accumulators nor operands in registers may be touched in between.
+
+A product here is a whole chain over K (one intrinsic, one asm), made by a factory for its shape. Thread t
+of the warpgroup (warp w = t // 32, lane l = t % 32) holds, as accumulator 4 i + e, row 16 w + l // 4 + 8 (e
+// 2) and column 8 i + 2 (l % 4) + e % 2; packed in pairs, this is also how it holds A.
+
+Source: PTX ISA 8.7, "Asynchronous Warpgroup Level Matrix Instructions".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cuda_backend.ptx.assembly import (
+    Intrinsic,
+    Lowering,
+    declare,
+    element_pointers,
+    instruction,
+    passed,
+    types,
+)
+
+__all__ = [
+    "commit",
+    "descriptor_k_major",
+    "descriptor_mn_major",
+    "fence",
+    "product_registers",
+    "product_shared",
+    "wait",
+]
+
+SWIZZLE_128 = 1 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
+PRODUCT = 'One chain of products.  PTX ISA, "wgmma.mma_async".'
+
+fence = instruction(
+    "fence",
+    types.void,
+    {},
+    "wgmma.fence.sync.aligned;",
+    "",
+    'Order writes of registers before the next product.  PTX ISA, "wgmma.fence".',
+)
+
+commit = instruction(
+    "commit",
+    types.void,
+    {},
+    "wgmma.commit_group.sync.aligned;",
+    "",
+    'Close the group of products issued so far.  PTX ISA, "wgmma.commit_group".',
+)
+
+
+def wait(pending: int, count: int) -> Intrinsic:
+    """Return the wait until at most `pending` groups run, tied to the `count` accumulators then complete."""
+
+    def lower(accumulators: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            text = f"wgmma.wait_group.sync.aligned {pending};"
+            passed(context, builder, signature.args[0], values[0], count, text)
+            return context.get_dummy_value()
+
+        return types.void(accumulators), codegen
+
+    return declare(f"wait_{pending}", ("accumulators",), 'PTX ISA, "wgmma.wait_group".', lower)
+
+
+def descriptor_mn_major(leading_bytes: int) -> Intrinsic:
+    """Return what makes the descriptor of a tile with 64 elements along N in a row and K down the rows (V).
+
+    Sub-tiles of 64 columns lie `leading_bytes` apart, groups of 8 rows 1024 bytes.  The tile starts at
+    a multiple of 1024 and is swizzled by 128 bytes.
+    """
+    high = SWIZZLE_128 | (1024 >> 4) << 32 | (leading_bytes >> 4) << 16
+    return instruction(
+        "descriptor",
+        types.uint64,
+        {"address": types.uint32},
+        f"{{ .reg .b32 a; shr.b32 a, $1, 4; cvt.u64.u32 $0, a; or.b64 $0, $0, {high:#x}; }}",
+        "=l,r",
+        'PTX ISA, "Matrix Descriptor Format".',
+        pure=True,
+    )
+
+
+# A tile with 64 elements along K in a row: the leading distance is not used with a swizzle.
+descriptor_k_major = descriptor_mn_major(16)
+
+
+def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Sequence[int]) -> Intrinsic:
+    """Return D = A B, both operands K-major in shared memory; one 64 x n x 16 step for a pair of offsets.
+
+    Parameters
+    ----------
+    n : int
+        Columns: a multiple of 8, at most 256.
+    kind : str
+        ``"f16"`` or ``"bf16"``.
+    a_offsets, b_offsets : sequence of int
+        Where each step along K starts, relative to the descriptors, in units of 16 bytes.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(accumulators[n // 2] of float32, descriptor of A, descriptor of B)``.
+    """
+    count = n // 2
+    lines = ["{ .reg .b64 a, b;"]
+    for step, (da, db) in enumerate(zip(a_offsets, b_offsets, strict=True)):
+        lines.append(f"add.s64 a, ${count}, {da}; add.s64 b, ${count + 1}, {db};")
+        lines.append(f"{_opcode(n, kind)} {_registers(0, count)}, a, b, {int(step > 0)}, 1, 1, 0, 0;")
+    text = "\n".join([*lines, "}"])
+
+    def lower(accumulators: Any, *_: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kinds = signature.args[0]
+            passed(context, builder, kinds, values[0], count, text, values[1:], ("l", "l"), read=False)
+            return context.get_dummy_value()
+
+        return types.void(accumulators, types.uint64, types.uint64), codegen
+
+    return declare(f"product_shared_{n}_{kind}", ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def product_registers(n: int, kind: str, b_offsets: Sequence[int]) -> Intrinsic:
+    """Return D += A B with A in registers and B in shared memory, N-major.
+
+    Parameters
+    ----------
+    n, kind
+        As in `product_shared`.
+    b_offsets : sequence of int
+        Where each step along K starts, relative to the descriptor, in units of 16 bytes.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(accumulators[n // 2] of float32, a[4 * len(b_offsets)] of uint32, descriptor of B)``.
+    """
+    count, words = n // 2, 4 * len(b_offsets)
+    first = 2 * count
+    lines = ["{ .reg .b64 b;"]
+    for step, db in enumerate(b_offsets):
+        fragment = _registers(first + 4 * step, 4)
+        lines.append(f"add.s64 b, ${first + words}, {db};")
+        lines.append(f"{_opcode(n, kind)} {_registers(0, count)}, {fragment}, b, 1, 1, 1, 1;")
+    text = "\n".join([*lines, "}"])
+
+    def lower(accumulators: Any, a: Any, _b: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointers = element_pointers(context, builder, signature.args[1], values[1], words)
+            operands = [*(builder.load(pointer) for pointer in pointers), values[2]]
+            constraints = ["r"] * words + ["l"]
+            passed(context, builder, signature.args[0], values[0], count, text, operands, constraints)
+            return context.get_dummy_value()
+
+        return types.void(accumulators, a, types.uint64), codegen
+
+    return declare(f"product_registers_{n}_{kind}", ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def _opcode(n: int, kind: str) -> str:
+    return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
+
+
+def _registers(first: int, count: int) -> str:
+    return "{" + ", ".join(f"${i}" for i in range(first, first + count)) + "}"
