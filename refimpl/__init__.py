@@ -9,7 +9,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-__all__ = ["__version__", "attention", "quant"]
+__all__ = ["__version__", "attention", "parallel", "quant"]
 
 try:
     __version__ = version("frugal-lm")

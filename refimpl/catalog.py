@@ -7,7 +7,7 @@ import pkgutil
 
 __all__ = ["FAMILIES"]
 
-FAMILIES = ("attention", "quant")
+FAMILIES = ("attention", "parallel", "quant")
 
 for _family in FAMILIES:
     _package = importlib.import_module(f"refimpl.{_family}")

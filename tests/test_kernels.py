@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from zlib import crc32
 
 import pytest
@@ -13,6 +14,15 @@ registry.load()
 
 KERNELS = [item for item in registry.IMPLEMENTATIONS if {"cuda", "cudasim"} & set(item.backends)]
 NAMES = [f"{item.technique}-{item.target}-{item.tier}" for item in KERNELS]
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Fill outputs on the device with NaN before a kernel runs: what it does not write shows."""
+    from cuda_backend.arrays import poisoned_outputs
+
+    with poisoned_outputs():
+        yield
 
 
 def _assert_ok(report: Report) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ def command(
         f, refusal = _load(job, backend)
         outcomes: list[Outcome] = []
         if refusal is None:
-            with untrusted(job.target, "--axes" if axes else None):
+            with untrusted(job.target, "--axes" if axes else None), _poisoned(backend):
                 outcomes = check(
                     job.technique.name,
                     f,
@@ -134,6 +135,15 @@ def _open(backend: str) -> None:
         from refimpl.errors import BackendUnavailableError
 
         raise BackendUnavailableError(f"backend {backend}: {reason}")
+
+
+def _poisoned(backend: str) -> AbstractContextManager[None]:
+    """Fill outputs on the device with NaN before a kernel runs, so that what it does not write shows."""
+    if backend not in ("cuda", "cudasim"):
+        return nullcontext()
+    from cuda_backend.arrays import poisoned_outputs
+
+    return poisoned_outputs()
 
 
 def _known_axes(technique: Technique, axes: Mapping[str, AxisValue]) -> dict[str, AxisValue]:
