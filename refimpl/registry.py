@@ -136,6 +136,8 @@ class Technique:
         gradient for each positional array.
     exact : bool
         Whether outputs are codes, masks, indices or counts, which compare equal or not at all.
+    kernel_factor : float
+        How many times the error of the low-precision baseline a kernel may have: 2, and 3 for gradients.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Technique:
     terms: Callable[[Case], tuple[int, Any]] | None
     vjp: str | None
     exact: bool
+    kernel_factor: float
 
     @property
     def family(self) -> str:
@@ -233,6 +236,7 @@ def technique(
     terms: Callable[[Case], tuple[int, Any]] | None = None,
     vjp: str | None = None,
     exact: bool = False,
+    kernel_factor: float = 2.0,
 ) -> Callable[[Function], Function]:
     """Register the decorated function as the definition of technique `name` (see `Technique`)."""
 
@@ -253,6 +257,7 @@ def technique(
             terms=terms,
             vjp=vjp,
             exact=exact,
+            kernel_factor=kernel_factor,
         )
         return function
 

@@ -42,6 +42,7 @@ def sample_backward(rng: np.random.Generator, **shape: Any) -> Case:
     options={**OPTIONS, "return_lse": (False,), "blocks": ("default", "3x5", "8x4", "sram")},
     edges=tuple({**edge, "return_lse": False} for edge in EDGES),
     sample=sample_backward,
+    kernel_factor=3.0,
 )
 def flash_attention_vjp(
     q: FloatArray,

@@ -113,6 +113,7 @@ def standard_attention(
     options={**OPTIONS, "return_lse": (False,)},
     edges=tuple({**edge, "return_lse": False} for edge in EDGES),
     sample=lambda rng, **shape: _sample_backward(rng, **shape),
+    kernel_factor=3.0,
 )
 def standard_attention_vjp(
     q: FloatArray,
