@@ -33,7 +33,10 @@ __all__ = [
 ]
 
 STORAGE = {"float16": np.uint16, "bfloat16": np.uint16}  # how a format travels into a kernel
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "bool": 1, "int32": 4, "int64": 8}
+ITEMSIZE = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "bool": 1,
+    "int8": 1, "int32": 4, "int64": 8, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8,
+}  # fmt: skip
 
 _poisoned = False
 

@@ -6,8 +6,9 @@ low-precision baseline), C the candidate.  All three are compared in float64.
 - A rewrite in float64 may differ by the rounding of its sums and by how much the reference itself moves when
   its inputs move by one unit in the last place: ``8 * (n * eps * sum|terms| + max |R(x') - R(x)|)``.  The
   summation bound alone is wrong once exp amplifies a rounding of the score.
-- A kernel may err at most twice (for gradients three times, as flash-attention's own tests allow) as much as
-  the baseline does, on the case or next to it, plus one ulp, in maximum and in root mean square.  Where the baseline itself is useless the case says nothing and is invalid.
+- A kernel may err at most twice as much as the baseline does, for gradients three times (flash-attention's
+  own tests allow that), on the case or next to it, plus one ulp, in maximum and in root mean square.  Where
+  the baseline itself is useless the case says nothing and is invalid.
 - Codes, masks, indices and counts are equal.  NaN never passes where R is finite.
 """
 

@@ -66,8 +66,8 @@ class DescriptorCache:
     """Sets of descriptors in device memory, the least recently used replaced first.
 
     It belongs to one stream: copies run on it, so no set is overwritten under a kernel that still reads it.
-    A captured graph replays reading its sets, so those are never replaced; a copy of pageable memory cannot be
-    captured, so arrays must have been seen on the stream before.
+    Graphs read their sets at each replay, so sets used under capture are never replaced.  The copy itself is
+    not to be captured, since its source changes: arrays must have been seen on the stream before.
 
     Parameters
     ----------

@@ -106,8 +106,8 @@ def choose(
 
     Notes
     -----
-    With heads of 64, a tile of 192 rows takes 1.25 times as long as one of 128 (measured on an H200: 523 against
-    430 TFLOP/s at 4096 tokens), so it wins unless its last wave leaves too many processors without a tile.
+    With heads of 64, a tile of 192 rows takes 1.25 times as long as one of 128 (measured on an H200: 520
+    against 430 TFLOP/s at 4096 tokens), so it wins unless it leaves too many processors without a tile.
 
     Examples
     --------
