@@ -71,7 +71,7 @@ def import_function(target: str) -> Callable[..., Any]:
 def accepted_dtypes(technique: Technique, f: Callable[..., Any], seed: int) -> tuple[str, ...]:
     """Return float64 if `f` takes it, else the formats of kernels that it takes, or all if it takes none.
 
-    Taking a format means not raising TypeError or NotImplementedError on the first edge case.
+    Taking a format means not raising on the first edge case.
     """
     import numpy as np
 
@@ -88,10 +88,8 @@ def accepted_dtypes(technique: Technique, f: Callable[..., Any], seed: int) -> t
         for options in (case.kwargs, {}):  # it may lack an option of the case, which says nothing of dtypes
             try:
                 Case(cast(case, dtype_named(name)).args, options).call(f)
-            except (TypeError, NotImplementedError):
+            except Exception:  # kernels say in many ways that they do not take a dtype
                 continue
-            except Exception:
-                return True  # a failure, which the check is going to report
             return True
         return False
 

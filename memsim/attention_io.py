@@ -83,7 +83,7 @@ _paper_blocks = block_sizes  # where an argument of the same name hides it
 def _present(
     block_mask: npt.NDArray[np.bool_] | None, B: int, H: int, rows: list[int], columns: list[int]
 ) -> dict[str, Number]:
-    """Return R and C, the query rows and key rows that the nonzero blocks touch, a head on average."""
+    """Return R, A and C: query rows of the nonzero blocks, rows with any, key rows; a head on average."""
     shape = (B, H, len(rows), len(columns))
     given = np.asarray(True if block_mask is None else block_mask, dtype=bool)
     try:
@@ -93,6 +93,7 @@ def _present(
         raise ShapeError(f"block_mask: expected {expected}; got {given.shape}") from None
     touched = {
         "R": int(mask.sum(axis=(0, 1, 3)) @ np.asarray(rows, dtype=np.int64)),
+        "A": int(mask.any(axis=3).sum(axis=(0, 1)) @ np.asarray(rows, dtype=np.int64)),
         "C": int(mask.any(axis=2).sum(axis=(0, 1)) @ np.asarray(columns, dtype=np.int64)),
     }
     return {name: exact(Fraction(count, B * H)) if count else 0 for name, count in touched.items()}

@@ -39,6 +39,13 @@ def _tiles(case: Case) -> dict[str, Any]:
     }
 
 
+def _accumulated(case: Case) -> dict[str, Any]:
+    """Return the size of an element of O while it is accumulated: that of the wide dtype by default."""
+    accumulator = case.kwargs.get("accumulator")
+    dtype = wide_dtype(np.asarray(case.args[0]).dtype) if accumulator is None else np.dtype(accumulator)
+    return {"accumulator_itemsize": dtype.itemsize}
+
+
 @prices("attention.standard", counts="hbm")
 def standard(case: Case) -> dict[str, int]:
     """Return the four counters of ``standard_attention(q, k, v, ...)``: Algorithm 0."""
@@ -57,16 +64,7 @@ def flash(case: Case) -> dict[str, int]:
 
     Without an `accumulator` of its own the reference keeps O in HBM in the wide dtype.
     """
-    workload = _workload(case)
-    accumulator = case.kwargs.get("accumulator")
-    return attention_traffic(
-        algorithm="flash1",
-        accumulator_itemsize=(
-            workload["statistics_itemsize"] if accumulator is None else np.dtype(accumulator).itemsize
-        ),
-        **_tiles(case),
-        **workload,
-    )
+    return attention_traffic(algorithm="flash1", **_accumulated(case), **_tiles(case), **_workload(case))
 
 
 @prices("attention.flash_backward", counts="hbm")
@@ -86,6 +84,7 @@ def block_sparse_flash(case: Case) -> dict[str, int]:
     return attention_traffic(
         algorithm="block_sparse",
         block_mask=case.kwargs.get("block_mask"),
+        **_accumulated(case),
         **_tiles(case),
         **_workload(case),
     )

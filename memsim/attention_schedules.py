@@ -111,19 +111,20 @@ FLASH2_BACKWARD = (
 FLASH2_BACKWARD_INITIALIZATION = (Move("write", "initial dQ", "T_q*D", "a"),)
 
 # Dao et al. 2022, Algorithm 5: Algorithm 1 with the zero blocks of the mask left out.  C counts the key rows
-# of columns with a nonzero block, R the query rows of all nonzero blocks, both on average over heads.  O
-# stays in the inputs' dtype.
+# of columns with a nonzero block, R the query rows of all nonzero blocks, A the query rows that have any, all
+# on average over heads.  A row leaves in the output's dtype after its last block; one without any as zeros.
 BLOCK_SPARSE_FORWARD = (
     Move("read", "K", "C*D", "e"),
     Move("read", "V", "C*D_v", "e"),
     Move("read", "Q", "R*D", "e"),
-    Move("read", "O", "R*D_v", "e"),
+    Move("read", "O", "R*D_v", "a"),
     Move("read", "l, m", "2*R", "s"),
-    Move("write", "O", "R*D_v", "e"),
+    Move("write", "O before the last block", "(R - A)*D_v", "a"),
+    Move("write", "O", "T_q*D_v", "e"),
     Move("write", "l, m", "2*R", "s"),
 )
 BLOCK_SPARSE_INITIALIZATION = (
-    Move("write", "initial O", "T_q*D_v", "e"),
+    Move("write", "initial O", "A*D_v", "a"),
     Move("write", "initial l, m", "2*T_q", "s"),
 )
 

@@ -37,7 +37,7 @@ def guarded(f: Callable[..., Any]) -> Callable[..., Any]:
 def poisoned() -> Iterator[None]:
     """Fill what ``empty`` and ``empty_like`` allocate with NaN, in NumPy and in the GPU libraries in use.
 
-    Integers and booleans get their largest value.
+    Integers and booleans become 1.
 
     Examples
     --------

@@ -21,7 +21,10 @@ from typing import Literal, NamedTuple
 from refimpl.errors import CapacityError
 from refimpl.numerics import Array, round_to, widen
 
-__all__ = ["Event", "Memory"]
+__all__ = ["LOG_LIMIT", "Event", "Memory"]
+
+# Steps that a log keeps: more than anyone reads, and less than fills a machine.
+LOG_LIMIT = 100_000
 
 
 class Event(NamedTuple):
@@ -44,7 +47,7 @@ class Memory:
     capacity : int, optional
         Elements that fit on chip.  Exceeding it raises `CapacityError`.  None: unlimited, only counted.
     log : bool
-        Keep every step in `events`.
+        Keep every step in `events`, up to `LOG_LIMIT`.
 
     Attributes
     ----------
@@ -130,5 +133,7 @@ class Memory:
         size: int,
     ) -> None:
         if self.log:
+            if len(self.events) == LOG_LIMIT:
+                raise CapacityError(f"log: more than {LOG_LIMIT} steps; take larger tiles or a shorter case")
             span = "" if rows is None else f"{rows.start}:{rows.stop}"
             self.events.append(Event(len(self.events) + 1, kind, name, span, elements, size, self.held))

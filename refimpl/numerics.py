@@ -175,9 +175,11 @@ def contract(subscripts: str, a: FloatArray, b: FloatArray) -> FloatArray:
     array([[3000.]], dtype=float32)
     """
     wide = wide_dtype(np.result_type(a, b))
-    product: FloatArray = np.einsum(
-        subscripts, a.astype(wide, copy=False), b.astype(wide, copy=False), optimize=True
-    )
+    # An infinity or NaN in an operand makes NaN, as IEEE 754 has it: no warning, a mask may yet hide it.
+    with np.errstate(invalid="ignore", over="ignore"):
+        product: FloatArray = np.einsum(
+            subscripts, a.astype(wide, copy=False), b.astype(wide, copy=False), optimize=True
+        )
     return product
 
 

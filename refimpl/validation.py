@@ -11,7 +11,7 @@ import numpy as np
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.numerics import Array, FloatArray, is_bfloat16, is_floating
 
-__all__ = ["as_array", "bind_axes", "broadcastable", "finite", "floating", "fraction", "positive"]
+__all__ = ["as_array", "bind_axes", "broadcastable", "finite", "floating", "fraction", "positive", "whole"]
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -60,7 +60,9 @@ def floating(**arrays: Any) -> tuple[FloatArray, ...]:
     for name, array in found.items():
         if np.issubdtype(array.dtype, np.integer):
             found[name] = array.astype(np.float64)
-        elif not is_floating(array.dtype):
+        elif is_floating(array.dtype):
+            found[name] = array.astype(array.dtype.newbyteorder("="), copy=False)
+        else:
             raise DTypeError(
                 f"{name}: expected float64, float32, float16, bfloat16 or integers, got {array.dtype}"
             )
@@ -177,6 +179,28 @@ def finite(name: str, value: float) -> float:
     if not math.isfinite(number):
         raise OptionError(f"{name}: expected a finite number, got {value}")
     return number
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` if it is an integer of at least `least`.
+
+    Raises
+    ------
+    OptionError
+        If it is smaller.
+    DTypeError
+        If it is no integer; 2.0 is none.
+
+    Examples
+    --------
+    >>> whole("block_size", 64)
+    64
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise DTypeError(f"{name}: expected a whole number, got {value!r}")
+    if value < least:
+        raise OptionError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
 
 
 def _number(name: str, value: Any) -> float:

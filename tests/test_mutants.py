@@ -12,7 +12,9 @@ import pytest
 from refimpl import registry
 from refimpl.attention import flash_attention, scaled_dot_product_attention
 from refimpl.attention.scores import score_rule
-from refimpl.testing import check
+from refimpl.registry import Case
+from refimpl.testing import check, dtype_named
+from refimpl.tolerances import baseline_limits, cast, mismatch
 
 registry.load()
 
@@ -183,6 +185,58 @@ def test_nothing_ran_is_not_ok() -> None:
     report = check("attention.dense", refuses, examples=2)
     assert report.counts()["refused"] > 0
     assert not report.ok
+
+
+def test_changed_arguments_are_named() -> None:
+    report = check("attention.dense", MUTANTS["arguments_changed"], examples=2)
+    assert "it changed its arguments" in {outcome.detail for outcome in report.failed}
+
+
+def test_changed_options_are_noticed() -> None:
+    def clobbers(q: Any, k: Any, v: Any, /, *, attn_mask: Any = None) -> Any:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        if attn_mask is not None:
+            attn_mask[...] = True
+        return out
+
+    report = check("attention.dense", clobbers, examples=3, axes={"extra": "attn_mask"})
+    assert "it changed its arguments" in {outcome.detail for outcome in report.failed}
+
+
+def test_refusing_all_but_empty_cases_is_not_ok() -> None:
+    def only_empty(q: Any, k: Any, v: Any, /) -> Any:
+        if min(q.size, k.size):
+            raise NotImplementedError
+        return np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+
+    report = check("attention.dense", only_empty, examples=2)
+    assert not report.ok
+    assert {outcome.check for outcome in report.failed} == {"coverage"}
+
+
+def test_a_candidate_that_exits_has_failed() -> None:
+    def leaves(q: Any, k: Any, v: Any, /) -> Any:
+        raise SystemExit(0)
+
+    assert check("attention.dense", leaves, examples=1).failed
+
+
+def test_small_rows_are_not_judged_by_large_ones() -> None:
+    """Late causal rows that never see one key: wrong by 1 in 700 where the first rows are 30 times larger."""
+    rng = np.random.default_rng(0)
+    T = 400
+    q, k, v = rng.standard_normal((3, 1, T, 1, 16))
+    record = registry.get("attention.dense")
+    dtype = dtype_named("bfloat16")
+    case = cast(Case((q, k, v), {"causal": True}), dtype)
+    truth, _, limits, invalid = baseline_limits(record, case, dtype)
+    assert invalid is None
+    mask = np.tri(T, dtype=bool)
+    good = Case(case.args, {"attn_mask": mask}).call(record.function)
+    assert mismatch(good, truth["output"], limits["output"]) is None
+    mask[300:, 3] = False
+    bad = Case(case.args, {"attn_mask": mask}).call(record.function)
+    assert mismatch(bad, truth["output"], limits["output"]) is not None
 
 
 def test_poisoning_is_undone() -> None:

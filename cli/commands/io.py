@@ -69,6 +69,7 @@ class Workload:
     sram_bytes: int
     algorithm: Any
     direction: str
+    accumulator_bytes: int | None = None
 
     @property
     def itemsize(self) -> int:
@@ -78,7 +79,7 @@ class Workload:
 
 def _traffic_options(workload: Workload) -> list[dict[str, Any]]:
     """Return the arguments of `memsim.attention_io` for each pass; its SRAM is in elements."""
-    sram = None if workload.algorithm == "standard" else max(1, workload.sram_bytes // workload.itemsize)
+    sram = None if workload.algorithm == "standard" else workload.sram_bytes // workload.itemsize
     return [
         {
             "algorithm": workload.algorithm,
@@ -88,6 +89,7 @@ def _traffic_options(workload: Workload) -> list[dict[str, Any]]:
             "H": workload.heads,
             "B": workload.batch,
             "itemsize": workload.itemsize,
+            "accumulator_itemsize": workload.accumulator_bytes or workload.itemsize,
             "sram": sram,
         }
         for direction in _DIRECTIONS[workload.direction]
@@ -121,6 +123,7 @@ def _row(workload: Workload, card: Hardware | None, explain: bool) -> dict[str, 
     operations = sum(estimate.total for estimate in flops)
     row = asdict(workload)
     row["pass"] = row.pop("direction")
+    row["accumulator_bytes"] = workload.accumulator_bytes or workload.itemsize
     row |= {
         "read_bytes": read,
         "written_bytes": written,
@@ -225,7 +228,7 @@ Examples:
     type=ListOf(click.Choice(ALGORITHMS)),
     default=",".join(ALGORITHMS),
     show_default=True,
-    help="standard: Algorithms 0 and 3; flash1: 1 and 4 of FlashAttention; flash2: of FlashAttention-2.",
+    help="standard: Algorithms 0 and 3; flash1: 1 and 4 of FlashAttention; flash2: of FlashAttention-2 (a formula; no reference counts it).",
 )
 @click.option(
     "--pass",
@@ -234,6 +237,13 @@ Examples:
     default="both",
     show_default=True,
     help="Which.",
+)
+@click.option(
+    "--accumulator",
+    type=click.Choice(("input", "float32", "float64")),
+    default="input",
+    show_default=True,
+    help="Format of O and dQ between tiles: that of Q, as in the paper, or wider, as in the first kernels.",
 )
 @click.option("--hardware", type=HARDWARE, help="Also give times on this card.")
 @click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")
@@ -247,6 +257,7 @@ def command(
     sram_bytes: tuple[int, ...] | None,
     algorithm: tuple[str, ...],
     direction: str,
+    accumulator: str,
     hardware: str | None,
     explain: bool,
 ) -> Result:
@@ -264,7 +275,8 @@ def command(
 
         card = find_hardware(hardware)
     sizes = sram_bytes or (card.sram_per_sm.value if card else DEFAULT_SRAM,)
-    combinations = itertools.product(n, d, heads, batch, dtype, sizes, algorithm, (direction,))
+    wide = {"input": None, "float32": 4, "float64": 8}[accumulator]
+    combinations = itertools.product(n, d, heads, batch, dtype, sizes, algorithm, (direction,), (wide,))
     rows = [_row(Workload(*combination), card, explain) for combination in combinations]
     sources = dict.fromkeys(
         term.source

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from refimpl.attention.dense import AttentionGradients, AttentionOutput, scaled_dot_product_attention_vjp
-from refimpl.attention.flash import blocks, chosen_blocks, finished, initialize, inner_step
+from refimpl.attention.flash import accumulator_dtype, blocks, chosen_blocks, finished, inner_step
 from refimpl.attention.online_softmax import SoftmaxState
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, sample_attention
 from refimpl.attention.scores import AttentionOptions, score_rule
@@ -39,14 +40,15 @@ def sample_block_sparse(rng: np.random.Generator, *, density: str = "half", **sh
     Examples
     --------
     >>> shape = dict(B=1, Tq=6, Tk=5, Hkv=1, group=1, D=4, Dv=5)
-    >>> sample_block_sparse(np.random.default_rng(0), **shape).kwargs["block_mask"].shape
-    (1, 1, 2, 2)
+    >>> sample_block_sparse(np.random.default_rng(0), **shape).kwargs["block_mask"].dtype
+    dtype('bool')
     """
     case = sample_attention(rng, **shape)
     (B, Tq, H, _), Tk = case.args[0].shape, case.args[1].shape[1]
     tiles = len(blocks(Tq, 3)), len(blocks(Tk, 4))
     share = {"half": 0.5, "all": 1.1, "none": -1.0}[density]
-    mask = rng.random((B, 1, *tiles) if H % 2 else (1, H, *tiles)) < share
+    shapes = (B, 1, *tiles), (1, H, *tiles), tiles, (1, tiles[1]), (tiles[1],)
+    mask = rng.random(shapes[int(rng.integers(len(shapes)))]) < share
     return case.replace(block_sizes=(3, 4), **({} if density == "all" else {"block_mask": mask}))
 
 
@@ -73,6 +75,7 @@ def block_sparse_flash(
     block_sizes: tuple[int, int] | None = None,
     sram: int | None = None,
     memory: Memory | None = None,
+    accumulator: npt.DTypeLike | None = None,
     count_initialization: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> FloatArray | AttentionOutput:
@@ -86,8 +89,8 @@ def block_sparse_flash(
         True for a tile that takes part.  Default: all of them.
     return_lse : bool
         Also return the log-sum-exp of each row.
-    block_sizes, sram, memory, count_initialization
-        As for `flash_attention`; O is accumulated in the dtype of q.
+    block_sizes, sram, memory, accumulator, count_initialization
+        As for `flash_attention`.
     **options
         Those of `scaled_dot_product_attention`, inside the tiles that take part.
 
@@ -127,12 +130,21 @@ def block_sparse_flash(
     row_blocks, column_blocks = blocks(Tq, Br), blocks(Tk, Bc)
     present = _block_mask(block_mask, (B, Hq, len(row_blocks), len(column_blocks)))
     wide = wide_dtype(q.dtype)
-    out = np.zeros((B, Tq, Hq, Dv), q.dtype)
+    running = np.zeros((B, Tq, Hq, Dv), accumulator_dtype(accumulator, wide))
+    out = running if running.dtype == q.dtype else np.zeros((B, Tq, Hq, Dv), q.dtype)
     m, l = np.full((B, Hq, Tq), -np.inf, wide), np.zeros((B, Hq, Tq), wide)  # noqa: E741
     for b, h in np.ndindex(B, Hq):
         group = h // rule.shape.group
+        # A block of queries leaves for good after its last tile; without any tile its zeros are the output.
+        last = [int(np.flatnonzero(tiles)[-1]) if tiles.any() else -1 for tiles in present[b, h]]
+        for rows, tile in zip(row_blocks, last, strict=True):
+            if tile < 0:
+                hbm.store("O", out[b, :, h], rows, out[b, rows, h].copy())
+            elif count_initialization:
+                hbm.store("O", running[b, :, h], rows, running[b, rows, h].copy())
         if count_initialization:
-            initialize(hbm, out, m, l, b, h)
+            hbm.store("l", l[b, h], None, l[b, h].copy())
+            hbm.store("m", m[b, h], None, m[b, h].copy())
         for j, columns in enumerate(column_blocks):
             if not present[b, h, :, j].any():
                 continue
@@ -141,7 +153,8 @@ def block_sparse_flash(
                 for i, rows in enumerate(row_blocks):
                     if present[b, h, i, j]:
                         where = b, h, rows, columns
-                        inner_step(hbm, rule, (q, k_j, v_j), out, out, SoftmaxState(m, l), where)
+                        target = out if j == last[i] else running
+                        inner_step(hbm, rule, (q, k_j, v_j), running, target, SoftmaxState(m, l), where)
     result = finished(out, SoftmaxState(m, l), q.dtype)
     return result if return_lse else result.out
 
@@ -177,11 +190,14 @@ def _as_dense(case: Case) -> Case:
     """Return the same call with the mask of blocks turned into a mask of scores."""
     q, k = case.args[:2]
     block_mask = case.kwargs.get("block_mask")
-    dense = case.without("block_mask", "block_sizes", "sram", "memory", "count_initialization")
+    tiling = ("block_mask", "block_sizes", "sram", "memory", "accumulator", "count_initialization")
+    dense = case.without(*tiling)
     if block_mask is None:
         return dense
     sizes = chosen_blocks(case.kwargs.get("block_sizes"), case.kwargs.get("sram"), q.shape[3])
-    mask = expanded_mask(np.asarray(block_mask), sizes, q.shape[1], k.shape[1])
+    tiles = -(-q.shape[1] // sizes[0]), -(-k.shape[1] // sizes[1])
+    present = _block_mask(block_mask, (q.shape[0], q.shape[2], *tiles))
+    mask = expanded_mask(present, sizes, q.shape[1], k.shape[1])
     return dense.replace(attn_mask=np.logical_and(case.kwargs.get("attn_mask", True), mask))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from refimpl.attention.online_softmax import softmax
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, attention_terms, sample_attention
-from refimpl.attention.scores import AttentionOptions, Causal, ScoreRule, score_rule
+from refimpl.attention.scores import AttentionOptions, Causal, ScoreRule, backward_rule, score_rule
 from refimpl.numerics import BoolArray, FloatArray, IntArray, contract, round_to, wide_dtype, widen
 from refimpl.registry import Source, technique
 from refimpl.validation import bind_axes, floating
@@ -102,7 +102,7 @@ def scaled_dot_product_attention(
     causal : bool or {"top_left", "bottom_right"}
         Query i attends to key j only if ``j <= i`` ("top_left") or ``j <= i + Tk - Tq`` ("bottom_right":
         the last query sees every key, as in decoding).  With lengths, Tq and Tk are each sequence's own.
-        True says "top_left" and is refused where Tq != Tk, because libraries disagree there.  For Tq = 2,
+        True says "top_left" and is refused where they differ, because libraries disagree there.  For Tq = 2,
         Tk = 4::
 
             top_left  1 0 0 0    bottom_right  1 1 1 0
@@ -235,7 +235,7 @@ def scaled_dot_product_attention_vjp(
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
     dtype = q.dtype
     q, k, v, do = widen(q), widen(k), widen(v), widen(do)
-    rule = score_rule(q, k, v, **options)
+    rule = backward_rule(q, k, v, **options)
     bind_axes({"q": (q, "B Tq Hq D"), "v": (v, "B Tk Hkv Dv"), "do": (do, "B Tq Hq Dv")})
     product, p, _ = _probabilities(q, k, rule)
     keep = rule.keep(*_everywhere(rule))

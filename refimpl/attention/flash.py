@@ -16,11 +16,11 @@ from refimpl.attention.dense import AttentionOutput
 from refimpl.attention.online_softmax import SoftmaxState, block_state, merge, rescale
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, attention_terms, sample_tiled_attention
 from refimpl.attention.scores import AttentionOptions, ScoreRule, score_rule
-from refimpl.errors import OptionError
+from refimpl.errors import DTypeError, OptionError
 from refimpl.memory import Memory
-from refimpl.numerics import Array, FloatArray, IntArray, contract, round_to, wide_dtype
+from refimpl.numerics import Array, FloatArray, IntArray, contract, is_floating, round_to, wide_dtype
 from refimpl.registry import Source, implements, technique
-from refimpl.validation import floating
+from refimpl.validation import floating, whole
 
 __all__ = ["block_sizes_for", "blocks", "chosen_blocks", "flash_attention", "flash_attention_steps"]
 
@@ -44,8 +44,8 @@ def block_sizes_for(sram: int, D: int) -> tuple[int, int]:
 
     Raises
     ------
-    OptionError
-        If `sram` or `D` is below 1.
+    OptionError, DTypeError
+        If `sram` or `D` is below 1, or no integer.
 
     Notes
     -----
@@ -62,8 +62,8 @@ def block_sizes_for(sram: int, D: int) -> tuple[int, int]:
     >>> block_sizes_for(64, 2)
     (2, 8)
     """
-    if sram < 1 or D < 1:
-        raise OptionError(f"sram: expected at least 1 element and width 1, got sram={sram}, D={D}")
+    whole("sram", sram)
+    whole("D", D)
     Bc = -(-sram // (4 * D))
     return min(Bc, D), Bc
 
@@ -161,7 +161,7 @@ def flash_attention(
     >>> bool(np.allclose(a, b))
     True
     """
-    steps = flash_attention_steps(
+    steps = _outer_steps(
         q,
         k,
         v,
@@ -172,8 +172,8 @@ def flash_attention(
         count_initialization=count_initialization,
         **options,
     )
-    for _keys, result in steps:  # noqa: B007 (only the last one is wanted)
-        pass
+    *_, (_keys, out, state, dtype) = steps
+    result = finished(out, state, dtype)
     return result if return_lse else result.out
 
 
@@ -206,6 +206,35 @@ def flash_attention_steps(
     >>> [keys for keys, _ in flash_attention_steps(x, x, x, block_sizes=(3, 2))]
     [0, 2, 3]
     """
+    steps = _outer_steps(
+        q,
+        k,
+        v,
+        block_sizes=block_sizes,
+        sram=sram,
+        memory=memory,
+        accumulator=accumulator,
+        count_initialization=count_initialization,
+        **options,
+    )
+    for keys, out, state, dtype in steps:
+        yield keys, finished(out.copy(), state, dtype)
+
+
+def _outer_steps(
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    /,
+    *,
+    block_sizes: tuple[int, int] | None,
+    sram: int | None,
+    memory: Memory | None,
+    accumulator: npt.DTypeLike | None,
+    count_initialization: bool,
+    **options: Unpack[AttentionOptions],
+) -> Iterator[tuple[int, FloatArray, SoftmaxState, np.dtype[Any]]]:
+    """Yield the keys seen, the output and statistics in HBM, and the dtype of the result: lines 5 to 15."""
     q, k, v = floating(q=q, k=k, v=v)
     dtype = q.dtype
     rule = score_rule(q, k, v, **options)
@@ -213,7 +242,7 @@ def flash_attention_steps(
     hbm = memory or Memory()
     B, Tq, Tk, Hq, _, _, Dv = rule.shape
     wide = wide_dtype(q.dtype)
-    running = np.zeros((B, Tq, Hq, Dv), wide if accumulator is None else np.dtype(accumulator))
+    running = np.zeros((B, Tq, Hq, Dv), accumulator_dtype(accumulator, wide))
     out = running if running.dtype == q.dtype else np.zeros((B, Tq, Hq, Dv), q.dtype)
     m, l = np.full((B, Hq, Tq), -np.inf, wide), np.zeros((B, Hq, Tq), wide)  # noqa: E741
     for b, h in np.ndindex(B, Hq):
@@ -221,7 +250,7 @@ def flash_attention_steps(
             initialize(hbm, out if Tk == 0 else running, m, l, b, h)
         elif Tk == 0:  # without keys the zeros are the result, and must be written
             hbm.store("O", out[b, :, h], None, out[b, :, h].copy())
-    yield 0, finished(running, SoftmaxState(m, l), dtype)
+    yield 0, running, SoftmaxState(m, l), dtype
 
     for columns in blocks(Tk, Bc):
         target = out if columns.stop == Tk else running
@@ -232,7 +261,7 @@ def flash_attention_steps(
                 for rows in blocks(Tq, Br):
                     where = b, h, rows, columns
                     inner_step(hbm, rule, (q, k_j, v_j), running, target, SoftmaxState(m, l), where)
-        yield columns.stop, finished(target, SoftmaxState(m, l), dtype)
+        yield columns.stop, target, SoftmaxState(m, l), dtype
 
 
 def inner_step(
@@ -299,10 +328,34 @@ def chosen_blocks(block_sizes: tuple[int, int] | None, sram: int | None, D: int)
         raise OptionError("block_sizes and sram: both say how large a tile is; give one")
     if sram is not None:
         return block_sizes_for(sram, D)
-    Br, Bc = DEFAULT_BLOCKS if block_sizes is None else block_sizes
-    if Br < 1 or Bc < 1:
-        raise OptionError(f"block_sizes: expected (Br, Bc), both at least 1, got {block_sizes}")
-    return Br, Bc
+    sizes: Any = DEFAULT_BLOCKS if block_sizes is None else block_sizes
+    if not isinstance(sizes, tuple | list) or len(sizes) != 2:
+        raise OptionError(f"block_sizes: expected (Br, Bc), got {block_sizes!r}")
+    return whole("block_sizes", sizes[0]), whole("block_sizes", sizes[1])
+
+
+def accumulator_dtype(accumulator: npt.DTypeLike | None, wide: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the format in which the output is accumulated: `wide` unless the caller names one.
+
+    Raises
+    ------
+    DTypeError
+        If it is no floating format.
+
+    Examples
+    --------
+    >>> accumulator_dtype(None, np.dtype(np.float32))
+    dtype('float32')
+    """
+    if accumulator is None:
+        return wide
+    try:
+        dtype = np.dtype(accumulator)
+    except TypeError:
+        raise DTypeError(f"accumulator: expected a floating dtype, got {accumulator!r}") from None
+    if not is_floating(dtype):
+        raise DTypeError(f"accumulator: expected a floating dtype, got {dtype}")
+    return dtype
 
 
 def initialize(hbm: Memory, o: Array, m: Array, l: Array, b: int, h: int) -> None:  # noqa: E741
@@ -312,10 +365,10 @@ def initialize(hbm: Memory, o: Array, m: Array, l: Array, b: int, h: int) -> Non
 
 
 def finished(o: FloatArray, state: SoftmaxState, dtype: np.dtype[Any]) -> AttentionOutput:
-    """Return the output in `dtype` and the log-sum-exp ``m + log(l)``, as copies."""
+    """Return the output in `dtype` and the log-sum-exp ``m + log(l)``."""
     with np.errstate(divide="ignore"):  # log(0) = -inf: no key was attended
         lse = state.m + np.log(state.l)
-    return AttentionOutput(round_to(o, dtype).copy(), lse)
+    return AttentionOutput(round_to(o, dtype), lse)
 
 
 def _range(rows: slice) -> IntArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from refimpl.attention.dense import AttentionGradients, scaled_dot_product_atten
 from refimpl.attention.flash import blocks, chosen_blocks, flash_attention
 from refimpl.attention.online_softmax import rescale
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, sample_tiled_attention
-from refimpl.attention.scores import AttentionOptions, ScoreRule, score_rule
+from refimpl.attention.scores import AttentionOptions, ScoreRule, backward_rule, with_seed
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, contract, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
@@ -109,7 +109,7 @@ def flash_attention_vjp(
     dtype = q.dtype
     axes = {"q": (q, "B Tq Hq D"), "v": (v, "B Tk Hkv Dv"), "o": (o, "B Tq Hq Dv"), "do": (do, "B Tq Hq Dv")}
     bind_axes({**axes, "lse": (as_array("lse", lse), "B Hq Tq")})
-    rule = score_rule(q, k, v, **options)
+    rule = backward_rule(q, k, v, **options)
     Br, Bc = chosen_blocks(block_sizes, sram, rule.shape.D)
     hbm = memory or Memory()
     wide = wide_dtype(q.dtype)
@@ -178,7 +178,7 @@ def _score_gradient(
     dp = contract("id,jd->ij", do, v_j)
     if keep is not None:
         dp = dp * keep
-    # rowsum(dO ∘ O) is rowsum(P ∘ dP) because O is the dropped output (appendix B.2, observation 2).
+    # rowsum(dO ∘ O) is rowsum(P ∘ dP) because O is the dropped output (appendix B.4, observation 2).
     rows_sum = np.sum(do.astype(p.dtype) * o, axis=-1, keepdims=True)
     ds = p * (dp - rows_sum)
     if dbias is not None:
@@ -219,6 +219,7 @@ def flash_attention_recomputed_vjp(
     >>> flash_attention_recomputed_vjp(x, x, x, x).dv[0, :, 0, 0]
     array([1., 1.])
     """
+    options = {**options, **with_seed(cast("AttentionOptions", options))}
     options.pop("return_lse", None)
     out, lse = flash_attention(q, k, v, return_lse=True, **options)
     options.pop("accumulator", None)

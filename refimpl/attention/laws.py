@@ -132,15 +132,15 @@ def grouped_heads_repeat_keys(f: Attention, case: Case, close: Close) -> None:
 
 @law(*ATTENTION)
 def equal_scores_give_the_mean(f: Attention, case: Case, close: Close) -> None:
-    """With scale 0 every key has the same weight, so the output is the mean of the values."""
+    """With all keys 0 every key has the same weight, so the output is the mean of the values."""
     q, k, v = case.args
     if k.shape[1] == 0:
         return
-    flat = Case((q, k, v), {"scale": 0.0})
+    flat = Case((q, np.zeros_like(k), v))
     out = _out(flat, f)
     mean = widen(v).astype(np.float64).mean(axis=1, keepdims=True)
     mean = np.broadcast_to(np.repeat(mean, q.shape[2] // v.shape[2], axis=2), out.shape)
-    close.on(flat)(out, mean, "scale 0 against the mean of the values")
+    close.on(flat)(out, mean, "keys of 0 against the mean of the values")
 
 
 @law(*ATTENTION)
@@ -181,8 +181,9 @@ def skipped_blocks_are_masked_keys(f: Attention, case: Case, close: Close) -> No
         return
     q, k, _ = case.args
     block_q, block_k = case.kwargs["block_sizes"]
-    mask = np.repeat(np.repeat(case.kwargs["block_mask"], block_q, axis=-2), block_k, axis=-1)
-    mask = mask[..., : q.shape[1], : k.shape[1]]
+    rows, columns = np.arange(q.shape[1]) // block_q, np.arange(k.shape[1]) // block_k
+    tiles = q.shape[0], q.shape[2], -(-q.shape[1] // block_q), -(-k.shape[1] // block_k)
+    mask = np.broadcast_to(case.kwargs["block_mask"], tiles)[:, :, rows[:, None], columns]
     masked = case.kwargs.get("attn_mask", np.True_) & mask
     close(
         _out(case, f), _out(case.without("block_mask").replace(attn_mask=masked), f), "blocks masked instead"

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from refimpl.attention.dense import scaled_dot_product_attention, scaled_dot_product_attention_vjp
-from refimpl.attention.scores import AttentionOptions
+from refimpl.attention.scores import AttentionOptions, with_seed
 from refimpl.errors import OptionError, ShapeError
 from refimpl.numerics import FloatArray, contract, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import as_array, bind_axes, floating
+from refimpl.validation import as_array, bind_axes, floating, whole
 
 __all__ = ["MultiHeadGradients", "multi_head_attention", "multi_head_attention_vjp", "sample_multi_head"]
 
@@ -158,6 +158,8 @@ def multi_head_attention(
     array([[1., 1., 1., 1.],
            [1., 1., 1., 1.]])
     """
+    if "return_lse" in options:
+        raise OptionError("return_lse: the heads are mixed by w_o; ask scaled_dot_product_attention")
     call = _projected(x, (w_q, w_k, w_v, w_o), context, (b_q, b_k, b_v, b_o), num_heads, num_kv_heads)
     heads = scaled_dot_product_attention(call.q, call.k, call.v, **options)
     joined = _joined(heads)
@@ -206,6 +208,7 @@ def multi_head_attention_vjp(
     """
     biases = b_q, b_k, b_v, b_o
     call = _projected(x, (w_q, w_k, w_v, w_o), context, biases, num_heads, num_kv_heads)
+    options = with_seed(options)
     (dy,) = floating(dy=dy)
     dy = widen(dy).astype(call.q.dtype, copy=False)
     heads = scaled_dot_product_attention(call.q, call.k, call.v, **options)
@@ -254,9 +257,8 @@ def _projected(
     num_kv_heads: int | None,
 ) -> _Call:
     """Check the arguments and return the projections, cut into heads."""
-    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_heads < 1 or kv_heads < 1:
-        raise OptionError(f"num_heads: expected at least 1, got {num_heads} and num_kv_heads={num_kv_heads}")
+    whole("num_heads", num_heads)
+    kv_heads = num_heads if num_kv_heads is None else whole("num_kv_heads", num_kv_heads)
     names = ("x", "w_q", "w_k", "w_v", "w_o")
     given = dict(zip(names, (x, *weights), strict=True))
     given |= {"context": context} if context is not None else {}

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
-from refimpl.errors import OptionError
+from refimpl.errors import ShapeError
 from refimpl.numerics import FloatArray, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import floating
+from refimpl.validation import floating, whole
 
 __all__ = [
     "SoftmaxState",
@@ -169,9 +169,11 @@ def online_softmax(x: FloatArray, /, *, block_size: int = 1) -> FloatArray:
     Raises
     ------
     DTypeError
-        If `x` is not real.
+        If `x` is not real, or `block_size` no integer.
     OptionError
         If `block_size` is below 1.
+    ShapeError
+        If `x` is a single number.
 
     Notes
     -----
@@ -190,8 +192,9 @@ def online_softmax(x: FloatArray, /, *, block_size: int = 1) -> FloatArray:
     array([0.125, 0.25 , 0.625])
     """
     (x,) = floating(x=x)
-    if block_size < 1:
-        raise OptionError(f"block_size: expected at least 1, got {block_size}")
+    whole("block_size", block_size)
+    if x.ndim == 0:
+        raise ShapeError("x: expected at least one axis, got a number")
     wide = widen(x).astype(wide_dtype(x.dtype), copy=False)
     state = block_state(wide[..., :0])
     for start in range(0, x.shape[-1], block_size):

@@ -112,7 +112,7 @@ def sample_attention(
         options["attn_mask"] = mask
     if extra in ("bias", "softcap_and_bias", "all"):
         options["bias"] = rng.standard_normal((1, H, Tq, Tk))
-    if extra in ("alibi_slopes", "all") and (causal is not False or Tq == Tk):
+    if extra in ("alibi_slopes", "all") and (causal is not False or (Tq == Tk and extra != "all")):
         options["alibi_slopes"] = 2.0 ** -np.arange(1.0, H + 1)
     if extra in ("softcap", "softcap_and_bias", "all"):
         options["softcap"] = 2.0

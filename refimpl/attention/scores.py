@@ -8,7 +8,7 @@ it by the dense reference, one tile at a time by the tiled ones.  It takes the i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,16 @@ from refimpl.numerics import Array, BoolArray, FloatArray, IntArray, wide_dtype,
 from refimpl.random import as_seed, dropout_keep
 from refimpl.validation import as_array, bind_axes, broadcastable, finite, floating, fraction, positive
 
-__all__ = ["AttentionOptions", "AttentionShape", "Causal", "ScoreRule", "attention_shape", "score_rule"]
+__all__ = [
+    "AttentionOptions",
+    "AttentionShape",
+    "Causal",
+    "ScoreRule",
+    "attention_shape",
+    "backward_rule",
+    "score_rule",
+    "with_seed",
+]
 
 Causal: TypeAlias = bool | Literal["top_left", "bottom_right"]
 
@@ -73,6 +82,7 @@ class ScoreRule:
     dropout_p: float
     seed: int
     dropout_mask: BoolArray | None
+    wide: np.dtype[Any]
 
     def scores(
         self, product: FloatArray, b: IntArray, h: IntArray, rows: IntArray, columns: IntArray
@@ -123,14 +133,15 @@ class ScoreRule:
         return allowed
 
     def keep(self, b: IntArray, h: IntArray, rows: IntArray, columns: IntArray) -> FloatArray | None:
-        """Return the dropout factors of this part, 0 or 1 / (1 - p); None when nothing is dropped."""
+        """Return the dropout factors of this part, 0 or 1 / (1 - p), in the wide dtype; None if p is 0."""
         if self.dropout_p == 0.0:
             return None
         if self.dropout_mask is not None:
             kept = _part(self.dropout_mask, b, h, rows, columns)
         else:
             kept = dropout_keep(self.seed, self.dropout_p, b, h, rows, columns)
-        return np.where(kept, 1.0 / (1.0 - self.dropout_p), 0.0)
+        factors: FloatArray = np.where(kept, 1.0 / (1.0 - self.dropout_p), 0.0).astype(self.wide)
+        return factors
 
     def product_gradient(self, ds: FloatArray, product: FloatArray) -> FloatArray:
         """Return the gradient of q·k, given that of the scores: through softcap and scale."""
@@ -210,15 +221,16 @@ def score_rule(
     wide = wide_dtype(q.dtype)
     queries = _lengths("q_lengths", q_lengths, shape.B, shape.Tq)
     keys = _lengths("k_lengths", k_lengths, shape.B, shape.Tk)
-    aligned = _causal(causal, shape)
+    lengths_agree = _lengths_agree(shape, queries, keys)
+    aligned = _causal(causal, shape, lengths_agree)
     offset = np.zeros(shape.B, dtype=np.int64)
     if aligned == "bottom_right":
         offset += (shape.Tk if keys is None else keys) - (shape.Tq if queries is None else queries)
     slopes = None
     if alibi_slopes is not None:
-        if not aligned and shape.Tq != shape.Tk:
+        if not aligned and not lengths_agree:
             raise OptionError(
-                f"alibi_slopes: the distance |i - j| is ambiguous for Tq={shape.Tq}, Tk={shape.Tk} without "
+                f"alibi_slopes: the distance |i - j| is ambiguous for {_sizes(shape, queries, keys)} without "
                 "causal='top_left' or 'bottom_right'; pass bias instead"
             )
         slopes = _floats("alibi_slopes", alibi_slopes, wide)
@@ -227,6 +239,9 @@ def score_rule(
     p = fraction("dropout_p", dropout_p)
     if dropout_mask is not None and p == 0.0:
         raise OptionError("dropout_mask: given, but dropout_p is 0; both say what is dropped")
+    if dropout_mask is not None and rng is not None:
+        raise OptionError("dropout_mask and rng: both say what is dropped; give one")
+    seed = as_seed(rng) if rng is not None or (p > 0.0 and dropout_mask is None) else 0
     return ScoreRule(
         shape=shape,
         scale=shape.D**-0.5 if scale is None else finite("scale", scale),
@@ -239,22 +254,65 @@ def score_rule(
         q_lengths=queries,
         k_lengths=keys,
         dropout_p=p,
-        seed=as_seed(rng) if p > 0.0 and dropout_mask is None else 0,
+        seed=seed,
         dropout_mask=_boolean("dropout_mask", dropout_mask, full),
+        wide=wide,
     )
 
 
-def _causal(causal: Causal, shape: AttentionShape) -> str:
-    if causal is True:
-        if shape.Tq != shape.Tk:
+def backward_rule(q: Array, k: Array, v: Array, **options: Unpack[AttentionOptions]) -> ScoreRule:
+    """Return the rule of a backward pass, which must drop what the forward pass dropped.
+
+    Raises
+    ------
+    OptionError
+        If dropout is on and `rng` is not an integer: a generator's or fresh draws would be other ones.
+    ShapeError, DTypeError, OptionError
+        As `score_rule`.
+
+    Examples
+    --------
+    >>> x = np.ones((1, 4, 2, 16))
+    >>> backward_rule(x, x, x, dropout_p=0.5, rng=3).seed
+    3
+    """
+    rule = score_rule(q, k, v, **options)
+    drawn = rule.dropout_p > 0.0 and rule.dropout_mask is None
+    if drawn and not isinstance(options.get("rng"), int | np.integer):
+        raise OptionError("rng: a backward pass needs the integer seed of its forward pass, or dropout_mask")
+    return rule
+
+
+def with_seed(options: AttentionOptions) -> AttentionOptions:
+    """Return the options with the seed that a generator, or nothing, stands for: one draw for both passes."""
+    if options.get("dropout_p", 0.0) == 0.0 or options.get("dropout_mask") is not None:
+        return options
+    return {**options, "rng": as_seed(options.get("rng"))}
+
+
+def _lengths_agree(shape: AttentionShape, queries: IntArray | None, keys: IntArray | None) -> bool:
+    """Return whether every sequence has as many queries as keys, so that alignments do not differ."""
+    tq = shape.Tq if queries is None else queries
+    tk = shape.Tk if keys is None else keys
+    return bool(np.all(np.equal(tq, tk)))
+
+
+def _sizes(shape: AttentionShape, queries: IntArray | None, keys: IntArray | None) -> str:
+    given = "" if queries is None and keys is None else ", lengths that differ"
+    return f"Tq={shape.Tq}, Tk={shape.Tk}{given}"
+
+
+def _causal(causal: Any, shape: AttentionShape, lengths_agree: bool) -> str:
+    if isinstance(causal, bool | np.bool_):
+        if not causal:
+            return ""
+        if not lengths_agree:
             raise OptionError(
-                f"causal: True is ambiguous for Tq={shape.Tq}, Tk={shape.Tk}; "
+                f"causal: True is ambiguous for Tq={shape.Tq}, Tk={shape.Tk} or lengths that differ; "
                 "say 'top_left' or 'bottom_right'"
             )
         return "top_left"
-    if causal is False:
-        return ""
-    if causal not in ("top_left", "bottom_right"):
+    if not isinstance(causal, str) or causal not in ("top_left", "bottom_right"):
         raise OptionError(f"causal: expected False, True, 'top_left' or 'bottom_right', got {causal!r}")
     return causal
 

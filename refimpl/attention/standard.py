@@ -14,7 +14,7 @@ import numpy as np
 from refimpl.attention.dense import AttentionGradients, AttentionOutput
 from refimpl.attention.online_softmax import softmax
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, attention_terms, sample_attention
-from refimpl.attention.scores import AttentionOptions, ScoreRule, score_rule
+from refimpl.attention.scores import AttentionOptions, ScoreRule, backward_rule, score_rule
 from refimpl.errors import UnsupportedError
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, contract, round_to, wide_dtype, widen
@@ -150,7 +150,7 @@ def standard_attention_vjp(
 
     References
     ----------
-    .. [1] Dao et al., 2022, arXiv:2205.14135, appendix B.2, Algorithm 3.
+    .. [1] Dao et al., 2022, arXiv:2205.14135, appendix B.4, Algorithm 3.
 
     Examples
     --------
@@ -163,7 +163,7 @@ def standard_attention_vjp(
         raise UnsupportedError("softcap: its derivative needs the scores; Algorithm 3 keeps only P")
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
     bind_axes({"q": (q, "B Tq Hq D"), "v": (v, "B Tk Hkv Dv"), "do": (do, "B Tq Hq Dv")})
-    rule = score_rule(q, k, v, **options)
+    rule = backward_rule(q, k, v, **options)
     hbm = memory or Memory()
     dq, dk, dv = (np.zeros(x.shape, wide_dtype(q.dtype)) for x in (q, k, v))
     for b, h in np.ndindex(rule.shape.B, rule.shape.Hq):
