@@ -9,8 +9,11 @@ __all__ = ["MODULES"]
 MODULES = (
     "attention_io",
     "attention_prices",
+    "collective_prices",
+    "collectives",
     "communication",
     "laws",
+    "laws_collectives",
     "linear_io",
     "parallelism",
     "training_memory",

@@ -68,11 +68,20 @@ def _along_a_direction(
     return None
 
 
+def _counter(counts: str) -> tuple[str, Any]:
+    """Return the option by which a reference takes its counter, and a new counter of what a price counts."""
+    if counts == "comm":
+        from refimpl.parallel.traffic import Traffic  # not above: families import what this module imports
+
+        return "traffic", Traffic()
+    return "memory", Memory()
+
+
 def check_price(price: Price, technique: Technique, case: Case) -> str | None:
     """Return how a model's prediction differs from what the reference counts as it runs; None if equal."""
-    memory = Memory()
-    case.replace(memory=memory).call(technique.function)
-    predicted, counted = dict(price.function(case)), memory.totals()
+    option, counter = _counter(price.counts)
+    case.replace(**{option: counter}).call(technique.function)
+    predicted, counted = dict(price.function(case)), counter.totals()
     if set(predicted) != set(counted):
         return f"the model predicts {sorted(predicted)}, counted are {sorted(counted)}"
     wrong = {key: (value, counted[key]) for key, value in predicted.items() if counted[key] != value}

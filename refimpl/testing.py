@@ -197,7 +197,7 @@ def check(
     report = Report()
     if technique.sample is None:
         return report
-    chosen = dtypes or (("float64",) if backend == "numpy" else LOW_PRECISION)
+    chosen = dtypes or (("float64",) if backend in ("numpy", "mpi") else LOW_PRECISION)
     everything = set(technique.axes) | set(technique.options)
     single = axes is not None and everything <= set(axes)
     for dtype in chosen:

@@ -228,7 +228,8 @@ Examples:
     type=ListOf(click.Choice(ALGORITHMS)),
     default=",".join(ALGORITHMS),
     show_default=True,
-    help="standard: Algorithms 0 and 3; flash1: 1 and 4 of FlashAttention; flash2: of FlashAttention-2 (a formula; no reference counts it).",
+    help="standard: Algorithms 0 and 3; flash1: 1 and 4 of FlashAttention; flash2: of FlashAttention-2, "
+    "a formula that no reference counts.",
 )
 @click.option(
     "--pass",

@@ -1,0 +1,274 @@
+"""Ranks as MPI processes: the one file that names mpi4py, which it imports when it is used.
+
+Start a program with ``mpiexec -n 4 python program.py`` and give a distributed reference ``launch=run_ranks``
+from here.  Every process calls the reference with the same arguments and gets the results of all ranks.
+
+A rank that raises tells the others, and all raise what it raised; one that stalls is given up after the
+time-out, with one message, and MPI is told to end the program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
+
+from refimpl.errors import BackendUnavailableError, OptionError, UnsupportedError
+from refimpl.numerics import Array
+from refimpl.parallel import array_collectives
+from refimpl.parallel.comm import TIMEOUT, Comm, DeadlockError, Sent, Traffic, say_waits
+from refimpl.parallel.data import data_parallel as _data_parallel
+from refimpl.parallel.zero import zero as _zero
+from refimpl.registry import add_implementation
+
+__all__ = ["MpiComm", "run_ranks", "world"]
+
+Result = TypeVar("Result")
+_STOP, _OUTCOME, _MESSAGES = 0, 1, 2  # tags: two of our own, then those of the program
+_GRACE = 2.0  # seconds that ranks get to say what they came to, once one has failed
+_PAUSE = 2e-5  # seconds between two looks at the network: ranks may share a core
+
+
+def world() -> Any:
+    """Return MPI's communicator of all processes.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If mpi4py or an MPI library is missing.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
+        raise BackendUnavailableError(
+            f"ranks on MPI need mpi4py and an MPI library: pip install 'frugal-lm[mpi]' ({error})"
+        ) from None
+    return MPI.COMM_WORLD
+
+
+class MpiComm(Comm):
+    """The end of a rank that is an MPI process; `run_ranks` makes them.
+
+    Every message carries the number of the run it belongs to: what a failed or careless program left on its
+    way is dropped by the next one.
+
+    Parameters
+    ----------
+    communicator : mpi4py.MPI.Intracomm
+        Its first processes are the ranks; nothing but this module uses it.
+    size : int
+        Number of ranks.
+    run : int
+        Number of the run, the same on all processes.
+    traffic : Traffic
+        Where this rank's messages are counted.
+    timeout : float
+        Seconds that `recv` waits.
+    """
+
+    def __init__(self, communicator: Any, size: int, run: int, traffic: Traffic, timeout: float) -> None:
+        super().__init__(communicator.rank, size, traffic)
+        self._mpi = communicator
+        self._run = run
+        self._timeout = timeout
+
+    def _post(self, dest: int, array: Array, tag: int) -> None:
+        self.post(dest, array, tag + _MESSAGES)
+
+    def _take(self, source: int, tag: int) -> Array:
+        array: Array = self.take(source, tag + _MESSAGES, self._timeout)
+        return array
+
+    def post(self, dest: int, value: Any, tag: int) -> None:
+        """Send any value without waiting: it is pickled at once, so the caller may change it after."""
+        _pending[:] = [request for request in _pending if not request.Test()]
+        _pending.append(self._mpi.isend((self._run, value), dest, tag))
+
+    def look(self, tag: int, **source: int) -> tuple[bool, Any]:
+        """Return whether a message of this run has come, from anyone or from `source`, and its value."""
+        while (message := self._mpi.improbe(tag=tag, **source)) is not None:
+            run, value = message.recv()
+            if run == self._run:
+                return True, value
+        return False, None
+
+    def take(self, source: int, tag: int, timeout: float) -> Any:
+        """Return the next value from `source`, or raise if another rank failed or `timeout` has passed."""
+        start = time.monotonic()
+        while True:
+            come, value = self.look(tag, source=source)
+            if come:
+                return value
+            if tag != _OUTCOME and self.look(_STOP)[0]:
+                raise _StoppedError
+            waited = time.monotonic() - start
+            if waited > timeout:
+                waits = say_waits({self.rank: (source, tag - _MESSAGES)}, set())
+                raise DeadlockError(f"no message for {timeout:g} s: {waits}")
+            time.sleep(_PAUSE)
+
+
+class _StoppedError(Exception):
+    """Ends a rank because another one failed."""
+
+
+@cache
+def _channel() -> Any:
+    """Return a communicator of all processes that nothing else uses."""
+    return world().Dup()
+
+
+_pending: list[Any] = []  # messages that have not left yet
+_runs = itertools.count()
+
+
+def run_ranks(
+    size: int,
+    function: Callable[..., Result],
+    /,
+    *args: Any,
+    traffic: Traffic | None = None,
+    timeout: float = TIMEOUT,
+) -> list[Result]:
+    """Run ``function(comm, *args)`` on the first `size` MPI processes; every process gets all results.
+
+    Parameters
+    ----------
+    size : int
+        Number of ranks; the other processes only wait for the results.
+    function : callable
+        The SPMD program; what it returns must be picklable.
+    *args
+        Given to every rank as they are.
+    traffic : Traffic, optional
+        Counts what is sent, by all ranks, on every process.
+    timeout : float
+        Seconds that a rank waits for a message before the run is given up.
+
+    Returns
+    -------
+    list
+        One result a rank, on every process.
+
+    Raises
+    ------
+    OptionError
+        If `size` is below 1.
+    UnsupportedError
+        If there are fewer processes than `size`.
+    BackendUnavailableError
+        If mpi4py or an MPI library is missing.
+    DeadlockError
+        If a rank waited in vain.
+    BaseException
+        What a rank raised, on every process.
+    """
+    channel = _channel()
+    if size < 1:
+        raise OptionError(f"size: expected at least 1 rank, got {size}")
+    if size > channel.size:
+        raise UnsupportedError(f"{size} ranks need as many processes; mpiexec started {channel.size}")
+    run, counter = next(_runs), Traffic()
+    comm = MpiComm(channel, size, run, counter, timeout)
+    if comm.rank < size:
+        outcome = _outcome(comm, function, args)
+        for rank in range(channel.size):
+            if rank != comm.rank:
+                comm.post(rank, outcome, _OUTCOME)
+        outcomes = _outcomes(comm, outcome, timeout)
+    else:  # it has no part in the run, so it waits as long as that takes
+        outcomes = _outcomes(comm, None, float("inf"))
+    failures = [outcome.value for outcome in outcomes if isinstance(outcome, _Failed)]
+    if failures:
+        # A rank that waited in vain did so because of another one, if another one raised something else.
+        raise next((error for error in failures if not isinstance(error, DeadlockError)), failures[0])
+    done = [outcome for outcome in outcomes if isinstance(outcome, _Done)]
+    if traffic is not None:
+        for rank, outcome in enumerate(done):
+            traffic.join(rank)
+            for phase, sent in outcome.sent.items():
+                traffic.add(rank, phase, sent.bytes, sent.messages)
+    return [outcome.value for outcome in done]
+
+
+class _Done(NamedTuple):
+    value: Any
+    sent: dict[str, Sent]
+
+
+class _Failed(NamedTuple):
+    value: BaseException
+
+
+_Outcome = _Done | _Failed | None  # None: stopped, because another rank failed
+
+
+def _outcome(comm: MpiComm, function: Callable[..., Any], args: tuple[Any, ...]) -> _Outcome:
+    """Run this rank's part, and tell the others if it fails."""
+    try:
+        return _Done(function(comm, *args), comm.traffic.counts[comm.rank])
+    except _StoppedError:
+        return None
+    except BaseException as error:  # whatever it is, every process raises it
+        for rank in range(comm.size):
+            if rank != comm.rank:
+                comm.post(rank, None, _STOP)
+        return _Failed(_portable(error, comm))
+
+
+def _outcomes(comm: MpiComm, own: _Outcome, timeout: float) -> list[_Outcome]:
+    """Return what each rank came to; if one does not say within `timeout`, end the program."""
+    found: list[_Outcome] = []
+    silent = []
+    for rank in range(comm.size):
+        try:
+            found.append(own if rank == comm.rank else comm.take(rank, _OUTCOME, timeout))
+        except DeadlockError:
+            silent.append(rank)
+        if silent or any(isinstance(outcome, _Failed) for outcome in found):
+            timeout = min(timeout, _GRACE)  # the run is over: what is still on its way is short
+    if silent:
+        _abort(comm, silent, [outcome.value for outcome in found if isinstance(outcome, _Failed)])
+    return found
+
+
+def _abort(comm: MpiComm, silent: list[int], errors: list[BaseException]) -> None:
+    """End all processes: `silent` ranks neither return nor fail, and cannot be reached."""
+    time.sleep(0.5 * comm.rank)  # so that the first to get here prints the one message
+    names = ", ".join(f"rank {rank} has not returned" for rank in silent)
+    sys.stderr.write("; ".join([names, *map(str, errors)]) + "\n")
+    sys.stderr.flush()
+    world().Abort(1)
+    os._exit(1)  # MPI may take a moment to end this process; nothing more is to be printed
+
+
+def _portable(error: BaseException, comm: Comm) -> BaseException:
+    """Return `error` noting its rank, or its text if it cannot be pickled."""
+    error.add_note(f"raised in rank {comm.rank} of {comm.size}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+_TECHNIQUES: dict[str, Callable[..., Any]] = {
+    "parallel.collectives": array_collectives.all_reduce,
+    "parallel.collectives.reduce_scatter": array_collectives.reduce_scatter,
+    "parallel.collectives.all_gather": array_collectives.all_gather,
+    "parallel.collectives.all_to_all": array_collectives.all_to_all,
+    "parallel.collectives.broadcast": array_collectives.broadcast,
+    "parallel.collectives.reduce": array_collectives.reduce,
+    "parallel.data": _data_parallel,
+    "parallel.zero": _zero,
+}
+all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, reduce, data_parallel, zero = (
+    partial(function, launch=run_ranks) for function in _TECHNIQUES.values()
+)
+for _name, _function in _TECHNIQUES.items():
+    add_implementation(_name, f"refimpl.parallel.mpi:{_function.__name__}", backend="mpi")
