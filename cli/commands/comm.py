@@ -1,0 +1,137 @@
+"""``frugal comm``: what each rank sends in a collective, exactly, and how long the rounds take."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.output import output_options
+from cli.parameters import COUNTS, SIZES
+from cli.result import Column, Result
+
+if TYPE_CHECKING:
+    from memsim.estimate import Estimate
+
+__all__ = ["command"]
+
+OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "all_to_all")
+ALGORITHMS = ("ring", "recursive", "tree", "pairwise")
+
+
+def _bytes_text(value: Any) -> str:
+    from memsim.units import exact, format_quantity
+
+    return "" if value is None else format_quantity(exact(value), "B")
+
+
+def _time_text(value: Any) -> str:
+    from memsim.units import exact, format_quantity
+
+    return "" if value is None else format_quantity(exact(value), "s")
+
+
+class _Seconds(click.FloatRange):
+    """Seconds, finite and from 0 on."""
+
+    name = "seconds"
+
+    def __init__(self) -> None:
+        super().__init__(min=0.0, max=1e9)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"expected a number; got {value!r}", param, ctx)
+        return number
+
+
+@click.command(
+    "comm",
+    epilog="""\b
+Examples:
+  frugal comm --op all_reduce --ranks 2,4,8 --bytes 4MiB
+  frugal comm --op all_reduce --ranks 64 --bytes 15GB --latency 5e-6 --bandwidth 50GB --explain""",
+    short_help="Bytes, messages and time of a collective.",
+)
+@click.option("--op", "operation", type=click.Choice(OPERATIONS), required=True, help="What is done.")
+@click.option("--ranks", type=COUNTS, default="8", show_default=True, help="How many ranks.")
+@click.option("--bytes", "sizes", type=SIZES, required=True, help="Size of the vector of one rank.")
+@click.option("--itemsize", type=click.Choice(("1", "2", "4", "8")), default="1", help="Bytes an element.")
+@click.option(
+    "--algorithm", type=click.Choice(ALGORITHMS), help="How.  [default: all that exist for the operation]"
+)
+@click.option("--latency", type=_Seconds(), default=0.0, show_default=True, help="Seconds a message (α).")
+@click.option("--bandwidth", type=SIZES, help="Bytes a second that a rank can send (1/β).")
+@click.option("--explain", is_flag=True, help="Print the formulas of the time, with the numbers in them.")
+@output_options()
+def command(
+    operation: str,
+    ranks: tuple[int, ...],
+    sizes: tuple[int, ...],
+    itemsize: str,
+    algorithm: str | None,
+    latency: float,
+    bandwidth: tuple[int, ...] | None,
+    explain: bool,
+) -> Result:
+    """Count what the busiest rank sends, as the references count it, and time the rounds.
+
+    Vectors that do not divide are padded.  Contention and overlap with computation are not modelled.
+    """
+    from memsim.collectives import FORMULAS, collectives, sent_by_rank
+
+    chosen = [how for what, how in FORMULAS if what == operation and algorithm in (None, how)]
+    if not chosen:
+        known = ", ".join(how for what, how in FORMULAS if what == operation)
+        raise click.BadParameter(f"--algorithm: {operation} is done by {known}; got {algorithm!r}")
+    width = int(itemsize)
+    rows: list[dict[str, Any]] = []
+    estimates: list[Estimate] = []
+    for size, count, how, rate in itertools.product(sizes, ranks, chosen, bandwidth or (None,)):
+        if size % width:
+            raise click.BadParameter(f"--bytes: {size} bytes are no whole number of {width}-byte elements")
+        elements = size // width
+        sent = sent_by_rank(operation, how, elements=elements, itemsize=width, ranks=count)
+        time = collectives(
+            operation=operation,  # type: ignore[arg-type]
+            algorithm=how,  # type: ignore[arg-type]
+            elements=elements,
+            ranks=count,
+            itemsize=width,
+            latency=latency,
+            byte_time=0 if rate is None else 1 / rate,
+        )
+        estimates.append(time)
+        rows.append(
+            {
+                "op": operation,
+                "algorithm": how,
+                "ranks": count,
+                "vector_bytes": size,
+                "sent_bytes_max": max(rank.bytes for rank in sent),
+                "sent_bytes_total": sum(rank.bytes for rank in sent),
+                "messages_max": max(rank.messages for rank in sent),
+                "time_s": float(time.total) if latency or rate else None,
+            }
+        )
+    details: list[str] = []
+    for row, time in zip(rows, estimates, strict=True) if explain else ():
+        details += ["", f"{row['op']} by {row['algorithm']}, {row['ranks']} ranks, {row['vector_bytes']} B"]
+        details += [f"  {line}" for line in time.explain()]
+    return Result(
+        rows,
+        (
+            Column("op"),
+            Column("algorithm"),
+            Column("ranks", right=True),
+            Column("vector_bytes", "vector", right=True, text=_bytes_text),
+            Column("sent_bytes_max", "sent by the busiest rank", right=True, text=_bytes_text),
+            Column("sent_bytes_total", "by all ranks", right=True, text=_bytes_text),
+            Column("messages_max", "messages", right=True),
+            Column("time_s", "time", right=True, text=_time_text),
+        ),
+        sources=list(dict.fromkeys(term.source for time in estimates for term in time.terms)),
+        details=details,
+    )

@@ -1,0 +1,49 @@
+"""`frugal comm` against the textbook's volumes."""
+
+from __future__ import annotations
+
+import pytest
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(("ranks", "sent", "messages"), [(4, 6 * MIB, 6), (8, 7 * MIB, 14), (1, 0, 0)])
+def test_a_ring_sends_what_was_measured_over_mpi(rows, ranks, sent, messages):
+    """2 (p - 1) / p of 4 MiB, and 2 (p - 1) messages: the bytes that Open MPI's monitoring counted."""
+    arguments = ["--op", "all_reduce", "--ranks", str(ranks), "--bytes", "4MiB", "--algorithm", "ring"]
+    (row,) = rows("comm", *arguments)["rows"]
+    assert (row["sent_bytes_max"], row["messages_max"]) == (sent, messages)
+    assert row["time_s"] is None
+
+
+def test_time_is_latency_and_transfer(rows):
+    arguments = [
+        "--op",
+        "all_gather",
+        "--ranks",
+        "5",
+        "--bytes",
+        "1000",
+        "--latency",
+        "2",
+        "--bandwidth",
+        "100",
+    ]
+    (row,) = rows("comm", *arguments)["rows"]
+    assert row["time_s"] == pytest.approx(4 * 2 + 4 * 200 / 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bytes", "8"], "--op"),
+        (["--op", "all_to_all", "--bytes", "8", "--algorithm", "ring"], "is done by pairwise"),
+        (["--op", "all_reduce", "--bytes", "7", "--itemsize", "4"], "no whole number"),
+        (["--op", "all_reduce", "--bytes", "8", "--latency", "-1"], "--latency"),
+        (["--op", "all_reduce", "--bytes", "8", "--latency", "nan"], "--latency"),
+    ],
+)
+def test_bad_input_is_one_line(run, arguments, message):
+    done = run("comm", *arguments, code=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
