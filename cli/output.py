@@ -48,6 +48,8 @@ def output_options(*, plot: bool = False) -> Callable[[Callable[..., Result]], C
             name = context.command_path.partition(" ")[2]  # without the program: "memory zero"
             inputs = {key.rstrip("_"): value for key, value in options.items()}
             result = function(**options)
+            if result.silent:
+                return result.exit_code
             screen = sys.stdout if output_file == "-" else None
             text = render(
                 result,

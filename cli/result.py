@@ -76,6 +76,8 @@ class Result:
         Why the exit code is not 0, in one line.
     exit_code : int
         0 fine, 1 a check failed.
+    silent : bool
+        Write nothing: another process of the same program says it.
     draw : callable, optional
         ``draw(axes)`` fills the axes of a matplotlib figure.
     """
@@ -88,6 +90,7 @@ class Result:
     details: Sequence[str] = ()
     problem: str = ""
     exit_code: int = 0
+    silent: bool = False
     draw: Callable[[Any], None] | None = None
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.commands.env import BACKENDS, why_not
 from cli.foreign import accepted_dtypes, import_function, untrusted
-from cli.output import output_options, progress
+from cli.output import output_options, progress, say
 from cli.parameters import AXES, DTYPES, TECHNIQUE, AxisValue, axis_text
 from cli.result import Column, Result
 
@@ -93,13 +93,54 @@ def command(
         raise click.UsageError(f"--with checks one function against one NAME; got {len(names)} names")
     _open(backend)
     from refimpl import registry
-    from refimpl.testing import check
 
     registry.load()
     techniques = [registry.get(name) for name in dict.fromkeys(names) or sorted(registry.TECHNIQUES)]
     fixed = {record.name: _known_axes(record, axes) for record in techniques} if axes is not None else {}
     jobs = [job for record in techniques for job in _jobs(record, backend, with_)]
     rows: list[dict[str, Any]] = []
+    with _together(backend):
+        _run(jobs, rows, backend, seed, examples, fixed, dtypes, axes)
+    result = _result(rows, techniques, jobs, backend, all_failures)
+    return replace(result, silent=_other_rank(backend))
+
+
+@contextmanager
+def _together(backend: str) -> Iterator[None]:
+    """On MPI, end all processes if one fails: the others would wait for its messages."""
+    try:
+        yield
+    except Exception as error:
+        if backend == "mpi":
+            from refimpl.parallel.mpi import world
+
+            say(f"Error: {error}")
+            world().Abort(1)
+        raise
+
+
+def _other_rank(backend: str) -> bool:
+    """Return whether this is a process of an MPI program, but not the one that speaks for all."""
+    if backend != "mpi":
+        return False
+    from refimpl.parallel.mpi import world
+
+    return bool(world().rank)
+
+
+def _run(
+    jobs: list[Job],
+    rows: list[dict[str, Any]],
+    backend: str,
+    seed: int,
+    examples: int,
+    fixed: Mapping[str, dict[str, AxisValue]],
+    dtypes: tuple[str, ...] | None,
+    axes: dict[str, AxisValue] | None,
+) -> None:
+    """Do the jobs, and append what came of each to `rows`."""
+    from refimpl.testing import check
+
     for job in progress(jobs, "verify", lambda job: f"{job.technique.name} {job.target}"):
         f, refusal = _load(job, backend)
         outcomes: list[Outcome] = []
@@ -117,7 +158,6 @@ def command(
                     target=job.with_,
                 ).outcomes
         rows += [refusal] if refusal else _rows(outcomes)
-    return _result(rows, techniques, jobs, backend, all_failures)
 
 
 def _open(backend: str) -> None:
