@@ -64,10 +64,10 @@ def _algorithm_1(
     breaks="attention.equal_scores_give_the_mean",
 )
 def block_counts_rounded_down(
-    q: FloatArray, k: FloatArray, v: FloatArray, /, *, scale: float, block_sizes: tuple[int, int] = (4, 4)
+    q: FloatArray, k: FloatArray, v: FloatArray, /, *, block_sizes: tuple[int, int] = (4, 4)
 ) -> FloatArray:
     """Compute Algorithm 1 with floors instead of ceilings."""
-    return _algorithm_1(q, k, v, {"scale": scale, "block_sizes": block_sizes}, "floor")
+    return _algorithm_1(q, k, v, {"block_sizes": block_sizes}, "floor")
 
 
 @erratum(
