@@ -4,8 +4,10 @@ Importing this package imports neither numba nor a CUDA driver: it tells the reg
 and loads a function when it is first asked for.
 
 >>> import cuda_backend
->>> sorted(cuda_backend.__all__)
-['availability', 'flash_attention', 'scaled_dot_product_attention', 'supports']
+>>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
+['flash_attention', 'flash_attention_vjp', 'scaled_dot_product_attention']
+>>> [name for name in sorted(cuda_backend.__all__) if "int8" in name]
+['int8_matmul', 'llm_int8_linear', 'llm_int8_linear_fused']
 """
 
 from __future__ import annotations
@@ -14,13 +16,44 @@ from typing import Any
 
 from refimpl.registry import add_implementation, resolve
 
-__all__ = ["availability", "flash_attention", "scaled_dot_product_attention", "supports"]
+__all__ = [
+    "availability",
+    "dequantize_product",
+    "flash_attention",
+    "flash_attention_vjp",
+    "int8_matmul",
+    "llm_int8_linear",
+    "llm_int8_linear_fused",
+    "outlier_columns",
+    "quantize_columns",
+    "quantize_rows",
+    "scaled_dot_product_attention",
+    "supports",
+]
 
-_HOME = {name: f"cuda_backend.attention.forward:{name}" for name in __all__ if name != "availability"}
+_FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.backward"
+_INT8 = "cuda_backend.int8"
+_HOME = {
+    "flash_attention": f"{_FORWARD}:flash_attention",
+    "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
+    "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
+    "supports": f"{_FORWARD}:supports",
+    "dequantize_product": f"{_INT8}.gemm:dequantize_product",
+    "int8_matmul": f"{_INT8}.gemm:int8_matmul",
+    "llm_int8_linear": f"{_INT8}.linear:llm_int8_linear",
+    "llm_int8_linear_fused": f"{_INT8}.linear:llm_int8_linear_fused",
+    "outlier_columns": f"{_INT8}.quantize:outlier_columns",
+    "quantize_columns": f"{_INT8}.quantize:quantize_columns",
+    "quantize_rows": f"{_INT8}.quantize:quantize_rows",
+}
 
 for _technique, _function in (
     ("attention.flash", "flash_attention"),
+    ("attention.flash_backward", "flash_attention_vjp"),
     ("attention.dense", "scaled_dot_product_attention"),
+    ("quant.int8_matmul", "int8_matmul"),
+    ("quant.llm_int8", "llm_int8_linear"),
+    ("quant.llm_int8_fused", "llm_int8_linear_fused"),
 ):
     add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
 

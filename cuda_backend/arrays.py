@@ -7,6 +7,8 @@ array of the same library.  None of them is imported here: an array that exists 
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,20 +17,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda
+from cuda_backend.context import checked, current_device, driver
 from refimpl.errors import DTypeError
 from refimpl.numerics import Array
 
 __all__ = [
     "ITEMSIZE",
+    "Layout",
     "View",
     "absent",
     "broadcast",
     "dtype_name",
     "empty",
+    "empty_tensor",
     "is_host",
+    "laid_out",
     "library_of",
     "poisoned_outputs",
     "stub",
+    "torch_layout",
     "view",
 ]
 
@@ -39,6 +46,11 @@ ITEMSIZE = {
 }  # fmt: skip
 
 _poisoned = False
+
+
+# What of an array settles how a kernel is launched, hashable: shape, strides, dtype, GPU.  In the terms of
+# PyTorch, or with None for the GPU in those of `View`.
+Layout = tuple[Any, Any, Any, int | None]
 
 
 class View(NamedTuple):
@@ -65,14 +77,20 @@ class View(NamedTuple):
     owner: Any
     stream: int | None = None
 
+    @property
+    def layout(self) -> Layout:
+        """Shape, strides and dtype: what settles how a kernel is launched, all but the address."""
+        return self.shape, self.strides, self.dtype, None
+
 
 def library_of(value: Any) -> str:
     """Return the top package of `value`'s type, "numpy" for whatever NumPy is to convert."""
     if isinstance(value, np.ndarray):
         return "numpy"
     name = type(value).__module__.partition(".")[0]
-    foreign = hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__")
-    return name if name == "torch" or foreign else "numpy"
+    if name == "torch" or hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__"):
+        return name
+    return "numpy"
 
 
 def is_host(value: Any) -> bool:
@@ -105,20 +123,43 @@ def view(name: str, value: Any, stream: int) -> View:
     DTypeError
         If an array is not on the current GPU, or its interface says something illegal.
     """
-    if is_host(value):
+    library = library_of(value)
+    if library == "numpy":
         return _upload(np.asarray(value), stream)
     if SIMULATOR:
         raise DTypeError(f"{name}: the simulator takes NumPy arrays, got {type(value).__name__}")
+    if library == "torch":
+        return laid_out(name, torch_layout(value), value.data_ptr(), value)
     dtype = dtype_name(name, value)
-    if library_of(value) == "torch":
-        strides = tuple(ITEMSIZE[dtype] * step for step in value.stride())
-        found = View(tuple(value.shape), strides, dtype, value.data_ptr(), value)
-    elif hasattr(value, "__cuda_array_interface__"):
+    if hasattr(value, "__cuda_array_interface__"):
         found = _from_interface(name, value, dtype)
     else:
         found = _from_dlpack(value, dtype, stream)
     _check_device(name, found)
     return found
+
+
+def torch_layout(tensor: Any) -> Layout:
+    """Return what of a PyTorch tensor settles a launch, all but its address."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def laid_out(name: str, layout: Layout, address: int = 0, owner: Any = None) -> View:
+    """Return the array of this layout at `address`.
+
+    Raises
+    ------
+    DTypeError
+        If it is not on the current GPU, or has a dtype that no kernel takes.
+    """
+    shape, strides, kind, device = layout
+    if device is None:
+        return View(shape, strides, kind, address, owner)
+    dtype = _format(name, kind)
+    if device != current_device():
+        raise _elsewhere(name, f"GPU {device}" if device >= 0 else "memory of the host")
+    size = ITEMSIZE[dtype]
+    return View(tuple(shape), tuple([size * step for step in strides]), dtype, address, owner)
 
 
 def broadcast(given: View, shape: tuple[int, ...]) -> View:
@@ -143,9 +184,9 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any, stream: int) -> tuple[V
     Host arrays get a buffer on the GPU, copied back, which waits for the kernel; GPU libraries get an array
     of their own, for which nothing waits, except JAX, which knows of no streams but its own.
     """
-    if is_host(like):
-        return _empty_host(shape, dtype, like, stream)
     library = library_of(like)
+    if library == "numpy":
+        return _empty_host(shape, dtype, like, stream)
     module = sys.modules["jax.numpy" if library.startswith("jax") else library]
     if library == "numba":
         array = cuda.device_array(shape, dtype)
@@ -153,7 +194,10 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any, stream: int) -> tuple[V
         array = module.empty(shape, dtype=dtype)
     else:
         array = module.empty(shape, dtype=getattr(module, dtype), device=like.device)
-    given = view("out", array, stream)
+    if library == "torch":
+        given = View(shape, _contiguous(shape, ITEMSIZE[dtype]), dtype, array.data_ptr(), array)
+    else:
+        given = view("out", array, stream)
     _poison(given, stream)
 
     def result() -> Any:
@@ -162,6 +206,15 @@ def empty(shape: tuple[int, ...], dtype: str, like: Any, stream: int) -> tuple[V
         return array
 
     return given, result
+
+
+def empty_tensor(shape: tuple[int, ...], dtype: Any, like: Any, stream: int) -> Any:
+    """Allocate an output as a PyTorch tensor beside tensor `like`; `dtype` is PyTorch's, or its name."""
+    kind = getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype
+    tensor = like.new_empty(shape, dtype=kind)
+    if _poisoned:
+        _poison(view("out", tensor, stream), stream)
+    return tensor
 
 
 @contextmanager
@@ -213,17 +266,13 @@ def _empty_host(shape: tuple[int, ...], dtype: str, like: Any, stream: int) -> t
 
 def _poison(given: View, stream: int) -> None:
     """Set every byte to 0xFF, a NaN in every format."""
-    size = int(np.prod(given.shape)) * ITEMSIZE[given.dtype]
-    if not _poisoned or size == 0:
+    if not _poisoned or 0 in given.shape:
         return
     if SIMULATOR:
         given.owner.view(np.uint8)[...] = 0xFF
         return
-    from cuda.bindings import driver
-
-    (error,) = driver.cuMemsetD8Async(given.address, 0xFF, size, stream)
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cuMemsetD8Async: {error.name}")
+    size = math.prod(given.shape) * ITEMSIZE[given.dtype]
+    checked(driver.cuMemsetD8Async(given.address, 0xFF, size, stream))
 
 
 def _numba_stream(stream: int) -> Any:
@@ -236,7 +285,11 @@ def _address(owner: Any) -> int:
 
 def dtype_name(name: str, value: Any) -> str:
     """Return the number format of GPU array `value`; raise `DTypeError` for one that no kernel takes."""
-    dtype = value.dtype
+    return _format(name, value.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _format(name: str, dtype: Any) -> str:
     text = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
     if text not in ITEMSIZE:
         raise DTypeError(f"{name}: expected one of {', '.join(ITEMSIZE)}, got {text}")
@@ -268,18 +321,19 @@ def _from_dlpack(value: Any, dtype: str, stream: int) -> View:
 
 def _check_device(name: str, given: View) -> None:
     """Refuse memory that the current GPU is not the home of."""
-    from cuda.bindings import driver
-
     if given.address == 0:
         return
     kind = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     error, ordinal = driver.cuPointerGetAttribute(kind, given.address)
-    current = cuda.get_current_device().id
-    if int(error) or int(ordinal) != current:
-        where = f"GPU {int(ordinal)}" if not int(error) else "memory that CUDA does not know"
-        raise DTypeError(f"{name}: expected an array on the current GPU, {current}; got one in {where}")
+    if error or int(ordinal) != current_device():
+        raise _elsewhere(name, "memory that CUDA does not know" if error else f"GPU {int(ordinal)}")
 
 
+def _elsewhere(name: str, where: str) -> DTypeError:
+    return DTypeError(f"{name}: expected an array on the current GPU, {current_device()}; got one in {where}")
+
+
+@functools.lru_cache(maxsize=1024)
 def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     strides = [itemsize]
     for size in reversed(shape[1:]):

@@ -1,8 +1,9 @@
 """TMA descriptors of [B, T, H, D] arrays: encoded on the host, kept on the device for one stream.
 
-A descriptor says where a tensor lies (address, shape, strides) and which box one copy takes.  Encoding takes
-about a microsecond, the copy to the device about four; both are saved when the same arrays come again, as
-caches of keys, parameters and the buffers of CUDA graphs do.
+A descriptor says where a tensor lies (address, shape, strides) and which box one copy takes.  For arrays that
+differ from earlier ones in their addresses only, those are exchanged in place.  The copy to the device takes
+about four microseconds, which is saved when the same arrays come again, as caches of keys, parameters and the
+buffers of CUDA graphs do.
 """
 
 from __future__ import annotations
@@ -12,19 +13,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cuda.bindings import driver
-
+from cuda_backend.context import checked, driver
 from refimpl.errors import UnsupportedError
 
-__all__ = ["DescriptorCache", "checked", "encoder"]
+__all__ = ["DescriptorCache", "encode_together", "encoder"]
 
 DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap)
+ALIGNMENT = 64  # of a CUtensorMap
 SETS = 256  # sets of descriptors kept on the device
 
 
-def encoder(
-    shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int
-) -> Callable[[int], driver.CUtensorMap]:
+def encoder(shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int) -> Callable[[int], Any]:
     """Return the function from an address to its ``CUtensorMap``, everything else being settled.
 
     Parameters
@@ -56,8 +55,32 @@ def encoder(
     )
     kind = getattr(kinds, f"CU_TENSOR_MAP_DATA_TYPE_{dtype.upper()}")
 
-    def encode(address: int) -> driver.CUtensorMap:
+    def encode(address: int) -> Any:
         return checked(driver.cuTensorMapEncodeTiled(kind, 4, address, *settled))
+
+    return encode
+
+
+def encode_together(encoders: Sequence[Callable[[int], Any]]) -> Callable[[Sequence[int]], int]:
+    """Return the function from addresses to where on the host their descriptors lie, one behind the other.
+
+    Each call overwrites what the one before it returned, and is to be protected from other threads.
+    """
+    memory = (ctypes.c_char * (DESCRIPTOR_BYTES * len(encoders) + ALIGNMENT))()
+    skipped = -ctypes.addressof(memory) % ALIGNMENT
+    members: list[Any] = []
+
+    def encode(addresses: Sequence[int]) -> int:
+        start = ctypes.addressof(memory) + skipped
+        for member, address in zip(members, addresses, strict=False):
+            checked(driver.cuTensorMapReplaceAddress(member, address))
+        if not members:
+            encoded = [encoder(address) for encoder, address in zip(encoders, addresses, strict=True)]
+            places = range(start, start + DESCRIPTOR_BYTES * len(encoded), DESCRIPTOR_BYTES)
+            for place, descriptor in zip(places, encoded, strict=True):
+                ctypes.memmove(place, int(descriptor.getPtr()), DESCRIPTOR_BYTES)
+            members.extend(driver.CUtensorMap(_ptr=place) for place in places)
+        return start
 
     return encode
 
@@ -83,43 +106,37 @@ class DescriptorCache:
         self._base = int(checked(driver.cuMemAlloc(self._size * SETS)))
         self._places: OrderedDict[Any, int] = OrderedDict()
         self._captured: set[Any] = set()
-        self._staging = (ctypes.c_char * self._size)()
 
-    def address(self, key: Any, encode: Callable[[], Sequence[Any]]) -> int:
-        """Return where the set named `key` lies on the device; `encode` makes it if it is not there."""
+    def address(
+        self, kind: object, addresses: tuple[int, ...], encode: Callable[[Sequence[int]], int]
+    ) -> int:
+        """Return where on the device the set for arrays of this `kind` at these addresses lies.
+
+        If it is not there, `encode` makes it on the host, and it is copied.
+        """
+        key = (kind, addresses)
         place = self._places.get(key)
-        capturing = int(checked(driver.cuStreamIsCapturing(self._stream))) != 0
+        capturing = checked(driver.cuStreamIsCapturing(self._stream))
         if place is None:
             if capturing:
                 raise UnsupportedError(
                     "a stream under capture: call once with the same arrays before capturing"
                 )
-            place = self._copy(encode())
+            place = self._places[key] = self._copy(encode(addresses))
+        else:
+            self._places.move_to_end(key)
         if capturing:
             self._captured.add(key)
-        self._places[key] = place
-        self._places.move_to_end(key)
         return place
 
-    def _copy(self, descriptors: Sequence[Any]) -> int:
+    def _copy(self, source: int) -> int:
         """Copy a set to a place of its own, or that of the least recently used which no graph holds."""
-        staging = ctypes.addressof(self._staging)
-        for index, member in enumerate(descriptors):
-            ctypes.memmove(staging + index * DESCRIPTOR_BYTES, member.getPtr(), DESCRIPTOR_BYTES)
         place = self._base + self._size * len(self._places)
         if len(self._places) == SETS:
             oldest = next((key for key in self._places if key not in self._captured), None)
             if oldest is None:
                 raise UnsupportedError(f"captured graphs hold all {SETS} sets of descriptors of this stream")
             place = self._places.pop(oldest)
-        # The driver has read pageable memory when this returns: the staging buffer is free again.
-        checked(driver.cuMemcpyHtoDAsync(place, staging, self._size, self._stream))
+        # The driver has read pageable memory when this returns: it is free for the next set.
+        checked(driver.cuMemcpyHtoDAsync(place, source, self._size, self._stream))
         return place
-
-
-def checked(result: tuple[Any, ...]) -> Any:
-    """Return the value of a driver call, or raise RuntimeError with the driver's name for what went wrong."""
-    error, *values = result
-    if int(error):
-        raise RuntimeError(f"CUDA driver: {error.name}")
-    return values[0] if values else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from refimpl.attention.flash import block_sizes_for
 from refimpl.errors import CapacityError, OptionError
@@ -106,7 +106,7 @@ class Variant(NamedTuple):
         return (self.own_keys * self.columns) | 1
 
     @property
-    def offsets(self) -> tuple[int, int, int, int]:
+    def offsets(self) -> tuple[int, ...]:
         """Where K (later V), P and the row maxima start behind Q, and where they end, in floats.
 
         At the end the output takes the place of all but the maxima.
@@ -120,7 +120,15 @@ class Variant(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory."""
-        return 4 * self.offsets[3]
+        return 4 * self.floats
+
+    @property
+    def floats(self) -> int:
+        """Dynamic shared memory in floats."""
+        return self.offsets[-1]
+
+
+AnyVariant = TypeVar("AnyVariant", bound=Variant)
 
 
 def choose(
@@ -132,7 +140,8 @@ def choose(
     block_sizes: tuple[int, int] | None,
     sram: int | None,
     capacity: int | None,
-) -> Variant:
+    form: type[AnyVariant] = Variant,  # type: ignore[assignment]
+) -> AnyVariant:
     """Return the variant for a call.
 
     Parameters
@@ -146,6 +155,8 @@ def choose(
     capacity : int or None
         Floats of shared memory that a block may use on the device; None in the simulator, which has no limit
         and for which tiles are small.
+    form : type
+        `Variant`, or the form of it whose layout of shared memory counts.
 
     Raises
     ------
@@ -162,10 +173,10 @@ def choose(
     if block_sizes is not None and sram is not None:
         raise OptionError("block_sizes and sram: both say how large a tile is; give one")
     if block_sizes is not None:
-        variant = _variant(kind, D, Dv, features, *_checked(block_sizes), small=capacity is None)
-        if capacity is not None and variant.offsets[3] > capacity:
+        variant = _variant(form, kind, D, Dv, features, *_checked(block_sizes), small=capacity is None)
+        if capacity is not None and variant.floats > capacity:
             raise CapacityError(
-                f"block_sizes: tiles of {block_sizes} fill {variant.offsets[3]} floats at D={D}, Dv={Dv}; "
+                f"block_sizes: tiles of {block_sizes} fill {variant.floats} floats at D={D}, Dv={Dv}; "
                 f"the device has {capacity}"
             )
         return variant
@@ -175,12 +186,12 @@ def choose(
     if sram is not None:
         Br, Bc = (min(size, largest) for size in block_sizes_for(sram, D))
     while True:
-        variant = _variant(kind, D, Dv, features, Br, Bc, small=capacity is None)
-        if variant.offsets[3] <= room:
+        variant = _variant(form, kind, D, Dv, features, Br, Bc, small=capacity is None)
+        if variant.floats <= room:
             return variant
         if Br == Bc == 1:
             raise CapacityError(
-                f"sram: one query and one key fill {variant.offsets[3]} floats at D={D}, Dv={Dv}; got {room}"
+                f"sram: one query and one key fill {variant.floats} floats at D={D}, Dv={Dv}; got {room}"
             )
         Br, Bc = (Br, -(-Bc // 2)) if Bc >= Br else (-(-Br // 2), Bc)
 
@@ -192,12 +203,12 @@ def _checked(block_sizes: tuple[int, int]) -> tuple[int, int]:
     return Br, Bc
 
 
-def _variant(kind: str, D: int, Dv: int, features: Features, Br: int, Bc: int, *, small: bool) -> Variant:
+def _variant(
+    form: type[AnyVariant], kind: str, D: int, Dv: int, features: Features, Br: int, Bc: int, *, small: bool
+) -> AnyVariant:
     """Return the variant with these tiles; `small` means few threads, each of which is a Python thread."""
     rows, columns = (4, 2) if small else (16, 16) if max(D, Dv) > WIDE or max(Br, Bc) > 64 else (16, 8)
-    return Variant(
-        kind, D, Dv, Br, Bc, min(rows, _power_of_two(Br)), min(columns, _power_of_two(Bc)), features
-    )
+    return form(kind, D, Dv, Br, Bc, min(rows, _power_of_two(Br)), min(columns, _power_of_two(Bc)), features)
 
 
 def _power_of_two(n: int) -> int:

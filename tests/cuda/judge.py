@@ -29,14 +29,14 @@ def arrays(shape: tuple[int, ...], dtype: str, seed: int = 0) -> tuple[Any, Any,
     return q, k, v
 
 
-def difference(f: Any, case: Case, dtype: str) -> str | None:
+def difference(f: Any, case: Case, dtype: str, *, technique: str = "attention.dense") -> str | None:
     """Return how `f` differs from the reference on `case`, whose arrays are of `dtype`; None if it does not.
 
     Outputs are filled with NaN before the kernel writes them; shape and dtype are compared first.
     """
     reference = case.without("block_sizes", "sram", "stream")
-    technique = registry.get("attention.dense")
-    truth, baseline, limits, invalid = baseline_limits(technique, reference, DTYPES[dtype])
+    record = registry.get(technique)
+    truth, baseline, limits, invalid = baseline_limits(record, reference, DTYPES[dtype])
     if invalid:
         return f"{INVALID}: {invalid}"
     with poisoned_outputs():

@@ -120,7 +120,7 @@ def test_refusals_are_named() -> None:
     from refimpl.errors import OptionError, UnsupportedError
 
     x, short = draw(1, "float16", 1, 16, 2, 64), draw(2, "float16", 1, 8, 2, 64)
-    with pytest.raises(OptionError, match="top_left or bottom_right"):
+    with pytest.raises(OptionError, match="say 'top_left' or 'bottom_right'"):
         flash_attention_hopper(x, short, short, causal=True)
     with pytest.raises(UnsupportedError, match="multiples of 8 up to 256"):
         flash_attention_hopper(x[..., :60], x[..., :60], x)

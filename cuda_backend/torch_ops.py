@@ -1,0 +1,94 @@
+"""PyTorch, if it is installed: arrays for measurements, and the functions that ours are measured against.
+
+The only file that names torch, and only inside functions: nothing else of frugal needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refimpl.numerics import Array
+
+__all__ = ["Rival", "attention_rivals", "draw", "int8_product_rivals", "linear_rivals", "missing", "to_host"]
+
+ATTENTION_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")
+
+
+def missing() -> str | None:
+    """Return why PyTorch cannot run on a GPU here, or None if it can."""
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        return f"torch does not import: {error}"
+    return None if torch.cuda.is_available() else "torch finds no GPU"
+
+
+def draw(shape: tuple[int, ...], dtype: str, seed: int, outliers: int = 0) -> Any:
+    """Return a tensor on the GPU: normal numbers within ±5, or for int8 all codes from -127 to 127 alike.
+
+    The first `outliers` columns are 20, which LLM.int8() sets aside.
+    """
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(seed)
+    if dtype == "int8":
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda", generator=generator)
+    tensor = torch.randn(shape, device="cuda", generator=generator, dtype=getattr(torch, dtype)).clamp_(-5, 5)
+    tensor[..., :outliers] = 20
+    return tensor
+
+
+def to_host(tensor: Any, dtype: np.dtype[Any]) -> Array:
+    """Return a tensor as an array of `dtype`, which names the same format in NumPy."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(tensor.view(torch.int16).cpu().numpy()).view(dtype)
+    return np.asarray(tensor.cpu().numpy())
+
+
+class Rival(NamedTuple):
+    """A function, and the context in which it is to be called: entering one costs more than the call."""
+
+    function: Callable[..., Any]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def attention_rivals(causal: bool) -> dict[str, Rival]:
+    """Return ``scaled_dot_product_attention`` with each of its fast backends, for arrays [B, T, H, D].
+
+    Its layout is [B, H, T, D]; the exchange of axes is a view.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+    found = {
+        f"torch SDPA {name}": Rival(attention, partial(sdpa_kernel, getattr(SDPBackend, name)))
+        for name in ATTENTION_BACKENDS
+        if hasattr(SDPBackend, name)
+    }
+    return {**found, "torch SDPA default": Rival(attention)}
+
+
+def linear_rivals() -> dict[str, Rival]:
+    """Return the linear layer without quantisation."""
+    import torch
+
+    return {"torch matmul": Rival(torch.matmul)}
+
+
+def int8_product_rivals() -> dict[str, Rival]:
+    """Return the int8 product, ``torch._int_mm``, which is private but all there is."""
+    import torch
+
+    return {"torch._int_mm": Rival(torch._int_mm)} if hasattr(torch, "_int_mm") else {}
