@@ -44,6 +44,10 @@ PRECISIONS: dict[str, tuple[int, str]] = {
 }
 
 
+# Far above anything that exists, and low enough that products of a few counts stay finite as floats.
+LARGEST_COUNT = 10**30
+
+
 class _Count(click.ParamType):  # type: ignore[type-arg]
     """A whole number of at least 1, such as 64, 7.5e9, 7.5B or 4K (K, M, B, G, T are powers of 1000)."""
 
@@ -61,6 +65,8 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
         if number.denominator != 1 or number < 1:
             self.fail(f"expected a whole number of at least 1; got {value!r}", param, ctx)
+        if number > LARGEST_COUNT:
+            self.fail(f"expected at most {LARGEST_COUNT:.0e}; got {value!r}", param, ctx)
         return int(number)
 
 

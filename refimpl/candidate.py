@@ -41,6 +41,7 @@ def poisoned() -> Iterator[None]:
 
     Examples
     --------
+    >>> import numpy as np
     >>> with poisoned():
     ...     np.empty(2)
     array([nan, nan])

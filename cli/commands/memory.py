@@ -46,7 +46,9 @@ def _sources(estimates: Sequence[Estimate]) -> list[str]:
     return list(dict.fromkeys(term.source for estimate in estimates for term in estimate.terms))
 
 
-@click.group("memory", short_help="Memory of training on a device.")
+@click.group(
+    "memory", epilog="Example: frugal memory zero --params 7.5B --dp 64", short_help="Memory of training."
+)
 def command() -> None:
     """Estimate the memory of training: model states, ZeRO's shares of them, activations."""
 

@@ -53,7 +53,7 @@ Examples:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the traced case.")
 @output_options()
 def command(name: str, trace: bool, n: int, d: int, sram: int, dtype: str, seed: int) -> Result:
-    """Show technique NAME: signature, source, axes, laws, oracles, implementations, prices, errata.
+    """Show technique NAME: signature, source, axes, laws, implementations, prices, errata.
 
     With --trace, the reference runs on random data, and every load and store is listed.
     """

@@ -24,6 +24,7 @@ __all__ = ["command"]
 
 STATUSES = ("passed", "failed", "refused", "invalid")
 SHOWN_FAILURES = 3
+SHOWN_REFUSALS = 5
 COLUMNS = (
     Column("technique"),
     Column("implementation"),
@@ -88,6 +89,11 @@ def command(
 
     Without a NAME, everything that is registered for the backend is checked.  Every failure comes with the
     command that reproduces it.  The exit code is 1 if a check failed, or if nothing could be checked.
+
+    A function of yours is called as the reference: arrays positional, for attention [B, T, H, D], options by
+    keyword; it must return the dtype that it is given.  Options that its signature lacks, and calls that it
+    refuses with NotImplementedError, are counted as refused, with the reason.  For attention, causal is
+    False, "top_left" or "bottom_right".  The simulator runs about one case a second.
     """
     if with_ is not None and len(names) != 1:
         raise click.UsageError(f"--with checks one function against one NAME; got {len(names)} names")
@@ -191,8 +197,11 @@ def _known_axes(technique: Technique, axes: Mapping[str, AxisValue]) -> dict[str
     known: dict[str, AxisValue] = {}
     for name, value in axes.items():
         if name in technique.axes:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise click.BadParameter(f"--axes: {name} is a size; got {axis_text(value)!r}")
+            sizes = [edge[name] for edge in technique.edges if name in edge]
+            least = min([technique.axes[name][0], *(size for size in sizes if isinstance(size, int))])
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                wanted = f"is a size of at least {least}"
+                raise click.BadParameter(f"--axes: {name} {wanted}; got {axis_text(value)!r}")
             known[name] = value
             continue
         if name not in technique.options:
@@ -245,6 +254,7 @@ def _load(job: Job, backend: str) -> tuple[Callable[..., Any] | None, dict[str, 
             "dtype": "",
             **counts,
             "failures": [] if refused else [failure],
+            "refusals": {str(error): 1} if refused else {},
         }
 
 
@@ -257,9 +267,11 @@ def _rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
             key,
             dict(zip(("technique", "implementation", "backend", "dtype"), key, strict=True))
             | dict.fromkeys(STATUSES, 0)
-            | {"failures": []},
+            | {"failures": [], "refusals": {}},
         )
         row[outcome.status] += 1
+        if outcome.status == "refused":
+            row["refusals"][outcome.detail] = row["refusals"].get(outcome.detail, 0) + 1
         if outcome.status == "failed":
             row["failures"].append(
                 {"check": outcome.check, "detail": outcome.detail, "reproducer": outcome.reproducer}
@@ -278,6 +290,12 @@ def _result(
         for failure in shown:
             details.append(f"FAILED {row['technique']} {row['implementation']}: {failure['check']}")
             details += [f"  {failure['detail']}", f"  reproduce: {failure['reproducer']}"]
+        if row["refusals"]:
+            details.append(f"refused by {row['implementation']} in {row['dtype'] or 'every format'}:")
+            reasons = sorted(row["refusals"].items(), key=lambda item: -item[1])
+            details += [f"  {count} x {reason}" for reason, count in reasons[:SHOWN_REFUSALS]]
+            if len(reasons) > SHOWN_REFUSALS:
+                details.append(f"  ... and {sum(n for _, n in reasons[SHOWN_REFUSALS:])} for other reasons")
         hidden = len(row["failures"]) - len(shown)
         if hidden:
             details.append(f"  ... and {hidden} more of {row['implementation']} (--all-failures)")

@@ -144,6 +144,7 @@ def sample_rows(rng: np.random.Generator, *, rows: int, n: int, block_size: int,
     edges=(
         {"rows": 0, "n": 3},
         {"rows": 2, "n": 0},
+        {"rows": 2, "n": 6, "block_size": 2, "extra": "none"},
         {"rows": 1, "n": 1, "block_size": 1, "extra": "none"},
         {"rows": 3, "n": 7, "block_size": 3, "extra": "masked"},
         {"rows": 3, "n": 7, "block_size": 9, "extra": "large"},

@@ -48,6 +48,11 @@ EDGES: tuple[dict[str, int | str | bool], ...] = (
     {**_PLAIN, "Tq": 7, "Tk": 11, "extra": "large", "return_lse": True},
     {**_PLAIN, "Tq": 6, "Tk": 6, "extra": "ties"},
     {**_PLAIN, "Tq": 8, "Tk": 16, "extra": "all", "causal": "bottom_right", "return_lse": True},
+    # Plain calls that a function without grouped heads takes too: both alignments, and more than one block.
+    {**_PLAIN, "Tq": 5, "Tk": 12, "group": 1, "causal": "top_left"},
+    {**_PLAIN, "Tq": 5, "Tk": 12, "group": 1, "causal": "bottom_right"},
+    {**_PLAIN, "B": 1, "Tq": 65, "Tk": 129, "Hkv": 1, "group": 1, "D": 8, "Dv": 8},
+    {**_PLAIN, "B": 1, "Tq": 65, "Tk": 65, "Hkv": 1, "group": 1, "D": 16, "Dv": 16, "causal": "top_left"},
 )
 
 
