@@ -6,13 +6,14 @@ import importlib
 from contextlib import suppress
 from typing import Any
 
-from cuda_backend._numba import SIMULATOR, cuda, require
+from cuda_backend._numba import SIMULATOR, cuda, missing
+from refimpl.errors import BackendUnavailableError
 
 __all__ = ["checked", "current_device", "driver"]
 
 driver: Any = None
 if not SIMULATOR:
-    with suppress(ImportError):  # without bindings there is no GPU: `require` says so
+    with suppress(ImportError):  # without bindings there is no GPU: `missing` says so
         driver = importlib.import_module("cuda.bindings.driver")
 
 _devices: dict[int, int] = {}  # ordinals, by the handle of a primary context that Numba has accepted
@@ -26,7 +27,7 @@ def current_device() -> int:
     Raises
     ------
     BackendUnavailableError
-        If this process can run no kernels.
+        If there is no GPU, or the simulator in its place.
     RuntimeError
         If the current context is not a primary one.
     """
@@ -34,7 +35,9 @@ def current_device() -> int:
         device = _devices.get(int(driver.cuCtxGetCurrent()[1] or 0))
         if device is not None:
             return device
-    require()
+    reason = missing("cuda")
+    if reason:
+        raise BackendUnavailableError(f"cuda: {reason}")
     cuda.current_context()
     device = int(checked(driver.cuCtxGetDevice()))
     _devices[int(checked(driver.cuCtxGetCurrent()))] = device

@@ -23,6 +23,7 @@ import numpy as np
 
 from refimpl import registry
 from refimpl.candidate import guarded, label_of, poisoned
+from refimpl.cases import draw, plan, reproducer
 from refimpl.consistency import check_price, check_vjp
 from refimpl.errors import LawViolation, UnsupportedError
 from refimpl.numerics import Array
@@ -126,21 +127,6 @@ class Close:
         return float(np.max(first.largest, initial=0.0))
 
 
-def draw(technique: Technique, seed: int, fixed: Mapping[str, Option] | None = None) -> dict[str, Option]:
-    """Return axes and options of a case, drawn from `seed`, those in `fixed` as given."""
-    rng = np.random.default_rng([seed, 0xA11E5])  # apart from the stream that fills the arrays
-    chosen: dict[str, Option] = {
-        axis: int(rng.integers(low, high + 1)) for axis, (low, high) in technique.axes.items()
-    }
-    for name, choices in technique.options.items():
-        chosen[name] = choices[int(rng.integers(len(choices)))]
-    unknown = set(fixed or {}) - set(chosen)
-    if unknown:
-        known = ", ".join(chosen)
-        raise ValueError(f"{technique.name} has no axis {', '.join(sorted(unknown))}; it has {known}")
-    return {**chosen, **(fixed or {})}
-
-
 def check(
     name: str,
     f: Callable[..., Any] | None = None,
@@ -201,7 +187,7 @@ def check(
     everything = set(technique.axes) | set(technique.options)
     single = axes is not None and everything <= set(axes)
     for dtype in chosen:
-        always, draws = _plan(technique, seed, axes, examples, single)
+        always, draws = plan(technique, seed, axes, examples, single)
         for case_seed, shape in always if edges else ():
             report.outcomes += _check_case(context, case_seed, shape, dtype)
         tried = 0
@@ -236,31 +222,13 @@ class _Context:
         return self.f is self.technique.function
 
 
-Plan = list[tuple[int, dict[str, Option]]]
-
-
-def _plan(
-    technique: Technique, seed: int, axes: Mapping[str, Option] | None, examples: int, single: bool
-) -> tuple[Plan, Plan]:
-    """Return the edge cases, and random ones: more than asked for, because some may be refused."""
-    fixed = dict(axes or {})
-    if single:
-        return [], [(seed, fixed)]
-    edges = [
-        (seed + index, {**draw(technique, seed + index), **edge, **fixed})
-        for index, edge in enumerate(technique.edges)
-        if all(edge.get(key, value) == value for key, value in fixed.items())
-    ]
-    return edges, [(seed + index, draw(technique, seed + index, fixed)) for index in range(5 * examples)]
-
-
 def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype: str) -> list[Outcome]:
     """Return the outcomes of every check on one case."""
     technique: Technique = context.technique
     found: list[Outcome] = []
 
     def record(what: str, status: Status, detail: str = "") -> None:
-        line = _reproducer(context, seed, shape, dtype) if status == "failed" else ""
+        line = _again(context, seed, shape, dtype) if status == "failed" else ""
         found.append(
             Outcome(technique.name, context.label, context.backend, dtype, what, status, detail, line)
         )
@@ -394,18 +362,5 @@ def dtype_named(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def _reproducer(context: _Context, seed: int, shape: Mapping[str, Option], dtype: str) -> str:
-    """Return the command that runs this one case again."""
-    parts = ["frugal verify", context.technique.name]
-    if context.target:
-        parts.append(f"--with {context.target}")
-    if context.backend != "numpy":
-        parts.append(f"--backend {context.backend}")
-    if dtype != "float64":
-        parts.append(f"--dtype {dtype}")
-    axes = ",".join(f"{key}={_text(value)}" for key, value in shape.items())
-    return " ".join([*parts, f"--seed {seed}", f"--axes {axes}"])
-
-
-def _text(value: Option) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+def _again(context: _Context, seed: int, shape: Mapping[str, Option], dtype: str) -> str:
+    return reproducer(context.technique.name, context.target, context.backend, dtype, seed, shape)

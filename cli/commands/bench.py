@@ -1,0 +1,234 @@
+"""``frugal bench``: how fast our kernels are on this GPU, beside others, once they have proved right."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.commands.env import why_not
+from cli.output import output_options, progress
+from cli.parameters import COUNTS, DTYPES, HARDWARE
+from cli.problems import Problem, attention_problem, int8_problems
+from cli.result import Column, Result, cell_text
+
+if TYPE_CHECKING:
+    from memsim.hardware import Hardware
+
+__all__ = ["command"]
+
+AXES = {"attention": ("B", "H", "N", "D"), "int8": ("M", "K", "N")}
+DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
+    ("attention", "cuda"): ((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128)),
+    ("attention", "cudasim"): ((1, 2, 24, 8),),
+    ("int8", "cuda"): ((4096, 4096, 4096), (8192, 8192, 8192)),
+    ("int8", "cudasim"): ((16, 32, 16),),
+}
+SIMULATED = "Seconds are the simulator's, on the host: no measure of speed."
+
+
+def _scaled(unit: float, digits: int = 1) -> Any:
+    return lambda value: "" if value is None else f"{value * unit:.{digits}f}"
+
+
+def _name(value: Any) -> str:
+    return "x".join(map(str, value))
+
+
+IDENTITY = (
+    Column("operation"),
+    Column("shape", text=_name),
+    Column("dtype"),
+    Column("causal"),
+    Column("function"),
+    Column("status"),
+)
+MEASURED = (
+    Column("time_s", "time/us", right=True, text=_scaled(1e6)),
+    Column("rate_op_per_s", "TFLOP/s or TOPS", right=True, text=_scaled(1e-12)),
+    Column("peak_share", "% of peak", right=True, text=_scaled(100)),
+    Column("compulsory_bytes", "MB at least", right=True, text=_scaled(1e-6)),
+    Column("bandwidth_share", "% of HBM", right=True, text=_scaled(100)),
+    Column("frugal_speedup", "frugal is faster by", right=True, text=_scaled(1, 2)),
+    Column("host_s", "host/us", right=True, text=_scaled(1e6)),
+)
+SIMULATION = (Column("simulator_s", "simulator/s", right=True, text=cell_text),)
+
+
+class _Shape(click.ParamType):  # type: ignore[type-arg]
+    """Sizes with commas between them."""
+
+    name = "B,H,N,D or M,K,N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        return COUNTS.convert(value, param, ctx)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  frugal bench attention --rivals
+  frugal bench attention --shape 4,16,4096,128 --dtype fp16,bf16 --causal --rivals --plot attention.svg
+  frugal bench int8 --shape 4096,4096,4096 --rivals --json
+  frugal bench attention --backend cudasim""",
+    short_help="Kernels timed on this GPU.",
+)
+@click.argument("what", type=click.Choice(tuple(AXES)))
+@click.option(
+    "--backend",
+    type=click.Choice(("cuda", "cudasim")),
+    default="cuda",
+    show_default=True,
+    help="Where to run.",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    type=_Shape(),
+    multiple=True,
+    help="Sizes of a problem; may be repeated.  [default: a few usual ones]",
+)
+@click.option("--dtype", "dtypes", type=DTYPES, help="Formats of attention.  [default: float16]")
+@click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
+@click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Measurements of each.")
+@click.option("--hardware", type=HARDWARE, help="Whose ceilings count.  [default: found by the GPU's name]")
+@output_options(plot=True)
+def command(
+    what: str,
+    backend: str,
+    shapes: tuple[tuple[int, ...], ...],
+    dtypes: tuple[str, ...] | None,
+    causal: bool | None,
+    rivals: bool,
+    rounds: int,
+    hardware: str | None,
+) -> Result:
+    """Time kernels on this GPU: only those that are right, by CUDA events, medians of rounds in turn.
+
+    Each function is first held to its definition, on small cases and on rows of the one that is timed; one
+    that fails is not timed, and the exit code is 1.  Bytes are those of inputs and outputs moved once.
+    Operations of attention are 4 B H N² D, halved under a causal mask.  The simulator can run the same
+    checks, and its seconds say nothing about a GPU.
+    """
+    if what == "int8" and (dtypes is not None or causal is not None):
+        raise click.UsageError("--dtype and --causal are options of attention")
+    for shape in shapes:
+        if len(shape) != len(AXES[what]):
+            raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {_name(shape)}")
+    if backend == "cudasim":
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
+    reason = why_not(backend)
+    if reason is not None:
+        from refimpl.errors import BackendUnavailableError
+
+        raise BackendUnavailableError(f"backend {backend}: {reason}")
+    from cli.contest import result_rows, supply_of
+    from refimpl import registry
+
+    registry.load()
+    card = None if backend == "cudasim" else _card(hardware)
+    supply = supply_of(backend)
+    problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal)
+    rows: list[dict[str, Any]] = []
+    for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
+        rows += result_rows(problem, backend, supply, rivals=rivals, rounds=rounds, card=card)
+    return _result(rows, problems, backend, card)
+
+
+def _problems(
+    what: str, shapes: Sequence[tuple[int, ...]], dtypes: tuple[str, ...] | None, causal: bool | None
+) -> list[Problem]:
+    if what == "int8":
+        return [problem for shape in shapes for problem in int8_problems(shape)]
+    masks = (False, True) if causal is None else (causal,)
+    combinations = itertools.product(dtypes or ("float16",), shapes, masks)
+    return [attention_problem(shape, dtype, mask) for dtype, shape, mask in combinations]
+
+
+def _card(hardware: str | None) -> Hardware | None:
+    """Return the accelerator whose ceilings count: the named one, or the one that the driver names."""
+    from memsim.hardware import hardware as find_hardware
+    from memsim.hardware import hardware_names
+
+    if hardware is not None:
+        return find_hardware(hardware)
+    from cuda_backend.timing import device_name
+
+    found = recognised(device_name(), hardware_names())
+    return None if found is None else find_hardware(found)
+
+
+def recognised(device: str, names: Sequence[str]) -> str | None:
+    """Return the one of `names` whose parts all stand in the driver's name of a GPU.
+
+    >>> recognised("NVIDIA A100-SXM4-80GB", ["a100-40gb", "a100-80gb", "h200"])
+    'a100-80gb'
+    >>> recognised("NVIDIA H100 80GB HBM3", ["a100-80gb", "h200"]) is None
+    True
+    """
+    matching = [name for name in names if all(part in device.lower() for part in name.split("-"))]
+    return matching[0] if len(matching) == 1 else None
+
+
+def _result(
+    rows: list[dict[str, Any]], problems: Sequence[Problem], backend: str, card: Hardware | None
+) -> Result:
+    unregistered = {problem.technique for problem in problems} - {
+        problem.technique
+        for problem in problems
+        if any(row["ours"] and row["operation"] == problem.operation for row in rows)
+    }
+    failed = [row for row in rows if row["status"] == "failed"]
+    details = [f"{row['function']}, {_name(row['shape'])}: {row['detail']}" for row in rows if row["detail"]]
+    details += [f"{name}: nothing is registered for {backend}" for name in sorted(unregistered)]
+    if backend == "cudasim":
+        details.append(SIMULATED)
+    elif card is None:
+        details.append("No ceilings: the GPU is none of the known ones (--hardware).")
+    problem = ""
+    if failed:
+        problem = f"{len(failed)} functions are wrong and were not timed"
+    elif not any(row["ours"] and row["status"] == "timed" for row in rows):
+        problem = "nothing of ours was timed"
+    sources = []
+    if card is not None:
+        precisions = dict.fromkeys(problem.precision for problem in problems)
+        sources = [card.peak(name).source for name in precisions if name in card.peaks]
+        sources.append(card.hbm_bandwidth.source)
+    timed = [row for row in rows if row["rate_op_per_s"] is not None]
+    return Result(
+        rows,
+        (*IDENTITY, *(SIMULATION if backend == "cudasim" else MEASURED)),
+        totals={"timed": sum(row["status"] == "timed" for row in rows), "failed": len(failed)},
+        sources=sources,
+        details=list(dict.fromkeys(details)),
+        problem=problem,
+        exit_code=1 if problem else 0,
+        draw=(lambda axes: _draw(axes, timed)) if timed else None,
+    )
+
+
+def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw a group of bars for each problem, a colour for each function."""
+
+    def label(row: dict[str, Any]) -> str:
+        mask = "\ncausal" if row["causal"] else ""
+        return f"{row['operation']}\n{_name(row['shape'])}\n{row['dtype']}{mask}"
+
+    problems = list(dict.fromkeys(label(row) for row in rows))
+    functions = list(dict.fromkeys(row["function"] for row in rows))
+    width = 0.8 / len(functions)
+    for index, function in enumerate(functions):
+        mine = [row for row in rows if row["function"] == function]
+        places = [problems.index(label(row)) + (index + 0.5) * width - 0.4 for row in mine]
+        axes.bar(places, [1e-12 * row["rate_op_per_s"] for row in mine], width, label=function)
+    axes.set_xticks(range(len(problems)), problems, fontsize=5)
+    axes.set_ylabel("TFLOP/s or TOPS")
+    axes.grid(visible=True, axis="y", alpha=0.3)
+    axes.legend(fontsize=7)

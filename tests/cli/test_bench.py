@@ -1,0 +1,263 @@
+"""``frugal bench``: what is refused, what is verified, and what the numbers mean, with times made up."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cli import contest
+from cli.commands import bench
+from cli.contest import Supply
+from cli.problems import attention_problem, int8_problems
+from cuda_backend.timing import Timing
+from cuda_backend.torch_ops import Rival
+from memsim.hardware import hardware
+from refimpl import registry
+from refimpl.attention import flash_attention
+from refimpl.quant import int8_matmul
+from refimpl.testing import Report
+
+SHAPE = ("--shape", "2,3,20,8")
+
+
+class Registered:
+    """An implementation of whatever technique."""
+
+    backends = ("cuda", "cudasim")
+
+    def __init__(self, tier: str, function: Callable[..., Any]) -> None:
+        self.tier, self.function = tier, function
+
+    def load(self) -> Callable[..., Any]:
+        return self.function
+
+
+def right(q: Any, k: Any, v: Any, /, **options: Any) -> Any:
+    return flash_attention(q, k, v, **options)
+
+
+def last_row_wrong(q: Any, k: Any, v: Any, /, **options: Any) -> Any:
+    out = flash_attention(q, k, v, **options)
+    if not hasattr(out, "_fields"):
+        out[:, -1] = 0
+    return out
+
+
+def refusing(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("the GPU has compute capability 8.0")
+
+
+Times = dict[str, float]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Times]]:
+    """``gpu({tier: function}, {rival: function}, {function: seconds})``: a GPU that NumPy plays."""
+    times: Times = {}
+
+    def interleaved(
+        contestants: Mapping[str, Callable[[int], Any]], *, contexts: Mapping[str, Any], rounds: int
+    ) -> dict[str, Timing]:
+        assert rounds == 9
+        assert set(contexts) == {name for name in contestants if "torch" in name}
+        for call in contestants.values():
+            assert np.array_equal(call(0), call(2))  # two sets of inputs, in turn
+            assert not np.array_equal(call(0), call(1))
+        return {name: Timing(times[name], times[name] / 2, 5e-6) for name in contestants}
+
+    def arrange(
+        ours: Mapping[str, Callable[..., Any]], rivals: Mapping[str, Callable[..., Any]], seconds: Times
+    ) -> Times:
+        times.update(seconds)
+        listed = [Registered(tier, function) for tier, function in ours.items()]
+        monkeypatch.setattr(registry, "implementations_of", lambda _: listed)
+        found = {name: Rival(function) for name, function in rivals.items()}
+        monkeypatch.setattr("cuda_backend.torch_ops.attention_rivals", lambda _causal: found)
+        return times
+
+    monkeypatch.setattr(bench, "why_not", lambda _: None)
+    supply = Supply(contest._draw_on_host, lambda array, _: array, None)
+    monkeypatch.setattr(contest, "supply_of", lambda _: supply)
+    monkeypatch.setattr("cuda_backend.timing.interleaved", interleaved)
+    monkeypatch.setattr("cuda_backend.timing.input_sets", lambda _: 2)
+    monkeypatch.setattr("cuda_backend.timing.device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr("refimpl.testing.check", functools.partial(passed, Report()))
+    contest._law_broken.cache_clear()
+    return arrange  # type: ignore[return-value]
+
+
+def passed(report: Report, *_: Any, **__: Any) -> Report:
+    """Stand in for the check of small cases, which has tests of its own."""
+    from refimpl.testing import Outcome
+
+    report.outcomes.append(Outcome("t", "i", "cuda", "float16", "reference", "passed", "", ""))
+    return report
+
+
+def test_without_a_gpu_the_exit_code_is_3(run: Callable[..., Any]) -> None:
+    result = run("bench", "attention", code=3)
+    assert "backend cuda: NUMBA_ENABLE_CUDASIM is set" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("attention", "--shape", "1,2,3"), "--shape of attention is B,H,N,D; got 1x2x3"),
+        (("int8", "--shape", "1,2,3,4"), "--shape of int8 is M,K,N; got 1x2x3x4"),
+        (("int8", "--dtype", "fp16"), "options of attention"),
+        (("int8", "--causal"), "options of attention"),
+        (("linear",), "Invalid value for '{attention|int8}'"),
+        (("attention", "--shape", "1,2,0,4"), "at least 1"),
+    ],
+)
+def test_usage(run: Callable[..., Any], arguments: tuple[str, ...], said: str) -> None:
+    assert said in run("bench", *arguments, code=2).stderr
+
+
+def test_rates_shares_and_ratios(gpu: Callable[..., Times], rows: Callable[..., Any]) -> None:
+    gpu(
+        {"portable": right, "hopper": right},
+        {"torch SDPA FLASH_ATTENTION": right, "torch SDPA CUDNN_ATTENTION": refusing},
+        {"frugal portable": 8e-6, "frugal hopper": 2e-6, "torch SDPA FLASH_ATTENTION": 3e-6},
+    )
+    document = rows("bench", "attention", *SHAPE, "--causal", "--rivals")
+    found = {row["function"]: row for row in document["rows"]}
+    ours = found["frugal hopper"]
+    assert ours["work_op"] == 4 * 2 * 3 * 20 * 20 * 8 // 2
+    assert ours["compulsory_bytes"] == 4 * (2 * 3 * 20 * 8) * 2
+    assert ours["rate_op_per_s"] == pytest.approx(38400 / 2e-6)
+    assert ours["bandwidth_byte_per_s"] == pytest.approx(7680 / 2e-6)
+    assert ours["peak_share"] == pytest.approx(38400 / 2e-6 / 989.5e12)
+    assert ours["bandwidth_share"] == pytest.approx(7680 / 2e-6 / 4.8e12)
+    assert (ours["time_s"], ours["least_s"], ours["host_s"]) == (2e-6, 1e-6, 5e-6)
+    speedups = {name: row["frugal_speedup"] for name, row in found.items()}
+    assert speedups["frugal hopper"] == 1
+    assert speedups["frugal portable"] == pytest.approx(4)
+    assert speedups["torch SDPA FLASH_ATTENTION"] == pytest.approx(1.5)
+    assert found["torch SDPA CUDNN_ATTENTION"]["status"] == "refused"
+    assert "compute capability 8.0" in found["torch SDPA CUDNN_ATTENTION"]["detail"]
+    assert found["torch SDPA default"]["status"] == "missing"
+    assert document["totals"] == {"timed": 3, "failed": 0}
+    assert any("H200" in source for source in document["sources"])
+
+
+def test_without_a_mask_there_is_twice_the_work(gpu: Callable[..., Times], rows: Callable[..., Any]) -> None:
+    gpu({"portable": right}, {}, {"frugal portable": 1e-6})
+    masked, full = (
+        rows("bench", "attention", *SHAPE, flag)["rows"][0] for flag in ("--causal", "--no-causal")
+    )
+    assert full["work_op"] == 2 * masked["work_op"]
+    assert (masked["causal"], full["causal"]) == (True, False)
+
+
+def test_a_wrong_kernel_is_not_timed(gpu: Callable[..., Times], rows: Callable[..., Any]) -> None:
+    gpu({"portable": right, "hopper": last_row_wrong}, {}, {"frugal portable": 8e-6})
+    document = rows("bench", "attention", *SHAPE, "--no-causal", code=1)
+    good, bad = document["rows"]
+    assert (good["status"], bad["status"]) == ("timed", "failed")
+    assert bad["rate_op_per_s"] is None
+    assert "batch 0, head 0" in bad["detail"]
+
+
+def test_a_kernel_that_breaks_a_law_is_not_timed(
+    gpu: Callable[..., Times], rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from refimpl.testing import Outcome
+
+    broken = Report(
+        [Outcome("t", "i", "cuda", "float16", "keys_commute", "failed", "by 0.5", "frugal verify")]
+    )
+    gpu({"portable": right}, {}, {})
+    monkeypatch.setattr("refimpl.testing.check", lambda *_, **__: broken)
+    (row,) = rows("bench", "attention", *SHAPE, "--causal", code=1)["rows"]
+    assert (row["status"], row["detail"]) == ("failed", "keys_commute: by 0.5")
+
+
+def test_what_a_tier_refuses_is_no_failure(gpu: Callable[..., Times], rows: Callable[..., Any]) -> None:
+    gpu({"portable": right, "hopper": refusing}, {}, {"frugal portable": 1e-6})
+    document = rows("bench", "attention", *SHAPE, "--causal")
+    assert [row["status"] for row in document["rows"]] == ["timed", "refused"]
+
+
+def test_if_all_refuse_the_exit_code_is_1(gpu: Callable[..., Times], run: Callable[..., Any]) -> None:
+    gpu({"hopper": refusing}, {}, {})
+    assert "nothing of ours was timed" in run("bench", "attention", *SHAPE, "--causal", code=1).stderr
+
+
+def test_the_picture_has_a_bar_for_each_function(
+    gpu: Callable[..., Times], run: Callable[..., Any], tmp_path: Any
+) -> None:
+    pytest.importorskip("matplotlib")
+    gpu(
+        {"portable": right},
+        {"torch SDPA default": right},
+        {"frugal portable": 1e-6, "torch SDPA default": 2e-6},
+    )
+    run("bench", "attention", *SHAPE, "--rivals", "--plot", str(tmp_path / "bench.svg"))
+    assert "torch SDPA default" in (tmp_path / "bench.svg").read_text()
+
+
+def test_an_unknown_gpu_has_no_ceilings(
+    gpu: Callable[..., Times], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu({"portable": right}, {}, {"frugal portable": 1e-6})
+    monkeypatch.setattr("cuda_backend.timing.device_name", lambda: "NVIDIA H9000")
+    assert "No ceilings" in run("bench", "attention", *SHAPE, "--causal").stdout
+    assert "No ceilings" not in run("bench", "attention", *SHAPE, "--causal", "--hardware", "h200").stdout
+
+
+@pytest.mark.cudasim
+def test_the_simulator_verifies_and_says_that_its_seconds_mean_nothing(run: Callable[..., Any]) -> None:
+    result = run("bench", "int8", "--backend", "cudasim", "--shape", "3,8,4", "--rivals")
+    assert "no measure of speed" in result.stdout
+    assert "simulator/s" in result.stdout
+    assert "TOPS" not in result.stdout
+    assert result.stdout.count("timed") == 3  # both problems, and the total
+    assert result.stdout.count("missing") == 2
+
+
+def test_the_sampled_rows_of_a_product_are_exact() -> None:
+    product, linear = int8_problems((40, 12, 5))
+    operands, _ = product.operands(contest._draw_on_host, 0)
+    out = int8_matmul(*operands)
+    assert product.check(operands, out, lambda array, _: array) is None
+    out[-1, 2] += 1
+    assert product.check(operands, out, lambda array, _: array) == "1 of 80 sampled cells differ"
+    assert (linear.work, linear.compulsory_bytes) == (
+        2 * 40 * 12 * 5,
+        2 * 40 * 12 + 12 * 5 + 4 * 5 + 2 * 40 * 5,
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_sampled_rows_of_attention_catch_a_shifted_mask(dtype: str, causal: bool) -> None:
+    problem = attention_problem((1, 2, 50, 16), dtype, causal)
+    operands, theirs = problem.operands(contest._draw_on_host, 1)
+    assert all(a is b for a, b in zip(operands, theirs, strict=True))
+    keep = lambda array, _: array  # noqa: E731
+    assert problem.check(operands, flash_attention(*operands, causal=causal), keep) is None
+    mask = np.tril(np.ones((50, 50), bool), 1 if causal else 48)
+    assert problem.check(operands, flash_attention(*operands, attn_mask=mask), keep) is not None
+
+
+def test_a_float32_rate_is_held_to_the_float32_peak() -> None:
+    problem = attention_problem((1, 1, 8, 8), "float32", False)
+    found = contest.rates(problem, Timing(1.0, 1.0, 1.0), 1.0, hardware("h200"))
+    assert found["peak_share"] == pytest.approx(problem.work / 67e12)
+
+
+def test_the_sampled_cells_of_a_linear_catch_a_lost_outlier() -> None:
+    from refimpl.quant import llm_int8_linear_fused, quantize_columns
+
+    linear = int8_problems((30, 24, 7))[1]
+    x = contest._draw_on_host((30, 24), "float16", 0, outliers=4)
+    stored = quantize_columns(contest._draw_on_host((7, 24), "float16", 1).T)
+    keep = lambda array, _: array  # noqa: E731
+    assert linear.check((x, stored), llm_int8_linear_fused(x, stored), keep) is None
+    assert linear.check((x, stored), llm_int8_linear_fused(x, stored, threshold=None), keep) is not None
