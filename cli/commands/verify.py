@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -117,7 +118,7 @@ def _together(backend: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if backend == "mpi":
+        if _on_mpi(backend):
             from refimpl.parallel.mpi import world
 
             say(f"Error: {error}")
@@ -125,9 +126,14 @@ def _together(backend: str) -> Iterator[None]:
         raise
 
 
+def _on_mpi(backend: str) -> bool:
+    """Return whether ranks on MPI have run in this process."""
+    return backend == "mpi" and "mpi4py" in sys.modules
+
+
 def _other_rank(backend: str) -> bool:
     """Return whether this is a process of an MPI program, but not the one that speaks for all."""
-    if backend != "mpi":
+    if not _on_mpi(backend):
         return False
     from refimpl.parallel.mpi import world
 
