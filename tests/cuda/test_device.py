@@ -85,7 +85,7 @@ def test_torch_tensors_on_their_stream(dtype: str) -> None:
     host = arrays((2, 130, 130, 4, 2, 64, 64), dtype)
     expected = flash_attention(*host, causal=True)
     slopes = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
-    biased = flash_attention(*host, alibi_slopes=slopes, k_lengths=np.array([100, 130]))
+    biased = flash_attention(*host, causal="top_left", alibi_slopes=slopes, k_lengths=np.array([100, 130]))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         q, k, v = (on_torch(array) for array in host)
@@ -94,7 +94,8 @@ def test_torch_tensors_on_their_stream(dtype: str) -> None:
         late.copy_(q)
         out = flash_attention(late, k, v, causal=True)
         lengths = torch.tensor([100, 130], device="cuda", dtype=torch.int32)
-        other = flash_attention(q, k, v, alibi_slopes=on_torch(slopes), k_lengths=lengths)
+        given = on_torch(slopes)
+        other = flash_attention(q, k, v, causal="top_left", alibi_slopes=given, k_lengths=lengths)
     assert isinstance(out, torch.Tensor)
     assert out.dtype == q.dtype
     assert out.is_cuda
