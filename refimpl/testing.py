@@ -240,10 +240,7 @@ def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype
             record(what, "refused", str(error))
         except LawViolation as error:
             record(what, "failed", str(error))
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # whatever a candidate raises is a verdict on it, not a crash of ours
+        except (Exception, SystemExit) as error:  # a verdict on the candidate, not a crash of ours
             record(what, "failed", f"raised {type(error).__name__}: {error}")
         else:
             record(what, "failed" if problem else "passed", problem or "")

@@ -9,6 +9,7 @@ import click
 
 from cli.output import output_options
 from cli.parameters import COUNTS, SIZES
+from cli.quantities import bytes_text, time_text
 from cli.result import Column, Result
 
 if TYPE_CHECKING:
@@ -18,18 +19,6 @@ __all__ = ["command"]
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "all_to_all")
 ALGORITHMS = ("ring", "recursive", "tree", "pairwise")
-
-
-def _bytes_text(value: Any) -> str:
-    from memsim.units import exact, format_quantity
-
-    return "" if value is None else format_quantity(exact(value), "B")
-
-
-def _time_text(value: Any) -> str:
-    from memsim.units import exact, format_quantity
-
-    return "" if value is None else format_quantity(exact(value), "s")
 
 
 class _Seconds(click.FloatRange):
@@ -126,11 +115,11 @@ def command(
             Column("op"),
             Column("algorithm"),
             Column("ranks", right=True),
-            Column("vector_bytes", "vector", right=True, text=_bytes_text),
-            Column("sent_bytes_max", "sent by the busiest rank", right=True, text=_bytes_text),
-            Column("sent_bytes_total", "by all ranks", right=True, text=_bytes_text),
+            Column("vector_bytes", "vector", right=True, text=bytes_text),
+            Column("sent_bytes_max", "sent by the busiest rank", right=True, text=bytes_text),
+            Column("sent_bytes_total", "by all ranks", right=True, text=bytes_text),
             Column("messages_max", "messages", right=True),
-            Column("time_s", "time", right=True, text=_time_text),
+            Column("time_s", "time", right=True, text=time_text),
         ),
         sources=list(dict.fromkeys(term.source for time in estimates for term in time.terms)),
         details=details,

@@ -11,6 +11,7 @@ import click
 
 from cli.output import output_options
 from cli.parameters import COUNTS, DTYPES, HARDWARE, PRECISIONS, SIZES, ListOf
+from cli.quantities import bytes_text, flop_text, time_text
 from cli.result import Column, Result, Row
 
 if TYPE_CHECKING:
@@ -30,31 +31,13 @@ _DIRECTIONS: dict[str, tuple[Literal["forward", "backward"], ...]] = {
 }
 
 
-def _bytes_text(value: Any) -> str:
-    from memsim.units import format_quantity
-
-    return "" if value is None else format_quantity(value, "B")
-
-
 def _size_text(value: Any) -> str:
     """Return the size of an on-chip memory, which comes in powers of two.
 
     >>> _size_text(196608)
     '192 KiB'
     """
-    return _bytes_text(value) if value % 1024 else f"{value // 1024} KiB"
-
-
-def _flop_text(value: Any) -> str:
-    from memsim.units import format_quantity
-
-    return "" if value is None else format_quantity(value, "FLOP")
-
-
-def _time_text(value: Any) -> str:
-    from memsim.units import exact, format_quantity
-
-    return "" if value is None else format_quantity(exact(value), "s")
+    return bytes_text(value) if value % 1024 else f"{value // 1024} KiB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +148,15 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         Column("pass"),
     ]
     outputs = [
-        Column("read_bytes", "read", right=True, text=_bytes_text),
-        Column("written_bytes", "written", right=True, text=_bytes_text),
-        Column("traffic_bytes", "HBM traffic", right=True, text=_bytes_text),
-        Column("matmul_flop", "matmul", right=True, text=_flop_text),
+        Column("read_bytes", "read", right=True, text=bytes_text),
+        Column("written_bytes", "written", right=True, text=bytes_text),
+        Column("traffic_bytes", "HBM traffic", right=True, text=bytes_text),
+        Column("matmul_flop", "matmul", right=True, text=flop_text),
     ]
     if rows and "bound" in rows[0]:
         outputs += [
-            Column("hbm_time_s", "HBM time", right=True, text=_time_text),
-            Column("matmul_time_s", "matmul time", right=True, text=_time_text),
+            Column("hbm_time_s", "HBM time", right=True, text=time_text),
+            Column("matmul_time_s", "matmul time", right=True, text=time_text),
             Column("bound"),
         ]
     return [column for column in inputs if column.key in shown] + outputs

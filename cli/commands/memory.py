@@ -10,6 +10,7 @@ import click
 
 from cli.output import output_options
 from cli.parameters import COUNT, COUNTS, ListOf
+from cli.quantities import bytes_text, count_text
 from cli.result import Column, Result, Row
 
 if TYPE_CHECKING:
@@ -18,18 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 Stage = Literal[0, 1, 2, 3]
-
-
-def _bytes_text(value: Any) -> str:
-    from memsim.units import exact, format_quantity
-
-    return "" if value is None else format_quantity(exact(value), "B")
-
-
-def _count_text(value: Any) -> str:
-    from memsim.units import exact, format_number
-
-    return "" if value is None else format_number(exact(value))
 
 
 def _explained(estimates: Sequence[Estimate], titles: Sequence[str]) -> list[str]:
@@ -118,11 +107,11 @@ def zero(
     return Result(
         rows,
         (
-            Column("params", right=True, text=_count_text),
+            Column("params", right=True, text=count_text),
             Column("dp", right=True),
             Column("stage", right=True),
-            Column("memory_bytes", "memory a rank", right=True, text=_bytes_text),
-            Column("sent_elements", "sent a rank and step (elements)", right=True, text=_count_text),
+            Column("memory_bytes", "memory a rank", right=True, text=bytes_text),
+            Column("sent_elements", "sent a rank and step (elements)", right=True, text=count_text),
         ),
         sources=_sources(estimates),
         details=_explained(estimates, titles) if explain else [],
@@ -134,7 +123,7 @@ def _draw(axes: Any, rows: Sequence[Row]) -> None:
     """Draw the memory of a rank against the number of ranks, a line for each model and stage."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(f"{_count_text(row['params'])} parameters, stage {row['stage']}", []).append(row)
+        lines.setdefault(f"{count_text(row['params'])} parameters, stage {row['stage']}", []).append(row)
     for label, points in lines.items():
         points = sorted(points, key=lambda row: row["dp"])
         memory = [float(point["memory_bytes"]) for point in points]
@@ -200,7 +189,7 @@ def training(
             Column("part"),
             Column("term"),
             Column("formula"),
-            Column("memory_bytes", "memory", right=True, text=_bytes_text),
+            Column("memory_bytes", "memory", right=True, text=bytes_text),
         ),
         totals={
             "states_bytes": states.total,
