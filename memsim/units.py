@@ -56,10 +56,12 @@ SCALES: dict[str, tuple[str, Number]] = {
     "parameters": ("parameters", 1),
     "B parameters": ("parameters", 10**9),
     "FLOP": ("FLOP", 1),
+    "MFLOP": ("FLOP", 10**6),
     "GFLOP": ("FLOP", 10**9),
     "TFLOP": ("FLOP", 10**12),
     "s": ("s", 1),
-    "ms": ("s", Fraction(1, 1000)),
+    "ms": ("s", Fraction(1, 10**3)),
+    "µs": ("s", Fraction(1, 10**6)),
     "min": ("s", 60),
     "days": ("s", 86400),
 }
@@ -68,10 +70,10 @@ _NUMBER = re.compile(r"\s*([-+]?\d[\d_]*(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*([A-Za-z]
 # The prefixes that `format_quantity` chooses from, largest first.
 _LADDERS: dict[str, tuple[str, ...]] = {
     "B": ("TB", "GB", "MB", "kB", "B"),
-    "FLOP": ("TFLOP", "GFLOP", "FLOP"),
+    "FLOP": ("TFLOP", "GFLOP", "MFLOP", "FLOP"),
     "elements": ("B elements", "elements"),
     "parameters": ("B parameters", "parameters"),
-    "s": ("days", "min", "s", "ms"),
+    "s": ("days", "min", "s", "ms", "µs"),
 }
 
 

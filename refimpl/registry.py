@@ -131,6 +131,9 @@ class Technique:
     terms : callable or None
         ``terms(case) -> (n, magnitudes)``: length of the reductions and, shaped like the outputs, the sums of
         absolute values of the terms, for the rounding bound of `refimpl.tolerances`.
+    spread : callable or None
+        ``spread(case) -> magnitudes``, shaped like the outputs: the root of the sum of squared terms, for
+        outputs that cancel by design and whose rounding is therefore not measured by their own size.
     vjp : str or None
         ``module:function`` of the vector-Jacobian product: ``vjp(*args, cotangent, **kwargs)`` returns one
         gradient for each positional array.
@@ -150,6 +153,7 @@ class Technique:
     sample: Callable[..., Case] | None
     edges: tuple[Mapping[str, Option], ...]
     terms: Callable[[Case], tuple[int, Any]] | None
+    spread: Callable[[Case], Any] | None
     vjp: str | None
     exact: bool
     kernel_factor: float
@@ -234,6 +238,7 @@ def technique(
     sample: Callable[..., Case] | None = None,
     edges: Iterable[Mapping[str, Option]] = (),
     terms: Callable[[Case], tuple[int, Any]] | None = None,
+    spread: Callable[[Case], Any] | None = None,
     vjp: str | None = None,
     exact: bool = False,
     kernel_factor: float = 2.0,
@@ -255,6 +260,7 @@ def technique(
             sample=sample,
             edges=tuple(edges),
             terms=terms,
+            spread=spread,
             vjp=vjp,
             exact=exact,
             kernel_factor=kernel_factor,

@@ -8,8 +8,9 @@ low-precision baseline), C the candidate.  All three are compared in float64.
   summation bound alone is wrong once exp amplifies a rounding of the score.
 - A kernel may err at most twice as much as the baseline does, for gradients three times (flash-attention's
   own tests allow that), on the case or next to it: in maximum, plus one ulp, and in root mean square, plus
-  half an ulp; both relative to the size of a row.  Where the baseline itself is useless the case says nothing
-  and is invalid.
+  half an ulp; both relative to the size of a row, or to the size of the terms that a row sums, if that is
+  larger: what cancels keeps the rounding of what it was made of.  Where the baseline itself is useless the
+  case says nothing and is invalid.
 - Codes, masks, indices and counts are equal.  NaN never passes where R is finite.
 """
 
@@ -124,7 +125,8 @@ def baseline_limits(
     truth = outputs(exact_copy(case).call(technique.function))
     baseline = outputs(case.call(technique.function))
     floats = [name for name in truth if is_floating(baseline[name].dtype)]
-    scales = {name: _row_scale(truth[name]) for name in floats}
+    spread = outputs(technique.spread(exact_copy(case))) if technique.spread else truth
+    scales = {name: _row_scale(truth[name], spread[name]) for name in floats}
     errors = {name: [_difference(widen(baseline[name]), truth[name]) / scales[name]] for name in floats}
     rng = np.random.default_rng(0)
     for _ in range(PERTURBATIONS):
@@ -238,18 +240,24 @@ def _rms(x: FloatArray) -> float:
     return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
-def _row_scale(x: Array) -> FloatArray:
-    """Return the size of each row, the rms along the last axis; of tiny rows a share of that of all.
+def _row_scale(x: Array, spread: Array) -> FloatArray:
+    """Return the size of each row or of the terms it sums, the larger; of tiny rows a share of that of all.
 
     Errors are judged against it, so that a few large rows do not license errors in all the small ones, as the
     first rows of causal attention would.
     """
+    whole = _rms(_finite_magnitude(x))
+    rows = np.maximum(_row_rms(x), _row_rms(spread))
+    scale = np.maximum(rows, SMALLEST_ROW * whole)
+    return np.asarray(np.where(scale > 0, scale, 1.0))
+
+
+def _row_rms(x: Array) -> FloatArray:
+    """Return the root mean square along the last axis, which is kept; of a scalar its size."""
     magnitude = _finite_magnitude(x)
-    whole = _rms(magnitude)
-    if x.ndim == 0:
-        return np.asarray(whole or 1.0)
-    rows = np.sqrt(np.mean(np.square(magnitude), axis=-1, keepdims=True)) if x.shape[-1] else magnitude
-    return np.asarray(np.maximum(rows, SMALLEST_ROW * whole)) if whole else np.ones_like(rows)
+    if x.ndim == 0 or not x.shape[-1]:
+        return magnitude
+    return np.sqrt(np.mean(np.square(magnitude), axis=-1, keepdims=True))
 
 
 def _row_max(x: FloatArray) -> FloatArray:

@@ -97,6 +97,22 @@ def test_a_kernel_as_good_as_the_baseline_passes_and_a_worse_one_fails(dtype: st
     assert bad.failed
 
 
+def test_gradients_that_cancel_are_judged_by_the_terms_they_sum() -> None:
+    """Under a causal mask row 0 sees one key: dQ is 0 there but for rounding."""
+    record = registry.get("attention.flash_backward")
+    shape = {"B": 1, "Tq": 40, "Tk": 40, "Hkv": 1, "group": 1, "D": 16, "Dv": 16}
+    drawn = record.sample(np.random.default_rng(0), **shape, causal="top_left", blocks="default")  # type: ignore[misc]
+    case = cast(drawn, np.dtype(np.float32))
+    truth, _, limits, _ = baseline_limits(record, case, np.dtype(np.float32))
+    assert np.abs(truth["dq"][0, 0]).max() < 1e-14
+    _, _, v, _, _, do = case.args
+    eps = np.finfo(np.float32).eps
+    terms = np.sqrt(np.mean(do[0, 0] ** 2 @ v[0, 0, 0][:, None] ** 2))  # of dP, the sum over the head
+    allowed = float(limits["dq"].largest[0, 0].max())
+    assert eps * terms / 16 < allowed < 16 * eps * terms
+    assert float(limits["dq"].largest.max()) < 64 * eps * np.abs(truth["dq"]).max()
+
+
 @given(st.floats(-1e30, 1e30, allow_nan=False))
 def test_bfloat16_rounds_to_nearest_even(x: float) -> None:
     ours = round_to(np.array([x]), ml_dtypes.bfloat16)

@@ -8,6 +8,7 @@ import numpy as np
 
 from refimpl.attention.dense import AttentionGradients, scaled_dot_product_attention
 from refimpl.attention.flash import blocks, chosen_blocks, flash_attention
+from refimpl.attention.gradient_spread import gradient_spread
 from refimpl.attention.online_softmax import rescale
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, sample_tiled_attention
 from refimpl.attention.scores import AttentionOptions, ScoreRule, backward_rule, with_seed
@@ -42,6 +43,7 @@ def sample_backward(rng: np.random.Generator, **shape: Any) -> Case:
     options={**OPTIONS, "return_lse": (False,), "blocks": ("default", "3x5", "8x4", "sram")},
     edges=tuple({**edge, "return_lse": False} for edge in EDGES),
     sample=sample_backward,
+    spread=gradient_spread,
     kernel_factor=3.0,
 )
 def flash_attention_vjp(

@@ -141,6 +141,44 @@ def test_io_gives_every_combination_and_smaller_sram_never_less_traffic(rows):
         assert traffic[0] > traffic[-1]
 
 
+def test_io_of_a_linear_layer(rows):
+    # 3 tokens, 5 features in, 7 out, fp16.  In floating point: X, W and Y once.
+    shape = ("--op", "linear", "--tokens", "3", "--in-features", "5", "--out-features", "7")
+    fp16, int8 = rows("io", *shape, "--algorithm", "fp16,int8", "--outliers", "2")["rows"]
+    assert (fp16["read_bytes"], fp16["written_bytes"]) == (2 * (15 + 35), 2 * 21)
+    assert fp16["matmul_flop"] == 2 * 3 * 5 * 7
+    # As released: X is read to find outliers and to quantise; codes and an absmax a row are written and read,
+    # the int32 product too; two outlier columns read X, the codes of W, its scales, and Y once more.
+    read = 30 + (30 + 16) + (15 + 35) + (4 * 21 + 12 + 28) + (16 + 12 + 14 + 28 + 42)
+    assert int8["read_bytes"] == read
+    assert int8["written_bytes"] == 16 + (15 + 12) + 4 * 21 + 42 + 42
+    assert int8["matmul_flop"] == 2 * 3 * 7 * (5 + 2)
+
+
+def test_io_of_a_linear_layer_takes_each_products_own_peak(rows):
+    shape = (
+        "--op",
+        "linear",
+        "--tokens",
+        "8",
+        "--in-features",
+        "64",
+        "--out-features",
+        "32",
+        "--outliers",
+        "4",
+    )
+    row = rows("io", *shape, "--algorithm", "int8_fused", "--hardware", "a100-80gb")["rows"][0]
+    assert row["matmul_time_s"] == pytest.approx(2 * 8 * 64 * 32 / 624e12 + 2 * 8 * 4 * 32 / 312e12)
+
+
+def test_io_refuses_what_belongs_to_another_operation(run):
+    assert "--n belongs to --op attention" in run("io", "--op", "linear", "--n", "5", code=2).stderr
+    assert "--tokens belongs to --op linear" in run("io", "--tokens", "5", code=2).stderr
+    assert "--algorithm int8 is not one of --op attention" in run("io", "--algorithm", "int8", code=2).stderr
+    assert "at most K=4096 columns" in run("io", "--op", "linear", "--outliers", "5000", code=2).stderr
+
+
 def test_io_explains(run):
     text = run("io", "--n", "1024", "--algorithm", "standard", "--pass", "fwd", "--explain").stdout
     assert "T_q" in text

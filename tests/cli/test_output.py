@@ -66,7 +66,7 @@ def test_what_is_no_regular_file_is_written_to_and_stays_what_it_is(tmp_path):
 
 @pytest.mark.parametrize("option", ["--output", "--plot"])
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(run, tmp_path, option, monkeypatch):
-    monkeypatch.setattr("cli.commands.io._row", lambda *_: pytest.fail("it worked before it looked"))
+    monkeypatch.setattr("cli.attention_traffic._row", lambda *_: pytest.fail("it worked before it looked"))
     for place in (tmp_path / "missing" / "x.png", tmp_path.with_name("x.png") / "y.png"):
         message = run("io", option, str(place), code=2).stderr
         assert message.count("\n") == 1
@@ -99,7 +99,7 @@ def test_a_plot_that_fails_writes_no_table_either(run, tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("cli.commands.io._draw", broken)
+    monkeypatch.setattr("cli.attention_traffic._draw", broken)
     message = run("io", "--plot", str(tmp_path / "x.png"), "-o", str(tmp_path / "x.csv"), code=2).stderr
     assert "Input/output error" in message
     assert not os.listdir(tmp_path)
