@@ -6,7 +6,6 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cli.problems import Arrays, Problem, total_bytes
@@ -55,7 +54,7 @@ def result_rows(
     ours, theirs = problem.operands(supply.draw, 0)
     rows: list[dict[str, Any]] = []
     ready: dict[str, Callable[..., Any]] = {}
-    contexts = {}
+    rival_of: dict[str, Rival] = {}
     for name, f in _our_functions(problem, backend):
         call = functools.partial(f, **problem.options)
         status, detail = _verified(problem, f, call, ours, backend, supply)
@@ -67,7 +66,7 @@ def result_rows(
             status, detail = ("missing", rival) if isinstance(rival, str) else _tried(rival, theirs)
             rows.append(_row(problem, name, ours=False, status=status, detail=detail))
             if status == "verified" and not isinstance(rival, str):
-                ready[name], contexts[name] = rival
+                ready[name], rival_of[name] = rival.function, rival
     if backend == "cudasim":
         for row in rows:
             if row["function"] in ready:
@@ -76,7 +75,7 @@ def result_rows(
                 row |= {"status": "timed", "simulator_s": time.perf_counter() - start}
         return rows
     if any(row["ours"] and row["status"] == "verified" for row in rows):
-        _time(problem, rows, ready, contexts, (ours, theirs), supply, rounds, card)
+        _time(problem, rows, ready, rival_of, (ours, theirs), supply, rounds, card)
     return rows
 
 
@@ -143,7 +142,7 @@ def _tried(rival: Rival, operands: Arrays) -> tuple[str, str]:
     try:
         with rival.context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a backend refuses; that it does is an exception
-            rival.function(*operands)
+            rival.function(*rival.prepare(*operands))
     except Exception as error:  # what a library refuses it says in ways of its own
         return "refused", f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return "verified", ""
@@ -153,7 +152,7 @@ def _time(
     problem: Problem,
     rows: list[dict[str, Any]],
     ready: Mapping[str, Callable[..., Any]],
-    contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    rival_of: Mapping[str, Rival],
     first: tuple[Arrays, Arrays],
     supply: Supply,
     rounds: int,
@@ -164,13 +163,16 @@ def _time(
 
     count = input_sets(total_bytes(first[0]))
     sets = [first, *(problem.operands(supply.draw, seed) for seed in range(1, count))]
-    side = {row["function"]: 0 if row["ours"] else 1 for row in rows}
 
     def rotating(name: str, f: Callable[..., Any]) -> Callable[[int], Any]:
-        operands = [pair[side[name]] for pair in sets]
+        operands = [ours for ours, _ in sets]
+        if name in rival_of:
+            with rival_of[name].context():
+                operands = [rival_of[name].prepare(*theirs) for _, theirs in sets]
         return lambda index: f(*operands[index % count])
 
     calls = {name: rotating(name, f) for name, f in ready.items()}
+    contexts = {name: rival.context for name, rival in rival_of.items()}
     timings = interleaved(calls, contexts=contexts, rounds=rounds)
     best = min(timings[row["function"]].device_s for row in rows if row["ours"] and row["function"] in ready)
     for row in rows:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cuda_backend.torch_ops import Rival
     from refimpl.numerics import Array
 
-__all__ = ["Problem", "attention_problem", "int8_problems", "total_bytes"]
+__all__ = ["Problem", "attention_problem", "int8_problems", "sampled", "total_bytes"]
 
 Arrays = tuple[Any, ...]
 Draw = Callable[..., Any]
@@ -166,7 +166,7 @@ def int8_problems(shape: Sequence[int]) -> list[Problem]:
     return [product, linear]
 
 
-def _sampled(count: int, most: int) -> Any:
+def sampled(count: int, most: int) -> Any:
     """Return the first and the last index, and some between them."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))
 
@@ -181,9 +181,9 @@ def _check_attention(dtype: str, causal: bool, operands: Arrays, output: Any, to
     q, k, v = (to_host(x, dtype) for x in operands)
     out = to_host(output, dtype)
     B, N, H, _ = out.shape
-    rows = _sampled(N, SAMPLED_ROWS)
+    rows = sampled(N, SAMPLED_ROWS)
     mask = np.arange(N)[None, :] <= rows[:, None] if causal else None
-    heads = _sampled(B * H, SAMPLED_HEADS)
+    heads = sampled(B * H, SAMPLED_HEADS)
     for batch, head in ((int(index) // H, int(index) % H) for index in heads):
         part = slice(batch, batch + 1), slice(None), slice(head, head + 1)
         case = Case((q[part][:, rows], k[part], v[part]), {} if mask is None else {"attn_mask": mask})
@@ -201,7 +201,7 @@ def _check_attention(dtype: str, causal: bool, operands: Arrays, output: Any, to
 def _check_product(operands: Arrays, output: Any, to_host: ToHost) -> str | None:
     """Hold sampled cells to the product in float64, which is exact: sums stay below 2**53."""
     a, b = (to_host(x, "int8") for x in operands)
-    rows, columns = _sampled(a.shape[0], SAMPLED_ROWS), _sampled(b.shape[1], SAMPLED_COLUMNS)
+    rows, columns = sampled(a.shape[0], SAMPLED_ROWS), sampled(b.shape[1], SAMPLED_COLUMNS)
     truth = a[rows].astype(np.float64) @ b[:, columns].astype(np.float64)
     wrong = int(np.sum(truth != to_host(output, "int32")[np.ix_(rows, columns)]))
     return f"{wrong} of {truth.size} sampled cells differ" if wrong else None
@@ -214,7 +214,7 @@ def _check_linear(operands: Arrays, output: Any, to_host: ToHost) -> str | None:
 
     x, stored = to_host(operands[0], "float16"), operands[1]
     codes, absmax = to_host(stored.codes, "int8"), to_host(stored.absmax, "float32")
-    rows, columns = _sampled(x.shape[0], SAMPLED_ROWS), _sampled(codes.shape[1], SAMPLED_COLUMNS)
+    rows, columns = sampled(x.shape[0], SAMPLED_ROWS), sampled(codes.shape[1], SAMPLED_COLUMNS)
     weight = Int8Columns(codes[:, columns], absmax[columns])
     truth = np.asarray(llm_int8_linear_fused(x[rows], weight, threshold=THRESHOLD)).astype(np.float64)
     # Both round to float16, after float32 sums of a few outliers in different orders.

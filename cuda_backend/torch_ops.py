@@ -15,7 +15,16 @@ import numpy as np
 
 from refimpl.numerics import Array
 
-__all__ = ["Rival", "attention_rivals", "draw", "int8_product_rivals", "linear_rivals", "missing", "to_host"]
+__all__ = [
+    "Rival",
+    "attention_backward_rivals",
+    "attention_rivals",
+    "draw",
+    "int8_product_rivals",
+    "linear_rivals",
+    "missing",
+    "to_host",
+]
 
 ATTENTION_BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION")
 
@@ -53,11 +62,26 @@ def to_host(tensor: Any, dtype: np.dtype[Any]) -> Array:
     return np.asarray(tensor.cpu().numpy())
 
 
+def _as_given(*operands: Any) -> tuple[Any, ...]:
+    return operands
+
+
 class Rival(NamedTuple):
-    """A function, and the context in which it is to be called: entering one costs more than the call."""
+    """A function of others.
+
+    Attributes
+    ----------
+    function
+        What is timed.
+    context
+        In which it is to be called: entering one costs more than the call.
+    prepare
+        ``prepare(*operands)`` gives its arguments, once for each set of operands, outside the timing.
+    """
 
     function: Callable[..., Any]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare: Callable[..., tuple[Any, ...]] = _as_given
 
 
 def attention_rivals(causal: bool) -> dict[str, Rival]:
@@ -78,6 +102,26 @@ def attention_rivals(causal: bool) -> dict[str, Rival]:
         if hasattr(SDPBackend, name)
     }
     return {**found, "torch SDPA default": Rival(attention)}
+
+
+def attention_backward_rivals(causal: bool) -> dict[str, Rival]:
+    """Return the backward passes of `attention_rivals`; the forward pass is made ready before.
+
+    Operands are q, k, v and the gradient of the output, [B, T, H, D].
+    """
+    import torch
+
+    def forward(function: Callable[..., Any], q: Any, k: Any, v: Any, do: Any) -> tuple[Any, ...]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return function(*leaves), leaves, do.transpose(1, 2)
+
+    def backward(out: Any, leaves: Any, do: Any) -> Any:
+        return torch.autograd.grad(out, leaves, do, retain_graph=True)
+
+    return {
+        name: Rival(backward, rival.context, partial(forward, rival.function))
+        for name, rival in attention_rivals(causal).items()
+    }
 
 
 def linear_rivals() -> dict[str, Rival]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.backward_problem import attention_backward_problem
 from cli.commands.env import why_not
 from cli.output import output_options, progress
 from cli.parameters import COUNTS, DTYPES, HARDWARE
@@ -26,6 +27,11 @@ DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
     ("attention", "cudasim"): ((1, 2, 24, 8),),
     ("int8", "cuda"): ((4096, 4096, 4096), (8192, 8192, 8192)),
     ("int8", "cudasim"): ((16, 32, 16),),
+}
+DIRECTIONS = {
+    "fwd": (attention_problem,),
+    "bwd": (attention_backward_problem,),
+    "both": (attention_problem, attention_backward_problem),
 }
 SIMULATED = "Seconds are the simulator's, on the host: no measure of speed."
 
@@ -95,6 +101,12 @@ Examples:
 )
 @click.option("--dtype", "dtypes", type=DTYPES, help="Formats of attention.  [default: float16]")
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
+@click.option(
+    "--pass",
+    "direction",
+    type=click.Choice(tuple(DIRECTIONS)),
+    help="Which pass of attention.  [default: fwd]",
+)
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Measurements of each.")
 @click.option("--hardware", type=HARDWARE, help="Whose ceilings count.  [default: found by the GPU's name]")
@@ -105,6 +117,7 @@ def command(
     shapes: tuple[tuple[int, ...], ...],
     dtypes: tuple[str, ...] | None,
     causal: bool | None,
+    direction: str | None,
     rivals: bool,
     rounds: int,
     hardware: str | None,
@@ -113,11 +126,11 @@ def command(
 
     Each function is first held to its definition, on small cases and on rows of the one that is timed; one
     that fails is not timed, and the exit code is 1.  Bytes are those of inputs and outputs moved once.
-    Operations of attention are 4 B H N² D, halved under a causal mask.  The simulator can run the same
-    checks, and its seconds say nothing about a GPU.
+    Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
+    simulator can run the same checks, and its seconds say nothing about a GPU.
     """
-    if what == "int8" and (dtypes is not None or causal is not None):
-        raise click.UsageError("--dtype and --causal are options of attention")
+    if what == "int8" and (dtypes, causal, direction) != (None, None, None):
+        raise click.UsageError("--dtype, --causal and --pass are options of attention")
     for shape in shapes:
         if len(shape) != len(AXES[what]):
             raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {_name(shape)}")
@@ -134,7 +147,7 @@ def command(
     registry.load()
     card = None if backend == "cudasim" else _card(hardware)
     supply = supply_of(backend)
-    problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal)
+    problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal, direction or "fwd")
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
         rows += result_rows(problem, backend, supply, rivals=rivals, rounds=rounds, card=card)
@@ -142,13 +155,21 @@ def command(
 
 
 def _problems(
-    what: str, shapes: Sequence[tuple[int, ...]], dtypes: tuple[str, ...] | None, causal: bool | None
+    what: str,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: tuple[str, ...] | None,
+    causal: bool | None,
+    direction: str,
 ) -> list[Problem]:
     if what == "int8":
         return [problem for shape in shapes for problem in int8_problems(shape)]
     masks = (False, True) if causal is None else (causal,)
     combinations = itertools.product(dtypes or ("float16",), shapes, masks)
-    return [attention_problem(shape, dtype, mask) for dtype, shape, mask in combinations]
+    return [
+        problem(shape, dtype, mask)
+        for dtype, shape, mask in combinations
+        for problem in DIRECTIONS[direction]
+    ]
 
 
 def _card(hardware: str | None) -> Hardware | None:

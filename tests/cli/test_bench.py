@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cuda_backend
 from cli import contest
+from cli.backward_problem import attention_backward_problem
 from cli.commands import bench
 from cli.contest import Supply
 from cli.problems import attention_problem, int8_problems
@@ -17,7 +19,7 @@ from cuda_backend.timing import Timing
 from cuda_backend.torch_ops import Rival
 from memsim.hardware import hardware
 from refimpl import registry
-from refimpl.attention import flash_attention
+from refimpl.attention import flash_attention, flash_attention_vjp
 from refimpl.quant import int8_matmul
 from refimpl.testing import Report
 
@@ -111,6 +113,7 @@ def test_without_a_gpu_the_exit_code_is_3(run: Callable[..., Any]) -> None:
         (("int8", "--shape", "1,2,3,4"), "--shape of int8 is M,K,N; got 1x2x3x4"),
         (("int8", "--dtype", "fp16"), "options of attention"),
         (("int8", "--causal"), "options of attention"),
+        (("int8", "--pass", "bwd"), "options of attention"),
         (("linear",), "Invalid value for '{attention|int8}'"),
         (("attention", "--shape", "1,2,0,4"), "at least 1"),
     ],
@@ -244,6 +247,42 @@ def test_the_sampled_rows_of_attention_catch_a_shifted_mask(dtype: str, causal: 
     assert problem.check(operands, flash_attention(*operands, causal=causal), keep) is None
     mask = np.tril(np.ones((50, 50), bool), 1 if causal else 48)
     assert problem.check(operands, flash_attention(*operands, attn_mask=mask), keep) is not None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_sampled_rows_of_a_backward_pass(
+    dtype: str, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_backend, "flash_attention", flash_attention)
+    problem = attention_backward_problem((1, 2, 50, 16), dtype, causal)
+    operands, theirs = problem.operands(contest._draw_on_host, 1)
+    assert [id(x) for x in theirs] == [id(operands[index]) for index in (0, 1, 2, 5)]
+    keep = lambda array, _: array  # noqa: E731
+    right = flash_attention_vjp(*operands, causal=causal)
+    assert problem.check(operands, right, keep) is None
+    mask = np.tril(np.ones((50, 50), bool), 1 if causal else 48)
+    assert problem.check(operands, flash_attention_vjp(*operands, attn_mask=mask), keep) is not None
+    for name in ("dq", "dk", "dv"):
+        wrong = getattr(right, name).copy()
+        wrong[:, -1] *= 1.1  # the last key of a causal mask is seen by one query
+        assert name in str(problem.check(operands, right._replace(**{name: wrong}), keep))
+
+
+def test_a_rival_is_made_ready_once_for_each_set_of_inputs(
+    gpu: Callable[..., Times], rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu({"portable": right}, {}, {"frugal portable": 1e-6, "torch SDPA default": 2e-6})
+    made = []
+
+    def prepare(*operands: Any) -> tuple[Any, ...]:
+        made.append(operands)
+        return operands
+
+    found = {"torch SDPA default": Rival(right, prepare=prepare)}
+    monkeypatch.setattr("cuda_backend.torch_ops.attention_rivals", lambda _causal: found)
+    rows("bench", "attention", *SHAPE, "--causal", "--rivals")
+    assert len(made) == 3  # once to see whether it refuses, then for both sets
 
 
 def test_a_float32_rate_is_held_to_the_float32_peak() -> None:
