@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import defaultdict
-from collections.abc import Iterator
 
 # Before anything imports numba: CI has no GPU.  A GPU run says FRUGAL_TEST_GPU=1 and selects `-m cuda`.
 if os.environ.get("FRUGAL_TEST_GPU") != "1":
@@ -30,6 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = config.getoption("-m") or ""
     gpu = os.environ.get("FRUGAL_TEST_GPU") == "1"
     for item in items:
+        item.user_properties.append(("stage", _stage(item)))
         if item.get_closest_marker("cuda") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: FRUGAL_TEST_GPU=1 pytest -m cuda"))
         if item.get_closest_marker("cudasim") and gpu:
@@ -38,20 +37,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="the full grid: pytest -m aot_full"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Add the item's time to its stage."""
-    start = time.perf_counter()
-    result = yield
-    if isinstance(item, pytest.DoctestItem):
-        stage = "doctests"
-    else:
-        stage = next((name for name in STAGES if item.get_closest_marker(name)), "CPU tests")
-    _seconds[stage] += time.perf_counter() - start
-    return result
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add a phase of a test to its stage; with ``-n`` the reports of all workers arrive here."""
+    stage = dict(report.user_properties).get("stage", "CPU tests")
+    _seconds[str(stage)] += report.duration
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the time of each stage."""
+    """Print the time of each stage, summed over workers."""
     parts = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in sorted(_seconds.items()))
     terminalreporter.write_line(f"time by stage: {parts}")
+
+
+def _stage(item: pytest.Item) -> str:
+    if isinstance(item, pytest.DoctestItem):
+        return "doctests"
+    return next((name for name in STAGES if item.get_closest_marker(name)), "CPU tests")

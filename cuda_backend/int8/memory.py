@@ -48,13 +48,30 @@ def _allocating_on(like: Any, stream: int) -> Iterator[None]:
         return
     module = sys.modules[library].cuda
     if library == "cupy":
-        with module.ExternalStream(stream):
+        with _cupy_stream(module, stream):
             yield
     elif module.current_stream(like.device).cuda_stream == stream:
         yield
     else:
         with module.stream(module.ExternalStream(stream) if stream else module.default_stream(like.device)):
             yield
+
+
+def _cupy_stream(module: Any, stream: int) -> Any:
+    """Return a stream of CuPy that stands for a CUstream: CuPy 14 warns at the older way."""
+    if hasattr(module.Stream, "from_external"):
+        return module.Stream.from_external(_Protocol(stream))
+    return module.ExternalStream(stream)
+
+
+class _Protocol:
+    """A stream of another library, as CuPy asks for it: version 0 of the CUDA stream protocol."""
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream
 
 
 def transposed(given: View) -> View:
