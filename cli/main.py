@@ -19,7 +19,20 @@ import click
 __all__ = ["frugal", "main"]
 
 # In the order in which `frugal --help` lists them; the name is that of the module in `cli.commands`.
-COMMANDS = ("reproduce", "list", "show", "errata", "verify", "bench", "io", "memory", "comm", "env")
+COMMANDS = (
+    "reproduce",
+    "list",
+    "show",
+    "errata",
+    "verify",
+    "bench",
+    "io",
+    "memory",
+    "comm",
+    "parallel",
+    "speculate",
+    "env",
+)
 
 CHECK_FAILED, USAGE, BACKEND_MISSING, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 

@@ -12,12 +12,21 @@ MODULES = (
     "collective_prices",
     "collectives",
     "communication",
+    "compute_optimal",
     "laws",
     "laws_collectives",
+    "laws_parameters",
+    "laws_scaling",
+    "laws_speculative",
+    "laws_zero",
     "linear_io",
     "parallelism",
+    "parameters",
+    "scaling_laws",
+    "speculative",
     "training_memory",
     "zero",
+    "zero_r",
 )
 
 for _module in MODULES:

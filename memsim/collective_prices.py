@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from memsim.collectives import sent_by_rank
+from memsim.communication import PHASES
 from refimpl.parallel.comm import Sent
 from refimpl.registry import Case, prices
 
@@ -73,8 +74,12 @@ def zero(case: Case) -> Counts:
     Reduce-scatters and all-gathers of Ψ a step: 1 and 1 in stage 1, m and 1 in stage 2, m and 2m in stage 3.
     """
     steps, micro = case.args[1].shape[:2]
-    phases = {1: (1, 1), 2: (micro, 1), 3: (micro, 2 * micro)}[case.kwargs["stage"]]
-    return _training(case, *phases, 3, steps=steps)
+    phases, _ = PHASES[case.kwargs["stage"]]
+    scatters, gathers = (
+        sum(micro if repeated else 1 for name, repeated in phases if name.startswith(kind))
+        for kind in ("reduce-scatter", "all-gather")
+    )
+    return _training(case, scatters, gathers, 3, steps=steps)
 
 
 MODELS: dict[str, Callable[[Case], Counts]] = {

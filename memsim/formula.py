@@ -17,12 +17,13 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
 
 from memsim.units import Number, format_number
 
-__all__ = ["evaluate", "substitute"]
+__all__ = ["evaluate", "evaluate_real", "substitute"]
 
 _FACTOR = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?=[^\W\d]|\()")  # the 14 of 14Ψ, but not the 2 of x2
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -45,6 +46,13 @@ _OPERATORS: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
     ast.Mult: operator.mul,
     ast.Div: _divide,
     ast.Pow: _power,
+}
+_REAL_OPERATORS: dict[type[ast.operator], Callable[[Decimal, Decimal], Decimal]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
 }
 _FUNCTIONS: dict[str, Callable[..., Number]] = {"ceil": math.ceil, "max": max, "min": min}
 
@@ -93,6 +101,43 @@ def evaluate(formula: str, values: Mapping[str, Number]) -> Number:
         raise ValueError(f"not arithmetic: {ast.unparse(node)!r} in {formula!r}")
 
     return value_of(_parse(formula))
+
+
+def evaluate_real(formula: str, values: Mapping[str, Number]) -> Number:
+    """Return `formula` with any powers, such as ``(N_c/N)**α``, rounded correctly to a float64, exactly.
+
+    The arithmetic has 40 digits, so that the last one of a float64 does not depend on who computes it.
+
+    Raises
+    ------
+    KeyError
+        If a name has no value.
+    ValueError
+        If the formula holds anything but ``+ - * / **``.
+
+    Examples
+    --------
+    >>> float(evaluate_real("(N_c/N)**α", {"N_c": 16, "N": 1, "α": Fraction(1, 4)}))
+    2.0
+    """
+
+    def value_of(node: ast.expr) -> Decimal:
+        match node:
+            case ast.Constant(value=int(number)):
+                return Decimal(number)
+            case ast.Constant(value=float(number)):
+                return Decimal(repr(number))
+            case ast.Name(id=name):
+                ratio = Fraction(values[name])
+                return Decimal(ratio.numerator) / Decimal(ratio.denominator)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _REAL_OPERATORS:
+                return _REAL_OPERATORS[type(op)](value_of(left), value_of(right))
+        raise ValueError(f"not arithmetic: {ast.unparse(node)!r} in {formula!r}")
+
+    with localcontext() as context:
+        context.prec = 40
+        nearest = Fraction(float(value_of(_parse(formula))))
+    return nearest.numerator if nearest.denominator == 1 else nearest
 
 
 def substitute(formula: str, values: Mapping[str, Number]) -> str:

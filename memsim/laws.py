@@ -6,8 +6,6 @@ A law takes any function with the model's signature, so the same laws judge a ri
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,15 @@ Model = Callable[..., Estimate]
 Comparing = Callable[..., tuple[Estimate, Estimate]]
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """Raise LawViolation unless it `holds`."""
     if not holds:
         raise LawViolation(message)
 
 
-def _same(got: Any, expected: Any, what: str) -> None:
-    _require(bool(got == expected), f"{what}: expected {expected}, got {got}")
+def same(got: Any, expected: Any, what: str) -> None:
+    """Raise LawViolation unless `got` equals `expected`."""
+    require(bool(got == expected), f"{what}: expected {expected}, got {got}")
 
 
 # Attention's HBM traffic (cost.attention_io)
@@ -38,7 +38,7 @@ def more_sram_never_costs_traffic(f: Model, case: Case, _close: object) -> None:
     if "sram" not in case.kwargs:
         return
     totals = [case.replace(sram=case.kwargs["sram"] * factor).call(f).total for factor in (1, 2, 4)]
-    _require(totals == sorted(totals, reverse=True), f"traffic grew with the SRAM: {totals}")
+    require(totals == sorted(totals, reverse=True), f"traffic grew with the SRAM: {totals}")
 
 
 @law("cost.attention_io")
@@ -59,14 +59,14 @@ def one_block_moves_every_array_once(f: Model, case: Case, _close: object) -> No
     else:  # Q, K, V, O, dO in, dQ, dK, dV out, dQ read once; flash2 reads dO twice
         once = shape["Tq"] * (3 * shape["D"] + 2 * shape["Dv"]) + 2 * shape["Tk"] * (shape["D"] + shape["Dv"])
         expected = 2 * (once + (shape["Tq"] * shape["Dv"] if shape["algorithm"] == "flash2" else 0))
-    _same(whole.call(f).total, expected * copies, "traffic with one block")
+    same(whole.call(f).total, expected * copies, "traffic with one block")
 
 
 @law("cost.attention_io")
 def heads_and_batch_multiply(f: Model, case: Case, _close: object) -> None:
     """Every head of every sequence moves the same."""
     one = case.replace(H=1, B=1).call(f).total
-    _same(case.call(f).total, one * case.kwargs["H"] * case.kwargs["B"], "traffic of all heads")
+    same(case.call(f).total, one * case.kwargs["H"] * case.kwargs["B"], "traffic of all heads")
 
 
 @law("cost.attention_io")
@@ -78,7 +78,7 @@ def a_full_block_mask_is_dense(f: Model, case: Case, _close: object) -> None:
     dense = case.without("sram", "accumulator_itemsize").replace(block_sizes=(5, 7))
     mask = np.ones((-(-shape["Tq"] // 5), -(-shape["Tk"] // 7)), bool)
     sparse = dense.replace(algorithm="block_sparse", block_mask=mask)
-    _same(sparse.call(f).total, dense.call(f).total, "block-sparse traffic at sparsity 1")
+    same(sparse.call(f).total, dense.call(f).total, "block-sparse traffic at sparsity 1")
 
 
 # Training memory (cost.training_memory)
@@ -89,15 +89,15 @@ def proportional_to_parameters(f: Model, case: Case, _close: object) -> None:
     """Three times the parameters cost three times as much."""
     plain = case.without("activations")
     thrice = plain.replace(parameters=3 * plain.kwargs["parameters"])
-    _same(thrice.call(f).total, 3 * plain.call(f).total, "cost of three times the parameters")
+    same(thrice.call(f).total, 3 * plain.call(f).total, "cost of three times the parameters")
 
 
 @law("cost.training_memory")
 def eight_times_the_weights(f: Model, case: Case, _close: object) -> None:
     """Mixed-precision Adam holds 16 bytes a parameter, eight times the fp16 weights."""
     states = case.without("activations").call(f)
-    _same(states.total, 16 * case.kwargs["parameters"], "model states")
-    _same(states.total, 8 * states["fp16 parameters"], "model states over weights")
+    same(states.total, 16 * case.kwargs["parameters"], "model states")
+    same(states.total, 8 * states["fp16 parameters"], "model states over weights")
 
 
 @law("cost.training_memory")
@@ -105,52 +105,7 @@ def activations_add(f: Model, case: Case, _close: object) -> None:
     """Activations come on top of the model states and change nothing else."""
     if "activations" in case.kwargs:
         states = case.without("activations").call(f).total
-        _same(case.call(f).total, states + case.kwargs["activations"].total, "states and activations")
-
-
-# ZeRO (cost.zero_memory, cost.zero_communication)
-
-
-@law("cost.zero_memory")
-def one_rank_saves_nothing(f: Model, case: Case, _close: object) -> None:
-    """On one rank every stage holds 16 bytes a parameter."""
-    _same(case.replace(ranks=1).call(f).total, 16 * case.kwargs["parameters"], "model states of one rank")
-
-
-@law("cost.zero_memory")
-def each_stage_saves_more(f: Model, case: Case, _close: object) -> None:
-    """On several ranks a higher stage holds less, and no stage grows with the ranks."""
-    ranks = case.kwargs["ranks"] + 1
-    totals = [case.replace(ranks=ranks, stage=stage).call(f).total for stage in range(4)]
-    _require(all(a > b for a, b in pairwise(totals)), f"stages do not save: {totals}")
-    more = case.replace(ranks=2 * ranks).call(f).total
-    _require(more <= case.replace(ranks=ranks).call(f).total, "model states grew with the ranks")
-
-
-@law("cost.zero_memory")
-def ranks_together_hold_it_all(f: Model, case: Case, _close: object) -> None:
-    """What a stage divides, the ranks hold once; what it does not divide, each of them holds."""
-    ranks, Ψ = case.kwargs["ranks"], case.kwargs["parameters"]
-    replicated = {0: 16, 1: 4, 2: 2, 3: 0}[case.kwargs["stage"]]
-    expected = ranks * replicated * Ψ + (16 - replicated) * Ψ
-    _same(case.call(f).total * ranks, expected, "model states of all ranks")
-
-
-@law("cost.zero_communication")
-def stage_three_sends_half_more(f: Model, case: Case, _close: object) -> None:
-    """Stages 1 and 2 send what plain data parallelism sends; stage 3 sends 1.5 times that."""
-    sent = [case.replace(stage=stage).call(f).total for stage in range(4)]
-    _same(sent[1:3], [sent[0]] * 2, "stages 1 and 2")
-    _same(2 * sent[3], 3 * sent[0], "twice stage 3")
-
-
-@law("cost.zero_communication")
-def alone_a_rank_sends_nothing(f: Model, case: Case, _close: object) -> None:
-    """Counted exactly, one rank sends nothing, and N ranks send (N-1)/N of the paper's volume."""
-    ranks = case.kwargs["ranks"]
-    _same(case.replace(convention="ring", ranks=1).call(f).total, 0, "a lone rank")
-    paper = case.replace(convention="paper").call(f).total
-    _same(case.replace(convention="ring").call(f).total, Fraction(ranks - 1, ranks) * paper, "ring volume")
+        same(case.call(f).total, states + case.kwargs["activations"].total, "states and activations")
 
 
 # Scaling (cost.ideal_scaling, cost.data_vs_model_parallel)
@@ -160,14 +115,14 @@ def alone_a_rank_sends_nothing(f: Model, case: Case, _close: object) -> None:
 def device_time_is_conserved(f: Model, case: Case, _close: object) -> None:
     """Devices times time is the time on one device."""
     spent = case.call(f).total * case.kwargs["devices"]
-    _same(spent, case.kwargs["device_seconds"], "device-seconds")
+    same(spent, case.kwargs["device_seconds"], "device-seconds")
 
 
 @law("cost.ideal_scaling")
 def twice_the_devices_halve_the_time(f: Model, case: Case, _close: object) -> None:
     """Doubling the devices halves the time."""
     doubled = case.replace(devices=2 * case.kwargs["devices"]).call(f).total
-    _same(2 * doubled, case.call(f).total, "time of twice the devices, doubled")
+    same(2 * doubled, case.call(f).total, "time of twice the devices, doubled")
 
 
 @law("cost.data_vs_model_parallel")
@@ -175,8 +130,8 @@ def both_train_one_model(f: Comparing, case: Case, _close: object) -> None:
     """Data parallelism holds a copy on each rank, model parallelism one copy on all of them."""
     data, model = case.call(f)
     ranks = case.kwargs["ranks"]
-    _same((data["copies"], model["copies"]), (ranks, 1), "copies")
-    _same(model["memory"] * ranks, data["memory"], "memory of all model-parallel ranks")
+    same((data["copies"], model["copies"]), (ranks, 1), "copies")
+    same(model["memory"] * ranks, data["memory"], "memory of all model-parallel ranks")
 
 
 @law("cost.data_vs_model_parallel")
@@ -184,7 +139,5 @@ def only_model_parallel_traffic_grows_with_batch(f: Comparing, case: Case, _clos
     """Activations travel in model parallelism, gradients in data parallelism."""
     data, model = case.call(f)
     more_data, more_model = case.replace(batch=2 * case.kwargs["batch"]).call(f)
-    _same(more_data["communication"], data["communication"], "data-parallel traffic of twice the batch")
-    _same(
-        more_model["communication"], 2 * model["communication"], "model-parallel traffic of twice the batch"
-    )
+    same(more_data["communication"], data["communication"], "data-parallel traffic of twice the batch")
+    same(more_model["communication"], 2 * model["communication"], "model-parallel traffic of twice the batch")

@@ -6,21 +6,17 @@ from collections.abc import Callable
 
 from memsim.collectives import FORMULAS
 from memsim.estimate import Estimate
+from memsim.laws import same
 from refimpl.errors import LawViolation
 from refimpl.registry import Case, law
 
 Model = Callable[..., Estimate]
 
 
-def _same(got: object, expected: object, what: str) -> None:
-    if got != expected:
-        raise LawViolation(f"{what}: expected {expected}, got {got}")
-
-
 @law("cost.collectives")
 def alone_nothing_takes_time(f: Model, case: Case, _close: object) -> None:
     """On one rank a collective takes no time."""
-    _same(case.replace(ranks=1).call(f).total, 0, "time on one rank")
+    same(case.replace(ranks=1).call(f).total, 0, "time on one rank")
 
 
 @law("cost.collectives")
@@ -30,7 +26,7 @@ def both_halves_make_an_all_reduce(f: Model, case: Case, _close: object) -> None
     algorithm = case.kwargs["algorithm"]
     if algorithm in halves:
         parts = sum(case.replace(operation=half).call(f).total for half in halves[algorithm])
-        _same(case.replace(operation="all_reduce").call(f).total, parts, "time of the all-reduce")
+        same(case.replace(operation="all_reduce").call(f).total, parts, "time of the all-reduce")
 
 
 @law("cost.collectives")
@@ -38,7 +34,7 @@ def bytes_cost_in_proportion(f: Model, case: Case, _close: object) -> None:
     """Without latency, elements of three times the size take three times as long."""
     free = case.replace(latency=0)
     thrice = free.replace(itemsize=3 * case.kwargs["itemsize"]).call(f).total
-    _same(thrice, 3 * free.call(f).total, "time of elements three times as large")
+    same(thrice, 3 * free.call(f).total, "time of elements three times as large")
 
 
 @law("cost.collectives")

@@ -25,7 +25,8 @@ __all__ = [
     "pipeline_bubble",
 ]
 
-_LECTURE = "lecture, distributed training"
+_LECTURE = "Efficiency in LLMs, CSC6203 lecture 5, distributed training"
+_ALL_REDUCE = "Rajbhandari et al. 2020, arXiv:1910.02054, section 7: all-reduce of the gradients"
 _MEGATRON = "Shoeybi et al. 2019, arXiv:1909.08053, section 3: 4 all-reduces of b*s*h a block"
 
 
@@ -190,7 +191,7 @@ def data_vs_model_parallel(
         [
             term("copies", "p", values, "1", _LECTURE),
             term("memory", "16Ψ", values, "B", _LECTURE),
-            term("communication", "2Ψ", values, "elements", "all-reduce of the gradients"),
+            term("communication", "2Ψ", values, "elements", _ALL_REDUCE),
         ],
         leaves_out=left_out,
     )

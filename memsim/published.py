@@ -75,8 +75,8 @@ class Row:
 def sections() -> list[str]:
     """Return the names of the sections, one for each data file.
 
-    >>> sections()
-    ['arithmetic', 'flash_attention', 'zero']
+    >>> {"arithmetic", "flash_attention", "zero"} <= set(sections())
+    True
     """
     return data_files.names("published")
 

@@ -55,6 +55,11 @@ SCALES: dict[str, tuple[str, Number]] = {
     "B elements": ("elements", 10**9),
     "parameters": ("parameters", 1),
     "B parameters": ("parameters", 10**9),
+    "M parameters": ("parameters", 10**6),
+    "tokens": ("tokens", 1),
+    "B tokens": ("tokens", 10**9),
+    "T tokens": ("tokens", 10**12),
+    "nats": ("nats", 1),
     "FLOP": ("FLOP", 1),
     "MFLOP": ("FLOP", 10**6),
     "GFLOP": ("FLOP", 10**9),
@@ -73,6 +78,7 @@ _LADDERS: dict[str, tuple[str, ...]] = {
     "FLOP": ("TFLOP", "GFLOP", "MFLOP", "FLOP"),
     "elements": ("B elements", "elements"),
     "parameters": ("B parameters", "parameters"),
+    "tokens": ("T tokens", "B tokens", "tokens"),
     "s": ("days", "min", "s", "ms", "µs"),
 }
 

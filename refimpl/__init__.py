@@ -9,7 +9,16 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-__all__ = ["__version__", "attention", "parallel", "quant"]
+__all__ = [
+    "__version__",
+    "attention",
+    "decoding",
+    "objectives",
+    "parallel",
+    "quant",
+    "tokenization",
+    "transformer",
+]
 
 try:
     __version__ = version("frugal-lm")

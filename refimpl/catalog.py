@@ -7,7 +7,7 @@ import pkgutil
 
 __all__ = ["FAMILIES"]
 
-FAMILIES = ("attention", "parallel", "quant")
+FAMILIES = ("attention", "decoding", "objectives", "parallel", "quant", "tokenization", "transformer")
 
 for _family in FAMILIES:
     _package = importlib.import_module(f"refimpl.{_family}")

@@ -257,7 +257,7 @@ def _row_rms(x: Array) -> FloatArray:
     magnitude = _finite_magnitude(x)
     if x.ndim == 0 or not x.shape[-1]:
         return magnitude
-    return np.sqrt(np.mean(np.square(magnitude), axis=-1, keepdims=True))
+    return np.asarray(np.sqrt(np.mean(np.square(magnitude), axis=-1, keepdims=True)))
 
 
 def _row_max(x: FloatArray) -> FloatArray:

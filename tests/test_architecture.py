@@ -26,6 +26,7 @@ ONE_DOOR = {
     "safetensors": "refimpl/checkpoint.py",
     "tokenizers": "refimpl/checkpoint.py",
     "mpi4py": "refimpl/parallel/mpi.py",
+    "transformers": "cli/transformers_model.py",
     "ml_dtypes": "refimpl/testing.py",
     "torch": "cuda_backend/torch_ops.py",
     "numba.cuda": "cuda_backend/_numba.py",

@@ -48,6 +48,7 @@ def command() -> None:
 Examples:
   frugal memory zero --params 7.5B --dp 1,4,16,64,256,1024
   frugal memory zero --params 7.5B --dp 64 --stage 2 --explain
+  frugal memory zero --params 1557611200 --dp 48 --padded --micro 8
   frugal memory zero --params 7.5B,128B,1T --dp 64 --convention deepspeed --stage 2,3 --json""",
     short_help="Model states a rank under ZeRO.",
 )
@@ -66,6 +67,8 @@ Examples:
     show_default=True,
     help="paper: 16 bytes a parameter; deepspeed: its estimators' 18, with fp32 gradients.",
 )
+@click.option("--padded", is_flag=True, help="Pad the parameters to a multiple of --dp: whole bytes.")
+@click.option("--micro", type=COUNT, default=1, show_default=True, help="Micro-batches a step.")
 @click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")
 @output_options(plot=True)
 def zero(
@@ -73,24 +76,32 @@ def zero(
     dp: tuple[int, ...],
     stages: tuple[str, ...] | None,
     convention: str,
+    padded: bool,
+    micro: int,
     explain: bool,
 ) -> Result:
     """Give the bytes of model states on each rank, and the elements that it sends in a step.
 
-    Bytes are exact for partitions that need no padding.  GB is 1e9 bytes.
+    Without --padded, the parameters are divided as if they needed no padding.  GB is 1e9 bytes.  What ranks
+    really hold and send: frugal parallel train.
     """
-    from memsim.communication import zero_communication
-    from memsim.zero import zero_memory
+    from memsim.communication import partitioned_communication, zero_communication
+    from memsim.zero import partitioned_memory, zero_memory
 
+    if padded and convention != "paper":
+        raise click.UsageError("--padded goes with the convention of the paper")
     chosen = stages or (("0", "1", "2", "3") if convention == "paper" else ("2", "3"))
     rows: list[dict[str, Any]] = []
     estimates: list[Estimate] = []
     for parameters, ranks, text in itertools.product(params, dp, chosen):
         stage = cast("Stage", int(text))
-        states = zero_memory(
-            parameters=parameters, ranks=ranks, stage=stage, convention=cast("Any", convention)
-        )
-        sent = zero_communication(parameters=parameters, ranks=ranks, stage=stage, convention="ring")
+        one: dict[str, Any] = {"ranks": ranks, "stage": stage}
+        if padded:
+            states = partitioned_memory(units=[parameters], **one)
+            sent = partitioned_communication(units=[parameters], micro_batches=micro, itemsize=1, **one)
+        else:
+            states = zero_memory(parameters=parameters, convention=cast("Any", convention), **one)
+            sent = zero_communication(parameters=parameters, micro_batches=micro, convention="ring", **one)
         estimates.append(states)
         rows.append(
             {
@@ -98,6 +109,8 @@ def zero(
                 "dp": ranks,
                 "stage": stage,
                 "convention": convention,
+                "padded": padded,
+                "micro_batches": micro,
                 "memory_bytes": states.total,
                 "terms_bytes": {term.name: term.value for term in states.terms},
                 "sent_elements": sent.total,
@@ -138,7 +151,9 @@ def _draw(axes: Any, rows: Sequence[Row]) -> None:
     epilog="""\b
 Examples:
   frugal memory training --params 7B
-  frugal memory training --params 1.5B --hidden 1600 --layers 48 --sequence 1024 --batch 32 --heads 25""",
+  frugal memory training --params 1.5B --hidden 1600 --layers 48 --sequence 1024 --batch 32 --heads 25
+  frugal memory training --params 100B --hidden 8192 --layers 125 --sequence 1024 --batch 32 \\
+      --model-parallel 16 --buffer 500M""",
     short_help="Model states and activations of training.",
 )
 @click.option("--params", type=COUNT, required=True, help="Parameters of the model.")
@@ -147,6 +162,10 @@ Examples:
 @click.option("--sequence", type=COUNT, help="Tokens s of a sequence; K is 1000.")
 @click.option("--batch", type=COUNT, help="Sequences b of a micro-batch.")
 @click.option("--heads", type=COUNT, help="Heads a; needed for Korthikanti's count only.")
+@click.option("--model-parallel", type=COUNT, help="Ranks among which ZeRO-R divides the checkpoints (P_a).")
+@click.option(
+    "--buffer", type=COUNT, help="Elements of ZeRO-R's constant buffer (C_B).  [default: all parameters]"
+)
 @click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")
 @output_options()
 def training(
@@ -156,6 +175,8 @@ def training(
     sequence: int | None,
     batch: int | None,
     heads: int | None,
+    model_parallel: int | None,
+    buffer: int | None,
     explain: bool,
 ) -> Result:
     """Give the memory of mixed-precision Adam training on one device: states, and activations by each source.
@@ -164,12 +185,15 @@ def training(
     fragmentation come on top.
     """
     from memsim import training_memory as models
+    from memsim.zero_r import zero_r
 
     states = models.training_memory(parameters=params)
     activations: dict[str, Estimate] = {}
     shape = {"hidden": hidden, "layers": layers, "sequence": sequence, "batch": batch}
     missing = [f"--{name}" for name, value in shape.items() if value is None]
-    if len(missing) < len(shape) or heads is not None:
+    if buffer is not None and model_parallel is None:
+        raise click.UsageError("--buffer is ZeRO-R's, which needs --model-parallel too")
+    if len(missing) < len(shape) or heads is not None or model_parallel is not None:
         if missing:
             raise click.UsageError(f"activations need {', '.join(missing)} too")
         sizes = cast("dict[str, Any]", shape)
@@ -177,6 +201,10 @@ def training(
         activations["checkpoints"] = models.checkpoint_activations(**sizes)
         if heads is not None:
             activations["korthikanti_activations"] = models.block_activations(**sizes, heads=heads)
+        if model_parallel is not None:
+            activations["zero_r"] = zero_r(
+                **sizes, parameters=params, buffer=buffer or params, model_parallel=model_parallel
+            )
     estimates = [states, *activations.values()]
     rows = [
         {"part": estimate.name, "term": term.name, "memory_bytes": term.value, "formula": term.formula}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,9 @@ import click
 
 from cli.commands.env import BACKENDS, why_not
 from cli.foreign import accepted_dtypes, import_function, untrusted
-from cli.output import output_options, progress, say
+from cli.output import output_options, progress
 from cli.parameters import AXES, DTYPES, TECHNIQUE, AxisValue, axis_text
+from cli.processes import another_speaks, together
 from cli.result import Column, Result
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ Examples:
   frugal verify                                            everything registered
   frugal verify attention.flash --axes Tq=65,D=80 --seed 7
   frugal verify attention.flash --with my.module:f --dtype float32
-  frugal verify attention.dense --backend cudasim""",
+  frugal verify attention.dense --backend cudasim
+  frugal verify --model path/to/all-MiniLM-L6-v2""",
     short_help="Hold implementations to their definitions.",
 )
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=TECHNIQUE)
@@ -63,6 +64,12 @@ Examples:
     "with_",
     metavar="MODULE:FUNCTION",
     help="Check this function of yours instead; needs one NAME. The current directory is importable.",
+)
+@click.option(
+    "--model",
+    "model",
+    metavar="DIR",
+    help="Check on the weights and activations of a BERT-shaped checkpoint instead; takes no NAME.",
 )
 @click.option("--dtype", "dtypes", type=DTYPES, help="Number formats.  [default: those of the backend]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first case.")
@@ -80,6 +87,7 @@ def command(
     names: tuple[str, ...],
     backend: str,
     with_: str | None,
+    model: str | None,
     dtypes: tuple[str, ...] | None,
     seed: int,
     examples: int,
@@ -95,7 +103,18 @@ def command(
     keyword; it must return the dtype that it is given.  Options that its signature lacks, and calls that it
     refuses with NotImplementedError, are counted as refused, with the reason.  For attention, causal is
     False, "top_left" or "bottom_right".  The simulator runs about one case a second.
+
+    With --model, twenty sentences go through the encoder: it is held to transformers (where installed), every
+    registered attention to the definition on its queries, keys and values, and LLM.int8() to its error bound
+    on its activations, with the outliers that it finds there.
     """
+    if model is not None:
+        if names or with_ is not None or axes is not None:
+            raise click.UsageError("--model takes no NAME, no --with and no --axes: it has cases of its own")
+        _open(backend)
+        from cli.model_check import check_model
+
+        return check_model(model, backend, dtypes or ("float32",))
     if with_ is not None and len(names) != 1:
         raise click.UsageError(f"--with checks one function against one NAME; got {len(names)} names")
     _open(backend)
@@ -106,38 +125,10 @@ def command(
     fixed = {record.name: _known_axes(record, axes) for record in techniques} if axes is not None else {}
     jobs = [job for record in techniques for job in _jobs(record, backend, with_)]
     rows: list[dict[str, Any]] = []
-    with _together(backend):
+    with together(backend):
         _run(jobs, rows, backend, seed, examples, fixed, dtypes, axes)
     result = _result(rows, techniques, jobs, backend, all_failures)
-    return replace(result, silent=_other_rank(backend))
-
-
-@contextmanager
-def _together(backend: str) -> Iterator[None]:
-    """On MPI, end all processes if one fails: the others would wait for its messages."""
-    try:
-        yield
-    except Exception as error:
-        if _on_mpi(backend):
-            from refimpl.parallel.mpi import world
-
-            say(f"Error: {error}")
-            world().Abort(1)
-        raise
-
-
-def _on_mpi(backend: str) -> bool:
-    """Return whether ranks on MPI have run in this process."""
-    return backend == "mpi" and "mpi4py" in sys.modules
-
-
-def _other_rank(backend: str) -> bool:
-    """Return whether this is a process of an MPI program, but not the one that speaks for all."""
-    if not _on_mpi(backend):
-        return False
-    from refimpl.parallel.mpi import world
-
-    return bool(world().rank)
+    return replace(result, silent=another_speaks(backend))
 
 
 def _run(

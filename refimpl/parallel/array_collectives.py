@@ -7,6 +7,8 @@ array([[11., 22.],
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from refimpl.errors import OptionError, ShapeError
 from refimpl.numerics import Array, widen
 from refimpl.parallel import collectives
-from refimpl.parallel.comm import Launch, Traffic, run_ranks
+from refimpl.parallel.comm import Comm, Launch, Traffic, run_ranks
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array
 
@@ -26,9 +28,12 @@ ALL_REDUCE = {
     "recursive": collectives.recursive_all_reduce,
     "tree": collectives.tree_all_reduce,
 }
-_THAKUR = "Thakur et al. 2005, Optimization of collective communication operations in MPICH"
-_DOI = "doi:10.1177/1094342005051521"
-_AXES = {"ranks": (1, 8), "n": (0, 20)}
+_thakur = partial(
+    Source,
+    "Thakur et al. 2005, Optimization of collective communication operations in MPICH",
+    "doi:10.1177/1094342005051521",
+)
+_RING = Source("Rajbhandari et al. 2020", "arXiv:1910.02054", "section 7.1 (ring); others as documented")
 _EDGES: tuple[dict[str, Any], ...] = (
     {"ranks": 1, "n": 3},
     {"ranks": 4, "n": 0},
@@ -50,6 +55,17 @@ def sample_blocks(rng: np.random.Generator, *, ranks: int, n: int) -> Case:
     return Case((rng.standard_normal((ranks, ranks, n)),))
 
 
+_record = partial(technique, entries=(92,), kind="function")
+_record_of_rows = partial(_record, axes={"ranks": (1, 8), "n": (0, 20)}, sample=sample_rows)
+
+
+def _on_ranks(
+    program: Callable[[Comm, Any], Any], rows: Any, launch: Launch, traffic: Traffic | None
+) -> list[Any]:
+    """Run ``program(comm, rows[comm.rank])`` on one rank for each row; return what each rank has then."""
+    return launch(len(rows), lambda comm: program(comm, rows[comm.rank]), traffic=traffic)
+
+
 def _rows(x: Array, axes: int = 2) -> Array:
     x = as_array("x", x)
     if x.ndim != axes or x.shape[0] < 1 or (axes == 3 and x.shape[0] != x.shape[1]):
@@ -65,9 +81,8 @@ def _sum_terms(case: Case) -> tuple[int, Any]:
 
 
 def _chunk_terms(case: Case) -> tuple[int, Any]:
-    (x,) = case.args
-    sums = np.sum(np.abs(widen(x).astype(np.float64)), axis=0)
-    return len(x), collectives.padded(sums, len(x)).reshape(len(x), -1)
+    n, sums = _sum_terms(case)
+    return n, collectives.padded(sums[0], n).reshape(n, -1)
 
 
 def _root_terms(case: Case) -> tuple[int, Any]:
@@ -75,15 +90,11 @@ def _root_terms(case: Case) -> tuple[int, Any]:
     return n, sums[0]
 
 
-@technique(
+@_record_of_rows(
     "parallel.collectives",
-    entries=(92,),
-    kind="function",
-    source=Source("Rajbhandari et al. 2020", "arXiv:1910.02054", "section 7.1 (ring); others as documented"),
-    axes=_AXES,
-    options={"algorithm": ("ring", "recursive", "tree")},
+    source=_RING,
+    options={"algorithm": tuple(ALL_REDUCE)},
     edges=tuple({**edge, "algorithm": name} for edge in _EDGES for name in ALL_REDUCE),
-    sample=sample_rows,
     terms=_sum_terms,
 )
 def all_reduce(
@@ -135,20 +146,10 @@ def all_reduce(
     x = _rows(x)
     if algorithm not in ALL_REDUCE:
         raise OptionError(f"algorithm: expected one of {', '.join(ALL_REDUCE)}; got {algorithm!r}")
-    function = ALL_REDUCE[algorithm]
-    return np.stack(launch(len(x), lambda comm: function(comm, x[comm.rank]), traffic=traffic))
+    return np.stack(_on_ranks(ALL_REDUCE[algorithm], x, launch, traffic))
 
 
-@technique(
-    "parallel.collectives.reduce_scatter",
-    entries=(92,),
-    kind="function",
-    source=Source("Rajbhandari et al. 2020", "arXiv:1910.02054", "section 7.1"),
-    axes=_AXES,
-    edges=_EDGES,
-    sample=sample_rows,
-    terms=_chunk_terms,
-)
+@_record_of_rows("parallel.collectives.reduce_scatter", source=_RING, edges=_EDGES, terms=_chunk_terms)
 def reduce_scatter(x: Array, /, *, traffic: Traffic | None = None, launch: Launch = run_ranks) -> Array:
     """Return chunk r of the sum over ranks on rank r: a ring.
 
@@ -182,21 +183,10 @@ def reduce_scatter(x: Array, /, *, traffic: Traffic | None = None, launch: Launc
            [2., 0.]])
     """
     x = _rows(x)
-    return np.stack(
-        launch(len(x), lambda comm: collectives.ring_reduce_scatter(comm, x[comm.rank]), traffic=traffic)
-    )
+    return np.stack(_on_ranks(collectives.ring_reduce_scatter, x, launch, traffic))
 
 
-@technique(
-    "parallel.collectives.all_gather",
-    entries=(92,),
-    kind="function",
-    source=Source("Rajbhandari et al. 2020", "arXiv:1910.02054", "section 7.1"),
-    axes=_AXES,
-    edges=_EDGES,
-    sample=sample_rows,
-    exact=True,
-)
+@_record_of_rows("parallel.collectives.all_gather", source=_RING, edges=_EDGES, exact=True)
 def all_gather(x: Array, /, *, traffic: Traffic | None = None, launch: Launch = run_ranks) -> Array:
     """Return all ranks' chunks, one behind the other, on every rank: a ring.
 
@@ -230,16 +220,12 @@ def all_gather(x: Array, /, *, traffic: Traffic | None = None, launch: Launch = 
            [1., 2.]])
     """
     x = _rows(x)
-    return np.stack(
-        launch(len(x), lambda comm: collectives.ring_all_gather(comm, x[comm.rank]), traffic=traffic)
-    )
+    return np.stack(_on_ranks(collectives.ring_all_gather, x, launch, traffic))
 
 
-@technique(
+@_record(
     "parallel.collectives.all_to_all",
-    entries=(92,),
-    kind="function",
-    source=Source(_THAKUR, _DOI, "section 4.3, pairwise exchange"),
+    source=_thakur("section 4.3, pairwise exchange"),
     axes={"ranks": (1, 7), "n": (0, 4)},
     edges=({"ranks": 1}, {"ranks": 5, "n": 0}, {"ranks": 4, "n": 3}),
     sample=sample_blocks,
@@ -278,21 +264,14 @@ def all_to_all(x: Array, /, *, traffic: Traffic | None = None, launch: Launch = 
            [12, 22]])
     """
     x = _rows(x, 3)
-    blocks = launch(
-        len(x), lambda comm: collectives.pairwise_all_to_all(comm, list(x[comm.rank])), traffic=traffic
-    )
-    return np.stack([np.stack(row) for row in blocks])
+    return np.stack([np.stack(row) for row in _on_ranks(collectives.pairwise_all_to_all, x, launch, traffic)])
 
 
-@technique(
+@_record_of_rows(
     "parallel.collectives.broadcast",
-    entries=(92,),
-    kind="function",
-    source=Source(_THAKUR, _DOI, "section 4.2, binomial tree"),
-    axes=_AXES,
+    source=_thakur("section 4.2, binomial tree"),
     options={"root": ("first", "last")},
     edges=_EDGES,
-    sample=sample_rows,
     exact=True,
 )
 def broadcast(
@@ -333,20 +312,14 @@ def broadcast(
     array([2., 2., 2.])
     """
     x = _rows(x)
-    return np.stack(
-        launch(len(x), lambda comm: collectives.tree_broadcast(comm, x[comm.rank], root), traffic=traffic)
-    )
+    return np.stack(_on_ranks(partial(collectives.tree_broadcast, root=root), x, launch, traffic))
 
 
-@technique(
+@_record_of_rows(
     "parallel.collectives.reduce",
-    entries=(92,),
-    kind="function",
-    source=Source(_THAKUR, _DOI, "section 4.4, binomial tree"),
-    axes=_AXES,
+    source=_thakur("section 4.4, binomial tree"),
     options={"root": ("first", "last")},
     edges=_EDGES,
-    sample=sample_rows,
     terms=_root_terms,
 )
 def reduce(
@@ -387,6 +360,5 @@ def reduce(
     array([7.])
     """
     x = _rows(x)
-    results = launch(len(x), lambda comm: collectives.tree_reduce(comm, x[comm.rank], root), traffic=traffic)
-    total = results[root]
+    total = _on_ranks(partial(collectives.tree_reduce, root=root), x, launch, traffic)[root]
     return np.zeros(x.shape[1:], x.dtype) if total is None else total

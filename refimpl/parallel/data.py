@@ -6,7 +6,8 @@ number of those tokens, not by the number of ranks, which would weigh tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +32,12 @@ from refimpl.validation import as_array, bind_axes, floating
 
 __all__ = [
     "Replicas",
+    "add_gradient",
     "data_parallel",
     "data_parallel_step",
-    "micro_batches",
+    "overflow_skips",
     "sample_training",
+    "step_batches",
     "sum_over_ranks",
     "training_arguments",
 ]
@@ -52,13 +55,8 @@ TRAINING: dict[str, Any] = {
     "edges": (
         {"ranks": 1, "steps": 1, "micro": 1},
         {"ranks": 4, "B": 0, "steps": 1, "micro": 1},
-        {
-            "ranks": 7,
-            "steps": 1,
-            "micro": 1,
-            "B": 1,
-            "width": 1,
-        },  # units smaller than the ranks: empty shards
+        # Units smaller than the ranks: empty shards.
+        {"ranks": 7, "steps": 1, "micro": 1, "B": 1, "width": 1},
         {"ranks": 2, "steps": 0},
     ),
 }
@@ -82,6 +80,14 @@ def sample_training(
     if extra == "clip":
         options["max_norm"] = 0.1
     return Case((initial_parameters(network, rng), tokens, mask), options)
+
+
+overflow_skips = partial(np.errstate, over="ignore", invalid="ignore")  # what overflows, the step answers
+
+
+def add_gradient(sums: dict[int, FloatArray], index: int, gradient: FloatArray) -> None:
+    """Add a unit's gradient to that of the micro-batches before."""
+    sums[index] = sum_pair(sums[index], gradient) if index in sums else gradient
 
 
 def sum_over_ranks(comm: Comm, value: float) -> float:
@@ -129,10 +135,7 @@ def data_parallel_step(
     """
     counted = max(sum_over_ranks(comm, float(sum(np.sum(batch.mask) for batch in batches))), 1.0)
     sums: dict[int, FloatArray] = {}
-
-    def take(index: int, gradient: FloatArray) -> None:
-        sums[index] = sum_pair(sums[index], gradient) if index in sums else gradient
-
+    take = partial(add_gradient, sums)
     factor = state.loss_scale.scale / counted
     loss = sum(loss_and_gradients(network, parameters.__getitem__, batch, factor, take) for batch in batches)
     with comm.phase("gradients"):
@@ -172,9 +175,10 @@ def training_arguments(
     return start, tokens, mask.astype(bool, copy=False)
 
 
-def micro_batches(tokens: IntArray, mask: BoolArray, step: int, rank: int) -> list[Batch]:
-    """Return what one rank trains on in one step."""
-    return [Batch(t[rank], m[rank]) for t, m in zip(tokens[step], mask[step], strict=True)]
+def step_batches(tokens: IntArray, mask: BoolArray, rank: int) -> Iterator[list[Batch]]:
+    """Yield the micro-batches that one rank trains on in each step."""
+    for words, counts in zip(tokens, mask, strict=True):
+        yield [Batch(t[rank], m[rank]) for t, m in zip(words, counts, strict=True)]
 
 
 @technique(
@@ -260,14 +264,14 @@ def data_parallel(
         state = initial_state(start, loss_scale or LossScale(1.0))
         units = [np.array(part) for part in split_units(network, round_to(start, dtype))]
         losses = []
-        for step in range(tokens.shape[0]):
-            with np.errstate(over="ignore", invalid="ignore"):  # overflow skips the step
+        for batches in step_batches(tokens, mask, comm.rank):
+            with overflow_skips():
                 units, state, loss = data_parallel_step(
                     comm,
                     network,
                     units,
                     state,
-                    micro_batches(tokens, mask, step, comm.rank),
+                    batches,
                     optimizer=settings,
                     max_norm=max_norm,
                     growth_interval=growth_interval,

@@ -15,7 +15,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from refimpl.errors import BackendUnavailableError, OptionError, UnsupportedError
@@ -26,7 +26,7 @@ from refimpl.parallel.data import data_parallel as _data_parallel
 from refimpl.parallel.zero import zero as _zero
 from refimpl.registry import add_implementation
 
-__all__ = ["MpiComm", "run_ranks", "world"]
+__all__ = ["MpiComm", "abort", "run_ranks", "world"]
 
 Result = TypeVar("Result")
 _STOP, _OUTCOME, _MESSAGES = 0, 1, 2  # tags: two of our own, then those of the program
@@ -44,9 +44,11 @@ def world() -> Any:
     """
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
+    except (ImportError, RuntimeError) as error:
+        # A RuntimeError lists every place in which mpi4py looked for the library.
+        what = "mpi4py finds no MPI library" if isinstance(error, RuntimeError) else str(error)
         raise BackendUnavailableError(
-            f"ranks on MPI need mpi4py and an MPI library: pip install 'frugal-lm[mpi]' ({error})"
+            f"ranks on MPI need mpi4py and an MPI library: pip install 'frugal-lm[mpi]' ({what})"
         ) from None
     return MPI.COMM_WORLD
 
@@ -117,12 +119,22 @@ class _StoppedError(Exception):
     """Ends a rank because another one failed."""
 
 
-@cache
-def _channel() -> Any:
-    """Return a communicator of all processes that nothing else uses."""
-    return world().Dup()
+def _channel(timeout: float) -> Any:
+    """Return a communicator of all processes that nothing else uses; end the program if one does not come."""
+    if _channels:
+        return _channels[0]
+    everyone = world()
+    channel, request = everyone.Idup()
+    start = time.monotonic()
+    while not request.Test():
+        if time.monotonic() - start > timeout:
+            abort(f"not every process began its first run within {timeout:g} s")
+        time.sleep(_PAUSE)
+    _channels.append(channel)
+    return channel
 
 
+_channels: list[Any] = []  # none before the first run, then one
 _pending: list[Any] = []  # messages that have not left yet
 _runs = itertools.count()
 
@@ -148,7 +160,8 @@ def run_ranks(
     traffic : Traffic, optional
         Counts what is sent, by all ranks, on every process.
     timeout : float
-        Seconds that a rank waits for a message before the run is given up.
+        Seconds that a rank waits for a message, and in the first run for the other processes, before the
+        run is given up.
 
     Returns
     -------
@@ -168,11 +181,16 @@ def run_ranks(
     BaseException
         What a rank raised, on every process.
     """
-    channel = _channel()
     if size < 1:
         raise OptionError(f"size: expected at least 1 rank, got {size}")
-    if size > channel.size:
-        raise UnsupportedError(f"{size} ranks need as many processes; mpiexec started {channel.size}")
+    processes = world().size
+    if size > processes:
+        raise UnsupportedError(
+            f"{size} ranks need as many processes; mpiexec started {processes}"
+            if processes > 1
+            else f"{size} ranks need as many processes: start the program with mpiexec -n {size}"
+        )
+    channel = _channel(timeout)
     run, counter = next(_runs), Traffic()
     comm = MpiComm(channel, size, run, counter, timeout)
     if comm.rank < size:
@@ -233,15 +251,16 @@ def _outcomes(comm: MpiComm, own: _Outcome, timeout: float) -> list[_Outcome]:
         if silent or any(isinstance(outcome, _Failed) for outcome in found):
             timeout = min(timeout, _GRACE)  # the run is over: what is still on its way is short
     if silent:
-        _abort(comm, silent, [outcome.value for outcome in found if isinstance(outcome, _Failed)])
+        names = ", ".join(f"rank {rank} has not returned" for rank in silent)
+        errors = [str(outcome.value) for outcome in found if isinstance(outcome, _Failed)]
+        abort("; ".join([names, *errors]))
     return found
 
 
-def _abort(comm: MpiComm, silent: list[int], errors: list[BaseException]) -> None:
-    """End all processes: `silent` ranks neither return nor fail, and cannot be reached."""
-    time.sleep(0.5 * comm.rank)  # so that the first to get here prints the one message
-    names = ", ".join(f"rank {rank} has not returned" for rank in silent)
-    sys.stderr.write("; ".join([names, *map(str, errors)]) + "\n")
+def abort(message: str) -> None:
+    """End all processes of the program, some of which cannot be reached, with one message."""
+    time.sleep(0.5 * world().rank)  # so that the first to get here prints the one message
+    sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
     world().Abort(1)
     os._exit(1)  # MPI may take a moment to end this process; nothing more is to be printed

@@ -9,7 +9,7 @@ without clipping and with one micro-batch the parameters are equal to those bit 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,14 @@ import numpy.typing as npt
 from refimpl.errors import OptionError
 from refimpl.numerics import Array, BoolArray, FloatArray, IntArray, round_to
 from refimpl.parallel.adam import AdamW
-from refimpl.parallel.collectives import ring_all_gather, ring_reduce_scatter, sum_pair
+from refimpl.parallel.collectives import ring_all_gather, ring_reduce_scatter
 from refimpl.parallel.comm import Comm, Launch, Traffic, run_ranks
 from refimpl.parallel.data import (
     TRAINING,
-    micro_batches,
+    add_gradient,
+    overflow_skips,
     sample_training,
+    step_batches,
     sum_over_ranks,
     training_arguments,
 )
@@ -31,7 +33,7 @@ from refimpl.parallel.network import Batch, Network, loss_and_gradients, split_u
 from refimpl.parallel.sharding import cut_shard, gather_vector, shard_vector
 from refimpl.registry import Case, Source, technique
 
-__all__ = ["ZeroState", "ZeroTraining", "zero", "zero_initial", "zero_step"]
+__all__ = ["ZeroState", "ZeroTraining", "zero", "zero_initial", "zero_step", "zero_steps"]
 
 
 class ZeroState(NamedTuple):
@@ -177,8 +179,7 @@ def zero_step(
         return gathered(index, kept) if state.stage == 3 else kept
 
     def take(index: int, gradient: FloatArray) -> None:
-        part = gradient if state.stage == 1 else reduced(gradient)
-        held[index] = sum_pair(held[index], part) if index in held else part
+        add_gradient(held, index, gradient if state.stage == 1 else reduced(gradient))
 
     factor = state.optimizer.loss_scale.scale / counted
     loss = sum(loss_and_gradients(network, parameters_of, batch, factor, take) for batch in batches)
@@ -197,6 +198,34 @@ def zero_step(
     if state.stage < 3:
         chunks = [gathered(index, chunk) for index, chunk in enumerate(chunks)]
     return ZeroState(state.stage, chunks, after), sum_over_ranks(comm, loss) / counted, nbytes
+
+
+def zero_steps(
+    comm: Comm, network: Network, state: ZeroState, tokens: IntArray, mask: BoolArray, **settings: Any
+) -> tuple[ZeroState, list[float], int]:
+    """Train as many steps as there are in `tokens` and `mask`, laid out as for `zero`.
+
+    Parameters
+    ----------
+    comm, network, state
+        As for `zero_step`.
+    tokens, mask : ndarray
+        Of all ranks.
+    **settings
+        ``optimizer``, ``max_norm``, ``growth_interval`` of `zero_step`.
+
+    Returns
+    -------
+    tuple
+        This rank's state, the mean loss a token of each step, and the most bytes of model states held.
+    """
+    losses, most = [], state.nbytes
+    for batches in step_batches(tokens, mask, comm.rank):
+        with overflow_skips():
+            state, loss, held = zero_step(comm, network, state, batches, **settings)
+        losses.append(loss)
+        most = max(most, held)
+    return state, losses, most
 
 
 def sample_zero(rng: np.random.Generator, *, stage: int, **shape: int | str) -> Case:
@@ -293,26 +322,15 @@ def zero(
     384
     """
     start, tokens, mask = training_arguments(parameters, tokens, mask, network)
-    settings = optimizer or AdamW()
+    settings = {"max_norm": max_norm, "growth_interval": growth_interval}
 
     def run(comm: Comm) -> tuple[list[Array], list[float], int]:
         state = zero_initial(
             comm, network, start, stage=stage, model_dtype=model_dtype, loss_scale=loss_scale
         )
-        losses, most = [], state.nbytes
-        for step in range(tokens.shape[0]):
-            with np.errstate(over="ignore", invalid="ignore"):  # overflow skips the step
-                state, loss, held = zero_step(
-                    comm,
-                    network,
-                    state,
-                    micro_batches(tokens, mask, step, comm.rank),
-                    optimizer=settings,
-                    max_norm=max_norm,
-                    growth_interval=growth_interval,
-                )
-            losses.append(loss)
-            most = max(most, held)
+        state, losses, most = zero_steps(
+            comm, network, state, tokens, mask, optimizer=optimizer or AdamW(), **settings
+        )
         return state.parameters, losses, most
 
     results = launch(tokens.shape[2], run, traffic=traffic)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,7 @@ def load_zero(
     Raises
     ------
     OptionError
-        If `folder` or one of its shards is missing.
+        If `folder` or one of its shards is missing or damaged.
     ShapeError
         If the units have other lengths.
     """
@@ -124,11 +125,14 @@ def load_zero(
 
 
 def _read(folder: Path, rank: int) -> dict[str, npt.NDArray[np.float64]]:
+    path = folder / f"rank-{rank}.npz"
     try:
-        with np.load(folder / f"rank-{rank}.npz", allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except FileNotFoundError:
         raise OptionError(f"folder: expected saved states of rank {rank}; {folder} has none") from None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise OptionError(f"folder: {path} holds no saved states: {error}") from None
 
 
 def _barrier(comm: Comm) -> None:

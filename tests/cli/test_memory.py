@@ -42,9 +42,27 @@ def test_training_keeps_the_sources_apart(rows):
         (["zero", "--params", "1B", "--convention", "deepspeed", "--stage", "1"], "stages 2 and 3"),
         (["training", "--params", "1B", "--hidden", "64"], "--layers, --sequence, --batch"),
         (["training", "--params", "nan"], "expected a"),
+        (["training", "--params", "1B", "--buffer", "5"], "--model-parallel"),
+        (["zero", "--params", "1B", "--padded", "--convention", "deepspeed"], "--padded"),
     ],
 )
 def test_bad_input_is_one_line(run, arguments, message):
     done = run("memory", *arguments, code=2)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_padding_and_accumulation_are_counted(rows):
+    arguments = ["--params", "10", "--dp", "4", "--stage", "2", "--padded", "--micro", "3"]
+    (row,) = rows("memory", "zero", *arguments)["rows"]
+    assert row["memory_bytes"] == 2 * 10 + (2 + 12) * 3  # shards of 3, the last of them with 2 of padding
+    assert row["sent_elements"] == (3 + 1) * 3 * 3
+
+
+def test_zero_r_divides_checkpoints_and_bounds_the_buffer(rows):
+    shape = ["--hidden", "8192", "--layers", "125", "--sequence", "1024", "--batch", "32"]
+    arguments = ["--params", "100B", *shape, "--model-parallel", "16", "--buffer", "500M"]
+    totals = rows("memory", "training", *arguments)["totals"]
+    checkpoints = 2 * 8192 * 125 * 1024 * 32
+    assert totals["states_and_checkpoints_bytes"] == 16 * 10**11 + checkpoints
+    assert totals["states_and_zero_r_bytes"] == 16 * 10**11 + checkpoints // 16 + 4 * 500_000_000

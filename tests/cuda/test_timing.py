@@ -101,7 +101,7 @@ def test_a_contestant_is_called_in_its_context(driver: Driver) -> None:
     def call(_: int) -> None:
         inside.append(bool(state["on"]))
 
-    timing.interleaved({"a": call, "b": call}, contexts={"b": switched}, rounds=2)
+    timing.interleaved({"a": call, "b": call}, contexts={"b": switched}, rounds=2, calls=1)
     assert state["entered"] == 1 + 2
     assert inside.count(True) == inside.count(False)
 

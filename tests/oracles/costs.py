@@ -157,3 +157,84 @@ def summed_comparison(
         for kind, row in zip(("data", "model"), rows, strict=True)
         for name, value in zip(names, row, strict=True)
     }
+
+
+def owned(units: list[int], ranks: int) -> list[int]:
+    """The elements of a shard, one after the other: every unit is dealt out until all ranks have as many."""
+    shard = []
+    for unit in units:
+        element = 0
+        while element < unit or element % ranks:
+            if element % ranks == 0:
+                shard.append(element)
+            element += 1
+    return shard
+
+
+@oracle("cost.zero_memory.partitioned")
+def listed_states(
+    *, units: list[int], ranks: int, stage: int, model_itemsize: int, state_itemsize: int
+) -> Any:  # fmt: skip
+    """Bytes of one rank, element by element of what it keeps."""
+    everything, shard = [None] * sum(units), owned(units, ranks)
+    kept = 0
+    for size, divided_from in ((model_itemsize, 3), (model_itemsize, 2), *((state_itemsize, 1),) * 3):
+        for _ in shard if stage >= divided_from else everything:
+            kept += size
+    return np.asarray(kept, dtype=object)
+
+
+@oracle("cost.zero_communication.partitioned")
+def sent_in_rings(*, units: list[int], ranks: int, stage: int, micro_batches: int, itemsize: int) -> Any:
+    """Bytes of one rank, hop by hop of every ring, along a step as it goes."""
+    hop = len(owned(units, ranks)) * itemsize
+    rings = []
+    for _ in range(micro_batches):
+        if stage == 3:
+            rings += ["forward", "backward"]
+        if stage >= 2:
+            rings.append("gradients")
+    if stage < 2:
+        rings.append("gradients")
+    if stage < 3:
+        rings.append("parameters")
+    return np.asarray(sum(hop for _ in rings for _ in range(1, ranks)), dtype=object)
+
+
+@oracle("cost.zero_communication")
+def sent_for_each_parameter(
+    *, parameters: int, ranks: int, stage: int, convention: str, micro_batches: int
+) -> Any:  # fmt: skip
+    """The same walk through a step, for one parameter and then for all."""
+    moved = Fraction(0)
+    for batch in range(micro_batches):
+        last = batch == micro_batches - 1
+        moved += 3 if stage == 3 else int(stage == 2) + int(last) * (1 if stage == 2 else 2)
+    return np.asarray(
+        moved * parameters * (Fraction(ranks - 1, ranks) if convention == "ring" else 1), object
+    )
+
+
+@oracle("cost.zero_memory")
+def sixteen_bytes_each(*, parameters: int, ranks: int, stage: int) -> Any:
+    """Bytes of one parameter and its states, each over the ranks if the stage divides it."""
+    each = sum(
+        Fraction(size, ranks if stage >= first else 1)
+        for size, first in ((2, 3), (2, 2), (4, 1), (4, 1), (4, 1))
+    )
+    return np.asarray(each * parameters, object)
+
+
+@oracle("cost.zero_r")
+def kept_chunks(
+    *, hidden: int, batch: int, sequence: int, layers: int, model_parallel: int, parameters: int, buffer: int,
+    checkpoints: str,
+) -> Any:  # fmt: skip
+    """Rank 0 never has less than another: its part of each layer's hidden states, and the buffer."""
+    kept = 0
+    for _ in range(layers):
+        states = batch * sequence * hidden
+        if checkpoints == "partitioned":
+            states = len(range(0, states, model_parallel))
+        kept += 0 if checkpoints == "offloaded" else 2 * states
+    return np.asarray(kept + 4 * sorted((parameters, buffer))[0], dtype=object)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import threading
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 
-from memsim.communication import zero_communication
-from memsim.zero import zero_memory
+from memsim.communication import partitioned_communication, zero_communication
+from memsim.zero import partitioned_memory, zero_memory
+from memsim.zero_r import checkpoint_communication, zero_r
 from refimpl.errors import OptionError, ShapeError
 from refimpl.parallel import (
     AdamW,
     Batch,
     LossScale,
     Traffic,
+    Unit,
     attention_network,
     data_parallel,
     initial_parameters,
@@ -26,22 +29,9 @@ from refimpl.parallel import (
 from refimpl.parallel.network import loss_and_gradients, parameter_count, split_units
 from refimpl.parallel.sharding import gather_vector, shard_vector
 from refimpl.parallel.zero import ZeroState, zero
-from refimpl.parallel.zero_checkpoint import load_zero, save_zero
 from refimpl.parallel.zero_r import PartitionedKeep
 from tests.oracles.parallel import torch_training
-
-NETWORK = attention_network(vocabulary=7, width=5, heads=1, head_width=3, blocks=1)
-RANKS = (1, 2, 3, 4, 7)
-
-
-def run_of(ranks: int, steps: int = 10, micro: int = 1, seed: int = 0) -> tuple[Any, Any, Any]:
-    """Return parameters, tokens and masks; ranks differ in how many tokens count, one may have none."""
-    rng = np.random.default_rng(seed)
-    tokens = np.repeat(rng.integers(0, 7, (1, micro, ranks, 2, 5)), steps, axis=0)  # so that it can learn
-    mask = np.repeat(rng.random((1, micro, ranks, 2, 4)) < rng.random((1, 1, ranks, 1, 1)), steps, axis=0)
-    mask[:, :, -1:] &= ranks == 1
-    mask[:, :, 0, 0, -2:] = True
-    return initial_parameters(NETWORK, rng), tokens, mask
+from tests.parallel.runs import NETWORK, RANKS, run_of
 
 
 @pytest.mark.parametrize(("ranks", "max_norm"), [*((ranks, None) for ranks in RANKS), (3, 0.5)])
@@ -86,16 +76,75 @@ def test_a_rank_holds_its_share_and_nothing_else(ranks: int, stage: int) -> None
         assert held == low + 12 * padded // ranks
 
 
-def test_held_bytes_equal_the_model_where_nothing_is_padded() -> None:
-    network = attention_network(vocabulary=4, width=4, heads=1, head_width=4, blocks=1)
-    n = parameter_count(network)
-    assert all(unit.size % 4 == 0 for unit in network)
-    tokens, mask = np.zeros((1, 1, 4, 1, 3), int), np.ones((1, 1, 4, 1, 2), bool)
-    start = initial_parameters(network, np.random.default_rng(0)).astype(np.float32)
+def test_stage_three_has_one_whole_unit_at_a_time() -> None:
+    """What is gathered for a unit is dropped before the next one is: neither a list nor a view keeps it."""
+    start, tokens, mask = run_of(3, steps=2, micro=2)
+    rank: Any = threading.local()
+    whole: list[int] = []
+    most: list[int] = []
+
+    def watched(unit: Unit) -> Unit:
+        def seen(run: Any) -> Any:
+            def call(weights: Any, *rest: Any) -> Any:
+                flat = weights[0]
+                while flat.base is not None:
+                    flat = flat.base
+                assert flat.size == unit.size, "the weights are views of the gathered unit and nothing larger"
+                alive = [
+                    ref
+                    for ref in vars(rank).setdefault("refs", [])
+                    if ref() is not None and ref() is not flat
+                ]
+                rank.refs = [*alive, weakref.ref(flat)]
+                most.append(len(alive))
+                whole.append(unit.size)
+                return run(weights, *rest)
+
+            return call
+
+        return unit._replace(forward=seen(unit.forward), vjp=seen(unit.vjp))
+
+    network = [watched(unit) for unit in NETWORK]
+    found = zero(start, tokens, mask, network=network, stage=3)
+    assert len(whole) == 3 * 2 * 2 * 2 * len(NETWORK)  # ranks, steps, micro-batches, forward and backward
+    assert max(most) == 0
+    np.testing.assert_array_equal(
+        found.parameters, zero(start, tokens, mask, network=NETWORK, stage=3).parameters
+    )
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_held_bytes_and_traffic_equal_the_models_on_every_rank(ranks: int) -> None:
+    """Float16 and float32, no unit divides by 4 or 7, three micro-batches: integers, rank by rank."""
+    start, tokens, mask = run_of(ranks, steps=2, micro=3)
+    units = [unit.size for unit in NETWORK]
     for stage in (1, 2, 3):
-        found = zero(start, tokens, mask, network=network, stage=stage, model_dtype="float16")
-        model: Any = zero_memory(parameters=n, ranks=4, stage=stage)  # type: ignore[arg-type]
-        assert set(found.held_bytes.tolist()) == {model.total}
+        traffic, one = Traffic(), {"units": units, "ranks": ranks, "stage": stage}
+        found = zero(
+            start.astype(np.float32), tokens, mask, network=NETWORK, stage=stage, model_dtype="float16",
+            traffic=traffic,
+        )  # fmt: skip
+        assert found.held_bytes.tolist() == [partitioned_memory(**one).total] * ranks
+        model = partitioned_communication(**one, micro_batches=3, itemsize=2)
+        counted = [
+            [traffic.sent(rank, phase).bytes for rank in range(ranks)]
+            for phase in ("gradients", "parameters")
+        ]
+        gathered = sum(item.value for item in model.terms if "all-gather" in item.name)
+        assert counted == [[2 * (model.total - gathered)] * ranks, [2 * gathered] * ranks]
+
+
+def test_held_bytes_are_the_papers_where_nothing_is_padded() -> None:
+    network = attention_network(vocabulary=4, width=4, heads=1, head_width=4, blocks=1)
+    units = [unit.size for unit in network]
+    assert all(size % 4 == 0 for size in units)
+    for stage in (1, 2, 3):
+        paper: Any = zero_memory(parameters=sum(units), ranks=4, stage=stage)  # type: ignore[arg-type]
+        held: Any = partitioned_memory(units=units, ranks=4, stage=stage)  # type: ignore[arg-type]
+        assert held.total == paper.total
+        sent: Any = zero_communication(parameters=sum(units), ranks=4, stage=stage, convention="ring")  # type: ignore[arg-type]
+        padded: Any = partitioned_communication(units=units, ranks=4, stage=stage, itemsize=1)  # type: ignore[arg-type]
+        assert padded.total == sent.total
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -147,23 +196,6 @@ def test_accumulation_multiplies_the_traffic_of_stages_two_and_three() -> None:
     by_stage = {stage: sent(3, 4, stage=stage) for stage in (1, 2, 3)}
     assert [by_stage[s]["gradients"] // one for s in (1, 2, 3)] == [1, 4, 4]
     assert [by_stage[s]["parameters"] // one for s in (1, 2, 3)] == [1, 1, 8]
-
-
-def test_traffic_of_a_step_equals_the_model_where_nothing_is_padded() -> None:
-    network = attention_network(vocabulary=4, width=4, heads=1, head_width=4, blocks=1)
-    tokens, mask = np.zeros((1, 1, 4, 1, 3), int), np.ones((1, 1, 4, 1, 2), bool)
-    start = np.zeros(parameter_count(network))
-    for stage in (1, 2, 3):
-        traffic = Traffic()
-        zero(start, tokens, mask, network=network, stage=stage, traffic=traffic)
-        elements = sum(traffic.sent(3, phase).bytes for phase in ("gradients", "parameters")) // 8
-        model: Any = zero_communication(
-            parameters=len(start),
-            ranks=4,
-            stage=stage,
-            convention="ring",  # type: ignore[arg-type]
-        )
-        assert elements == model.total
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -226,95 +258,6 @@ def test_gradient_of_the_network() -> None:
     assert loss(start)[1] @ direction == pytest.approx(numeric, rel=1e-7)
 
 
-# Checkpoints of sharded states
-
-
-def trained(comm: Any, state: ZeroState, steps: range, arrays: tuple[Any, Any, Any]) -> ZeroState:
-    """Go on training on `comm.size` ranks with the sequences dealt anew."""
-    _, tokens, mask = arrays
-    for step in steps:
-        words, counts = (x[step].reshape(-1, x.shape[-1])[comm.rank :: comm.size] for x in (tokens, mask))
-        state, *_ = zero_step(comm, NETWORK, state, [Batch(words, counts)], optimizer=AdamW(lr=0.01))
-    return state
-
-
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 7), (4, 1), (1, 3)])
-def test_resuming_on_another_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
-    arrays = run_of(6, steps=6)
-
-    def first(comm: Any) -> None:
-        state = trained(comm, zero_initial(comm, NETWORK, arrays[0], stage=2), range(3), arrays)
-        save_zero(comm, tmp_path / "states", NETWORK, state)
-
-    def second(comm: Any) -> Any:
-        state = load_zero(comm, tmp_path / "states", NETWORK, stage=3)
-        assert state.optimizer.step == 3
-        return trained(comm, state, range(3, 6), arrays).optimizer.master
-
-    def uninterrupted(comm: Any) -> Any:
-        return trained(
-            comm, zero_initial(comm, NETWORK, arrays[0], stage=1), range(6), arrays
-        ).optimizer.master
-
-    run_ranks(before, first)
-    (expected,) = run_ranks(1, uninterrupted)
-    np.testing.assert_allclose(gather_vector(NETWORK, run_ranks(after, second)), expected, rtol=0, atol=1e-12)
-
-
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    arrays = run_of(3, steps=2)
-
-    def save(comm: Any) -> Any:
-        state = zero_initial(comm, NETWORK, arrays[0], stage=2, loss_scale=LossScale(8.0, 3))
-        state = trained(comm, state, range(2), arrays)
-        save_zero(comm, tmp_path / "states", NETWORK, state)
-        return state
-
-    saved = run_ranks(3, save)
-    loaded = run_ranks(3, lambda comm: load_zero(comm, tmp_path / "states", NETWORK, stage=2))
-    for a, b in zip(saved, loaded, strict=True):
-        assert a.optimizer[3:] == b.optimizer[3:] == (2, LossScale(8.0, 5))
-        for x, y in zip([*a.parameters, *a.optimizer[:3]], [*b.parameters, *b.optimizer[:3]], strict=True):
-            np.testing.assert_array_equal(x, y)
-
-
-def test_states_are_saved_whole_or_not_at_all(tmp_path: Path) -> None:
-    start = run_of(1, steps=1)[0]
-    target = tmp_path / "states"
-
-    def dies(comm: Any) -> None:
-        state = zero_initial(comm, NETWORK, start, stage=1)
-        if comm.rank == 1:  # it cannot write its shard
-            state = state._replace(optimizer=None)  # type: ignore[arg-type]
-        save_zero(comm, target, NETWORK, state)
-
-    with pytest.raises(AttributeError):
-        run_ranks(3, dies)
-    assert not target.exists()
-
-    def saves(comm: Any) -> None:
-        save_zero(comm, target, NETWORK, zero_initial(comm, NETWORK, start, stage=1))
-
-    run_ranks(3, saves)
-    assert [path.name for path in tmp_path.iterdir()] == ["states"]
-    with pytest.raises(OptionError, match="exists"):
-        run_ranks(3, saves)
-
-
-def test_what_loading_refuses(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="saved states of rank 0"):
-        run_ranks(1, lambda comm: load_zero(comm, tmp_path / "none", NETWORK, stage=1))
-    start = run_of(1, steps=1)[0]
-    run_ranks(
-        2, lambda comm: save_zero(comm, tmp_path / "s", NETWORK, zero_initial(comm, NETWORK, start, stage=1))
-    )
-    with pytest.raises(ShapeError, match="units of"):
-        run_ranks(1, lambda comm: load_zero(comm, tmp_path / "s", NETWORK[:2], stage=1))
-    (tmp_path / "s" / "rank-1.npz").unlink()
-    with pytest.raises(OptionError, match="saved states of rank 1"):
-        run_ranks(1, lambda comm: load_zero(comm, tmp_path / "s", NETWORK, stage=1))
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_partitioned_checkpoints_change_no_gradient_and_divide_the_memory(ranks: int) -> None:
     """ZeRO-R: one all-gather of B * T * M elements a block, and 1/N of the inputs kept."""
@@ -339,6 +282,12 @@ def test_partitioned_checkpoints_change_no_gradient_and_divide_the_memory(ranks:
         for index, gradient in whole.items():
             np.testing.assert_array_equal(gradients[index], gradient)
     assert traffic.sent(0) == (3 * (ranks - 1), (ranks - 1) * chunks)
+    # The two checkpoints of hidden states, as they would be in float16; the tokens are 8 elements besides.
+    layers: dict[str, Any] = {"hidden": 5, "batch": 2, "sequence": 4, "layers": 2, "model_parallel": ranks}
+    tokens_kept = 8 * -(-8 // ranks)
+    assert 4 * zero_r(**layers, parameters=1, buffer=1)["checkpoints"] == chunks - tokens_kept
+    sent = checkpoint_communication(**layers, itemsize=8).total
+    assert sent == traffic.sent(0).bytes - (ranks - 1) * tokens_kept
 
 
 @pytest.mark.parametrize(
