@@ -21,6 +21,7 @@ __all__ = [
     "BYTES",
     "COUNT",
     "COUNTS",
+    "COUNTS_FROM_0",
     "DTYPES",
     "HARDWARE",
     "PRECISIONS",
@@ -49,9 +50,12 @@ LARGEST_COUNT = 10**30
 
 
 class _Count(click.ParamType):  # type: ignore[type-arg]
-    """A whole number of at least 1, such as 64, 7.5e9, 7.5B or 4K (K, M, B, G, T are powers of 1000)."""
+    """A whole number, such as 64, 7.5e9, 7.5B or 4K (K, M, B, G, T are powers of 1000)."""
 
     name = "count"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
@@ -63,8 +67,8 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
             number = parse_count(value)
         except OptionError as error:
             self.fail(str(error), param, ctx)
-        if number.denominator != 1 or number < 1:
-            self.fail(f"expected a whole number of at least 1; got {value!r}", param, ctx)
+        if number.denominator != 1 or number < self.least:
+            self.fail(f"expected a whole number of at least {self.least}; got {value!r}", param, ctx)
         if number > LARGEST_COUNT:
             self.fail(f"expected at most {LARGEST_COUNT:.0e}; got {value!r}", param, ctx)
         return int(number)
@@ -207,6 +211,7 @@ def _hardware_names() -> list[str]:
 
 COUNT = _Count()
 COUNTS: ListOf[int] = ListOf(COUNT)
+COUNTS_FROM_0: ListOf[int] = ListOf(_Count(0))
 BYTES = _Bytes()
 SIZES: ListOf[int] = ListOf(BYTES)
 AXES = _Axes()

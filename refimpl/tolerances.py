@@ -8,9 +8,9 @@ low-precision baseline), C the candidate.  All three are compared in float64.
   summation bound alone is wrong once exp amplifies a rounding of the score.
 - A kernel may err at most twice as much as the baseline does, for gradients three times (flash-attention's
   own tests allow that), on the case or next to it: in maximum, plus one ulp, and in root mean square, plus
-  half an ulp; both relative to the size of a row, or to the size of the terms that a row sums, if that is
-  larger: what cancels keeps the rounding of what it was made of.  Where the baseline itself is useless the
-  case says nothing and is invalid.
+  half an ulp; both relative to the size of a row.  A row that is small because its terms cancel keeps their
+  rounding: it may err as the baseline does in that very row, or by a few float32 roundings of the terms.
+  Where the baseline itself is useless the case says nothing and is invalid.
 - Codes, masks, indices and counts are equal.  NaN never passes where R is finite.
 """
 
@@ -40,6 +40,8 @@ BASELINE_CAP = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 REWRITE_FACTOR = 8.0
 # A row smaller than this share of the whole is judged as if it had that size: it is small by cancellation.
 SMALLEST_ROW = 1 / 16
+# A row cancels if its terms are so many times as large as itself; roundings of its terms that it may keep.
+CANCELLATION, TERM_ROUNDINGS = 4.0, 8.0
 PERTURBATIONS = 3
 
 
@@ -126,31 +128,30 @@ def baseline_limits(
     baseline = outputs(case.call(technique.function))
     floats = [name for name in truth if is_floating(baseline[name].dtype)]
     spread = outputs(technique.spread(exact_copy(case))) if technique.spread else truth
-    scales = {name: _row_scale(truth[name], spread[name]) for name in floats}
-    errors = {name: [_difference(widen(baseline[name]), truth[name]) / scales[name]] for name in floats}
+    errors = {name: [_difference(widen(baseline[name]), truth[name])] for name in floats}
     rng = np.random.default_rng(0)
     for _ in range(PERTURBATIONS):
         near = case.map_arrays(lambda array: _one_ulp_away(array, rng))
         near_truth = outputs(exact_copy(near).call(technique.function))
         near_baseline = outputs(near.call(technique.function))
         for name in floats:
-            error = _difference(widen(near_baseline[name]), near_truth[name])
-            errors[name].append(error / scales[name])
+            errors[name].append(_difference(widen(near_baseline[name]), near_truth[name]))
     limits: dict[str, Limit] = {}
     invalid = None
     for name, value in truth.items():
         if name not in floats:  # codes beside numbers: equal to those of the raw inputs
             truth[name], limits[name] = baseline[name], Limit(np.zeros(()))
             continue
-        magnitude, scale = _finite_magnitude(value), scales[name]
-        spacing = ulp(magnitude, baseline[name].dtype)
-        largest = technique.kernel_factor * max(map(_largest, errors[name])) * scale + _row_max(spacing)
-        rms = technique.kernel_factor * max(map(_rms, errors[name])) + _rms(0.5 * spacing / scale)
-        limits[name] = Limit(largest, rms, scale)
+        spacing = ulp(_finite_magnitude(value), baseline[name].dtype)
+        scale, floor = _row_scale(value, spread[name], errors[name])
+        relative = [error / scale for error in errors[name]]
+        worst = max(map(_largest, np.where(floor > 0, 0.0, relative)))
+        largest = technique.kernel_factor * np.maximum(worst * scale, floor) + _row_max(spacing)
+        rms = max(map(_rms, relative))
+        limits[name] = Limit(largest, technique.kernel_factor * rms + _rms(0.5 * spacing / scale), scale)
         cap = BASELINE_CAP.get(dtype.name, np.inf)
-        if not max(map(_rms, errors[name])) <= cap:
-            worst = max(map(_rms, errors[name]))
-            invalid = f"the baseline's rms error of {name} is {worst:.2e} of its size, above {cap}"
+        if not rms <= cap:
+            invalid = f"the baseline's rms error of {name} is {rms:.2e} of its size, above {cap}"
     return truth, baseline, limits, invalid
 
 
@@ -240,16 +241,19 @@ def _rms(x: FloatArray) -> float:
     return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
-def _row_scale(x: Array, spread: Array) -> FloatArray:
-    """Return the size of each row or of the terms it sums, the larger; of tiny rows a share of that of all.
+def _row_scale(x: Array, spread: Array, errors: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """Return the size of each row, of tiny rows a share of that of all; and what rows that cancel may err.
 
-    Errors are judged against it, so that a few large rows do not license errors in all the small ones, as the
-    first rows of causal attention would.
+    Errors are judged against a row's size, so that a few large rows do not license errors in all the small
+    ones, as the first rows of causal attention would.  Rows that cancel are judged by themselves: by the
+    errors of the baseline in them, at least some roundings of their terms.  0 for all other rows.
     """
-    whole = _rms(_finite_magnitude(x))
-    rows = np.maximum(_row_rms(x), _row_rms(spread))
-    scale = np.maximum(rows, SMALLEST_ROW * whole)
-    return np.asarray(np.where(scale > 0, scale, 1.0))
+    whole, rows, terms = _rms(_finite_magnitude(x)), _row_rms(x), _row_rms(spread)
+    cancels = terms > CANCELLATION * np.maximum(rows, SMALLEST_ROW * whole)
+    own = np.max([_row_max(np.abs(error)) for error in errors], axis=0)
+    floor = np.maximum(own, TERM_ROUNDINGS * np.finfo(np.float32).eps * terms)
+    scale = np.maximum(np.maximum(rows, np.where(cancels, terms, 0.0)), SMALLEST_ROW * whole)
+    return np.asarray(np.where(scale > 0, scale, 1.0)), np.where(cancels, floor, 0.0)
 
 
 def _row_rms(x: Array) -> FloatArray:

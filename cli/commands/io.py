@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from cli import attention_traffic, linear_traffic
 from cli.output import output_options
-from cli.parameters import COUNTS, DTYPES, HARDWARE, PRECISIONS, SIZES, ListOf
+from cli.parameters import COUNTS, COUNTS_FROM_0, DTYPES, HARDWARE, PRECISIONS, SIZES, ListOf
 from cli.result import Result
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ Examples:
 @click.option("--out-features", type=COUNTS, default="4096", show_default=True, help="Columns of the output.")
 @click.option(
     "--outliers",
-    type=COUNTS,
+    type=COUNTS_FROM_0,
     help="Input columns that int8 leaves in floating point; 0: looked for and not found.  "
     "[default: not looked for]",
 )
@@ -70,7 +70,8 @@ Examples:
     type=ListOf(click.Choice([name for names in _ALGORITHMS.values() for name in names])),
     help="Of attention, standard: Algorithms 0 and 3; flash1: 1 and 4 of FlashAttention; flash2: of "
     "FlashAttention-2, a formula that no reference counts.  Of linear, fp16: one product in --dtype; int8: "
-    "LLM.int8() in four kernels, as released; int8_fused: in two.  [default: all]",
+    "LLM.int8() with the int32 product and the outliers in steps of their own, as released; int8_fused: one "
+    "product that writes once.  [default: all]",
 )
 @click.option(
     "--pass",

@@ -65,6 +65,19 @@ def dealing_does_not_matter(f: Training, case: Case, close: Close) -> None:
     close(_parameters(b), _parameters(a), "sequences dealt anew", factor=8.0, of="parameters")
 
 
+@law("parallel.data", "parallel.zero")
+def micro_batches_equal_one_batch(f: Training, case: Case, close: Close) -> None:
+    """A step on micro-batches is a step on all their sequences at once: gradients add up and divide once."""
+    p, tokens, mask = case.args
+    steps, micro, ranks, B = tokens.shape[:4]
+    if micro == 1:
+        return
+    together = (x.swapaxes(1, 2).reshape(steps, 1, ranks, micro * B, x.shape[-1]) for x in (tokens, mask))
+    apart, whole = case.call(f), case.replace(p, *together).call(f)
+    close(_parameters(apart), _parameters(whole), "one micro-batch", factor=8.0, of="parameters")
+    close(apart[1], whole[1], "losses of one micro-batch", factor=8.0, of="losses")
+
+
 @law("parallel.zero")
 def stages_equal_data_parallelism(f: Training, case: Case, close: Close) -> None:
     """A stage moves states, not values: bit-equal to data parallelism unless sums are in another order."""

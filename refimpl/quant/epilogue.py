@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from refimpl.errors import OptionError, ShapeError
+from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.numerics import Array, FloatArray, IntArray, contract, round_to, widen
 from refimpl.quant.absmax import (
@@ -53,6 +53,8 @@ def dequantize_product(
     ------
     ShapeError
         If the arrays do not fit.
+    DTypeError
+        If the product holds no integers, or an absmax or the bias no floating-point numbers.
 
     References
     ----------
@@ -64,9 +66,16 @@ def dequantize_product(
     >>> dequantize_product(np.array([[16129]]), np.array([2.0]), np.array([0.5]), dtype=np.dtype(np.float64))
     array([[1.]])
     """
-    bind_axes(
-        {"product": (product, "T N"), "x_absmax": (x_absmax, "T"), "weight_absmax": (weight_absmax, "N")}
-    )
+    product, dtype = as_array("product", product), np.dtype(dtype)
+    if product.dtype.kind != "i":
+        raise DTypeError(f"product: expected integers, got {product.dtype}")
+    x_absmax, weight_absmax = floating(x_absmax=x_absmax, weight_absmax=weight_absmax)
+    axes: dict[str, tuple[Array, str]] = {"product": (product, "T N")}
+    axes |= {"x_absmax": (x_absmax, "T"), "weight_absmax": (weight_absmax, "N")}
+    if bias is not None:
+        (bias,) = floating(bias=bias)
+        axes["bias"] = (bias, "N")
+    bind_axes(axes)
     hbm = memory or Memory()
     out = np.empty(product.shape, dtype)
     with hbm.on_chip():
@@ -142,6 +151,13 @@ def stored_weight(
     if convention == "paper" and threshold is not None:
         raise OptionError(
             "convention: 'paper' multiplies outliers with the weights as given; int8 codes need 'released'"
+        )
+    if weight.codes.dtype != np.int8 or np.any(weight.codes == -128):
+        held = weight.codes.dtype if weight.codes.dtype != np.int8 else "-128"
+        raise DTypeError(f"weight codes: expected int8 in [-127, 127], got {held}")
+    if weight.absmax.dtype.kind != "f" or not np.all(np.isfinite(weight.absmax)):
+        raise OptionError(
+            f"weight absmax: expected finite floats, got {weight.absmax.dtype} or NaN, infinity"
         )
     if weight.absmax.shape != weight.codes.shape[1:]:
         raise ShapeError(f"weight absmax: expected shape {weight.codes.shape[1:]}, got {weight.absmax.shape}")

@@ -120,7 +120,8 @@ def llm_int8_linear(
     Returns
     -------
     ndarray of float, shape (T, N), or Int8Linear
-        In the dtype of `x`, rounded to it twice if there are outliers, as the released code does.
+        In the dtype of `x`, rounded to it twice if there are outliers, as the released code does in float16;
+        other formats are ours: the released CUDA code passes through float16 on the way to them.
 
     Raises
     ------

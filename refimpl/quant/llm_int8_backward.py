@@ -6,9 +6,10 @@ from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 
+from refimpl.errors import OptionError
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, contract, round_to, wide_dtype, widen
-from refimpl.quant.absmax import Convention, Int8Columns, dequantize_columns
+from refimpl.quant.absmax import Convention, Int8Columns, dequantize_columns, outlier_columns
 from refimpl.quant.epilogue import linear_operands, stored_weight
 from refimpl.validation import bind_axes, floating
 
@@ -51,7 +52,8 @@ def llm_int8_linear_vjp(
     dy : ndarray of float, shape (T, N)
         Gradient of the output.
     **options
-        Those of the forward call; none of them changes the gradient.
+        Those of the forward call; none of them changes the gradient: also under the convention of the
+        paper, whose forward pass meets outliers with the weights as given, dX is that of the int8 weights.
 
     Returns
     -------
@@ -72,8 +74,13 @@ def llm_int8_linear_vjp(
     >>> llm_int8_linear_vjp(np.ones((1, 2)), np.diag([2.0, 4.0]), np.ones((1, 2))).x
     array([[2., 4.]])
     """
+    unknown = set(options) - set(Int8LinearOptions.__annotations__)
+    if unknown:
+        raise OptionError(f"llm_int8_linear_vjp takes no option {', '.join(sorted(unknown))}")
     x, given, _ = linear_operands(x, weight, options.get("bias"))
-    w = stored_weight(given, options.get("convention", "released"), None)
+    convention, threshold = options.get("convention", "released"), options.get("threshold", 6.0)
+    outlier_columns(x[:0], threshold=threshold, convention=convention)  # for what it refuses
+    w = stored_weight(given, convention, threshold)
     (dy,) = floating(dy=dy)
     bind_axes({"x": (x, "T K"), "weight codes": (w.codes, "K N"), "dy": (dy, "T N")})
     wide = widen(dy)

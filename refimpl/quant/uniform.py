@@ -130,8 +130,9 @@ def uniform(
             low = np.minimum(reduce_blocks(np.minimum, wide, block), 0)
             high = np.maximum(reduce_blocks(np.maximum, wide, block), 0)
             scale = _scale(high - low, (high_code - low_code) * wide.dtype.type(1))
-            # The range holds 0, so this is a code without clipping.
-            zero_point = round_half(low_code - low / scale, rounding).astype(dtype)
+            # The range holds 0, so this is a code without clipping; added after rounding, the lowest code
+            # shifts signed and unsigned zero points alike, as in ONNX.
+            zero_point = (low_code + round_half(-low / scale, rounding)).astype(dtype)
         else:
             absmax = reduce_blocks(np.maximum, np.abs(wide), block)
             scale = _scale(absmax, (high_code - low_code) * wide.dtype.type(0.5))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -20,8 +21,13 @@ from cuda_backend.torch_ops import Rival
 from memsim.hardware import hardware
 from refimpl import registry
 from refimpl.attention import flash_attention, flash_attention_vjp
+from refimpl.numerics import round_to
 from refimpl.quant import int8_matmul
+from refimpl.registry import Case
 from refimpl.testing import Report
+from refimpl.tolerances import baseline_limits, exact_copy, mismatch
+
+bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 SHAPE = ("--shape", "2,3,20,8")
 
@@ -267,6 +273,24 @@ def test_the_sampled_rows_of_a_backward_pass(
         wrong = getattr(right, name).copy()
         wrong[:, -1] *= 1.1  # the last key of a causal mask is seen by one query
         assert name in str(problem.check(operands, right._replace(**{name: wrong}), keep))
+
+
+def test_a_backward_pass_that_drops_its_last_keys_is_caught_however_long_the_sequence() -> None:
+    """The baseline rounds dQ once: tile by tile its own error, and the limit with it, would grow with N."""
+    N, rows, D = 8192, 16, 32
+    record = registry.get("attention.flash_backward")
+    rng = np.random.default_rng(0)
+    shapes = (1, rows, 1, D), (1, N, 1, D), (1, N, 1, D), (1, rows, 1, D)
+    q, k, v, do = (round_to(rng.standard_normal(shape), bfloat16) for shape in shapes)
+    out, lse = flash_attention(q, k, v, return_lse=True, block_sizes=(rows, N))
+    case = Case((q, k, v, out, lse, do), {"block_sizes": (rows, N)})
+    truth, _, limits, invalid = baseline_limits(record, case, bfloat16)
+    assert invalid is None
+    exact = exact_copy(case)
+    q, k, v, *rest = exact.args
+    dropped = Case((q, k[:, :-32], v[:, :-32], *rest), case.kwargs).call(flash_attention_vjp).dq
+    assert mismatch(round_to(truth["dq"], bfloat16), truth["dq"], limits["dq"]) is None
+    assert mismatch(round_to(dropped, bfloat16), truth["dq"], limits["dq"]) is not None
 
 
 def test_a_rival_is_made_ready_once_for_each_set_of_inputs(

@@ -172,6 +172,12 @@ def test_io_of_a_linear_layer_takes_each_products_own_peak(rows):
     assert row["matmul_time_s"] == pytest.approx(2 * 8 * 64 * 32 / 624e12 + 2 * 8 * 4 * 32 / 312e12)
 
 
+def test_io_tells_outliers_not_looked_for_from_none_found(rows):
+    shape = ("--op", "linear", "--tokens", "8", "--in-features", "64", "--algorithm", "int8")
+    traffic = [rows("io", *shape, *more)["rows"][0]["read_bytes"] for more in ((), ("--outliers", "0"))]
+    assert traffic[1] - traffic[0] == 2 * 8 * 64  # X is read once more
+
+
 def test_io_refuses_what_belongs_to_another_operation(run):
     assert "--n belongs to --op attention" in run("io", "--op", "linear", "--n", "5", code=2).stderr
     assert "--tokens belongs to --op linear" in run("io", "--tokens", "5", code=2).stderr

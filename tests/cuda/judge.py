@@ -36,6 +36,10 @@ def difference(f: Any, case: Case, dtype: str, *, technique: str = "attention.de
     """
     reference = case.without("block_sizes", "sram", "stream")
     record = registry.get(technique)
+    if technique == "attention.flash_backward":  # one tile: the baseline rounds dQ once
+        reference = reference.replace(
+            block_sizes=(max(1, case.args[0].shape[1]), max(1, case.args[1].shape[1]))
+        )
     truth, baseline, limits, invalid = baseline_limits(record, reference, DTYPES[dtype])
     if invalid:
         return f"{INVALID}: {invalid}"

@@ -254,3 +254,49 @@ def test_arguments_stay_as_they_were() -> None:
     llm_int8_linear(x, weight, **options)
     np.testing.assert_array_equal(x, copies[0])
     np.testing.assert_array_equal(weight, copies[1])
+
+
+def test_the_epilogue_refuses_what_it_would_compute_wrongly() -> None:
+    """Integer scales once gave zeros, and a bias of one number was broadcast."""
+    product, rows, columns = np.ones((2, 3), np.int32), np.ones(2), np.ones(3)
+    dtype = np.dtype(np.float64)
+    whole = dequantize_product(product, np.ones(2, np.int64), columns, dtype=dtype)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(whole, dequantize_product(product, rows, columns, dtype=dtype))
+    assert whole.all()
+    with pytest.raises(DTypeError, match="product: expected integers"):
+        dequantize_product(product * 0.5, rows, columns, dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="bias"):
+        dequantize_product(product, rows, columns, dtype=dtype, bias=np.ones(1))
+    with pytest.raises(DTypeError, match="weight codes"):
+        llm_int8_linear(np.ones((1, 2)), Int8Columns(np.ones((2, 1)), np.ones(1)))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="weight absmax"):
+        llm_int8_linear(np.ones((1, 2)), Int8Columns(np.ones((2, 1), np.int8), np.array([np.nan])))
+
+
+def test_the_gradient_refuses_what_the_forward_pass_does() -> None:
+    x, weight, dy = np.ones((1, 2)), np.ones((2, 3)), np.ones((1, 3))
+    for options in ({"convention": "printed"}, {"threshold": -1.0}, {"nonsense": 1}):
+        with pytest.raises(OptionError):
+            llm_int8_linear_vjp(x, weight, dy, **options)  # type: ignore[arg-type]
+
+
+def test_gradients_and_outlier_weights_are_rounded_to_the_dtype() -> None:
+    """One outlier 8 meets a weight whose stored value, 3 of 127 parts of 0.1, is no float16."""
+    weight = Int8Columns(np.array([[3]], np.int8), np.array([0.1], np.float32))
+    x = np.array([[8.0]], np.float16)
+    rounded = np.float16(np.float32(3) * np.float32(0.1) * np.float32(1 / 127))
+    out = llm_int8_linear(x, weight, threshold=6.0)
+    assert out[0, 0] == np.float16(8) * rounded
+    dx = llm_int8_linear_vjp(x, weight, np.array([[4.0]], np.float16)).x
+    assert dx.dtype == np.float16
+    assert dx[0, 0] == np.float16(4) * rounded
+
+
+def test_a_bias_is_added_before_rounding() -> None:
+    """2049 is no float16: rounded first, 2048 + 1 would stay 2048, and 2049 + 1 is 2050."""
+    product = np.array([[2049 * 127]], np.int32)
+    out = dequantize_product(
+        product, np.array([127.0], np.float32), np.array([1.0], np.float32),
+        dtype=np.dtype(np.float16), bias=np.ones(1, np.float16),
+    )  # fmt: skip
+    assert out[0, 0] == 2050

@@ -242,3 +242,13 @@ def test_theory_of_the_error() -> None:
         ratios.append(found.sqnr_db)
     assert np.diff(ratios) == pytest.approx(6.02, abs=0.1)
     assert error(np.zeros(2), np.ones(2)).sqnr_db == -math.inf
+
+
+@pytest.mark.parametrize("rounding", ["half_even", "half_away"])
+@pytest.mark.parametrize("low", [-63.5, -63.499996, -0.5])
+def test_unsigned_codes_are_the_signed_ones_shifted(rounding: Any, low: float) -> None:
+    """Also where the zero point lies at a tie, or next to one in float32."""
+    x = np.array([low, low + 255], np.float32)
+    signed, unsigned = (uniform(x, scheme="affine", signed=s, rounding=rounding) for s in (True, False))
+    np.testing.assert_array_equal(signed.codes.astype(int) + 128, unsigned.codes)
+    np.testing.assert_array_equal(signed.zero_point.astype(int) + 128, unsigned.zero_point)
