@@ -180,11 +180,12 @@ def _check_encoder(directory: str, model: Model) -> list[Row]:
     tokens.add("passed" if same else "failed", "" if same else "the token ids differ")
     wide = model._replace(params={name: array.astype(np.float64) for name, array in model.params.items()})
     rows = [Row("transformer.encoder", mine, theirs.name, "numpy", dtype) for dtype in ("float64", "float32")]
-    for ids, mask in _batches(model):
+    batches = list(_batches(model))
+    exact, rounded = ([theirs.states(*batch, dtype) for batch in batches] for dtype in ("float64", "float32"))
+    for (ids, mask), wide_states, states in zip(batches, exact, rounded, strict=True):
         truth = _states(wide, ids, mask)
-        exact, rounded = (theirs.states(ids, mask, dtype) for dtype in ("float64", "float32"))
-        _judge_states(rows[0], truth, exact, mask, LARGEST_FLOAT64)
-        _judge_states(rows[1], _states(model, ids, mask), rounded, mask, APART * _apart(rounded, truth, mask))
+        _judge_states(rows[0], truth, wide_states, mask, LARGEST_FLOAT64)
+        _judge_states(rows[1], _states(model, ids, mask), states, mask, APART * _apart(states, truth, mask))
     return [tokens, *rows]
 
 
@@ -222,19 +223,18 @@ def _functions(names: Sequence[str], backend: str) -> Iterator[tuple[str, str, C
     from refimpl import registry
 
     registry.load()
-    seen = set()
-    for name in names:
-        record = registry.get(name)
-        if backend == "numpy":
-            seen.add(record.home)
-            yield name, record.home, record.function
-        for item in registry.implementations_of(name):
+    records = [registry.get(name) for name in names]
+    seen = {record.home for record in records}
+    if backend == "numpy":
+        yield from ((record.name, record.home, record.function) for record in records)
+    for record in records:
+        for item in registry.implementations_of(record.name):
             if backend in item.backends and item.target not in seen:
                 seen.add(item.target)
                 try:
-                    yield name, item.target, item.load()
+                    yield record.name, item.target, item.load()
                 except (ImportError, BackendUnavailableError) as error:
-                    yield name, item.target, str(error)
+                    yield record.name, item.target, str(error)
 
 
 def _check_attention(

@@ -163,11 +163,6 @@ class Experiment:
         }
         held = [held for _, _, held, _ in results]
         owned = self._owned_once([len(master) for _, master, *_ in results])
-        plain = Traffic()
-        data_parallel(
-            self.start, tokens[first:], mask[first:], network=network, optimizer=self.optimizer,
-            traffic=plain, launch=launch,
-        )  # fmt: skip
         return {
             "ranks": ranks,
             "stage": stage,
@@ -182,12 +177,24 @@ class Experiment:
             "model_sent_bytes": expected["bytes"],
             "sent_messages": counted["messages"],
             "model_sent_messages": expected["messages"],
-            "over_data_parallel": _ratio(traffic, plain),
+            "over_data_parallel": self._over_data_parallel(ranks, launch, traffic, self.steps - first),
             "agrees": difference <= TOLERANCE
             and owned == parameter_count(network)
             and (held == [memory.total] * ranks or first == self.steps)
             and counted == expected,
         }
+
+    def _over_data_parallel(self, ranks: int, launch: Launch, sharded: Traffic, steps: int) -> float | None:
+        """Return what rank 0 sent of gradients and parameters over what it sends in data parallelism."""
+        tokens, mask = self.dealt(ranks)
+        plain = Traffic()
+        one = tokens[:1], mask[:1]  # every step sends the same
+        data_parallel(self.start, *one, network=self.network, traffic=plain, launch=launch)
+        ours, theirs = (
+            sum(traffic.sent(0, phase).bytes for phase in ("gradients", "parameters"))
+            for traffic in (sharded, plain)
+        )
+        return ours / (theirs * steps) if theirs * steps else None
 
     def _owned_once(self, lengths: Sequence[int]) -> int:
         """Return how many elements exactly one of the shards of these lengths holds."""
@@ -197,12 +204,3 @@ class Experiment:
             return 0
         owners = np.bincount(np.concatenate(shards).astype(int), minlength=len(names) + 1)
         return int(np.sum(owners[1:] == 1))
-
-
-def _ratio(sharded: Traffic, plain: Traffic) -> float | None:
-    """Return what rank 0 sent of gradients and parameters over what it sends in data parallelism."""
-    ours, theirs = (
-        sum(traffic.sent(0, phase).bytes for phase in ("gradients", "parameters"))
-        for traffic in (sharded, plain)
-    )
-    return ours / theirs if theirs else None

@@ -147,7 +147,7 @@ def _sample(rng: np.random.Generator, *, K: int, outliers: str, **options: Any) 
     "cost.linear_io",
     entries=(72,),
     kind="cost",
-    source=Source("Dettmers et al. 2022", "arXiv:2208.07339", "section 3, eq. 8; steps: bitsandbytes @0155ecc"),
+    source=Source("Dettmers et al. 2022", "arXiv:2208.07339", "eq. 8; steps of bitsandbytes @0155ecc"),
     axes={"T": (0, 300), "K": (0, 300), "N": (0, 300)},
     options={
         "algorithm": ALGORITHMS,
@@ -177,8 +177,8 @@ def linear_io(
     Parameters
     ----------
     algorithm : {"fp16", "int8", "int8_fused"}
-        One floating-point product; LLM.int8() in the steps of the released code, the int32 product and the
-        outliers apart; the same with one product that scales, adds bias and outliers, and writes Y once.
+        One floating-point product; LLM.int8() in the steps of the released code, the product in int32 and
+        the outliers apart; the same with one product that scales, adds bias and outliers, and writes Y once.
     T, K, N : int
         Tokens, input features, output features.
     outliers : int or None

@@ -40,8 +40,9 @@ BASELINE_CAP = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}
 REWRITE_FACTOR = 8.0
 # A row smaller than this share of the whole is judged as if it had that size: it is small by cancellation.
 SMALLEST_ROW = 1 / 16
-# A row cancels if its terms are so many times as large as itself; roundings of its terms that it may keep.
-CANCELLATION, TERM_ROUNDINGS = 4.0, 8.0
+# A row cancels in part, or altogether, if its terms are so many times as large as itself.
+PARTLY, ALTOGETHER = 16.0, 1000.0
+TERM_ROUNDINGS = 8.0  # in float32, that a row which cancels may keep
 PERTURBATIONS = 3
 
 
@@ -143,12 +144,17 @@ def baseline_limits(
             truth[name], limits[name] = baseline[name], Limit(np.zeros(()))
             continue
         spacing = ulp(_finite_magnitude(value), baseline[name].dtype)
-        scale, floor = _row_scale(value, spread[name], errors[name])
-        relative = [error / scale for error in errors[name]]
-        worst = max(map(_largest, np.where(floor > 0, 0.0, relative)))
-        largest = technique.kernel_factor * np.maximum(worst * scale, floor) + _row_max(spacing)
+        size = _row_sizes(value, spread[name])
+        relative = [error / size.judged for error in errors[name]]
+        worst = max(map(_largest, np.where(size.partly, 0.0, relative)))
+        own = np.max([_row_max(np.abs(error)) for error in errors[name]], axis=0)
+        floor = np.maximum(own, TERM_ROUNDINGS * np.finfo(np.float32).eps * size.terms)
+        largest = np.maximum(worst * size.judged, np.where(size.partly, floor, 0.0))
+        largest = technique.kernel_factor * largest + _row_max(spacing)
+        relative = [error / size.terms for error in errors[name]]
         rms = max(map(_rms, relative))
-        limits[name] = Limit(largest, technique.kernel_factor * rms + _rms(0.5 * spacing / scale), scale)
+        allowed = technique.kernel_factor * rms + _rms(0.5 * spacing / size.terms)
+        limits[name] = Limit(largest, allowed, size.terms)
         cap = BASELINE_CAP.get(dtype.name, np.inf)
         if not rms <= cap:
             invalid = f"the baseline's rms error of {name} is {rms:.2e} of its size, above {cap}"
@@ -241,19 +247,27 @@ def _rms(x: FloatArray) -> float:
     return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
-def _row_scale(x: Array, spread: Array, errors: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
-    """Return the size of each row, of tiny rows a share of that of all; and what rows that cancel may err.
+class _RowSizes(NamedTuple):
+    """What errors are relative to: sizes, sizes or those of the terms, and which rows cancel in part."""
 
-    Errors are judged against a row's size, so that a few large rows do not license errors in all the small
-    ones, as the first rows of causal attention would.  Rows that cancel are judged by themselves: by the
-    errors of the baseline in them, at least some roundings of their terms.  0 for all other rows.
+    judged: FloatArray
+    terms: FloatArray
+    partly: Array
+
+
+def _row_sizes(x: Array, spread: Array) -> _RowSizes:
+    """Return the size of each row, of tiny rows a share of that of all.
+
+    Errors are judged against it, so that a few large rows do not license errors in all the small ones, as the
+    first rows of causal attention would.  A row that cancels altogether has the size of its terms, and one
+    that cancels in part at most some times its own: it is judged by the baseline's errors in it besides.
     """
-    whole, rows, terms = _rms(_finite_magnitude(x)), _row_rms(x), _row_rms(spread)
-    cancels = terms > CANCELLATION * np.maximum(rows, SMALLEST_ROW * whole)
-    own = np.max([_row_max(np.abs(error)) for error in errors], axis=0)
-    floor = np.maximum(own, TERM_ROUNDINGS * np.finfo(np.float32).eps * terms)
-    scale = np.maximum(np.maximum(rows, np.where(cancels, terms, 0.0)), SMALLEST_ROW * whole)
-    return np.asarray(np.where(scale > 0, scale, 1.0)), np.where(cancels, floor, 0.0)
+    rows = np.maximum(_row_rms(x), SMALLEST_ROW * _rms(_finite_magnitude(x)))
+    terms = np.maximum(rows, _row_rms(spread))
+    terms = np.where(terms > 0, terms, 1.0)
+    altogether = terms > ALTOGETHER * rows
+    judged = np.where(altogether, terms, np.minimum(terms, PARTLY * rows))
+    return _RowSizes(judged, terms, (terms > PARTLY * rows) & ~altogether)
 
 
 def _row_rms(x: Array) -> FloatArray:

@@ -55,6 +55,7 @@ LIES = {
     "dtype of NumPy": (file_of({"w": {**ITEM, "dtype": "<f4"}}), "expected a dtype of"),
     "dtype a list": (file_of({"w": {**ITEM, "dtype": []}}), "got list"),
     "another dtype": (file_of({"w": {**ITEM, "dtype": "F64"}}), "takes 16 bytes, its offsets span 8"),
+    "offsets too wide": (file_of({"w": {**ITEM, "shape": [1]}}), "takes 4 bytes, its offsets span 8"),
     "negative axis": (file_of({"w": {**ITEM, "shape": [-2]}}), "shape: expected"),
     "axes that cancel": (file_of({"w": {**ITEM, "shape": [-1, -2]}}), "shape: expected"),
     "fractional axis": (file_of({"w": {**ITEM, "shape": [2.0]}}), "shape: expected"),

@@ -137,6 +137,13 @@ def test_the_example_of_the_lecture() -> None:
     )
 
 
+def test_a_draw_of_zero_accepts_nothing_that_the_target_never_gives() -> None:
+    """Leviathan's "reject if r > p/q" keeps such a token when r = 0."""
+    draft, target = np.array([[[0.5, 0.5]]]), np.array([[[0.0, 1.0], [1.0, 0.0]]])
+    tokens, accepted = speculative(np.array([[0]]), draft, target, uniforms=np.zeros((1, 2)))
+    assert (tokens.tolist(), accepted.tolist()) == ([[1, -1]], [0])
+
+
 # The loop
 
 

@@ -46,10 +46,10 @@ def test_held_out_text_is_predicted(name: str, most: float) -> None:
 
 
 def test_training_lowers_the_loss_and_follows_from_the_seed() -> None:
-    first = train(CONFIGS["draft"], steps=6)
+    first = train(CONFIGS["draft"], steps=8, length=32)
     assert first.after < first.before - 0.2
-    assert train(CONFIGS["draft"], steps=2).losses == first.losses[:2]
-    assert train(CONFIGS["draft"], steps=1, seed=8).losses != first.losses[:1]
+    assert train(CONFIGS["draft"], steps=2, length=32).losses == first.losses[:2]
+    assert train(CONFIGS["draft"], steps=1, seed=8, length=32).losses != first.losses[:1]
 
 
 def test_the_decoder_writes_in_the_manner_of_its_text(greedy: Any) -> None:

@@ -54,14 +54,16 @@ def rate(step: int, steps: int) -> float:
     return PEAK_RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
-def held_out_loss(params: Mapping[str, FloatArray], config: DecoderConfig, tokens: IntArray) -> float:
+def held_out_loss(
+    params: Mapping[str, FloatArray], config: DecoderConfig, tokens: IntArray, length: int = LENGTH
+) -> float:
     """Return the mean loss in nats a byte over windows of the held-out text."""
-    windows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
     return next_token_loss(decoder_logits(params, windows, config=config), windows)
 
 
-def train(config: DecoderConfig, *, steps: int, seed: int = SEED) -> Trained:
-    """Return a decoder trained for `steps` steps in float32."""
+def train(config: DecoderConfig, *, steps: int, seed: int = SEED, length: int = LENGTH) -> Trained:
+    """Return a decoder trained in float32 for `steps` steps on windows of `length` bytes."""
     rng = np.random.default_rng(seed)
     training, held_out = corpus()
     params = initial_decoder(config, rng, dtype=np.float32)
@@ -69,10 +71,10 @@ def train(config: DecoderConfig, *, steps: int, seed: int = SEED) -> Trained:
     ends = np.cumsum([array.size for array in params.values()])[:-1]
     flat = np.concatenate([array.ravel() for array in params.values()])
     momentum, variance = np.zeros_like(flat), np.zeros_like(flat)
-    before, losses = held_out_loss(params, config, held_out), []
+    before, losses = held_out_loss(params, config, held_out, length), []
     for step in range(1, steps + 1):
-        starts = rng.integers(0, len(training) - LENGTH + 1, BATCH)
-        batch = training[starts[:, None] + np.arange(LENGTH)]
+        starts = rng.integers(0, len(training) - length + 1, BATCH)
+        batch = training[starts[:, None] + np.arange(length)]
         logits = decoder_logits(params, batch, config=config)
         losses.append(next_token_loss(logits, batch))
         dlogits = next_token_loss_vjp(logits, batch, 1.0).dlogits
@@ -85,7 +87,7 @@ def train(config: DecoderConfig, *, steps: int, seed: int = SEED) -> Trained:
         )
         parts = zip(shapes.items(), np.split(flat, ends), strict=True)
         params = {name: part.reshape(shape) for (name, shape), part in parts}
-    return Trained(params, losses, before, held_out_loss(params, config, held_out))
+    return Trained(params, losses, before, held_out_loss(params, config, held_out, length))
 
 
 def main(names: list[str]) -> None:

@@ -103,6 +103,10 @@ def streak_survives_overflow(state: Any, *, overflow: bool, growth_interval: int
     return after._replace(good_steps=state.good_steps) if overflow else after
 
 
+def last_micro_batch_alone(sums: dict[int, Any], index: int, gradient: Any) -> None:
+    sums[index] = gradient
+
+
 def mean_over_ranks(comm: Any, value: float) -> float:
     """As if each rank divided by its own tokens and ranks were then averaged."""
     return value * comm.size
@@ -166,6 +170,12 @@ MUTANTS: dict[str, tuple[str, Function, dict[str, Any] | None]] = {
         "parallel.data", changed(data_parallel, sum_over_ranks=mean_over_ranks), REPLICAS
     ),
     "nothing reduced": ("parallel.data", changed(data_parallel, ring_all_reduce=lambda _, x: x), REPLICAS),
+    "last micro-batch alone": (
+        "parallel.data", changed(data_parallel, add_gradient=last_micro_batch_alone), {**REPLICAS, "micro": 2}
+    ),
+    "last micro-batch alone, sharded": (
+        "parallel.zero", changed(zero, add_gradient=last_micro_batch_alone), {**TRAINING, "micro": 2}
+    ),
     "mean over ranks, sharded": ("parallel.zero", changed(zero, sum_over_ranks=mean_over_ranks), TRAINING),
     "last shard dropped": ("parallel.zero", changed(zero, ring_all_gather=last_shard_dropped), TRAINING),
     "norm of the own shard": ("parallel.zero", changed(zero, optimizer_step=norm_of_the_own_shard), TRAINING),
