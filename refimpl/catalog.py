@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+import refimpl
+
 __all__ = ["FAMILIES"]
 
-FAMILIES = ("attention", "decoding", "objectives", "parallel", "quant", "tokenization", "transformer")
+# A family is a folder of refimpl: a new one is found without an edit here.
+FAMILIES = tuple(module.name for module in pkgutil.iter_modules(refimpl.__path__) if module.ispkg)
 
 for _family in FAMILIES:
     _package = importlib.import_module(f"refimpl.{_family}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,20 +70,22 @@ def _along_a_direction(
     return None
 
 
-def _counter(counts: str) -> tuple[str, Any]:
-    """Return the option by which a reference takes its counter, and a new counter of what a price counts."""
+def _counter(counts: str) -> tuple[str, Any, Callable[[], dict[str, int]]]:
+    """Return the option by which a reference takes its counter, a counter, and what to read off it."""
     if counts == "comm":
         from refimpl.parallel.traffic import Traffic  # not above: families import what this module imports
 
-        return "traffic", Traffic()
-    return "memory", Memory()
+        traffic = Traffic()
+        return "traffic", traffic, traffic.totals
+    memory = Memory()
+    return "memory", memory, partial(memory.counted, counts)
 
 
 def check_price(price: Price, technique: Technique, case: Case) -> str | None:
     """Return how a model's prediction differs from what the reference counts as it runs; None if equal."""
-    option, counter = _counter(price.counts)
+    option, counter, read = _counter(price.counts)
     case.replace(**{option: counter}).call(technique.function)
-    predicted, counted = dict(price.function(case)), counter.totals()
+    predicted, counted = dict(price.function(case)), read()
     if set(predicted) != set(counted):
         return f"the model predicts {sorted(predicted)}, counted are {sorted(counted)}"
     wrong = {key: (value, counted[key]) for key, value in predicted.items() if counted[key] != value}

@@ -14,12 +14,13 @@ runs, so a cost model can be held to the count exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 from refimpl.errors import CapacityError
-from refimpl.numerics import Array, round_to, widen
+from refimpl.numerics import Array, FloatArray, contract, round_to, widen
 
 __all__ = ["LOG_LIMIT", "Event", "Memory"]
 
@@ -55,6 +56,10 @@ class Memory:
         Totals moved from and to HBM.
     held, peak : int
         Elements on chip now, and at most so far.
+    flops : int
+        Operations of the products that went through `contract`, a multiply-add being two.
+    state : dict of str to int
+        Elements of each array that a recurrence carries from one step to the next (`keep`).
     events : list of Event
         The steps, if `log`.
     """
@@ -65,6 +70,8 @@ class Memory:
         self.elements_read = self.elements_written = 0
         self.bytes_read = self.bytes_written = 0
         self.held = self.peak = 0
+        self.flops = 0
+        self.state: dict[str, int] = {}
         self.events: list[Event] = []
 
     def load(self, name: str, array: Array, rows: slice | None = None) -> Array:
@@ -90,6 +97,24 @@ class Memory:
         self._record("compute", name, None, tile.size, 0)
         return tile
 
+    def contract(self, subscripts: str, a: FloatArray, b: FloatArray) -> FloatArray:
+        """Return ``numpy.einsum(subscripts, a, b)`` and count two operations for each product of elements.
+
+        >>> import numpy as np
+        >>> memory = Memory()
+        >>> memory.contract("id,jd->ij", np.ones((3, 4)), np.ones((5, 4))).shape, memory.flops
+        ((3, 5), 120)
+        """
+        left, right = subscripts.partition("->")[0].split(",")
+        sizes = dict(zip(left + right, a.shape + b.shape, strict=True))
+        self.flops += 2 * math.prod(sizes.values())
+        return contract(subscripts, a, b)
+
+    def keep(self, name: str, array: Array) -> Array:
+        """Declare that `array` is carried to the next step, in place of what `name` was before; return it."""
+        self.state[name] = array.size
+        return array
+
     def note(self, text: str) -> None:
         """Put a remark into the log."""
         self._record("note", text, None, 0, 0)
@@ -106,8 +131,20 @@ class Memory:
             if freed:
                 self._record("free", "", None, freed, 0)
 
+    def counted(self, what: str) -> dict[str, int]:
+        """Return the counters that a price of kind `what` predicts: ``hbm``, ``flops`` or ``state``.
+
+        >>> Memory().counted("flops")
+        {'flops': 0}
+        """
+        if what == "flops":
+            return {"flops": self.flops}
+        if what == "state":
+            return {"state_elements": sum(self.state.values())}
+        return self.totals()
+
     def totals(self) -> dict[str, int]:
-        """Return the four counters by name."""
+        """Return the four counters of traffic by name."""
         return {
             "elements_read": self.elements_read,
             "elements_written": self.elements_written,
