@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import coverage
+from tests.coverage import PAGE
 from tests.readme import README, renewed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,3 +45,7 @@ def test_ci_runs_the_first_two_commands_verbatim() -> None:
     assert "README.md" in script, "CI reads its commands from README"
     assert _blocks("sh")[0].startswith("python3 -m venv .venv")
     assert "pytest" in _blocks("sh")[1]
+
+
+def test_the_page_of_techniques_is_fresh() -> None:
+    assert PAGE.read_text(encoding="utf-8") == coverage.renewed(), "run python -m tests.coverage"
