@@ -13,8 +13,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/techniques.md"
 HEAD = """# What each technique is held to
 
 One row a record: its laws, the judges that share no code with it (oracles of `tests/oracles`, or published
-numbers), the cases that always run beside the drawn ones, the counters that `memsim` predicts exactly, and the
-lecture's mistakes that must fail. `python -m tests.coverage` renews this page; a test looks.
+numbers), the cases that always run beside the drawn ones, the counters that `memsim` predicts exactly, and
+the lecture's mistakes that must fail. `python -m tests.coverage` renews this page; a test looks.
 """
 COLUMNS = ("name", "entries", "gradient", "laws", "oracles", "edge cases", "priced", "mistakes")
 
