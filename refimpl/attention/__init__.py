@@ -12,6 +12,13 @@ from refimpl.attention.flash import block_sizes_for, flash_attention, flash_atte
 from refimpl.attention.flash_backward import flash_attention_vjp
 from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
+from refimpl.attention.sliding_window import (
+    sliding_window_attention,
+    sliding_window_attention_banded,
+    sliding_window_attention_banded_vjp,
+    sliding_window_attention_vjp,
+    window_radius,
+)
 from refimpl.attention.standard import standard_attention, standard_attention_vjp
 
 __all__ = [
@@ -31,7 +38,12 @@ __all__ = [
     "online_softmax_vjp",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_vjp",
+    "sliding_window_attention",
+    "sliding_window_attention_banded",
+    "sliding_window_attention_banded_vjp",
+    "sliding_window_attention_vjp",
     "softmax",
     "standard_attention",
     "standard_attention_vjp",
+    "window_radius",
 ]
