@@ -1,5 +1,8 @@
 """Attention: the dense definition, its tiled and online rewrites, and what they move on the way."""
 
+from refimpl.attention.bigbird import bigbird_attention, bigbird_attention_vjp
+from refimpl.attention.bigbird_blocked import bigbird_attention_blocked, bigbird_attention_blocked_vjp
+from refimpl.attention.bigbird_plan import bigbird_plan
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
 from refimpl.attention.decomposition import head_decomposition, head_terms
 from refimpl.attention.dense import (
@@ -24,6 +27,11 @@ from refimpl.attention.standard import standard_attention, standard_attention_vj
 __all__ = [
     "AttentionGradients",
     "AttentionOutput",
+    "bigbird_attention",
+    "bigbird_attention_blocked",
+    "bigbird_attention_blocked_vjp",
+    "bigbird_attention_vjp",
+    "bigbird_plan",
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",

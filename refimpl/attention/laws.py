@@ -16,7 +16,7 @@ Attention = Callable[..., Any]
 
 ATTENTION = ("attention.dense", "attention.standard", "attention.flash", "attention.block_sparse_flash")
 # Patterns of self-attention: what says nothing of the order of tokens holds for them too.
-SPARSE = ("attention.sliding_window",)
+SPARSE = ("attention.sliding_window", "attention.bigbird")
 PER_KEY = ("attn_mask", "bias", "dropout_mask")  # options with an axis of keys
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.attention.bigbird_plan import bigbird_plan
 from refimpl.attention.samples import sample_attention
 from refimpl.registry import Case
 
-__all__ = ["EDGES", "OPTIONS", "SHAPE", "sample_pattern"]
+__all__ = ["BIGBIRD_EDGES", "EDGES", "OPTIONS", "SHAPE", "sample_bigbird", "sample_pattern"]
 
 SHAPE = {"B": (1, 2), "T": (1, 40), "Hkv": (1, 2), "group": (1, 2), "D": (1, 5), "Dv": (1, 5)}
 OPTIONS: dict[str, tuple[str | bool, ...]] = {
@@ -44,3 +45,56 @@ def sample_pattern(rng: np.random.Generator, *, T: int, **shape: Any) -> Case:
     [(1, 4, 1, 2), (1, 4, 1, 2), (1, 4, 1, 3)]
     """
     return sample_attention(rng, Tq=T, Tk=T, **shape)
+
+
+_BIGBIRD: dict[str, int | str | bool] = {
+    "block_size": 3,
+    "random_blocks": 1,
+    "window_blocks": 3,
+    "ends": "both",
+}
+BIGBIRD_EDGES: tuple[dict[str, int | str | bool], ...] = (
+    *({**edge, **_BIGBIRD} for edge in EDGES),
+    {
+        **_SMALL,
+        **_BIGBIRD,
+        "T": 20,
+        "window_blocks": 0,
+        "ends": "none",
+        "random_blocks": 0,
+    },  # nothing is seen
+    {**_SMALL, **_BIGBIRD, "T": 4, "block_size": 5},  # one block, ragged, first and last
+    {**_SMALL, **_BIGBIRD, "T": 12, "random_blocks": 3},  # fewer blocks left than are to be drawn
+)
+
+
+def sample_bigbird(
+    rng: np.random.Generator,
+    *,
+    block_size: int,
+    random_blocks: int,
+    window_blocks: int = 3,
+    ends: str = "both",
+    **shape: Any,
+) -> Case:
+    """Return a call of BigBird; `ends` says which blocks are global: "both", "first" or "none".
+
+    Examples
+    --------
+    >>> shape = dict(B=1, T=12, Hkv=1, group=1, D=2, Dv=2)
+    >>> sample_bigbird(np.random.default_rng(0), block_size=2, random_blocks=1, **shape).kwargs["plan"].shape
+    (1, 6, 1)
+    """
+    case = sample_pattern(rng, **shape)
+    layout: dict[str, Any] = {
+        "window_blocks": window_blocks,
+        "global_blocks": {"both": (0, -1), "first": (0,), "none": ()}[ends],
+    }
+    plan = bigbird_plan(
+        -(-shape["T"] // block_size),
+        heads=case.args[0].shape[2],
+        random_blocks=random_blocks,
+        rng=int(rng.integers(2**31)),
+        **layout,
+    )
+    return case.replace(block_size=block_size, plan=plan, **layout)

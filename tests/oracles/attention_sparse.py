@@ -62,3 +62,42 @@ def flex(q: Any, k: Any, v: Any, sees: Callable[..., Any], options: dict[str, An
 def flex_window(q: Any, k: Any, v: Any, *, radius: int, **options: Any) -> Any:
     """flex_attention with the band as its mask."""
     return flex(q, k, v, lambda b, h, i, j: (i - j <= radius) & (j - i <= radius), options)
+
+
+@oracle("attention.bigbird")
+def scalar_bigbird(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """Attention one number at a time, over the keys whose block a query's block sees."""
+    _short(q)
+    size, window = options.pop("block_size"), options.pop("window_blocks")
+    last = (q.shape[1] - 1) // size
+    everywhere = [block if block >= 0 else last + 1 + block for block in options.pop("global_blocks")]
+    plan = options.pop("plan")
+
+    def sees(b: int, h: int, i: int, j: int) -> bool:
+        mine, other = i // size, j // size
+        if mine in everywhere or other in everywhere:
+            return True
+        return 2 * abs(mine - other) < window or other in plan[h, mine]
+
+    return _scalar(q, k, v, sees, options)
+
+
+@oracle("attention.bigbird")
+def flex_bigbird(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    """flex_attention with BigBird's blocks looked up in a table."""
+    if 0 in q.shape:
+        raise NotImplementedError
+    torch = library("torch")
+    size, window = options.pop("block_size"), options.pop("window_blocks")
+    last = (q.shape[1] - 1) // size
+    table = np.zeros((q.shape[2], last + 1, last + 1), dtype=bool)
+    for block in options.pop("global_blocks"):
+        table[:, block] = table[:, :, block] = True
+    for h, i, draw in np.argwhere(options["plan"] >= 0):
+        table[h, i, options["plan"][h, i, draw]] = True
+    del options["plan"]
+    blocks = torch.from_numpy(table)
+    return flex(
+        q, k, v, lambda b, h, i, j: blocks[h, i // size, j // size]
+        | ((i // size - j // size).abs() * 2 < window), options,
+    )  # fmt: skip
