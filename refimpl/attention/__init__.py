@@ -17,10 +17,12 @@ from refimpl.attention.multi_head import multi_head_attention, multi_head_attent
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
 from refimpl.attention.sliding_window import (
     sliding_window_attention,
-    sliding_window_attention_banded,
-    sliding_window_attention_banded_vjp,
     sliding_window_attention_vjp,
     window_radius,
+)
+from refimpl.attention.sliding_window_banded import (
+    sliding_window_attention_banded,
+    sliding_window_attention_banded_vjp,
 )
 from refimpl.attention.standard import standard_attention, standard_attention_vjp
 

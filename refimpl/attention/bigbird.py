@@ -13,7 +13,7 @@ from refimpl.attention.dense import (
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
-from refimpl.attention.patterns import dense_case, masked_options, self_length
+from refimpl.attention.patterns import dense_case, self_shape
 from refimpl.attention.samples import attention_terms
 from refimpl.attention.samples_sparse import BIGBIRD_EDGES, OPTIONS, SHAPE, sample_bigbird
 from refimpl.attention.scores import AttentionOptions
@@ -44,9 +44,9 @@ def _mask(
 
 def _as_dense(case: Case) -> Case:
     """Return the same call of dense attention."""
-    q, k = case.args[:2]
+    shape = self_shape(*case.args[:3])
     layout = {name: case.kwargs.get(name, default) for name, default in _LAYOUT.items()}
-    return dense_case(case, _mask(self_length(q, k), q.shape[2], **layout), *_LAYOUT)
+    return dense_case(case, _mask(shape.Tq, shape.Hq, **layout), *_LAYOUT)
 
 
 @technique(
@@ -126,11 +126,15 @@ def bigbird_attention(
     >>> bigbird_attention(x, x, x, plan=plan).shape
     (1, 640, 2, 4)
     """
-    mask = _mask(self_length(q, k), q.shape[2], block_size, window_blocks, global_blocks, plan)
-    inside = masked_options(q, k, v, mask, options)
-    if return_lse:
-        return scaled_dot_product_attention(q, k, v, return_lse=True, **inside)
-    return scaled_dot_product_attention(q, k, v, **inside)
+    layout = {
+        "block_size": block_size,
+        "window_blocks": window_blocks,
+        "global_blocks": global_blocks,
+        "plan": plan,
+    }
+    case = Case((q, k, v), {**layout, **options, "return_lse": return_lse})
+    result: FloatArray | AttentionOutput = _as_dense(case).call(scaled_dot_product_attention)
+    return result
 
 
 def bigbird_attention_vjp(

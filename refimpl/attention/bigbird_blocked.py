@@ -7,7 +7,7 @@ from typing import Unpack
 
 from refimpl.attention.bigbird_plan import bigbird_tiles, checked_plan
 from refimpl.attention.dense import AttentionGradients, AttentionOutput
-from refimpl.attention.patterns import Tile, looks_back_only, self_length, tiled, tiled_vjp
+from refimpl.attention.patterns import Tile, looks_back_only, self_shape, tiled, tiled_vjp
 from refimpl.attention.scores import AttentionOptions
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, IntArray
@@ -64,7 +64,7 @@ def bigbird_attention_blocked(
     >>> bool(np.allclose(blocked, bigbird_attention(x, x, x, **layout)))
     True
     """
-    tiles = _tiles(q, k, options, block_size, window_blocks, global_blocks, plan)
+    tiles = _tiles(q, k, v, options, block_size, window_blocks, global_blocks, plan)
     return tiled(q, k, v, tiles, options, return_lse=return_lse, memory=memory)
 
 
@@ -96,28 +96,29 @@ def bigbird_attention_blocked_vjp(
     >>> bigbird_attention_blocked_vjp(x, x, x, x, **layout).dv[0, :, 0, 0]
     array([1., 1., 1.])
     """
-    tiles = _tiles(q, k, options, block_size, window_blocks, global_blocks, plan)
+    tiles = _tiles(q, k, v, options, block_size, window_blocks, global_blocks, plan)
     return tiled_vjp(q, k, v, do, tiles, options)
 
 
 def _tiles(
     q: FloatArray,
     k: FloatArray,
+    v: FloatArray,
     options: AttentionOptions,
     block_size: int,
     window_blocks: int,
     global_blocks: Sequence[int],
     plan: IntArray | None,
 ) -> Iterator[Tile]:
-    length, heads = self_length(q, k), q.shape[2]
-    num_blocks = -(-length // whole("block_size", block_size))
+    shape = self_shape(q, k, v)
+    num_blocks = -(-shape.Tq // whole("block_size", block_size))
     return bigbird_tiles(
-        length,
-        checked_plan(plan, heads, num_blocks),
+        shape.Tq,
+        checked_plan(plan, shape.Hq, num_blocks),
         block_size=block_size,
         window_blocks=window_blocks,
         global_blocks=global_blocks,
         backward=looks_back_only(options),
-        sequences=range(q.shape[0]),
-        heads=range(heads),
+        sequences=range(shape.B),
+        heads=range(shape.Hq),
     )

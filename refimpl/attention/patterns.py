@@ -16,8 +16,16 @@ import numpy as np
 
 from refimpl.attention.dense import AttentionGradients, AttentionOutput
 from refimpl.attention.online_softmax import softmax
-from refimpl.attention.scores import AttentionOptions, ScoreRule, backward_rule, score_rule, with_seed
-from refimpl.errors import UnsupportedError
+from refimpl.attention.scores import (
+    AttentionOptions,
+    AttentionShape,
+    ScoreRule,
+    attention_shape,
+    backward_rule,
+    score_rule,
+    with_seed,
+)
+from refimpl.errors import ShapeError, UnsupportedError
 from refimpl.memory import Memory
 from refimpl.numerics import BoolArray, FloatArray, IntArray, contract, round_to, wide_dtype, widen
 from refimpl.registry import Case
@@ -28,8 +36,7 @@ __all__ = [
     "blocks_of",
     "dense_case",
     "looks_back_only",
-    "masked_options",
-    "self_length",
+    "self_shape",
     "tiled",
     "tiled_vjp",
 ]
@@ -48,20 +55,23 @@ class Tile(NamedTuple):
     allowed: BoolArray | None = None
 
 
-def self_length(q: Any, k: Any) -> int:
-    """Return the length of a self-attention: patterns are stated for queries and keys of one sequence.
+def self_shape(q: Any, k: Any, v: Any) -> AttentionShape:
+    """Return the sizes of a self-attention: patterns are stated for queries and keys of one sequence.
 
     Raises
     ------
-    ShapeError
-        If there are not four axes, or more or fewer keys than queries.
+    ShapeError, DTypeError
+        If the arrays do not fit each other, or there are more or fewer keys than queries.
 
     Examples
     --------
-    >>> self_length(np.ones((1, 5, 2, 4)), np.ones((1, 5, 1, 4)))
+    >>> self_shape(np.ones((1, 5, 2, 4)), np.ones((1, 5, 1, 4)), np.ones((1, 5, 1, 3))).Tq
     5
     """
-    return bind_axes({"q": (np.asarray(q), "B T Hq D"), "k": (np.asarray(k), "B T Hkv D")})["T"]
+    shape = attention_shape(*floating(q=q, k=k, v=v))
+    if shape.Tq != shape.Tk:
+        raise ShapeError(f"k: a pattern needs as many keys as queries; got Tk={shape.Tk}, Tq={shape.Tq}")
+    return shape
 
 
 def looks_back_only(options: AttentionOptions) -> bool:
@@ -85,21 +95,37 @@ def blocks_of(rows: IntArray, size: int) -> list[IntArray]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def masked_options(
-    q: FloatArray, k: FloatArray, v: FloatArray, pattern: BoolArray, options: AttentionOptions
-) -> AttentionOptions:
-    """Return the options of the dense attention that is confined to `pattern`, (B or 1, Hq or 1, T, T)."""
-    options = with_seed(options)
-    mask = score_rule(*floating(q=q, k=k, v=v), **options).mask  # the caller's own mask, checked
-    return {**options, "attn_mask": pattern if mask is None else mask & pattern}
-
-
 def dense_case(case: Case, pattern: BoolArray, *names: str) -> Case:
-    """Return the call of dense attention that a call of a sparse one stands for; `names` say the pattern."""
-    q, k, v = case.args[:3]
-    options: dict[str, Any] = dict(case.without(*names, "return_lse").kwargs)
-    masked = masked_options(q, k, v, pattern, AttentionOptions(**options))  # type: ignore[typeddict-item]
-    return Case((q, k, v), case.without(*names).kwargs).replace(**masked)
+    """Return the call of dense attention that a call ``f(q, k, v, ...)`` of a sparse one stands for.
+
+    Parameters
+    ----------
+    case : Case
+        The call.
+    pattern : ndarray of bool, shape (..., T, T)
+        The mask that its options `names` say; the caller's own mask, if there is one, holds besides.
+    *names : str
+        Options that dense attention does not have.
+
+    Returns
+    -------
+    Case
+        Of `scaled_dot_product_attention`.
+
+    Examples
+    --------
+    >>> x, call = np.ones((1, 2, 1, 1)), {"radius": 0, "scale": 0.5}
+    >>> dense_case(Case((x, x, x), call), np.eye(2, dtype=bool), "radius").kwargs
+    {'scale': 0.5, 'attn_mask': array([[ True, False],
+           [False,  True]])}
+    """
+    case = case.without(*names)
+    options: dict[str, Any] = dict(case.without("return_lse").kwargs)
+    drawn: dict[str, Any] = dict(with_seed(AttentionOptions(**options)))  # type: ignore[typeddict-item]
+    q, k, v = floating(**dict(zip("qkv", case.args[:3], strict=True)))
+    mask = score_rule(q, k, v, **drawn).mask  # the caller's own mask, checked
+    drawn["attn_mask"] = pattern if mask is None else mask & pattern
+    return case.replace(**drawn)
 
 
 def tiled(

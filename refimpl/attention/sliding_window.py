@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack
 
 import numpy as np
@@ -13,37 +12,21 @@ from refimpl.attention.dense import (
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
-from refimpl.attention.patterns import (
-    Tile,
-    blocks_of,
-    dense_case,
-    looks_back_only,
-    masked_options,
-    self_length,
-    tiled,
-    tiled_vjp,
-)
+from refimpl.attention.patterns import dense_case, self_shape
 from refimpl.attention.samples import attention_terms
 from refimpl.attention.samples_sparse import EDGES, OPTIONS, SHAPE, sample_pattern
 from refimpl.attention.scores import AttentionOptions
 from refimpl.errors import OptionError
-from refimpl.memory import Memory
 from refimpl.numerics import BoolArray, FloatArray
-from refimpl.registry import Case, Source, implements, technique
+from refimpl.registry import Case, Source, technique
 from refimpl.validation import whole
 
 __all__ = [
     "sliding_window_attention",
-    "sliding_window_attention_banded",
-    "sliding_window_attention_banded_vjp",
     "sliding_window_attention_vjp",
-    "window_block",
     "window_mask",
     "window_radius",
-    "window_tiles",
 ]
-
-SHORTEST_BLOCK = 16
 
 
 def window_radius(
@@ -109,31 +92,6 @@ def window_mask(length: int, radius: int) -> BoolArray:
     return mask
 
 
-def window_block(radius: int, block_size: int | None) -> int:
-    """Return the queries of a tile: `block_size`, or as many as a side of the window, 16 at least."""
-    return max(radius, SHORTEST_BLOCK) if block_size is None else whole("block_size", block_size)
-
-
-def window_tiles(
-    length: int,
-    radius: int,
-    block_size: int,
-    *,
-    backward: bool,
-    sequences: Sequence[int],
-    heads: Sequence[int],
-) -> Iterator[Tile]:
-    """Yield the band in tiles of `block_size` queries and the keys within `radius` of any of them.
-
-    If `backward`, keys after a tile's last query are left out: a causal mask hides them.
-    """
-    for rows in blocks_of(np.arange(length), block_size):
-        first, last = int(rows[0]), int(rows[-1])
-        end = last + 1 if backward else min(length, last + radius + 1)
-        columns = np.arange(max(0, first - radius), end)
-        yield Tile(sequences, heads, rows, columns, np.abs(rows[:, None] - columns) <= radius)
-
-
 def sample_window(rng: np.random.Generator, *, radius: int, **shape: Any) -> Case:
     """Return a call of sliding-window attention.
 
@@ -146,9 +104,10 @@ def sample_window(rng: np.random.Generator, *, radius: int, **shape: Any) -> Cas
     return sample_pattern(rng, **shape).replace(radius=radius)
 
 
-def _terms(case: Case) -> tuple[int, Any]:
-    mask = window_mask(case.args[0].shape[1], case.kwargs["radius"])
-    return attention_terms(dense_case(case, mask, "radius"))
+def _as_dense(case: Case) -> Case:
+    """Return the same call of dense attention."""
+    radius = whole("radius", case.kwargs["radius"], 0)
+    return dense_case(case, window_mask(self_shape(*case.args[:3]).Tq, radius), "radius")
 
 
 @technique(
@@ -163,7 +122,7 @@ def _terms(case: Case) -> tuple[int, Any]:
         for edge, radius in zip(EDGES, (0, 2, 1, 3, 5, 40, 2, 0, 17, 4), strict=False)
     ),
     sample=sample_window,
-    terms=_terms,
+    terms=lambda case: attention_terms(_as_dense(case)),
     vjp="refimpl.attention.sliding_window:sliding_window_attention_vjp",
 )
 def sliding_window_attention(
@@ -220,11 +179,9 @@ def sliding_window_attention(
     >>> sliding_window_attention(x, x, v, radius=1).ravel()
     array([1.5, 3. , 3. , 3. ])
     """
-    mask = window_mask(self_length(q, k), whole("radius", radius, 0))
-    inside = masked_options(q, k, v, mask, options)
-    if return_lse:
-        return scaled_dot_product_attention(q, k, v, return_lse=True, **inside)
-    return scaled_dot_product_attention(q, k, v, **inside)
+    case = Case((q, k, v), {**options, "radius": radius, "return_lse": return_lse})
+    result: FloatArray | AttentionOutput = _as_dense(case).call(scaled_dot_product_attention)
+    return result
 
 
 def sliding_window_attention_vjp(
@@ -245,95 +202,5 @@ def sliding_window_attention_vjp(
     >>> sliding_window_attention_vjp(x, x, x, x, radius=0).dv[0, :, 0, 0]
     array([1., 1., 1.])
     """
-    mask = window_mask(self_length(q, k), whole("radius", radius, 0))
-    return scaled_dot_product_attention_vjp(q, k, v, do, **masked_options(q, k, v, mask, options))
-
-
-@implements("attention.sliding_window", backend="numpy")
-def sliding_window_attention_banded(
-    q: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    /,
-    *,
-    radius: int,
-    return_lse: bool = False,
-    block_size: int | None = None,
-    memory: Memory | None = None,
-    **options: Unpack[AttentionOptions],
-) -> FloatArray | AttentionOutput:
-    """Return `sliding_window_attention`, computed in blocks of queries: O(N radius) time and memory.
-
-    Parameters
-    ----------
-    q, k, v, radius, return_lse, **options
-        As for `sliding_window_attention`.
-    block_size : int, optional
-        Queries of a block; it reads ``block_size + 2 radius`` keys.  Default ``max(radius, 16)``.
-    memory : Memory, optional
-        Counts traffic and operations.
-
-    Returns
-    -------
-    ndarray or AttentionOutput
-        As `sliding_window_attention`.
-
-    Raises
-    ------
-    ShapeError, DTypeError, OptionError
-        As `sliding_window_attention`, and if `block_size` is not positive.
-
-    References
-    ----------
-    .. [1] Beltagy et al., 2020, arXiv:2004.05150, appendix A (blocks that overlap: "chunks").
-
-    Examples
-    --------
-    >>> x = np.random.default_rng(0).standard_normal((1, 40, 1, 4))
-    >>> banded = sliding_window_attention_banded(x, x, x, radius=3)
-    >>> bool(np.allclose(banded, sliding_window_attention(x, x, x, radius=3)))
-    True
-    """
-    tiles = _tiles(q, k, radius, block_size, options)
-    return tiled(q, k, v, tiles, options, return_lse=return_lse, memory=memory)
-
-
-def sliding_window_attention_banded_vjp(
-    q: FloatArray,
-    k: FloatArray,
-    v: FloatArray,
-    do: FloatArray,
-    /,
-    *,
-    radius: int,
-    block_size: int | None = None,
-    **options: Unpack[AttentionOptions],
-) -> AttentionGradients:
-    """Return the gradients of `sliding_window_attention_banded`, in O(N radius) time and memory.
-
-    Raises
-    ------
-    UnsupportedError
-        With `bias`, whose gradient is as large as the scores.
-
-    Examples
-    --------
-    >>> x = np.ones((1, 3, 1, 4))
-    >>> sliding_window_attention_banded_vjp(x, x, x, x, radius=0).dv[0, :, 0, 0]
-    array([1., 1., 1.])
-    """
-    return tiled_vjp(q, k, v, do, _tiles(q, k, radius, block_size, options), options)
-
-
-def _tiles(
-    q: FloatArray, k: FloatArray, radius: int, block_size: int | None, options: AttentionOptions
-) -> Iterator[Tile]:
-    length, radius = self_length(q, k), whole("radius", radius, 0)
-    return window_tiles(
-        length,
-        radius,
-        window_block(radius, block_size),
-        backward=looks_back_only(options),
-        sequences=range(q.shape[0]),
-        heads=range(q.shape[2]),
-    )
+    case = _as_dense(Case((q, k, v), {**options, "radius": radius}))
+    return scaled_dot_product_attention_vjp(q, k, v, do, **case.kwargs)
