@@ -11,10 +11,33 @@ from refimpl.attention.dense import (
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
+from refimpl.attention.dilated_window import (
+    dilated_window_attention,
+    dilated_window_attention_banded,
+    dilated_window_attention_banded_vjp,
+    dilated_window_attention_vjp,
+)
 from refimpl.attention.flash import block_sizes_for, flash_attention, flash_attention_steps
 from refimpl.attention.flash_backward import flash_attention_vjp
+from refimpl.attention.global_tokens import (
+    global_tokens_attention,
+    global_tokens_attention_blocked,
+    global_tokens_attention_blocked_vjp,
+    global_tokens_attention_vjp,
+)
+from refimpl.attention.longformer import (
+    longformer_attention,
+    longformer_attention_blocked,
+    longformer_attention_vjp,
+)
 from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
+from refimpl.attention.shifted_groups import (
+    shifted_groups_attention,
+    shifted_groups_attention_grouped,
+    shifted_groups_attention_grouped_vjp,
+    shifted_groups_attention_vjp,
+)
 from refimpl.attention.sliding_window import (
     sliding_window_attention,
     sliding_window_attention_vjp,
@@ -37,17 +60,32 @@ __all__ = [
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
+    "dilated_window_attention",
+    "dilated_window_attention_banded",
+    "dilated_window_attention_banded_vjp",
+    "dilated_window_attention_vjp",
     "flash_attention",
     "flash_attention_steps",
     "flash_attention_vjp",
+    "global_tokens_attention",
+    "global_tokens_attention_blocked",
+    "global_tokens_attention_blocked_vjp",
+    "global_tokens_attention_vjp",
     "head_decomposition",
     "head_terms",
+    "longformer_attention",
+    "longformer_attention_blocked",
+    "longformer_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_vjp",
     "online_softmax",
     "online_softmax_vjp",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_vjp",
+    "shifted_groups_attention",
+    "shifted_groups_attention_grouped",
+    "shifted_groups_attention_grouped_vjp",
+    "shifted_groups_attention_vjp",
     "sliding_window_attention",
     "sliding_window_attention_banded",
     "sliding_window_attention_banded_vjp",
