@@ -2,6 +2,7 @@
 
 from refimpl.attention.bigbird import bigbird_attention, bigbird_attention_vjp
 from refimpl.attention.bigbird_blocked import bigbird_attention_blocked, bigbird_attention_blocked_vjp
+from refimpl.attention.bigbird_mixing import diameter, rapid_mixing, rapid_mixing_sparse, spectral_gap
 from refimpl.attention.bigbird_plan import bigbird_plan
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
 from refimpl.attention.decomposition import head_decomposition, head_terms
@@ -60,6 +61,7 @@ __all__ = [
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
+    "diameter",
     "dilated_window_attention",
     "dilated_window_attention_banded",
     "dilated_window_attention_banded_vjp",
@@ -80,6 +82,8 @@ __all__ = [
     "multi_head_attention_vjp",
     "online_softmax",
     "online_softmax_vjp",
+    "rapid_mixing",
+    "rapid_mixing_sparse",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_vjp",
     "shifted_groups_attention",
@@ -91,6 +95,7 @@ __all__ = [
     "sliding_window_attention_banded_vjp",
     "sliding_window_attention_vjp",
     "softmax",
+    "spectral_gap",
     "standard_attention",
     "standard_attention_vjp",
     "window_radius",

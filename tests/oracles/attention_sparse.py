@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.sparse.csgraph
+import scipy.sparse.linalg
 
 from refimpl.registry import oracle
 from tests.oracles import library
@@ -183,3 +186,48 @@ def scalar_groups(q: Any, k: Any, v: Any, *, group_size: int, ends: str, **optio
             )  # fmt: skip
             out[:, tokens, h], lse[:, h, tokens] = part[0][:, :, 0], part[1][:, 0]
     return (out, lse) if options.get("return_lse") else out
+
+
+def _symmetric(mask: Any) -> Any:
+    """The graph with loops at single tokens, as floats; small ones say nothing of eigenvalues."""
+    graph = np.logical_or(mask, mask.T).astype(float)
+    lonely = graph.sum(axis=1) == 0
+    graph[lonely, lonely] = 1.0
+    if len(graph) < 2:
+        raise NotImplementedError
+    return graph
+
+
+@oracle("attention.rapid_mixing")
+def scipy_mixing(mask: Any) -> Any:
+    """The generalized eigenvalues of the Laplacian by SciPy's eigsh, and Floyd and Warshall's distances."""
+    graph = _symmetric(mask)
+    if len(graph) < 5:
+        raise NotImplementedError
+    degree = graph.sum(axis=1)
+    shifted = scipy.sparse.csc_array(
+        np.diag(degree) + graph
+    )  # (D + A) x = (2 - μ) D x
+    top = scipy.sparse.linalg.eigsh(
+        shifted, k=2, M=scipy.sparse.csc_array(np.diag(degree)), which="LA", return_eigenvectors=False
+    )
+    return 2.0 - float(np.min(top)), scipy.sparse.csgraph.floyd_warshall(graph, unweighted=True).max()
+
+
+@oracle("attention.rapid_mixing")
+def walked_mixing(mask: Any) -> Any:
+    """The eigenvalues of the walk itself, which is not symmetric, and a search from every token."""
+    graph = _symmetric(mask)
+    walk = graph / graph.sum(axis=1, keepdims=True)
+    second = np.sort(np.linalg.eigvals(walk).real)[-2]
+    longest = 0.0
+    for source in range(len(graph)):
+        steps, queue = {source: 0}, collections.deque([source])
+        while queue:
+            here = queue.popleft()
+            for other in np.flatnonzero(graph[here]).tolist():
+                if other not in steps:
+                    steps[other] = steps[here] + 1
+                    queue.append(other)
+        longest = max(longest, max(steps.values()) if len(steps) == len(graph) else float("inf"))
+    return 1.0 - second, longest
