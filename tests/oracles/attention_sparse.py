@@ -205,9 +205,7 @@ def scipy_mixing(mask: Any) -> Any:
     if len(graph) < 5:
         raise NotImplementedError
     degree = graph.sum(axis=1)
-    shifted = scipy.sparse.csc_array(
-        np.diag(degree) + graph
-    )  # (D + A) x = (2 - μ) D x
+    shifted = scipy.sparse.csc_array(np.diag(degree) + graph)  # (D + A) x = (2 - μ) D x
     top = scipy.sparse.linalg.eigsh(
         shifted, k=2, M=scipy.sparse.csc_array(np.diag(degree)), which="LA", return_eigenvectors=False
     )
