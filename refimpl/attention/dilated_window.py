@@ -79,9 +79,9 @@ def _as_dense(case: Case) -> Case:
     axes={**SHAPE, "radius": (0, 6), "dilation": (1, 4)},
     options={**OPTIONS, "heads": ("alike", "apart")},
     edges=tuple(
-        {**edge, "radius": radius, "dilation": dilation, "heads": "alike"}
+        {**edge, "radius": radius, "dilation": dilation, "heads": "apart" if edge["group"] == 2 else "alike"}
         for edge, radius, dilation in zip(
-            EDGES, (0, 2, 1, 3, 5, 40, 2, 1, 17, 4), (1, 2, 1, 2, 3, 2, 30, 1, 5, 2), strict=True
+            EDGES, (0, 2, 1, 3, 5, 40, 2, 1, 17, 4, 3), (1, 2, 1, 2, 3, 2, 30, 1, 5, 2, 2), strict=True
         )
     ),
     sample=sample_dilated,

@@ -119,7 +119,7 @@ def _as_dense(case: Case) -> Case:
     options=OPTIONS,
     edges=tuple(
         {**edge, "radius": radius}
-        for edge, radius in zip(EDGES, (0, 2, 1, 3, 5, 40, 2, 0, 17, 4), strict=False)
+        for edge, radius in zip(EDGES, (0, 2, 1, 3, 5, 40, 2, 0, 17, 4, 3), strict=True)
     ),
     sample=sample_window,
     terms=lambda case: attention_terms(_as_dense(case)),

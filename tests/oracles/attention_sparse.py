@@ -43,7 +43,7 @@ def scalar_window(q: Any, k: Any, v: Any, *, radius: int, **options: Any) -> Any
 
 def flex(q: Any, k: Any, v: Any, sees: Callable[..., Any], options: dict[str, Any]) -> Any:
     """``torch.nn.attention.flex_attention`` with a `mask_mod`, eager: nothing is compiled on a CPU."""
-    if set(options) - {"causal", "scale"} or 0 in (*q.shape, *v.shape):
+    if set(options) - {"causal", "scale"} or 0 in (*q.shape, *v.shape) or q.shape[1] > 37:
         raise NotImplementedError
     torch = library("torch")
     attention = library("torch.nn.attention.flex_attention")
