@@ -53,7 +53,7 @@ def bigbird_attention_blocked(
 
     References
     ----------
-    .. [1] Zaheer et al., 2020, arXiv:2007.14062, appendix D, Figures 3 to 6.
+    .. [1] Zaheer et al., 2020, arXiv:2007.14062, appendix D.
 
     Examples
     --------
