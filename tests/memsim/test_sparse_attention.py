@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memsim.parameters import parameters
 from memsim.sparse_attention import bigbird_pairs, dilated_pairs, global_pairs, group_pairs, window_pairs
 from refimpl import attention
 from refimpl.attention.laws_sparse import seen
@@ -114,3 +115,14 @@ def test_what_does_not_fit_is_refused(call: Any, message: str) -> None:
         call()
     with pytest.raises(DTypeError, match="whole number"):
         window_pairs(N=4.0, radius=1)  # type: ignore[arg-type]
+
+
+def test_what_longlora_trains_beside_the_adapters() -> None:
+    """Embeddings are below 2% of LLaMA-2 7B and norms about 0.004%, as section 3.3 of the paper has it."""
+    model = parameters(model="llama-2-7b")
+    embeddings, norms = (
+        sum(item.value for item in model.terms if name in item.name) for name in ("embedding", "norm")
+    )
+    assert (embeddings, norms) == (32000 * 4096, 65 * 4096)
+    assert float(embeddings / model.total) == pytest.approx(0.01945, abs=5e-6)
+    assert float(norms / model.total) == pytest.approx(0.0000395, abs=5e-8)
