@@ -23,7 +23,6 @@ from refimpl.attention.scores import (
     attention_shape,
     backward_rule,
     score_rule,
-    with_seed,
 )
 from refimpl.errors import ShapeError, UnsupportedError
 from refimpl.memory import Memory
@@ -120,12 +119,10 @@ def dense_case(case: Case, pattern: BoolArray, *names: str) -> Case:
            [False,  True]])}
     """
     case = case.without(*names)
-    options: dict[str, Any] = dict(case.without("return_lse").kwargs)
-    drawn: dict[str, Any] = dict(with_seed(AttentionOptions(**options)))  # type: ignore[typeddict-item]
     q, k, v = floating(**dict(zip("qkv", case.args[:3], strict=True)))
-    mask = score_rule(q, k, v, **drawn).mask  # the caller's own mask, checked
-    drawn["attn_mask"] = pattern if mask is None else mask & pattern
-    return case.replace(**drawn)
+    masks: dict[str, Any] = {"attn_mask": case.kwargs.get("attn_mask")}
+    mask = score_rule(q, k, v, **masks).mask  # the caller's own, checked
+    return case.replace(attn_mask=pattern if mask is None else mask & pattern)
 
 
 def tiled(
