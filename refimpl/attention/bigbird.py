@@ -56,7 +56,12 @@ def _as_dense(case: Case) -> Case:
     kind="function",
     source=Source("Zaheer et al. 2020", "arXiv:2007.14062", "section 2 and appendix D (blocked form)"),
     axes={**SHAPE, "block_size": (1, 5), "random_blocks": (0, 2)},
-    options={**OPTIONS, "window_blocks": (0, 1, 3, 5), "ends": ("both", "first", "none")},
+    options={
+        **OPTIONS,
+        "window_blocks": (0, 1, 3, 5),
+        "ends": ("both", "first", "none"),
+        "draws": ("plan", "anywhere"),
+    },
     edges=BIGBIRD_EDGES,
     sample=sample_bigbird,
     terms=lambda case: attention_terms(_as_dense(case)),

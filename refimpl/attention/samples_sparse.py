@@ -67,6 +67,7 @@ _BIGBIRD: dict[str, int | str | bool] = {
     "random_blocks": 1,
     "window_blocks": 3,
     "ends": "both",
+    "draws": "plan",
 }
 BIGBIRD_EDGES: tuple[dict[str, int | str | bool], ...] = (
     *({**edge, **_BIGBIRD} for edge in EDGES),
@@ -79,6 +80,7 @@ BIGBIRD_EDGES: tuple[dict[str, int | str | bool], ...] = (
         "random_blocks": 0,
     },  # nothing is seen
     {**_SMALL, **_BIGBIRD, "T": 4, "block_size": 5},  # one block, ragged, first and last
+    {**_SMALL, **_BIGBIRD, "T": 19, "random_blocks": 2, "draws": "anywhere"},  # the same block named twice
     {**_SMALL, **_BIGBIRD, "T": 12, "random_blocks": 3},  # fewer blocks left than are to be drawn
 )
 
@@ -90,9 +92,13 @@ def sample_bigbird(
     random_blocks: int,
     window_blocks: int = 3,
     ends: str = "both",
+    draws: str = "plan",
     **shape: Any,
 ) -> Case:
-    """Return a call of BigBird; `ends` says which blocks are global: "both", "first" or "none".
+    """Return a call of BigBird.
+
+    `ends` says which blocks are global, "both", "first" or "none"; `draws` whether the random ones are those
+    of `bigbird_plan` or come from "anywhere": twice, from the window, global ones, or none.
 
     Examples
     --------
@@ -112,6 +118,8 @@ def sample_bigbird(
         rng=int(rng.integers(2**31)),
         **layout,
     )
+    if draws == "anywhere":
+        plan = rng.integers(-1, max(plan.shape[1], 1), plan.shape)
     return case.replace(block_size=block_size, plan=plan, **layout)
 
 
