@@ -23,6 +23,7 @@ MODULES = (
     "parallelism",
     "parameters",
     "scaling_laws",
+    "sparse_attention_prices",
     "speculative",
     "training_memory",
     "zero",

@@ -33,6 +33,7 @@ MODELS_WITH_NUMBERS = {
 DONE = {
     *range(1, 16),
     17,
+    *range(18, 22),
     *range(27, 32),
     68,
     69,
@@ -41,8 +42,7 @@ DONE = {
     83,
     *range(90, 93),
     *range(95, 105),
-    106,
-    107,
+    *range(105, 109),
 }
 
 
