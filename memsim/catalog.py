@@ -19,6 +19,7 @@ MODULES = (
     "laws_scaling",
     "laws_speculative",
     "laws_zero",
+    "linear_attention_prices",
     "linear_io",
     "parallelism",
     "parameters",

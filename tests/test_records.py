@@ -33,6 +33,7 @@ MODELS_WITH_NUMBERS = {
 DONE = {
     *range(1, 16),
     17,
+    23,
     *range(27, 32),
     68,
     69,
