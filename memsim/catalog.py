@@ -21,6 +21,7 @@ MODULES = (
     "laws_zero",
     "linear_attention_prices",
     "linear_io",
+    "low_rank_prices",
     "parallelism",
     "parameters",
     "scaling_laws",

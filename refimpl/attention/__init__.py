@@ -16,6 +16,7 @@ from refimpl.attention.linear_chunked import (
     linear_attention_parallel,
     linear_attention_vjp,
 )
+from refimpl.attention.low_rank import low_rank_attention, low_rank_attention_vjp
 from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
 from refimpl.attention.standard import standard_attention, standard_attention_vjp
@@ -37,6 +38,8 @@ __all__ = [
     "linear_attention_parallel",
     "linear_attention_step",
     "linear_attention_vjp",
+    "low_rank_attention",
+    "low_rank_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_vjp",
     "online_softmax",

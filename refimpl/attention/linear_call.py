@@ -8,11 +8,12 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
+from refimpl.attention.key_mask import checked_key_mask
 from refimpl.attention.scores import Causal, score_rule
-from refimpl.errors import DTypeError, OptionError, ShapeError
+from refimpl.errors import OptionError
 from refimpl.memory import Memory
 from refimpl.numerics import BoolArray, FloatArray, IntArray, wide_dtype, widen
-from refimpl.validation import as_array, finite, floating
+from refimpl.validation import finite, floating
 
 __all__ = [
     "EPS",
@@ -199,13 +200,7 @@ def linear_call(
     shape = rule.shape
     if finite("eps", eps) < 0:
         raise OptionError(f"eps: expected a number of at least 0, got {eps}")
-    mask = None
-    if key_mask is not None:
-        mask = as_array("key_mask", key_mask)
-        if mask.dtype != np.bool_:
-            raise DTypeError(f"key_mask: expected bool, True = attend, got {mask.dtype}")
-        if mask.shape != (shape.B, shape.Tk):
-            raise ShapeError(f"key_mask: expected shape {(shape.B, shape.Tk)}, got {mask.shape}")
+    mask = checked_key_mask(key_mask, shape.B, shape.Tk)
     out = np.zeros((shape.B, shape.Tq, shape.Hq, shape.Dv), q.dtype)
     offset = shape.Tk - shape.Tq if causal == "bottom_right" else 0
     plan = alignment(shape.Tq, shape.Tk, offset if rule.causal else None)
