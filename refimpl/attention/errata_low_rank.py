@@ -38,4 +38,5 @@ def square_of_scores_factorized(
     left, values, right = np.linalg.svd(softmax(scores), full_matrices=False)
     rank = e.shape[1]
     square = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
-    return np.einsum("bhij,bjhd->bihd", square, v)
+    out: FloatArray = np.einsum("bhij,bjhd->bihd", square, v)
+    return out

@@ -51,12 +51,8 @@ def test_scores_of_ten_thousand_do_not_overflow() -> None:
     assert np.isfinite(out).all()
 
 
-def test_projections_from_the_keys_own_singular_vectors_lose_nothing() -> None:
-    """Keys and values that repeat span few directions: R mixtures of them attend as all of them do.
-
-    Not by chance: e sums the weights of equal keys only if softmax over mixtures does, so each mixture must
-    stand for as many keys as any other.
-    """
+def test_nothing_is_lost_where_keys_repeat() -> None:
+    """Four keys, each there twice, are four mixtures: the means of the pairs.  They span four directions."""
     q, k, v, _, _ = _call(T=8)
     k, v = (np.repeat(x[:, :4], 2, axis=1) for x in (k, v))
     pairs = np.kron(np.eye(4), np.full((1, 2), 0.5))[None]
