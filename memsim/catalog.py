@@ -13,6 +13,7 @@ MODULES = (
     "collectives",
     "communication",
     "compute_optimal",
+    "convolution_prices",
     "laws",
     "laws_collectives",
     "laws_parameters",

@@ -33,6 +33,7 @@ MODELS_WITH_NUMBERS = {
 DONE = {
     *range(1, 16),
     17,
+    22,
     23,
     24,
     *range(27, 32),

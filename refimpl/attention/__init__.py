@@ -10,6 +10,12 @@ from refimpl.attention.dense import (
 )
 from refimpl.attention.flash import block_sizes_for, flash_attention, flash_attention_steps
 from refimpl.attention.flash_backward import flash_attention_vjp
+from refimpl.attention.lightweight_convolution import (
+    dynamic_convolution,
+    dynamic_convolution_vjp,
+    lightweight_convolution,
+    lightweight_convolution_vjp,
+)
 from refimpl.attention.linear import LinearState, linear_attention, linear_attention_step
 from refimpl.attention.linear_chunked import (
     linear_attention_chunked,
@@ -17,6 +23,7 @@ from refimpl.attention.linear_chunked import (
     linear_attention_vjp,
 )
 from refimpl.attention.low_rank import low_rank_attention, low_rank_attention_vjp
+from refimpl.attention.lsra import long_short_range_attention, long_short_range_attention_vjp
 from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
 from refimpl.attention.standard import standard_attention, standard_attention_vjp
@@ -28,16 +35,22 @@ __all__ = [
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
+    "dynamic_convolution",
+    "dynamic_convolution_vjp",
     "flash_attention",
     "flash_attention_steps",
     "flash_attention_vjp",
     "head_decomposition",
     "head_terms",
+    "lightweight_convolution",
+    "lightweight_convolution_vjp",
     "linear_attention",
     "linear_attention_chunked",
     "linear_attention_parallel",
     "linear_attention_step",
     "linear_attention_vjp",
+    "long_short_range_attention",
+    "long_short_range_attention_vjp",
     "low_rank_attention",
     "low_rank_attention_vjp",
     "multi_head_attention",

@@ -1,0 +1,45 @@
+"""What lightweight and dynamic convolution cost: HBM traffic and FLOPs, linear in the length.
+
+Each price equals, counter by counter, what the reference counts as it runs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from refimpl.registry import Case, prices
+
+__all__ = ["dynamic_flops", "dynamic_hbm", "lightweight_flops", "lightweight_hbm"]
+
+
+@prices("attention.lightweight_convolution", counts="hbm")
+def lightweight_hbm(case: Case) -> dict[str, int]:
+    """Return the four counters: tokens and kernels are read once, outputs written once."""
+    x, w = (np.asarray(array) for array in case.args)
+    read = x.size + w.size
+    return {
+        "elements_read": read,
+        "elements_written": x.size,
+        "bytes_read": read * x.itemsize,
+        "bytes_written": x.size * x.itemsize,
+    }
+
+
+@prices("attention.dynamic_convolution", counts="hbm")
+def dynamic_hbm(case: Case) -> dict[str, int]:
+    """Return the four counters: the kernels are predicted on chip, their projection is read once."""
+    return lightweight_hbm(case)
+
+
+@prices("attention.lightweight_convolution", counts="flops")
+def lightweight_flops(case: Case) -> dict[str, int]:
+    """Return ``2 B T D K``: a multiply-add for each tap of each channel."""
+    x, w = (np.asarray(array) for array in case.args)
+    return {"flops": 2 * x.size * w.shape[-1]}
+
+
+@prices("attention.dynamic_convolution", counts="flops")
+def dynamic_flops(case: Case) -> dict[str, int]:
+    """Return ``2 B T D K (H + 1)``: H heads of K taps are predicted from D channels, then used."""
+    x, w = (np.asarray(array) for array in case.args)
+    return {"flops": 2 * x.size * w.shape[2] * (w.shape[1] + 1)}
