@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.attention.linear_call import EPS, LinearHead, elu_feature_map, linear_call, normalized
-from refimpl.attention.linear_samples import AXES, EDGES, OPTIONS, linear_terms, sample_linear
+from refimpl.attention.linear_samples import AXES, EDGES, OPTIONS, linear_spread, linear_terms, sample_linear
 from refimpl.attention.scores import Causal
 from refimpl.memory import Memory
 from refimpl.numerics import BoolArray, FloatArray, contract, round_to, widen
@@ -41,6 +41,7 @@ class LinearStep(NamedTuple):
     edges=EDGES,
     sample=sample_linear,
     terms=linear_terms,
+    spread=linear_spread,
     vjp="refimpl.attention.linear_chunked:linear_attention_vjp",
 )
 def linear_attention(

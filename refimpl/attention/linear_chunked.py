@@ -23,7 +23,7 @@ from refimpl.attention.linear_call import (
     linear_call,
     normalized,
 )
-from refimpl.attention.linear_samples import AXES, EDGES, OPTIONS, linear_terms, sample_linear
+from refimpl.attention.linear_samples import AXES, EDGES, OPTIONS, linear_spread, linear_terms, sample_linear
 from refimpl.attention.scores import Causal
 from refimpl.memory import Memory
 from refimpl.numerics import BoolArray, FloatArray, contract, round_to, wide_dtype, widen
@@ -85,6 +85,7 @@ def _masked_product(
     edges=(*EDGES, {**EDGES[5], "chunk_size": 4}, {**EDGES[5], "chunk_size": 17}),
     sample=sample_linear,
     terms=linear_terms,
+    spread=linear_spread,
     vjp="refimpl.attention.linear_chunked:linear_attention_vjp",
 )
 def linear_attention_chunked(

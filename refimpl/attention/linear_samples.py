@@ -9,7 +9,7 @@ import numpy as np
 from refimpl.numerics import FloatArray
 from refimpl.registry import Case
 
-__all__ = ["AXES", "EDGES", "OPTIONS", "linear_terms", "sample_linear"]
+__all__ = ["AXES", "EDGES", "OPTIONS", "linear_spread", "linear_terms", "sample_linear"]
 
 AXES = {"B": (1, 2), "Tq": (1, 12), "Tk": (1, 12), "Hkv": (1, 2), "group": (1, 2), "D": (1, 5), "Dv": (1, 5)}
 OPTIONS: dict[str, tuple[str | bool, ...]] = {
@@ -113,3 +113,24 @@ def linear_terms(case: Case) -> tuple[int, Any]:
     q, k, v = case.args
     plain = case.without("chunk_size").replace(q, k, np.abs(v))
     return k.shape[1] + q.shape[3], plain.call(linear_attention)
+
+
+def linear_spread(case: Case) -> FloatArray:
+    """Return the root of the sum of squared terms: what is left where values of both signs cancel.
+
+    Values that are the rows of an identity give the weights themselves.
+
+    Examples
+    --------
+    >>> x, v = np.zeros((1, 2, 1, 1)), np.array([3.0, -4.0]).reshape(1, 2, 1, 1)
+    >>> linear_spread(Case((x[:, :1], x, v), {"eps": 0.0})).item()
+    2.5
+    """
+    from refimpl.attention.linear import linear_attention
+
+    q, k, v = case.args
+    rows = np.broadcast_to(np.eye(k.shape[1])[:, None], (*k.shape[:3], k.shape[1]))
+    weights = case.without("chunk_size").replace(q, k, rows).call(linear_attention)
+    values = np.repeat(v, q.shape[2] // k.shape[2], axis=2)
+    squares: FloatArray = np.einsum("bihj,bjhe->bihe", np.square(weights), np.square(values))
+    return np.sqrt(squares)

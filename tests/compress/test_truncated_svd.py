@@ -38,6 +38,13 @@ def test_a_matrix_of_rank_two_is_its_two_factors() -> None:
     np.testing.assert_allclose(left @ right.T, x, atol=1e-14)
 
 
+@pytest.mark.parametrize("size", [1e150, 1e-150])
+def test_squares_that_overflow_or_vanish(size: float) -> None:
+    x = np.random.default_rng(3).standard_normal((5, 4))
+    left, right = truncated_svd(size * x, rank=4)
+    np.testing.assert_allclose(left @ right.T / size, x, atol=1e-14)
+
+
 def test_nothing_and_ties() -> None:
     assert not any(np.any(part) for part in truncated_svd(np.zeros((3, 4)), rank=2))
     left, right = truncated_svd(np.eye(4), rank=4)

@@ -13,8 +13,8 @@ from tests.oracles import library
 
 def _paired(blocks: Any, pairing: str) -> Any:
     joined = np.concatenate(blocks, axis=1 if pairing == "columns" else 0)
-    if 0 in joined.shape or abs(joined).max() > 1e100:
-        raise NotImplementedError("no entries, or squares that overflow")
+    if 0 in joined.shape:
+        raise NotImplementedError("no entries")
     return joined
 
 

@@ -114,6 +114,12 @@ def test_the_format_of_the_weights_is_kept(dtype: Any) -> None:
     np.testing.assert_allclose(curve.astype(np.float64), exact, atol=1e-2 if curve.itemsize == 2 else 1e-6)
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_squares_that_overflow_or_vanish(size: float) -> None:
+    x = np.random.default_rng(3).standard_normal((5, 4))
+    np.testing.assert_allclose(explained_variance(size * x), explained_variance(x), atol=1e-14)
+
+
 def test_nothing_is_explained_by_nothing() -> None:
     assert explained_variance(np.zeros((2, 3))).tolist() == [1, 1, 1]
     assert explained_variance(np.full((3, 2), 0.1)).tolist() == [1, 1, 1]  # equal rows leave rounding alone
