@@ -1,4 +1,4 @@
-"""What lightweight and dynamic convolution cost: HBM traffic and FLOPs, linear in the length.
+"""What lightweight and dynamic convolution cost: HBM traffic and FLOPs, linear in the length, and state.
 
 Each price equals, counter by counter, what the reference counts as it runs.
 """
@@ -9,7 +9,14 @@ import numpy as np
 
 from refimpl.registry import Case, prices
 
-__all__ = ["dynamic_flops", "dynamic_hbm", "lightweight_flops", "lightweight_hbm"]
+__all__ = [
+    "dynamic_flops",
+    "dynamic_hbm",
+    "dynamic_state",
+    "lightweight_flops",
+    "lightweight_hbm",
+    "lightweight_state",
+]
 
 
 @prices("attention.lightweight_convolution", counts="hbm")
@@ -43,3 +50,17 @@ def dynamic_flops(case: Case) -> dict[str, int]:
     """Return ``2 B T D K (H + 1)``: H heads of K taps are predicted from D channels, then used."""
     x, w = (np.asarray(array) for array in case.args)
     return {"flops": 2 * x.size * w.shape[2] * (w.shape[1] + 1)}
+
+
+@prices("attention.lightweight_convolution", counts="state")
+def lightweight_state(case: Case) -> dict[str, int]:
+    """Return the elements of the last K - 1 tokens, which a causal one carries on: no length in it."""
+    x, w = (np.asarray(array) for array in case.args)
+    kept = (w.shape[-1] - 1) * x.shape[0] * x.shape[2] if case.kwargs.get("causal") else 0
+    return {"state_elements": kept}
+
+
+@prices("attention.dynamic_convolution", counts="state")
+def dynamic_state(case: Case) -> dict[str, int]:
+    """Return the elements of the last K - 1 tokens of a causal one, as of a lightweight one."""
+    return lightweight_state(case)

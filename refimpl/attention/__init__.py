@@ -1,6 +1,7 @@
 """Attention: the dense definition, its tiled and online rewrites, and what they move on the way."""
 
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
+from refimpl.attention.convolution_step import ConvolutionStep, convolution_step
 from refimpl.attention.decomposition import head_decomposition, head_terms
 from refimpl.attention.dense import (
     AttentionGradients,
@@ -31,10 +32,12 @@ from refimpl.attention.standard import standard_attention, standard_attention_vj
 __all__ = [
     "AttentionGradients",
     "AttentionOutput",
+    "ConvolutionStep",
     "LinearState",
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
+    "convolution_step",
     "dynamic_convolution",
     "dynamic_convolution_vjp",
     "flash_attention",

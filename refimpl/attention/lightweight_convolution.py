@@ -74,7 +74,7 @@ def lightweight_convolution(
         Whether a token sees only itself and earlier ones: pad = K - 1.  Otherwise pad = (K - 1) // 2, as much
         on the left as on the right for odd K and one less for even K.
     memory : Memory, optional
-        Counts what moves, and FLOPs.
+        Counts what moves, FLOPs, and the tokens that a causal convolution carries on.
 
     Returns
     -------
@@ -140,7 +140,7 @@ def dynamic_convolution(
     causal : bool
         As for `lightweight_convolution`.
     memory : Memory, optional
-        Counts what moves, and FLOPs.
+        Counts what moves, FLOPs, and the tokens that a causal convolution carries on.
 
     Returns
     -------
@@ -277,6 +277,10 @@ def _convolution(x: Any, w: Any, causal: bool, hbm: Memory) -> FloatArray:
     with hbm.on_chip():
         tokens, weights = hbm.load("x", x), hbm.load("w", w)
         hbm.store("y", out, None, convolved(tokens, kernels(tokens, weights, hbm), causal, hbm))
+    if causal:  # what a decoder would carry on: see `convolution_step`
+        B, T, D = x.shape
+        before = np.zeros((B, w.shape[-1] - 1, D), tokens.dtype)
+        hbm.keep("last tokens", np.concatenate([before, tokens], axis=1)[:, T:])
     return out
 
 

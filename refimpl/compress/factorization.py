@@ -62,7 +62,7 @@ def svd_terms(case: Case) -> tuple[int, Factors]:
     "compress.truncated_svd",
     entries=(24,),
     kind="function",
-    source=Source("Eckart & Young 1936", "doi:10.1007/BF02288367", "the theorem of section 4"),
+    source=Source("Eckart & Young 1936", "doi:10.1007/BF02288367", "pages 211 to 218"),
     axes={"m": (1, 8), "n": (1, 8), "rank": (1, 8)},
     options={"extra": ("none",)},
     edges=(

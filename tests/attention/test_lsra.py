@@ -10,6 +10,7 @@ import pytest
 
 from refimpl import registry
 from refimpl.attention import (
+    convolution_step,
     dynamic_convolution,
     lightweight_convolution,
     long_short_range_attention,
@@ -33,6 +34,23 @@ def test_convolution_costs_are_linear_in_the_length() -> None:
             f(np.ones((1, T, 4)), w, memory=memory)
             counted.append((memory.flops, memory.elements_written))
         assert counted[1] == (2 * counted[0][0], 2 * counted[0][1])
+
+
+@pytest.mark.parametrize(
+    ("f", "shape"), [(lightweight_convolution, (2, 3)), (dynamic_convolution, (4, 2, 3))]
+)
+def test_decoding_is_the_causal_convolution_token_by_token(f: Any, shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, w, buffer = rng.standard_normal((2, 7, 4)), rng.standard_normal(shape), None
+    whole = f(x, w, causal=True)
+    for t in range(7):
+        out, buffer = convolution_step(x[:, t], w, buffer)
+        np.testing.assert_allclose(out, whole[:, t], rtol=1e-13, atol=1e-14)
+    assert buffer.shape == (2, 2, 4)
+    with pytest.raises(ShapeError, match="buffer"):
+        convolution_step(x[:, 0], w, buffer[:, :1])
+    with pytest.raises(ShapeError, match="2 axes"):
+        convolution_step(x, w)
 
 
 def test_float16_is_summed_in_float32() -> None:
