@@ -116,7 +116,10 @@ def linear_attention(
     hbm, plan = memory or Memory(), call.plan
     for head in call.heads():
         with hbm.on_chip():
-            state = _absorb(hbm, head, None, slice(0, plan.prefix))
+            with hbm.on_chip():
+                state = _absorb(hbm, head, None, slice(0, plan.prefix))
+            for name, part in zip(("S", "z"), state, strict=True):
+                hbm.compute(name, part)  # which stay on chip
             hbm.store("O", head.out, slice(0, plan.blind), head.out[: plan.blind])
             for t in range(plan.steps):
                 with hbm.on_chip():

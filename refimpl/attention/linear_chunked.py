@@ -47,27 +47,25 @@ def _masked_product(
     queries: Queries, keys: Keys, plan: Alignment, Tq: int, chunk_size: int, hbm: Memory, name: str = ""
 ) -> Iterator[tuple[slice, FloatArray]]:
     """Yield rows and their ``(M ∘ x yᵀ) w``; `queries` reads x (n, group, D), `keys` reads y, w."""
-
-    def absorb(y: FloatArray, w: FloatArray) -> FloatArray:
-        return hbm.keep(f"state{name}", state + hbm.contract("jd,je->de", y, w))
-
-    state = hbm.keep(f"state{name}", contract("jd,je->de", *keys(slice(0, 0))))
-    for seen in _pieces(0, plan.prefix, chunk_size):
-        with hbm.on_chip():
-            state = absorb(*keys(seen))
-    for piece in _pieces(0, plan.steps, chunk_size):
-        rows = slice(plan.blind + piece.start, plan.blind + piece.stop)
-        with hbm.on_chip():
-            x = queries(rows)
-            y, w = keys(slice(plan.prefix + piece.start, plan.prefix + piece.stop))
-            scores = hbm.compute("scores", hbm.contract("igd,jd->gij", x, y))
-            inside = np.where(np.tri(len(x), dtype=bool), scores, 0)
-            product = hbm.contract("gij,je->ige", inside, w) + hbm.contract("igd,de->ige", x, state)
-            state = absorb(y, w)
-            yield rows, product
-    for rows in _pieces(plan.blind + plan.steps, Tq, chunk_size):
-        with hbm.on_chip():
-            yield rows, hbm.contract("igd,de->ige", queries(rows), state)
+    label = f"state{name}"
+    with hbm.on_chip():
+        state = hbm.keep(label, hbm.compute("state", contract("jd,je->de", *keys(slice(0, 0)))))
+        for seen in _pieces(0, plan.prefix, chunk_size):
+            with hbm.on_chip():
+                state = hbm.keep(label, state + hbm.contract("jd,je->de", *keys(seen)))
+        for piece in _pieces(0, plan.steps, chunk_size):
+            rows = slice(plan.blind + piece.start, plan.blind + piece.stop)
+            with hbm.on_chip():
+                x = queries(rows)
+                y, w = keys(slice(plan.prefix + piece.start, plan.prefix + piece.stop))
+                scores = hbm.compute("scores", hbm.contract("igd,jd->gij", x, y))
+                inside = np.where(np.tri(len(x), dtype=bool), scores, 0)
+                near, far = hbm.contract("gij,je->ige", inside, w), hbm.contract("igd,de->ige", x, state)
+                yield rows, near + far
+                state = hbm.keep(label, state + hbm.contract("jd,je->de", y, w))
+        for rows in _pieces(plan.blind + plan.steps, Tq, chunk_size):
+            with hbm.on_chip():
+                yield rows, hbm.contract("igd,de->ige", queries(rows), state)
 
 
 @implements("attention.linear", backend="numpy")
