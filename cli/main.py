@@ -31,6 +31,7 @@ COMMANDS = (
     "comm",
     "parallel",
     "speculate",
+    "redundancy",
     "env",
 )
 

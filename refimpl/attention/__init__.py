@@ -5,6 +5,7 @@ from refimpl.attention.bigbird_blocked import bigbird_attention_blocked, bigbird
 from refimpl.attention.bigbird_mixing import diameter, rapid_mixing, rapid_mixing_sparse, spectral_gap
 from refimpl.attention.bigbird_plan import bigbird_plan
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
+from refimpl.attention.convolution_step import ConvolutionStep, convolution_step
 from refimpl.attention.decomposition import head_decomposition, head_terms
 from refimpl.attention.dense import (
     AttentionGradients,
@@ -31,6 +32,20 @@ from refimpl.attention.longformer import (
     longformer_attention_blocked,
     longformer_attention_vjp,
 )
+from refimpl.attention.lightweight_convolution import (
+    dynamic_convolution,
+    dynamic_convolution_vjp,
+    lightweight_convolution,
+    lightweight_convolution_vjp,
+)
+from refimpl.attention.linear import LinearState, linear_attention, linear_attention_step
+from refimpl.attention.linear_chunked import (
+    linear_attention_chunked,
+    linear_attention_parallel,
+    linear_attention_vjp,
+)
+from refimpl.attention.low_rank import low_rank_attention, low_rank_attention_vjp
+from refimpl.attention.lsra import long_short_range_attention, long_short_range_attention_vjp
 from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
 from refimpl.attention.shifted_groups import (
@@ -66,6 +81,14 @@ __all__ = [
     "dilated_window_attention_banded",
     "dilated_window_attention_banded_vjp",
     "dilated_window_attention_vjp",
+    "ConvolutionStep",
+    "LinearState",
+    "block_sizes_for",
+    "block_sparse_flash",
+    "block_sparse_flash_vjp",
+    "convolution_step",
+    "dynamic_convolution",
+    "dynamic_convolution_vjp",
     "flash_attention",
     "flash_attention_steps",
     "flash_attention_vjp",
@@ -78,6 +101,17 @@ __all__ = [
     "longformer_attention",
     "longformer_attention_blocked",
     "longformer_attention_vjp",
+    "lightweight_convolution",
+    "lightweight_convolution_vjp",
+    "linear_attention",
+    "linear_attention_chunked",
+    "linear_attention_parallel",
+    "linear_attention_step",
+    "linear_attention_vjp",
+    "long_short_range_attention",
+    "long_short_range_attention_vjp",
+    "low_rank_attention",
+    "low_rank_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_vjp",
     "online_softmax",

@@ -21,6 +21,7 @@ from refimpl.transformer.positions import (
     learned_positions_vjp,
     sinusoidal_positions,
 )
+from refimpl.transformer.redundancy import explained_variance, layer_blocks, random_matrix_curve, rank_for
 from refimpl.transformer.rotary import Rope, rotary_vjp
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "embedding_vjp",
     "encoder",
     "encoder_vjp",
+    "explained_variance",
     "ffn_decomposition",
     "ffn_terms",
     "ffn_vjp",
@@ -53,6 +55,7 @@ __all__ = [
     "gelu",
     "gelu_vjp",
     "initial_decoder",
+    "layer_blocks",
     "layer_norm",
     "layer_norm_vjp",
     "learned_positions",
@@ -60,6 +63,8 @@ __all__ = [
     "linear_vjp",
     "output_head",
     "output_head_vjp",
+    "random_matrix_curve",
+    "rank_for",
     "rms_norm",
     "rms_norm_vjp",
     "rotary_vjp",
