@@ -27,11 +27,6 @@ from refimpl.attention.global_tokens import (
     global_tokens_attention_blocked_vjp,
     global_tokens_attention_vjp,
 )
-from refimpl.attention.longformer import (
-    longformer_attention,
-    longformer_attention_blocked,
-    longformer_attention_vjp,
-)
 from refimpl.attention.lightweight_convolution import (
     dynamic_convolution,
     dynamic_convolution_vjp,
@@ -43,6 +38,11 @@ from refimpl.attention.linear_chunked import (
     linear_attention_chunked,
     linear_attention_parallel,
     linear_attention_vjp,
+)
+from refimpl.attention.longformer import (
+    longformer_attention,
+    longformer_attention_blocked,
+    longformer_attention_vjp,
 )
 from refimpl.attention.low_rank import low_rank_attention, low_rank_attention_vjp
 from refimpl.attention.lsra import long_short_range_attention, long_short_range_attention_vjp
@@ -68,6 +68,8 @@ from refimpl.attention.standard import standard_attention, standard_attention_vj
 __all__ = [
     "AttentionGradients",
     "AttentionOutput",
+    "ConvolutionStep",
+    "LinearState",
     "bigbird_attention",
     "bigbird_attention_blocked",
     "bigbird_attention_blocked_vjp",
@@ -76,17 +78,12 @@ __all__ = [
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
+    "convolution_step",
     "diameter",
     "dilated_window_attention",
     "dilated_window_attention_banded",
     "dilated_window_attention_banded_vjp",
     "dilated_window_attention_vjp",
-    "ConvolutionStep",
-    "LinearState",
-    "block_sizes_for",
-    "block_sparse_flash",
-    "block_sparse_flash_vjp",
-    "convolution_step",
     "dynamic_convolution",
     "dynamic_convolution_vjp",
     "flash_attention",
@@ -98,9 +95,6 @@ __all__ = [
     "global_tokens_attention_vjp",
     "head_decomposition",
     "head_terms",
-    "longformer_attention",
-    "longformer_attention_blocked",
-    "longformer_attention_vjp",
     "lightweight_convolution",
     "lightweight_convolution_vjp",
     "linear_attention",
@@ -110,6 +104,9 @@ __all__ = [
     "linear_attention_vjp",
     "long_short_range_attention",
     "long_short_range_attention_vjp",
+    "longformer_attention",
+    "longformer_attention_blocked",
+    "longformer_attention_vjp",
     "low_rank_attention",
     "low_rank_attention_vjp",
     "multi_head_attention",
