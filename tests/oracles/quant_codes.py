@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -163,3 +164,98 @@ def best_of_all_partitions(x: Any, /, *, k: int) -> Any:
         if cost < best[0] - 1e-12:
             best = cost, means
     return np.array(best[1])[:, None]
+
+
+def _remaining_optimum(weight: Any, rounded: Any, h: Any, done: int) -> Any:
+    """Return the later features' weights that are best once the first `done` are what they are."""
+    left = slice(done, None)
+    error = weight[:done] - rounded[:done]
+    return weight[left] + np.linalg.solve(h[left, left], h[left, :done] @ error)
+
+
+def _damped(x: Any, size: int, damping: float) -> Any:
+    h = np.zeros((size, size))
+    for row in x:
+        h += np.outer(row, row)
+    for k in range(size):
+        h[k, k] = h[k, k] or 1.0
+    return h + damping * np.trace(h) / max(size, 1) * np.eye(size)
+
+
+@oracle("quant.gptq")
+def gptq_by_least_squares(weight: Any, x: Any, /, *, bits: int, damping: float) -> Any:
+    """After each feature, solve anew for the best weights of those that are left."""
+    K, N = weight.shape
+    h, top = _damped(x, K, damping), 2 ** (bits - 1) - 1
+    scale = np.array([max(map(abs, column), default=0.0) / top or 1.0 for column in weight.T])
+    rounded = np.zeros_like(weight)
+    for k in range(K):
+        now = _remaining_optimum(weight, rounded, h, k)[0]
+        steps = now / scale
+        if np.any(np.abs(steps - np.floor(steps) - 0.5) < 1e-9):
+            raise NotImplementedError("a tie that rounding decides")
+        rounded[k] = np.clip(np.rint(steps), -top, top) * scale
+    return np.rint(rounded / scale), scale.reshape(N)
+
+
+@oracle("quant.qmoe.ternary")
+def ternary_by_least_squares(weight: Any, x: Any, /, *, damping: float) -> Any:
+    K, N = weight.shape
+    h = _damped(x, K, damping)
+    low = np.array([min([0.0, *column]) for column in weight.T])
+    high = np.array([max([0.0, *column]) for column in weight.T])
+    codes, rounded = np.zeros((K, N)), np.zeros((K, N))
+    for k in range(K):
+        now = _remaining_optimum(weight, rounded, h, k)[0]
+        for n in range(N):
+            code = (
+                1 if now[n] > high[n] / 2 and high[n] > 0 else -1 if now[n] < low[n] / 2 and low[n] < 0 else 0
+            )
+            codes[k, n], rounded[k, n] = code, (low[n], 0.0, high[n])[code + 1]
+    return codes, low, high
+
+
+@oracle("quant.qmoe")
+def qmoe_by_all_sequences(weights: Any, /, *, bits: int, max_pairs: int) -> Any:
+    """Rank every sequence up to a length, then match the longest beginning by trying all of them."""
+    if bits > 5:
+        raise NotImplementedError("too many sequences to list")
+    chance = {-1: Fraction(575, 10000), 0: Fraction(885, 1000), 1: Fraction(575, 10000)}
+    pairs = list(itertools.product((-1, 0, 1), repeat=2))
+    every = [
+        (-math.prod(chance[a] * chance[b] for a, b in sequence), tuple(map(pairs.index, sequence)), sequence)
+        for length in range(1, 4)
+        for sequence in itertools.product(pairs, repeat=length)
+    ]
+    # Runs of zeros are the only long sequences among the most probable of a small dictionary.
+    for length in range(4, max_pairs + 1):
+        for place in (None, *itertools.product(range(length), range(9))):
+            run = [(0, 0)] * length
+            if place is not None:
+                run[place[0]] = pairs[place[1]]
+            item = (
+                -math.prod(chance[a] * chance[b] for a, b in run),
+                tuple(map(pairs.index, run)),
+                tuple(run),
+            )
+            if item not in every:
+                every.append(item)
+    ranked = sorted(item for item in every if len(item[2]) <= max_pairs)
+    dictionary, singles = [], 9
+    for _, _, sequence in ranked:
+        if len(dictionary) + singles == 2**bits:
+            break
+        singles -= len(sequence) == 1
+        dictionary.append(sequence)
+    dictionary += [sequence for _, _, sequence in ranked if len(sequence) == 1 and sequence not in dictionary]
+    codes, starts = [], [0]
+    for row in weights.tolist():
+        row = row + [0] * (len(row) % 2)
+        left = list(zip(row[::2], row[1::2], strict=True))
+        while left:
+            fitting = [s for s in dictionary if tuple(left[: len(s)]) == s]
+            longest = max(fitting, key=len)
+            codes.append(dictionary.index(longest))
+            left = left[len(longest) :]
+        starts.append(len(codes))
+    return np.array(codes, np.uint16), np.array(starts, np.int64)
