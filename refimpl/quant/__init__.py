@@ -26,7 +26,6 @@ from refimpl.quant.llm_int8_backward import Int8LinearGradients, llm_int8_linear
 from refimpl.quant.nf4 import NF4, nf4, nf4_dequantize, normal_float_levels
 from refimpl.quant.qlora import (
     NF4Weight,
-    QLoRAGradients,
     qlora_dequantize,
     qlora_linear,
     qlora_linear_vjp,
@@ -45,7 +44,6 @@ __all__ = [
     "Int8LinearGradients",
     "Int8Rows",
     "NF4Weight",
-    "QLoRAGradients",
     "QuantizationError",
     "Quantized",
     "codebook",

@@ -6,16 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refimpl.errors import ShapeError
-from refimpl.numerics import FloatArray, IntArray, contract, round_to, widen
+from refimpl.numerics import FloatArray, IntArray, round_to
+from refimpl.peft.lora import LoRAGradients, lora_linear, lora_linear_vjp, scaling
 from refimpl.quant.double_quantization import double, double_dequantize
 from refimpl.quant.nf4 import nf4, nf4_dequantize
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, finite, floating
+from refimpl.validation import bind_axes, floating
 
 __all__ = [
     "NF4Weight",
-    "QLoRAGradients",
     "qlora_dequantize",
     "qlora_linear",
     "qlora_linear_vjp",
@@ -35,14 +34,6 @@ class NF4Weight(NamedTuple):
     offset: FloatArray
     shape: tuple[int, int]
     blocks: tuple[int, int]
-
-
-class QLoRAGradients(NamedTuple):
-    """Gradients of the input and of the two low-rank factors; the frozen weight has none."""
-
-    x: FloatArray
-    lora_a: FloatArray
-    lora_b: FloatArray
 
 
 def qlora_quantize(weight: FloatArray, /, *, block_size: int = 64, scale_block_size: int = 256) -> NF4Weight:
@@ -112,19 +103,19 @@ def sample_qlora(rng: np.random.Generator, *, T: int, K: int, N: int, R: int, fa
     Examples
     --------
     >>> case = sample_qlora(np.random.default_rng(0), T=2, K=3, N=4, R=1, factors="zero")
-    >>> [a.shape for a in case.args], case.kwargs["scale"]
-    ([(2, 3), (3, 1), (1, 4), (3, 4)], 0.5)
+    >>> [a.shape for a in case.args], case.kwargs["lora_alpha"]
+    ([(2, 3), (3, 1), (1, 4), (3, 4)], 2.0)
     """
     x, a, b = (rng.standard_normal(shape) for shape in ((T, K), (K, R), (R, N)))
     weight = rng.standard_normal((K, N)) / np.sqrt(max(K, 1))
     return Case(
-        (x, a, b * (factors != "zero"), weight), {"scale": 0.5, "block_size": 8, "scale_block_size": 4}
+        (x, a, b * (factors != "zero"), weight), {"lora_alpha": 2.0, "block_size": 8, "scale_block_size": 4}
     )
 
 
 def _terms(case: Case) -> tuple[int, FloatArray]:
     x, a, b, weight = (np.abs(array) for array in case.args)
-    return sum(weight.shape) + 4, 2 * (x @ np.abs(weight)) + case.kwargs["scale"] * (x @ a @ b)
+    return sum(weight.shape) + 4, 2 * (x @ np.abs(weight)) + scaling(2.0, a.shape[1]) * (x @ a @ b)
 
 
 @technique(
@@ -154,11 +145,11 @@ def qlora_linear(
     weight: FloatArray | NF4Weight,
     /,
     *,
-    scale: float = 1.0,
+    lora_alpha: float | None = None,
     block_size: int = 64,
     scale_block_size: int = 256,
 ) -> FloatArray:
-    """Return ``x · doubleDequant(weight) + scale · (x · lora_a) · lora_b``.
+    """Return ``x · doubleDequant(weight) + (lora_alpha / R) (x · lora_a) · lora_b``.
 
     Parameters
     ----------
@@ -168,8 +159,8 @@ def qlora_linear(
         The trained factors.
     weight : ndarray of float, shape (K, N), or NF4Weight
         The frozen weight, or as `qlora_quantize` stores it, ahead and once.
-    scale : float
-        Factor of the low-rank part: ``lora_alpha / R``; the paper's equation has 1.
+    lora_alpha : float, optional
+        As for `refimpl.peft.lora_linear`; the paper's equation has a factor of 1, the default.
     block_size, scale_block_size : int
         As for `qlora_quantize`, if `weight` is not stored yet.
 
@@ -185,7 +176,7 @@ def qlora_linear(
 
     Notes
     -----
-    The low-rank part is computed from left to right, R (K + N) products a token.
+    It is LoRA on the dequantised copy of the weight.
 
     **Special cases**
 
@@ -202,11 +193,8 @@ def qlora_linear(
     >>> qlora_linear(x, zero, zero.T, base)
     array([[ 1., -1.]])
     """
-    dtype = _dtype(x, weight)
-    x, lora_a, lora_b, values = _operands(x, lora_a, lora_b, weight, block_size, scale_block_size)
-    base = contract("tk,kn->tn", x, values)
-    low = contract("tr,rn->tn", contract("tk,kr->tr", x, lora_a), lora_b)
-    return round_to(base + base.dtype.type(finite("scale", scale)) * low, dtype)
+    values = _values(x, weight, block_size, scale_block_size)
+    return lora_linear(x, lora_a, lora_b, values, lora_alpha=lora_alpha)
 
 
 def qlora_linear_vjp(
@@ -217,22 +205,22 @@ def qlora_linear_vjp(
     dy: FloatArray,
     /,
     *,
-    scale: float = 1.0,
+    lora_alpha: float | None = None,
     block_size: int = 64,
     scale_block_size: int = 256,
-) -> QLoRAGradients:
+) -> LoRAGradients:
     """Return the gradients of `qlora_linear` that training needs; the frozen weight gets none.
 
     Parameters
     ----------
-    x, lora_a, lora_b, weight, scale, block_size, scale_block_size
+    x, lora_a, lora_b, weight, lora_alpha, block_size, scale_block_size
         As for `qlora_linear`.
     dy : ndarray of float, shape (T, N)
         Gradient of the output.
 
     Returns
     -------
-    QLoRAGradients
+    LoRAGradients
         In the dtype of `x`; that of x passes through the dequantised weight.
 
     Raises
@@ -248,41 +236,17 @@ def qlora_linear_vjp(
     --------
     >>> ones = np.ones((1, 1))
     >>> qlora_linear_vjp(ones, ones, ones, 2 * ones, ones)
-    QLoRAGradients(x=array([[3.]]), lora_a=array([[1.]]), lora_b=array([[1.]]))
+    LoRAGradients(x=array([[3.]]), lora_a=array([[1.]]), lora_b=array([[1.]]))
     """
-    dtype = _dtype(x, weight)
-    x, lora_a, lora_b, values = _operands(x, lora_a, lora_b, weight, block_size, scale_block_size)
-    (dy,) = (widen(array) for array in floating(dy=dy))
-    bind_axes({"x": (x, "T K"), "weight": (values, "K N"), "dy": (dy, "T N")})
-    inner = contract("tk,kr->tr", x, lora_a)
-    factor = inner.dtype.type(finite("scale", scale))
-    dinner = factor * contract("tn,rn->tr", dy, lora_b)
-    dx = contract("tn,kn->tk", dy, values) + contract("tr,kr->tk", dinner, lora_a)
-    da = contract("tk,tr->kr", x, dinner)
-    db = factor * contract("tr,tn->rn", inner, dy)
-    return QLoRAGradients(*(round_to(gradient, dtype) for gradient in (dx, da, db)))
+    values = _values(x, weight, block_size, scale_block_size)
+    return lora_linear_vjp(x, lora_a, lora_b, values, dy, lora_alpha=lora_alpha)
 
 
-def _dtype(x: FloatArray, weight: FloatArray | NF4Weight) -> np.dtype[np.floating]:
-    arrays = {"x": x} if isinstance(weight, NF4Weight) else {"x": x, "weight": weight}
-    return floating(**arrays)[0].dtype
-
-
-def _operands(
-    x: FloatArray,
-    lora_a: FloatArray,
-    lora_b: FloatArray,
-    weight: FloatArray | NF4Weight,
-    block_size: int,
-    scale_block_size: int,
-) -> tuple[FloatArray, ...]:
-    """Return x, the factors and the dequantised weight, checked, in the dtype of x, bfloat16 widened."""
+def _values(
+    x: FloatArray, weight: FloatArray | NF4Weight, block_size: int, scale_block_size: int
+) -> FloatArray:
+    """Return the dequantised weight, rounded to the dtype of x."""
     if not isinstance(weight, NF4Weight):
-        x, lora_a, lora_b, weight = floating(x=x, lora_a=lora_a, lora_b=lora_b, weight=weight)
+        x, weight = floating(x=x, weight=weight)
         weight = qlora_quantize(weight, block_size=block_size, scale_block_size=scale_block_size)
-    x, lora_a, lora_b = floating(x=x, lora_a=lora_a, lora_b=lora_b)
-    values = round_to(qlora_dequantize(weight), x.dtype)
-    sizes = bind_axes({"x": (x, "T K"), "lora_a": (lora_a, "K R"), "lora_b": (lora_b, "R N")})
-    if values.shape != (sizes["K"], sizes["N"]):
-        raise ShapeError(f"weight: expected ({sizes['K']}, {sizes['N']}), got {values.shape}")
-    return tuple(widen(array) for array in (x, lora_a, lora_b, values))
+    return round_to(qlora_dequantize(weight), floating(x=x)[0].dtype)

@@ -97,7 +97,7 @@ def double_number_by_number(absmax: Any, /, *, block_size: int = 256) -> Any:
 
 @oracle("quant.qlora")
 def qlora_with_a_dense_weight(
-    x: Any, a: Any, b: Any, weight: Any, /, *, scale: float, block_size: int, scale_block_size: int
+    x: Any, a: Any, b: Any, weight: Any, /, *, lora_alpha: float, block_size: int, scale_block_size: int
 ) -> Any:
     """The layer with its weight replaced by the dequantised copy, made number by number."""
     codes, absmax = _nf4_blocks([float(number) for number in weight.reshape(-1)], block_size)
@@ -107,7 +107,7 @@ def qlora_with_a_dense_weight(
     levels = [float(np.float32(level)) for level in _dynamic_map()]
     restored = [levels[int(i)] * scales[n // scale_block_size] + offset for n, i in enumerate(indices)]
     flat = [NF4[code] * restored[n // block_size] for n, code in enumerate(codes)]
-    return x @ (np.array(flat).reshape(weight.shape) + scale * (a @ b))
+    return x @ (np.array(flat).reshape(weight.shape) + lora_alpha / max(a.shape[1], 1) * (a @ b))
 
 
 @oracle("quant.codebook")

@@ -109,19 +109,19 @@ def one_scale_for_all(absmax: Any, /, *, block_size: int = 256) -> Any:
 
 
 @mutant("quant.qlora")
-def base_not_quantised(x: Any, a: Any, b: Any, weight: Any, /, *, scale: float, **blocks: Any) -> Any:
-    return x @ weight + scale * (x @ a @ b)
+def base_not_quantised(x: Any, a: Any, b: Any, weight: Any, /, *, lora_alpha: float, **blocks: Any) -> Any:
+    return x @ weight + lora_alpha / max(a.shape[1], 1) * (x @ a @ b)
 
 
 @mutant("quant.qlora")
-def scale_forgotten(x: Any, a: Any, b: Any, weight: Any, /, *, scale: float, **blocks: Any) -> Any:
+def factor_forgotten(x: Any, a: Any, b: Any, weight: Any, /, *, lora_alpha: float, **blocks: Any) -> Any:
     return qlora_linear(x, a, b, weight, **blocks)
 
 
 @mutant("quant.qlora")
-def update_quantised_too(x: Any, a: Any, b: Any, weight: Any, /, *, scale: float, **blocks: Any) -> Any:
+def update_quantised_too(x: Any, a: Any, b: Any, weight: Any, /, *, lora_alpha: float, **blocks: Any) -> Any:
     zero = np.zeros_like
-    return qlora_linear(x, zero(a), zero(b), weight + scale * (a @ b), **blocks)
+    return qlora_linear(x, zero(a), zero(b), weight + lora_alpha / max(a.shape[1], 1) * (a @ b), **blocks)
 
 
 @mutant("quant.codebook")
