@@ -15,6 +15,7 @@ __all__ = [
     "decoding",
     "objectives",
     "parallel",
+    "peft",
     "quant",
     "tokenization",
     "transformer",

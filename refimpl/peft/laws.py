@@ -116,6 +116,15 @@ def merging_can_be_undone(f: Function, case: Case, close: Close) -> None:
 
 
 @law("peft.lora.merge")
+def what_is_added_is_the_scaled_product(f: Function, case: Case, close: Close) -> None:
+    """Merged into a weight of zeros it is lora_alpha / R times A B."""
+    a, b, weight = case.args
+    alone = case.replace(a, b, weight * 0)
+    expected = scaling(case.kwargs["lora_alpha"], a.shape[1]) * (_wide(a) @ _wide(b))
+    close.on(alone)(alone.call(f), expected, "the update alone", factor=2.0)
+
+
+@law("peft.lora.merge")
 def updates_add(f: Function, case: Case, close: Close) -> None:
     """Two updates one after the other are one whose factors stand side by side."""
     a, b, weight = case.args
