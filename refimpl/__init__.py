@@ -16,6 +16,7 @@ __all__ = [
     "objectives",
     "parallel",
     "peft",
+    "prune",
     "quant",
     "tokenization",
     "transformer",
