@@ -35,13 +35,13 @@ def copies_of_the_block_are_the_same_model(f: Function, case: Case, close: Close
     """It is an encoder whose layers hold copies of the weights."""
     from refimpl.transformer.blocks import encoder
 
-    options = {name: _wide(v) if isinstance(v, np.ndarray) else v for name, v in case.kwargs.items()}
-    layers = options.pop("num_layers")
     x = _wide(case.args[0])
-    for _ in range(layers):
-        x = encoder(
-            x, **{name: np.copy(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
-        )
+    for _ in range(case.kwargs["num_layers"]):
+        copies: dict[str, Any] = {
+            name: _wide(value).copy() if isinstance(value, np.ndarray) else value
+            for name, value in case.without("num_layers").kwargs.items()
+        }
+        x = encoder(x, **copies)
     close(case.call(f), x, "untied copies", factor=2.0)
 
 

@@ -15,7 +15,7 @@ __all__ = ["Tucker", "tucker", "tucker_factors", "tucker_parameters"]
 
 
 class Tucker(NamedTuple):
-    """The core [r_n, r_K, r_N], and a basis of each axis: blocks [n, r_n], inputs [K, r_K], outputs [N, r_N]."""
+    """The core (r_n, r_K, r_N), and the bases of blocks (n, r_n), inputs (K, r_K) and outputs (N, r_N)."""
 
     core: FloatArray
     blocks: FloatArray
@@ -49,6 +49,11 @@ def sample_stack(rng: np.random.Generator, *, n: int, K: int, N: int, cut: str) 
     return Case((rng.standard_normal(shape),), {"ranks": ranks})
 
 
+def _terms(case: Case) -> tuple[int, FloatArray]:
+    (blocks,) = case.args
+    return 4 * sum(blocks.shape), np.full(blocks.shape, np.linalg.norm(blocks))
+
+
 @technique(
     "compress.factorization",
     entries=(89,),
@@ -66,10 +71,7 @@ def sample_stack(rng: np.random.Generator, *, n: int, K: int, N: int, cut: str) 
         {"n": 3, "K": 5, "N": 4, "cut": "half"},
     ),
     sample=sample_stack,
-    terms=lambda case: (
-        sum(case.args[0].shape) * 4,
-        np.full(case.args[0].shape, np.linalg.norm(case.args[0]) + 0.0),
-    ),
+    terms=_terms,
 )
 def tucker(blocks: FloatArray, /, *, ranks: tuple[int, int, int]) -> FloatArray:
     """Return stacked weights through bases of given ranks: what `tucker_factors` stand for.
