@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.memory import Memory
+from refimpl.numerics import is_floating
 from refimpl.registry import Case, Price, Technique, resolve
 from refimpl.tolerances import outputs
 
@@ -32,7 +33,11 @@ def check_vjp(technique: Technique, case: Case, seed: int = 0) -> str | None:
     base = outputs(case.call(technique.function))["output"]
     cotangent = rng.standard_normal(base.shape)
     gradients = resolve(technique.vjp)(*case.args, cotangent, **case.kwargs)
-    slots: list[tuple[int | str, Any]] = list(enumerate(gradients[: len(case.args)]))
+    slots: list[tuple[int | str, Any]] = [
+        (place, gradient)
+        for place, (gradient, argument) in enumerate(zip(gradients, case.args, strict=False))
+        if isinstance(argument, np.ndarray) and is_floating(argument.dtype) and gradient is not None
+    ]
     for name in case.kwargs:
         gradient = getattr(gradients, f"d{name}", None)
         if gradient is not None:
