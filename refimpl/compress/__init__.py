@@ -1,5 +1,17 @@
-"""Compression of parameters: factors of low rank in place of a matrix."""
+"""Compression of parameters: factors of low rank, bases that blocks share, one block for all layers."""
 
 from refimpl.compress.factorization import Factors, break_even_rank, truncated_svd
+from refimpl.compress.layer_sharing import shared_layers, shared_layers_vjp
+from refimpl.compress.tucker import Tucker, tucker, tucker_factors, tucker_parameters
 
-__all__ = ["Factors", "break_even_rank", "truncated_svd"]
+__all__ = [
+    "Factors",
+    "Tucker",
+    "break_even_rank",
+    "shared_layers",
+    "shared_layers_vjp",
+    "truncated_svd",
+    "tucker",
+    "tucker_factors",
+    "tucker_parameters",
+]
