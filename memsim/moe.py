@@ -11,7 +11,7 @@ feed-forward networks: 6l*L*n*3d*f = 6*4096*62*16*3*4096*1408 = 421.8 TFLOP
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,7 @@ __all__ = [
     "moe_parameters",
 ]
 
+_ALL_TO_ALL = "Lepikhin et al. 2020, arXiv:2006.16668, Algorithm 2"
 _RULE = "DeepSeek LLM, arXiv:2401.02954, eq. 2"
 
 
@@ -248,20 +249,23 @@ def moe_all_to_all(
     width: Quantity,
     ranks: Quantity,
     itemsize: Quantity = 2,
-    direction: str = "forward",
+    held: Quantity | None = None,
+    direction: Literal["forward", "backward", "both"] = "forward",
 ) -> Estimate:
-    """Return the bytes that each rank sends in the all-to-alls of one layer under expert parallelism.
+    """Return the bytes that a rank sends in the all-to-alls of one layer under expert parallelism.
 
     Parameters
     ----------
     experts : int
-        E of the layer, a multiple of `ranks`: each rank has E / p of them.
+        E of the layer.
     capacity : int
-        C, slots for the tokens of one rank in each expert's buffer, filled or not.
+        C, places for the tokens of one rank in each expert's buffer; empty ones travel too.
     width, ranks, itemsize : int
         d, p, and bytes an element.
+    held : int, optional
+        Experts on the rank that is asked about.  Default: E / p, which must be whole.
     direction : {"forward", "backward", "both"}
-        A pass has two all-to-alls, to the experts and back.
+        A pass has two all-to-alls, to the experts and back; the backward pass sends gradients.
 
     Returns
     -------
@@ -271,7 +275,15 @@ def moe_all_to_all(
     Raises
     ------
     OptionError
-        If a number is not whole and above 0, `ranks` does not divide `experts`, or `direction` is unknown.
+        If a number is not whole and above 0, `held` is not below E or there is no even share, or `direction`
+        is unknown.
+    DTypeError
+        If a number is not whole.
+
+    Notes
+    -----
+    A rank sends its tokens to the experts that others hold, and to others what its own experts made of
+    theirs.  Together, with an even share, that is ``2 (p - 1)/p E C d`` elements.
 
     References
     ----------
@@ -282,23 +294,24 @@ def moe_all_to_all(
     >>> moe_all_to_all(experts=8, capacity=1024, width=4096, ranks=8).total == 2 * 7 * 1024 * 4096 * 2
     True
     """
-    values: dict[str, Number] = {
-        "E": exact(experts, "experts"), "C": exact(capacity, "capacity"), "d": exact(width, "width"),
-        "p": exact(ranks, "ranks"), "e": exact(itemsize, "itemsize"),
-    }  # fmt: skip
-    for name, value in values.items():
-        whole(name, value)
-    if int(values["E"]) % int(values["p"]):
-        raise OptionError(f"ranks: must divide the experts; got ranks={ranks}, experts={experts}")
-    passes = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
-    if direction not in passes:
+    sizes = {"E": experts, "C": capacity, "d": width, "p": ranks, "e": itemsize}
+    values: dict[str, Number] = {name: whole(name, exact(size, name)) for name, size in sizes.items()}
+    share, rest = divmod(int(values["E"]), int(values["p"]))
+    if held is None and rest:
+        raise OptionError(f"held: {experts} experts on {ranks} ranks have no even share; say how many")
+    values["h"] = share if held is None else whole("held", exact(held, "held"), 0)
+    if values["h"] > values["E"]:
+        raise OptionError(f"held: expected at most E={experts} experts on a rank, got {held}")
+    if direction not in ("forward", "backward", "both"):
         raise OptionError(f"direction: expected 'forward', 'backward' or 'both'; got {direction!r}")
+    ways = ("forward", "backward") if direction == "both" else (direction,)
+    formulas = {"dispatch": "(E - h)*C*d*e", "combine": "(p - 1)*h*C*d*e"}
     return estimate(
-        f"all-to-all of a MoE layer, {direction}",
+        f"all-to-alls of a layer with experts, {direction}",
         [
-            term(f"{way}, {name}", "(p - 1)*E/p*C*d*e", values, "B", "GShard, arXiv:2006.16668, Algorithm 2")
-            for way in passes[direction]
-            for name in ("dispatch", "combine")
+            term(f"{way}, {name}", formula, values, "B", _ALL_TO_ALL)
+            for way in ways
+            for name, formula in formulas.items()
         ],
-        leaves_out="indices and gates of the tokens",
+        leaves_out="indices and gates of the tokens, the router's gradient",
     )

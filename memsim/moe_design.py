@@ -11,16 +11,23 @@ import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
-from memsim import data_files
+from memsim import data_files, published
 from memsim.estimate import Estimate
 from memsim.formula import evaluate
 from memsim.model import Model
 from memsim.moe import MoeParameters, moe_parameters
 from memsim.sparse_model import sparse
-from memsim.units import round_half_up
+from memsim.units import SCALES, Number, exact, round_half_up
 from refimpl.errors import UnknownNameError
 
-__all__ = ["DesignRow", "column_model", "column_parameters", "column_total", "design_rows"]
+__all__ = [
+    "DesignRow",
+    "column_model",
+    "column_parameters",
+    "column_total",
+    "design_rows",
+    "published_sizes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +141,18 @@ def column_total(*, row: str) -> Estimate:
     'parameters'
     """
     return column_parameters(row=row).total
+
+
+def published_sizes() -> dict[str, tuple[Number, Number | None]]:
+    """Return total and activated parameters of each row as printed, None where only a total is.
+
+    Examples
+    --------
+    >>> [float(size) for size in published_sizes()["openmoe-8b"]]
+    [8700000000.0, 2600000000.0]
+    """
+    sizes: dict[str, Number] = {}
+    for entry in published.load("moe_design"):
+        sizes[entry["id"]] = exact(Fraction(entry["printed"]) * Fraction(SCALES[entry["unit"]][1]))
+    models = [row.model for row in design_rows()]
+    return {name: (sizes[f"moe.{name}.total"], sizes.get(f"moe.{name}.activated")) for name in models}

@@ -182,6 +182,30 @@ def test_all_to_all_is_what_a_pairwise_exchange_sends(ranks: int) -> None:
     assert len(found.terms) == 4
 
 
+@pytest.mark.parametrize(("experts", "ranks"), [(5, 3), (6, 3), (2, 4)])
+def test_all_to_all_is_what_each_rank_of_the_program_sends(experts: int, ranks: int) -> None:
+    """The bytes counted on ranks, message by message: buffers of C places for each expert of another rank."""
+    C, d, e = 4, 3, 2
+    held = [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
+    for rank, own in enumerate(held):
+        messages = [held[other] * C * d * e for other in range(ranks) if other != rank]  # tokens to experts
+        messages += [own * C * d * e for other in range(ranks) if other != rank]  # results to tokens
+        found = moe_all_to_all(experts=experts, capacity=C, width=d, ranks=ranks, itemsize=e, held=own)
+        assert found.total == sum(messages)
+
+
+def test_all_to_all_is_the_price_of_the_references_program() -> None:
+    communication = pytest.importorskip("memsim.moe_communication")
+    for experts, ranks in ((5, 3), (8, 4), (2, 4)):
+        size = {"experts": experts, "ranks": ranks, "capacity": 6, "width": 7, "itemsize": 4}
+        dispatch, combine = communication.sent_by_all_to_all(**size)
+        for rank in range(ranks):
+            own = experts // ranks + (rank < experts % ranks)
+            found = moe_all_to_all(**size, held=own)
+            assert found["forward, dispatch"] == dispatch[rank].bytes
+            assert found["forward, combine"] == combine[rank].bytes
+
+
 TINY: dict[str, Any] = {"layers": 2, "width": 6, "heads": 1, "head_width": 6, "experts": 4, "active": 2}
 
 
@@ -197,10 +221,11 @@ TINY: dict[str, Any] = {"layers": 2, "width": 6, "heads": 1, "head_width": 6, "e
         (lambda: moe_flops(layers=0, width=1, sequence=1, vocabulary=1), OptionError, "L"),
         (lambda: model_flops(model="gpt2", sequence=0), OptionError, "sequence"),
         (lambda: model_flops(model="gpt2", sequence=1, direction="backward"), OptionError, "direction"),  # type: ignore[arg-type]
-        (lambda: moe_all_to_all(experts=6, capacity=1, width=1, ranks=4), OptionError, "must divide"),
+        (lambda: moe_all_to_all(experts=6, capacity=1, width=1, ranks=4), OptionError, "no even share"),
+        (lambda: moe_all_to_all(experts=6, capacity=1, width=1, ranks=4, held=7), OptionError, "at most E=6"),
         (lambda: moe_all_to_all(experts=6, capacity=0, width=1, ranks=3), OptionError, "C: expected"),
         (
-            lambda: moe_all_to_all(experts=6, capacity=1, width=1, ranks=3, direction="sideways"),
+            lambda: moe_all_to_all(experts=6, capacity=1, width=1, ranks=3, direction="up"),  # type: ignore[arg-type]
             OptionError,
             "direction",
         ),
