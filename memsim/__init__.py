@@ -43,7 +43,7 @@ _HOMES = {
     "linear_flops": "linear_io",
     "linear_traffic": "linear_io",
     "model_names": "model",
-    "moe_all_to_all": "moe",
+    "moe_all_to_all": "moe_exchange",
     "moe_flops": "moe",
     "moe_parameters": "moe",
     "non_embedding_parameters": "parameters",

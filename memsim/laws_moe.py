@@ -9,6 +9,7 @@ from typing import Any
 
 from memsim.estimate import Estimate
 from memsim.model import Model, Part
+from memsim.units import printed_decimals, round_half_up
 from refimpl.errors import LawViolation
 from refimpl.registry import Case, law
 
@@ -120,6 +121,26 @@ def one_expert_is_a_dense_network(f: Count, case: Case, _close: object) -> None:
     _require(total == activated == _counts(f, case, none)[0] + each, f"{total}, {activated} with one expert")
 
 
+# Total and activated parameters in billions, as the reports print them.
+_NAMES = {
+    "deepseekmoe-2b": ("2.0", "0.3"),
+    "deepspeed-moe-52b": ("52", "1.3"),
+    "mixtral-8x7b": ("47", "13"),
+    "qwen1.5-moe": ("14.3", "2.7"),
+    "switch-395b": ("395", None),
+}
+
+
+@law("cost.moe_parameters")
+def a_name_says_the_size(f: Count, case: Case, _close: object) -> None:  # noqa: ARG001
+    """Described models have the total and activated parameters that their reports print, once rounded."""
+    for name, printed in _NAMES.items():
+        for found, text in zip(f(model=name), printed, strict=True):
+            if text is not None:
+                billions = round_half_up(Fraction(found.total) / 10**9, printed_decimals(text))
+                _require(f"{billions}" == text, f"{name}: {found.name} are {billions}B, printed {text}B")
+
+
 def _flops(f: Callable[..., Estimate], case: Case, **changed: Any) -> Any:
     return case.replace(**changed).call(f).total
 
@@ -198,3 +219,45 @@ def scores_alone_see_other_tokens(f: Callable[..., Estimate], case: Case, _close
     )
     per_weight = 2 if case.kwargs["direction"] == "forward" else 6
     _require(extra == 2 * per_weight * 2 * l**2 * heads, f"twice the sequence costs {extra} more than twice")
+
+
+@law("cost.moe_communication")
+def what_is_sent_out_comes_back(f: Callable[..., Estimate], case: Case, _close: object) -> None:
+    """Over all ranks as many bytes go to experts as come back, for each expert p - 1 buffers."""
+    given = {**case.kwargs, "direction": "forward"}
+    E, p = given["experts"], given["ranks"]
+    held = [E // p + (rank < E % p) for rank in range(p)]
+    ranks = [f(**{**given, "held": own}) for own in held]
+    out, back = (sum(rank[f"forward, {way}"] for rank in ranks) for way in ("dispatch", "combine"))
+    buffers = given["capacity"] * given["width"] * given["itemsize"]
+    _require(out == back == (p - 1) * E * buffers, f"{out} bytes go out, {back} come back")
+
+
+@law("cost.moe_communication")
+def an_expert_more_is_sent_less_and_sends_more(
+    f: Callable[..., Estimate], case: Case, _close: object
+) -> None:
+    """A rank with one expert more keeps a buffer at home and sends p - 1 back."""
+    given = {**case.kwargs, "direction": "forward"}
+    if not given["held"]:
+        return
+    more, fewer = f(**given), f(**{**given, "held": given["held"] - 1})
+    buffer = given["capacity"] * given["width"] * given["itemsize"]
+    steps = [more[f"forward, {way}"] - fewer[f"forward, {way}"] for way in ("dispatch", "combine")]
+    _require(steps == [-buffer, (given["ranks"] - 1) * buffer], f"an expert more changes {steps} bytes")
+
+
+@law("cost.moe_communication")
+def both_passes_send_alike(f: Callable[..., Estimate], case: Case, _close: object) -> None:
+    """Gradients of outputs and tokens are as large as these: both passes send twice what one does."""
+    one, back, both = (
+        f(**{**case.kwargs, "direction": way}).total for way in ("forward", "backward", "both")
+    )
+    _require(one == back and both == 2 * one, f"{one} bytes forward, {back} backward, {both} together")
+
+
+@law("cost.moe_communication")
+def one_rank_sends_nothing(f: Callable[..., Estimate], case: Case, _close: object) -> None:
+    """A single rank has all experts and sends nothing."""
+    alone = f(**{**case.kwargs, "ranks": 1, "held": case.kwargs["experts"]}).total
+    _require(alone == 0, f"one rank sends {alone} bytes")

@@ -1,4 +1,4 @@
-"""What mixture-of-experts models hold, activate for a token, compute and exchange.
+"""What mixture-of-experts models hold, activate for a token, and compute.
 
 >>> counts = moe_parameters(model="mixtral-8x7b")
 >>> counts.total.total, counts.activated.total
@@ -11,7 +11,7 @@ feed-forward networks: 6l*L*n*3d*f = 6*4096*62*16*3*4096*1408 = 421.8 TFLOP
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,21 +20,17 @@ from memsim.model import Model, Part
 from memsim.parameters import model_of, parameters
 from memsim.sparse_model import sparse
 from memsim.training_memory import positive_values
-from memsim.units import Number, Quantity, exact
-from refimpl.errors import OptionError
+from memsim.units import Quantity
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import whole
 
 __all__ = [
     "MoeParameters",
     "activated_model",
     "activated_parameters",
-    "moe_all_to_all",
     "moe_flops",
     "moe_parameters",
 ]
 
-_ALL_TO_ALL = "Lepikhin et al. 2020, arXiv:2006.16668, Algorithm 2"
 _RULE = "DeepSeek LLM, arXiv:2401.02954, eq. 2"
 
 
@@ -239,79 +235,4 @@ def moe_flops(
         "FLOPs of a forward and a backward pass over a sequence",
         [term(name, formula, values, "FLOP", _RULE) for name, formula in terms.items()],
         leaves_out="routers, norms, grouped key heads, the causal mask's half",
-    )
-
-
-def moe_all_to_all(
-    *,
-    experts: Quantity,
-    capacity: Quantity,
-    width: Quantity,
-    ranks: Quantity,
-    itemsize: Quantity = 2,
-    held: Quantity | None = None,
-    direction: Literal["forward", "backward", "both"] = "forward",
-) -> Estimate:
-    """Return the bytes that a rank sends in the all-to-alls of one layer under expert parallelism.
-
-    Parameters
-    ----------
-    experts : int
-        E of the layer.
-    capacity : int
-        C, places for the tokens of one rank in each expert's buffer; empty ones travel too.
-    width, ranks, itemsize : int
-        d, p, and bytes an element.
-    held : int, optional
-        Experts on the rank that is asked about.  Default: E / p, which must be whole.
-    direction : {"forward", "backward", "both"}
-        A pass has two all-to-alls, to the experts and back; the backward pass sends gradients.
-
-    Returns
-    -------
-    Estimate
-        In bytes; 0 with one rank.
-
-    Raises
-    ------
-    OptionError
-        If a number is not whole and above 0, `held` is not below E or there is no even share, or `direction`
-        is unknown.
-    DTypeError
-        If a number is not whole.
-
-    Notes
-    -----
-    A rank sends its tokens to the experts that others hold, and to others what its own experts made of
-    theirs.  Together, with an even share, that is ``2 (p - 1)/p E C d`` elements.
-
-    References
-    ----------
-    .. [1] Lepikhin et al., 2020, arXiv:2006.16668, section 3.2 and Algorithm 2.
-
-    Examples
-    --------
-    >>> moe_all_to_all(experts=8, capacity=1024, width=4096, ranks=8).total == 2 * 7 * 1024 * 4096 * 2
-    True
-    """
-    sizes = {"E": experts, "C": capacity, "d": width, "p": ranks, "e": itemsize}
-    values: dict[str, Number] = {name: whole(name, exact(size, name)) for name, size in sizes.items()}
-    share, rest = divmod(int(values["E"]), int(values["p"]))
-    if held is None and rest:
-        raise OptionError(f"held: {experts} experts on {ranks} ranks have no even share; say how many")
-    values["h"] = share if held is None else whole("held", exact(held, "held"), 0)
-    if values["h"] > values["E"]:
-        raise OptionError(f"held: expected at most E={experts} experts on a rank, got {held}")
-    if direction not in ("forward", "backward", "both"):
-        raise OptionError(f"direction: expected 'forward', 'backward' or 'both'; got {direction!r}")
-    ways = ("forward", "backward") if direction == "both" else (direction,)
-    formulas = {"dispatch": "(E - h)*C*d*e", "combine": "(p - 1)*h*C*d*e"}
-    return estimate(
-        f"all-to-alls of a layer with experts, {direction}",
-        [
-            term(f"{way}, {name}", formula, values, "B", _ALL_TO_ALL)
-            for way in ways
-            for name, formula in formulas.items()
-        ],
-        leaves_out="indices and gates of the tokens, the router's gradient",
     )

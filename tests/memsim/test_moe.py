@@ -14,9 +14,10 @@ from memsim.estimate import Estimate
 from memsim.formula import evaluate
 from memsim.model import Part, model
 from memsim.model_flops import model_flops
-from memsim.moe import MoeParameters, activated_model, moe_all_to_all, moe_flops, moe_parameters
+from memsim.moe import MoeParameters, activated_model, moe_flops, moe_parameters
 from memsim.moe_design import column_model, column_parameters, design_rows
-from memsim.parameters import parameters
+from memsim.moe_exchange import moe_all_to_all
+from memsim.parameters import model_of, parameters
 from memsim.parts import PARTS
 from memsim.published import load, reproduce
 from memsim.sparse_model import sparse
@@ -251,16 +252,18 @@ def one_expert_activated(*, model: Any) -> Any:
     stacks = tuple(
         replace(s, parts=tuple(
             replace(p, sizes={**p.sizes, "active": 1}) if p.kind == "experts" else p for p in s.parts))
-        for s in model.stacks
+        for s in model_of(model).stacks
     )  # fmt: skip
     return MoeParameters(
-        parameters(model=model), moe_parameters(model=replace(model, stacks=stacks)).activated
+        parameters(model=model), moe_parameters(model=replace(model_of(model), stacks=stacks)).activated
     )
 
 
 def router_forgotten(*, model: Any) -> Any:
-    stacks = tuple(replace(s, parts=tuple(p for p in s.parts if p.name != "router")) for s in model.stacks)
-    return moe_parameters(model=replace(model, stacks=stacks))
+    stacks = tuple(
+        replace(s, parts=tuple(p for p in s.parts if p.name != "router")) for s in model_of(model).stacks
+    )
+    return moe_parameters(model=replace(model_of(model), stacks=stacks))
 
 
 def scores_forgotten(*, layers: int, width: int, sequence: int, vocabulary: int, **options: Any) -> Any:
@@ -297,6 +300,23 @@ def scores_of_one_head(*, model: Any, **options: Any) -> Any:
     return Estimate(found.name, tuple(terms))
 
 
+def whole_buffers(*, experts: int, held: int, **options: Any) -> Any:
+    return moe_all_to_all(experts=experts, held=0, **options)  # sends its own experts' buffers too
+
+
+def one_way(**options: Any) -> Any:
+    found = moe_all_to_all(**options)
+    return Estimate(found.name, tuple(replace(t, value=0) if "combine" in t.name else t for t in found.terms))
+
+
+def an_even_share(*, experts: int, ranks: int, held: int, **options: Any) -> Any:
+    return moe_all_to_all(experts=experts, ranks=ranks, held=experts // ranks, **options)
+
+
+def to_itself_too(*, ranks: int, **options: Any) -> Any:
+    return moe_all_to_all(ranks=ranks + 1, **options)
+
+
 def backward_as_forward(*, direction: str, **options: Any) -> Any:
     return model_flops(direction="forward", **options)
 
@@ -312,6 +332,10 @@ def backward_as_forward(*, direction: str, **options: Any) -> Any:
         ("cost.moe_flops", forward_only),
         ("cost.moe_flops", head_in_every_layer),
         ("cost.moe_flops", width_ignored),
+        ("cost.moe_communication", whole_buffers),
+        ("cost.moe_communication", one_way),
+        ("cost.moe_communication", an_even_share),
+        ("cost.moe_communication", to_itself_too),
         ("cost.moe_flops.matrices", idle_experts_run),
         ("cost.moe_flops.matrices", scores_of_one_head),
         ("cost.moe_flops.matrices", backward_as_forward),

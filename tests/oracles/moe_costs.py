@@ -118,3 +118,20 @@ def every_token_through_every_matrix(*, model: Any, sequence: int, direction: st
                 for _ in range(part.sizes["heads"]):
                     total += 2 * 2 * sequence * part.sizes["head_width"]
     return {"FLOP": np.asarray(total * (1 if direction == "forward" else 3), dtype=object)}
+
+
+@oracle("cost.moe_communication")
+def buffer_by_buffer(
+    *, experts: int, ranks: int, capacity: int, width: int, itemsize: int, held: int, direction: str
+) -> Any:
+    """One buffer for each expert of somebody else, and for everybody else one of each expert here."""
+    buffer = capacity * width * itemsize
+    sent = 0
+    for _ in range(2 if direction == "both" else 1):
+        for expert in range(experts):
+            if expert >= held:
+                sent += buffer
+        for _other in range(1, ranks):
+            for _expert in range(held):
+                sent += buffer
+    return {"B": np.asarray(sent, dtype=object)}
