@@ -1,8 +1,7 @@
 """Mixture of experts: what routers are trained with."""
 
-from refimpl.moe.losses_adaptive import adapt_coefficient, normalize_logits, normalize_logits_vjp
 from refimpl.moe.losses_balance import balance_loss, balance_loss_vjp
-from refimpl.moe.losses_coefficients import LossCoefficients, loss_coefficients
+from refimpl.moe.losses_coefficients import LossCoefficients, adapt_coefficient, loss_coefficients
 from refimpl.moe.losses_communication import communication_balance_loss, communication_balance_loss_vjp
 from refimpl.moe.losses_device_balance import (
     device_balance_loss,
@@ -17,6 +16,12 @@ from refimpl.moe.losses_mutual_information import (
     mutual_information_loss_vjp,
     task_information_loss,
     task_information_loss_vjp,
+)
+from refimpl.moe.losses_skywork import (
+    normalize_logits,
+    normalize_logits_vjp,
+    uniformity_loss,
+    uniformity_loss_vjp,
 )
 from refimpl.moe.losses_z import z_loss, z_loss_vjp
 
@@ -43,6 +48,8 @@ __all__ = [
     "normalize_logits_vjp",
     "task_information_loss",
     "task_information_loss_vjp",
+    "uniformity_loss",
+    "uniformity_loss_vjp",
     "z_loss",
     "z_loss_vjp",
 ]

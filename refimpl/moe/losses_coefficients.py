@@ -1,7 +1,9 @@
-"""What models multiply their routers' losses by: no one number for all of them.
+"""What models multiply their routers' losses by: no one number for all, and in Skywork-MoE one that adapts.
 
 >>> [loss_coefficients(model=f"deepseekmoe-{size}").expert for size in ("2b", "16b", "145b")]
 [0.01, 0.001, 0.003]
+>>> adapt_coefficient(np.array([0.01]), np.array([0.0]))
+array([0.0099])
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refimpl.errors import UnknownNameError
+from refimpl.errors import OptionError, UnknownNameError
+from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
+from refimpl.validation import bind_axes, finite, floating, fraction
 
-__all__ = ["COEFFICIENTS", "LossCoefficients", "loss_coefficients"]
+__all__ = ["COEFFICIENTS", "LossCoefficients", "adapt_coefficient", "loss_coefficients"]
 
 
 class LossCoefficients(NamedTuple):
@@ -34,6 +38,10 @@ COEFFICIENTS: Mapping[str, tuple[Source, LossCoefficients]] = {
     "shazeer": (
         Source("Shazeer et al. 2017", "arXiv:1701.06538", "appendix C.1"),
         LossCoefficients(importance=0.1, load=0.1),
+    ),
+    "v-moe": (
+        Source("google-research/vmoe", "GitHub", "vmoe/configs/vmoe_paper: half of 0.01 each"),
+        LossCoefficients(importance=0.005, load=0.005),
     ),
     "switch-transformer": (
         Source("Fedus et al. 2021", "arXiv:2101.03961", "section 2.2"),
@@ -103,3 +111,74 @@ def loss_coefficients(*, model: str) -> LossCoefficients:
     if model not in COEFFICIENTS:
         raise UnknownNameError("model", model, COEFFICIENTS)
     return COEFFICIENTS[model][1]
+
+
+def _sample_coefficients(rng: np.random.Generator, *, layers: int, dropped: str) -> Case:
+    # Rates stay inside [0, 1], so that one unit in the last place either way is a rate too.
+    rates = {"none": 1e-9, "some": 0.1, "all": 1.0}[dropped] * (0.1 + 0.8 * rng.random(layers))
+    return Case((0.02 * rng.random(layers), rates))
+
+
+@technique(
+    "moe.adaptive_coefficient",
+    entries=(52,),
+    kind="function",
+    source=Source("Wei et al. 2024", "arXiv:2406.06563", "section 3.3, adaptive auxiliary loss coefficients"),
+    axes={"layers": (0, 6)},
+    options={"dropped": ("none", "some", "all")},
+    sample=_sample_coefficients,
+    edges=({"layers": 0}, {"layers": 1, "dropped": "all"}, {"layers": 3, "dropped": "none"}),
+)
+def adapt_coefficient(
+    coefficient: FloatArray,
+    drop_rate: FloatArray,
+    /,
+    *,
+    sensitivity: float = 0.2,
+    largest: float = 0.01,
+    momentum: float = 0.99,
+) -> FloatArray:
+    """Return each layer's next coefficient, ``β α + (1 - β) min(ξ d, α_max)``, from the share d it dropped.
+
+    Parameters
+    ----------
+    coefficient, drop_rate : ndarray of float, shape (layers,)
+        α now, and the share of tokens dropped for want of capacity, from 0 to 1.
+    sensitivity, largest, momentum : float
+        ξ, α_max and β; defaults are Skywork-MoE's.
+
+    Returns
+    -------
+    ndarray, shape (layers,)
+        In the dtype of the arguments.
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        If the arguments are not two rows of the same length of real numbers.
+    OptionError
+        If a rate is outside [0, 1], β outside [0, 1), or ξ or α_max not finite.
+
+    Notes
+    -----
+    A layer that drops nothing loses its auxiliary loss in time, and with it the loss's pull on the router.
+
+    **Special cases**: with no layer the result is empty.
+
+    References
+    ----------
+    .. [1] Wei et al., 2024, arXiv:2406.06563, section 3.3.
+
+    Examples
+    --------
+    >>> adapt_coefficient(np.array([0.01]), np.array([0.5]))
+    array([0.01])
+    """
+    alpha, rate = floating(coefficient=coefficient, drop_rate=drop_rate)
+    bind_axes({"coefficient": (alpha, "layers"), "drop_rate": (rate, "layers")})
+    wide, d = widen(alpha).astype(np.float64), widen(rate).astype(np.float64)
+    if not np.all((d >= 0) & (d <= 1)):
+        raise OptionError("drop_rate: expected shares in [0, 1]")
+    beta = fraction("momentum", momentum)
+    target = np.minimum(finite("sensitivity", sensitivity) * d, finite("largest", largest))
+    return np.asarray(round_to(beta * wide + (1 - beta) * target, alpha.dtype))

@@ -158,6 +158,7 @@ DEVICES = np.array([0, 1])
         (lambda: moe.importance_loss(np.ones((2, 0))), ShapeError, "an expert"),
         (lambda: moe.importance_loss(HALF, variation="cv"), OptionError, "variation"),  # type: ignore[arg-type]
         (lambda: moe.importance_loss(HALF > 1), DTypeError, "gates"),
+        (lambda: moe.uniformity_loss(HALF[0]), ShapeError, "gates: expected 2 axes"),
         (lambda: moe.load_loss(HALF, HALF, HALF, k=3), OptionError, "k: expected at most E=2"),
         (lambda: moe.load_loss(HALF, HALF, HALF, k=0), OptionError, "k: expected at least 1"),
         (lambda: moe.load_loss(HALF, HALF, 0 * HALF, k=1), OptionError, "noise_std"),

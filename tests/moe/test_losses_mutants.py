@@ -10,7 +10,7 @@ import pytest
 
 from refimpl import moe, registry
 from refimpl.errors import LawViolation
-from refimpl.moe.errata_losses import one_coefficient_for_all
+from refimpl.moe.errata_losses import one_coefficient_for_all, shazeers_coefficients_for_vision
 from refimpl.registry import Case
 from refimpl.testing import check
 
@@ -288,7 +288,25 @@ def device_loss_everywhere(*, model: str) -> Any:
     return moe.loss_coefficients(model=model)._replace(device=0.05)
 
 
-MUTANTS["moe.loss_coefficients-one_coefficient_for_all"] = ("moe.loss_coefficients", one_coefficient_for_all)
+mutant("moe.loss_coefficients")(one_coefficient_for_all)
+mutant("moe.loss_coefficients")(shazeers_coefficients_for_vision)
+
+
+@mutant("moe.balance_loss.skywork")
+def switchs_loss(gates: Any, /) -> Any:
+    first = np.argmax(gates, axis=1)[:, None]
+    return moe.balance_loss(gates, first) - 1 if len(gates) else 0.0
+
+
+@mutant("moe.balance_loss.skywork")
+def mean_over_experts(gates: Any, /) -> Any:
+    return moe.uniformity_loss(gates) / gates.shape[1]
+
+
+@mutant("moe.balance_loss.skywork")
+def shares_of_the_whole(gates: Any, /) -> Any:
+    total = gates.sum()
+    return float(np.sum((gates.sum(axis=0) / total - 1 / gates.shape[1]) ** 2)) if total else 0.0
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -313,6 +331,7 @@ def test_the_lectures_one_coefficient_breaks_its_law() -> None:
     ("technique", "vjp"),
     [
         ("moe.balance_loss", "refimpl.moe.losses_balance:balance_loss_vjp"),
+        ("moe.balance_loss.skywork", "refimpl.moe.losses_skywork:uniformity_loss_vjp"),
         ("moe.z_loss", "refimpl.moe.losses_z:z_loss_vjp"),
         ("moe.load_loss", "refimpl.moe.losses_load:load_loss_vjp"),
         ("moe.importance_loss", "refimpl.moe.losses_importance:importance_loss_vjp"),

@@ -215,6 +215,14 @@ def scipy_relative_entropy(logits: Any, tasks: Any, /, *, task_weights: str) -> 
     return -total
 
 
+@oracle("moe.balance_loss.skywork")
+def in_fractions(gates: Any, /) -> Any:
+    """Exact sums of the gates as they are."""
+    T, E = gates.shape
+    means = [sum(map(Fraction, column.tolist()), Fraction(0)) / T for column in gates.T] if T else []
+    return float(sum((Fraction(1, E) - mean) ** 2 for mean in means))
+
+
 @oracle("moe.logit_normalization")
 def torch_layer_norm(logits: Any, /, *, temperature: float) -> Any:
     """PyTorch's layer_norm without an epsilon."""
@@ -251,6 +259,7 @@ def as_read_in_the_reports(*, model: str) -> Any:
     """The numbers again, in the order importance, load, balance, expert, device, communication, z."""
     return {
         "shazeer": (0.1, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0),
+        "v-moe": (0.005, 0.005, 0.0, 0.0, 0.0, 0.0, 0.0),
         "switch-transformer": (0.0, 0.0, 0.01, 0.0, 0.0, 0.0, 0.0),
         "st-moe": (0.0, 0.0, 0.01, 0.0, 0.0, 0.0, 0.001),
         "deepseekmoe-2b": (0.0, 0.0, 0.0, 0.01, 0.0, 0.0, 0.0),

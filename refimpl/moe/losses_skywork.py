@@ -1,9 +1,7 @@
-"""Skywork-MoE's two remedies: gating logits normalised before the softmax, and a coefficient that adapts.
+"""Skywork-MoE: its own auxiliary loss, and gating logits that are normalised before the softmax.
 
 >>> normalize_logits(np.array([[1.0, 2.0, 3.0]])).round(4)
 array([[-1.2247,  0.    ,  1.2247]])
->>> adapt_coefficient(np.array([0.01]), np.array([0.0]))
-array([0.0099])
 """
 
 from __future__ import annotations
@@ -12,14 +10,113 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import OptionError
-from refimpl.moe.losses_samples import sample_logits
+from refimpl.errors import ShapeError
+from refimpl.moe.losses_importance import ImportanceGradient
+from refimpl.moe.losses_samples import coefficient_terms, sample_gates, sample_logits
 from refimpl.moe.losses_z import LogitGradient, checked_logits
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, finite, floating, fraction
+from refimpl.validation import bind_axes, finite, floating
 
-__all__ = ["adapt_coefficient", "normalize_logits", "normalize_logits_vjp"]
+__all__ = [
+    "normalize_logits",
+    "normalize_logits_vjp",
+    "uniformity_loss",
+    "uniformity_loss_vjp",
+]
+
+
+@technique(
+    "moe.balance_loss.skywork",
+    entries=(51, 52),
+    kind="function",
+    source=Source("Wei et al. 2024", "arXiv:2406.06563", "section 2, eq. 4"),
+    axes={"T": (0, 9), "E": (1, 7)},
+    options={"values": ("gates", "sparse", "equal")},
+    sample=sample_gates,
+    edges=({"T": 0, "E": 3}, {"T": 3, "E": 1}, {"T": 1, "E": 5, "values": "sparse"}),
+    terms=coefficient_terms,
+    vjp="refimpl.moe.losses_skywork:uniformity_loss_vjp",
+)
+def uniformity_loss(gates: FloatArray, /) -> float:
+    """Return ``Σ_e (1/E - mean_t g_te)²``: the report calls it Switch's loss, but it is another one.
+
+    Parameters
+    ----------
+    gates : ndarray of float, shape (T, E)
+        Gates, each token's with sum 1.
+
+    Returns
+    -------
+    float
+        0 if the mean gates are equal, 1 - 1/E if one expert has everything.
+
+    Raises
+    ------
+    ShapeError
+        If `gates` has not two axes, or there is no expert.
+    DTypeError
+        If `gates` are not real.
+
+    Notes
+    -----
+    For gates that sum to 1 it is `importance_loss` divided by E: no count of tokens takes part, and the
+    gradient flows through both factors of the square.
+
+    **Special cases**: without tokens the loss is 0.
+
+    References
+    ----------
+    .. [1] Wei et al., 2024, arXiv:2406.06563, eq. 4.
+
+    Examples
+    --------
+    >>> uniformity_loss(np.array([[1.0, 0.0], [1.0, 0.0]]))
+    0.5
+    """
+    _, distance = _distance(gates)
+    return float(np.sum(np.square(distance)))
+
+
+def uniformity_loss_vjp(gates: FloatArray, dloss: float, /) -> ImportanceGradient:
+    """Return the gradient of `uniformity_loss`: the same for every token.
+
+    Parameters
+    ----------
+    gates
+        As for `uniformity_loss`.
+    dloss : float
+        Gradient of the loss.
+
+    Returns
+    -------
+    ImportanceGradient
+        In the dtype of the gates.
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        As `uniformity_loss`.
+
+    Examples
+    --------
+    >>> uniformity_loss_vjp(np.array([[1.0, 0.0]]), 1.0).dgates
+    array([[ 1., -1.]])
+    """
+    given, distance = _distance(gates)
+    each = 2 * float(dloss) * distance / max(len(given), 1)
+    return ImportanceGradient(round_to(np.broadcast_to(each, given.shape).copy(), given.dtype))
+
+
+def _distance(gates: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the gates as an array, and how far their means are above 1/E; 0 without tokens."""
+    (given,) = floating(gates=gates)
+    if given.ndim != 2 or not given.shape[1]:
+        raise ShapeError(f"gates: expected 2 axes (T, E) and an expert, got shape {given.shape}")
+    tokens, experts = given.shape
+    if not tokens:
+        return given, np.zeros(experts)
+    return given, np.asarray(np.sum(widen(given), axis=0, dtype=np.float64) / tokens - 1 / experts)
 
 
 def _sample_normalization(rng: np.random.Generator, *, values: str, **shape: Any) -> Case:
@@ -41,7 +138,7 @@ def _normalization_terms(case: Case) -> tuple[int, float]:
     sample=_sample_normalization,
     edges=({"T": 0, "E": 3}, {"T": 3, "E": 1}, {"T": 2, "E": 2}, {"T": 5, "E": 6, "values": "large"}),
     terms=_normalization_terms,
-    vjp="refimpl.moe.losses_adaptive:normalize_logits_vjp",
+    vjp="refimpl.moe.losses_skywork:normalize_logits_vjp",
 )
 def normalize_logits(logits: FloatArray, /, *, temperature: float = 1.0) -> FloatArray:
     """Return ``λ (z - μ) / σ`` over the experts of each token: what the softmax is then taken of.
@@ -128,74 +225,3 @@ def _standardized(logits: FloatArray) -> tuple[FloatArray, FloatArray, FloatArra
     centered = np.where(flat, 0.0, wide - wide.mean(axis=1, keepdims=True))
     deviation = np.sqrt(np.mean(np.square(centered), axis=1, keepdims=True))
     return given, centered / np.where(deviation > 0, deviation, 1.0), deviation
-
-
-def _sample_coefficients(rng: np.random.Generator, *, layers: int, dropped: str) -> Case:
-    # Rates stay inside [0, 1], so that one unit in the last place either way is a rate too.
-    rates = {"none": 1e-9, "some": 0.1, "all": 1.0}[dropped] * (0.1 + 0.8 * rng.random(layers))
-    return Case((0.02 * rng.random(layers), rates))
-
-
-@technique(
-    "moe.adaptive_coefficient",
-    entries=(52,),
-    kind="function",
-    source=Source("Wei et al. 2024", "arXiv:2406.06563", "section 3.3, adaptive auxiliary loss coefficients"),
-    axes={"layers": (0, 6)},
-    options={"dropped": ("none", "some", "all")},
-    sample=_sample_coefficients,
-    edges=({"layers": 0}, {"layers": 1, "dropped": "all"}, {"layers": 3, "dropped": "none"}),
-)
-def adapt_coefficient(
-    coefficient: FloatArray,
-    drop_rate: FloatArray,
-    /,
-    *,
-    sensitivity: float = 0.2,
-    largest: float = 0.01,
-    momentum: float = 0.99,
-) -> FloatArray:
-    """Return each layer's next coefficient, ``β α + (1 - β) min(ξ d, α_max)``, from the share d it dropped.
-
-    Parameters
-    ----------
-    coefficient, drop_rate : ndarray of float, shape (layers,)
-        α now, and the share of tokens dropped for want of capacity, from 0 to 1.
-    sensitivity, largest, momentum : float
-        ξ, α_max and β; defaults are Skywork-MoE's.
-
-    Returns
-    -------
-    ndarray, shape (layers,)
-        In the dtype of the arguments.
-
-    Raises
-    ------
-    ShapeError, DTypeError
-        If the arguments are not two rows of the same length of real numbers.
-    OptionError
-        If a rate is outside [0, 1], β outside [0, 1), or ξ or α_max not finite.
-
-    Notes
-    -----
-    A layer that drops nothing loses its auxiliary loss in time, and with it the loss's pull on the router.
-
-    **Special cases**: with no layer the result is empty.
-
-    References
-    ----------
-    .. [1] Wei et al., 2024, arXiv:2406.06563, section 3.3.
-
-    Examples
-    --------
-    >>> adapt_coefficient(np.array([0.01]), np.array([0.5]))
-    array([0.01])
-    """
-    alpha, rate = floating(coefficient=coefficient, drop_rate=drop_rate)
-    bind_axes({"coefficient": (alpha, "layers"), "drop_rate": (rate, "layers")})
-    wide, d = widen(alpha).astype(np.float64), widen(rate).astype(np.float64)
-    if not np.all((d >= 0) & (d <= 1)):
-        raise OptionError("drop_rate: expected shares in [0, 1]")
-    beta = fraction("momentum", momentum)
-    target = np.minimum(finite("sensitivity", sensitivity) * d, finite("largest", largest))
-    return np.asarray(round_to(beta * wide + (1 - beta) * target, alpha.dtype))
