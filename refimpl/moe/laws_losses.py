@@ -21,6 +21,12 @@ def _require(holds: bool, message: str) -> None:
         raise LawViolation(message)
 
 
+def only_in_float64(case: Case) -> None:
+    """Refuse narrower formats: the inputs that a law makes would be rounded, and the claim be of others."""
+    if case.args[0].dtype != np.float64:
+        raise NotImplementedError("the inputs that this law makes are exact in float64 alone")
+
+
 def _turned(array: Array) -> Array:
     """Return the rows once for every rotation of the experts: whatever they hold, experts are alike."""
     rotations = range(array.shape[1])
@@ -57,6 +63,7 @@ def a_single_expert_costs_most(f: Loss, case: Case, close: Close) -> None:
 @law("moe.importance_loss")
 def only_the_sums_of_gates_count(f: Loss, case: Case, close: Close) -> None:
     """One token with the sum of all gates, and the rest with none, costs the same."""
+    only_in_float64(case)
     gates = case.args[0]
     if not len(gates):
         return
@@ -91,6 +98,7 @@ def losses_do_not_know_experts_by_name(f: Loss, case: Case, close: Close) -> Non
 @law("moe.balance_loss.skywork")
 def it_is_importance_over_experts(f: Loss, case: Case, close: Close) -> None:
     """For gates that sum to 1 the loss is the importances' squared coefficient of variation over E."""
+    only_in_float64(case)
     gates = case.args[0]
     T, E = gates.shape
     if T:
@@ -118,6 +126,7 @@ def equal_loads_cost_nothing(f: Loss, case: Case, close: Close) -> None:
 @law("moe.load_loss")
 def load_is_relative(f: Loss, case: Case, close: Close) -> None:
     """A number added to all logits, and twice the logits and their noise, change no probability."""
+    only_in_float64(case)
     clean, noisy, std = case.args
     moved = case.replace(2 * clean + 1, 2 * noisy + 1, 2 * std)
     close.on(moved)(moved.call(f), case.call(f), "loss after a shift and a scale", factor=4.0)

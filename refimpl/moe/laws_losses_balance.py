@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.moe.laws_losses import only_in_float64
 from refimpl.numerics import Array, FloatArray
 from refimpl.registry import Case, law
 from refimpl.testing import Close
@@ -34,6 +35,7 @@ def _counted(case: Case) -> Array:
 @law(*BALANCE)
 def uniform_probabilities_cost_one(f: Loss, case: Case, close: Close) -> None:
     """Uniform probabilities cost 1 whatever is selected; K where all choices count; 1/E² as GShard prints."""
+    only_in_float64(case)
     probabilities, selected = case.args
     uniform = case.replace(np.full_like(probabilities, 1 / probabilities.shape[1]), selected)
     full = float(np.mean(_counted(case))) if len(probabilities) else 0.0
@@ -52,6 +54,7 @@ def everything_on_one_expert_costs_their_number(f: Loss, case: Case, close: Clos
 @law(*BALANCE, "moe.device_balance_loss.communication")
 def balance_is_linear_in_probabilities(f: Loss, case: Case, close: Close) -> None:
     """The shares f are constants: half the probabilities and half of others cost half of each."""
+    only_in_float64(case)
     probabilities, selected = case.args
     other = np.roll(probabilities, 1, axis=1)
     mixed = case.replace((probabilities + other) / 2, selected)
@@ -110,6 +113,7 @@ def choices_after_the_first(f: Loss, case: Case, close: Close) -> None:
 @law("moe.device_balance_loss")
 def a_device_for_each_expert(f: Loss, case: Case, close: Close) -> None:
     """With one expert a device the loss is Σ f_i P_i, and with one device Σ P_i: the mean f is 1."""
+    only_in_float64(case)
     probabilities, selected = case.args
     T, E = probabilities.shape
     if not T:
@@ -124,6 +128,7 @@ def a_device_for_each_expert(f: Loss, case: Case, close: Close) -> None:
 @law("moe.device_balance_loss.communication")
 def a_token_is_sent_to_a_device_once(f: Loss, case: Case, close: Close) -> None:
     """With one device every token is sent there once, whatever it selects: the loss is Σ P / M."""
+    only_in_float64(case)
     probabilities, _ = case.args
     T, E = probabilities.shape
     one = case.replace(device_of=np.zeros(E, int))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import LawViolation
+from refimpl.moe.laws_losses import only_in_float64
 from refimpl.numerics import FloatArray
 from refimpl.registry import Case, law
 from refimpl.testing import Close
@@ -46,6 +47,7 @@ def zero_logits_cost_log_experts_squared(f: Loss, case: Case, close: Close) -> N
 @law("moe.z_loss")
 def a_shift_costs_its_square(f: Loss, case: Case, close: Close) -> None:
     """Shifts of c both ways cost 2 c² more than twice the loss: a mean of squared logsumexps."""
+    only_in_float64(case)
     logits = case.args[0]
     if not _count(case):
         return
@@ -59,6 +61,7 @@ def a_shift_costs_its_square(f: Loss, case: Case, close: Close) -> None:
 @law("moe.z_loss")
 def logits_that_are_log_probabilities_cost_nothing(f: Loss, case: Case, close: Close) -> None:
     """Shifted to a logsumexp of 0, which is where a shift costs least, logits cost nothing."""
+    only_in_float64(case)
     logits = case.args[0]
     if case.kwargs.get("counted") is not None:
         return
@@ -101,6 +104,7 @@ def sure_and_balanced_gates_are_worth_log_experts(f: Loss, case: Case, close: Cl
 @law("moe.mutual_information_loss", "moe.mutual_information_loss.tasks")
 def a_softmax_sees_no_shift(f: Loss, case: Case, close: Close) -> None:
     """A number added to all logits of a token changes nothing."""
+    only_in_float64(case)
     logits, *rest = case.args
     moved = case.replace(logits + (np.arange(len(logits)) % 5)[:, None], *rest)
     close.on(moved)(moved.call(f), case.call(f), "loss after a shift", factor=2.0)
@@ -109,6 +113,7 @@ def a_softmax_sees_no_shift(f: Loss, case: Case, close: Close) -> None:
 @law("moe.mutual_information_loss", "moe.mutual_information_loss.tasks")
 def twice_the_batch_costs_the_same(f: Loss, case: Case, close: Close) -> None:
     """Every token twice changes nothing: the loss is of a distribution."""
+    only_in_float64(case)
     close(
         case.map_arrays(lambda array: np.concatenate([array, array])).call(f),
         case.call(f),
@@ -119,6 +124,7 @@ def twice_the_batch_costs_the_same(f: Loss, case: Case, close: Close) -> None:
 @law("moe.mutual_information_loss.tasks")
 def experts_of_their_own_tell_tasks_apart(f: Loss, case: Case, close: Close) -> None:
     """An expert for each task costs minus the entropy of the tasks, and sharing all costs nothing."""
+    only_in_float64(case)
     logits, tasks = case.args
     E = logits.shape[1]
     known, counts = np.unique(tasks, return_counts=True)
@@ -138,6 +144,7 @@ def experts_of_their_own_tell_tasks_apart(f: Loss, case: Case, close: Close) -> 
 @law("moe.mutual_information_loss.tasks")
 def only_the_mean_gate_of_a_task_counts(f: Loss, case: Case, close: Close) -> None:
     """The mean gate of a task, as the gate of all of its tokens, costs the same."""
+    only_in_float64(case)
     logits, tasks = case.args
     p = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
     means = np.array([p[tasks == task].mean(axis=0) for task in tasks]).reshape(logits.shape)
@@ -178,6 +185,7 @@ def normalisation_takes_scale_and_shift_away(f: Loss, case: Case, close: Close) 
 @law("moe.adaptive_coefficient")
 def a_coefficient_settles_at_its_target(f: Loss, case: Case, close: Close) -> None:
     """A coefficient at min(ξ d, α_max) stays there, and any other goes a hundredth of the way."""
+    only_in_float64(case)
     coefficient, rate = case.args
     target = np.minimum(rate / 5, 0.01)
     settled = case.replace(target, rate)

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from refimpl.errors import DTypeError, OptionError, ShapeError
+from refimpl.moe.losses_importance import wide
 from refimpl.moe.losses_samples import device_terms, sample_assignment
-from refimpl.numerics import BoolArray, FloatArray, IntArray, round_to, widen
+from refimpl.numerics import BoolArray, FloatArray, IntArray, round_to
 from refimpl.registry import Source, technique
 from refimpl.validation import as_array, bind_axes, floating, whole
 
@@ -119,7 +120,7 @@ def balance_loss(
     0.9224
     """
     given, shares, size = _shares(probabilities, selected, normalization, groups, counted)
-    return float(np.sum(shares * widen(given).astype(np.float64)) * size)
+    return float(np.sum(shares * wide(given), dtype=np.float64) * size)
 
 
 def balance_loss_vjp(
@@ -185,7 +186,8 @@ def _shares(
     tokens = np.maximum(here.sum(axis=1), 1)[:, None, None]
     f = np.sum(hits.reshape(groups, -1, E), axis=1, keepdims=True, where=here[:, :, None]) / tokens
     shares = np.where(here[:, :, None], f / tokens, 0.0) / groups
-    return given, np.asarray(shares.reshape(T, E)), 1 / E if normalization == "gshard" else float(E)
+    shares = shares.reshape(T, E).astype(wide(given).dtype)
+    return given, shares, 1 / E if normalization == "gshard" else float(E)
 
 
 def assignment(probabilities: FloatArray, selected: IntArray) -> tuple[FloatArray, IntArray]:

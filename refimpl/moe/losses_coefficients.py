@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.errors import OptionError, UnknownNameError
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.moe.losses_importance import wide
+from refimpl.numerics import FloatArray, round_to
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import bind_axes, finite, floating, fraction
 
@@ -115,7 +116,7 @@ def loss_coefficients(*, model: str) -> LossCoefficients:
 
 def _sample_coefficients(rng: np.random.Generator, *, layers: int, dropped: str) -> Case:
     # Rates stay inside [0, 1], so that one unit in the last place either way is a rate too.
-    rates = {"none": 1e-9, "some": 0.1, "all": 1.0}[dropped] * (0.1 + 0.8 * rng.random(layers))
+    rates = {"few": 0.01, "some": 0.1, "most": 1.0}[dropped] * (0.1 + 0.8 * rng.random(layers))
     return Case((0.02 * rng.random(layers), rates))
 
 
@@ -125,9 +126,9 @@ def _sample_coefficients(rng: np.random.Generator, *, layers: int, dropped: str)
     kind="function",
     source=Source("Wei et al. 2024", "arXiv:2406.06563", "section 3.3, adaptive auxiliary loss coefficients"),
     axes={"layers": (0, 6)},
-    options={"dropped": ("none", "some", "all")},
+    options={"dropped": ("few", "some", "most")},
     sample=_sample_coefficients,
-    edges=({"layers": 0}, {"layers": 1, "dropped": "all"}, {"layers": 3, "dropped": "none"}),
+    edges=({"layers": 0}, {"layers": 1, "dropped": "most"}, {"layers": 3, "dropped": "few"}),
 )
 def adapt_coefficient(
     coefficient: FloatArray,
@@ -176,9 +177,9 @@ def adapt_coefficient(
     """
     alpha, rate = floating(coefficient=coefficient, drop_rate=drop_rate)
     bind_axes({"coefficient": (alpha, "layers"), "drop_rate": (rate, "layers")})
-    wide, d = widen(alpha).astype(np.float64), widen(rate).astype(np.float64)
+    now, d = wide(alpha), wide(rate)
     if not np.all((d >= 0) & (d <= 1)):
         raise OptionError("drop_rate: expected shares in [0, 1]")
     beta = fraction("momentum", momentum)
     target = np.minimum(finite("sensitivity", sensitivity) * d, finite("largest", largest))
-    return np.asarray(round_to(beta * wide + (1 - beta) * target, alpha.dtype))
+    return np.asarray(round_to(beta * now + (1 - beta) * target, alpha.dtype))

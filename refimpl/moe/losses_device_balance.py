@@ -16,8 +16,9 @@ import numpy as np
 
 from refimpl.errors import DTypeError, ShapeError
 from refimpl.moe.losses_balance import ProbabilityGradient, assignment
+from refimpl.moe.losses_importance import wide
 from refimpl.moe.losses_samples import device_terms, sample_assignment, sample_devices
-from refimpl.numerics import FloatArray, IntArray, round_to, widen
+from refimpl.numerics import FloatArray, IntArray, round_to
 from refimpl.registry import Source, technique
 from refimpl.validation import as_array
 
@@ -39,8 +40,8 @@ class Balance(NamedTuple):
 
     def loss(self) -> float:
         """The factors times the mean scores."""
-        tokens = max(self.scores.shape[0], 1)
-        return float(np.sum(widen(self.scores), axis=0, dtype=np.float64) @ self.factors / tokens)
+        means = np.sum(wide(self.scores), axis=0) / max(self.scores.shape[0], 1)
+        return float(np.sum(means * self.factors.astype(means.dtype), dtype=np.float64))
 
     def gradient(self, dloss: float) -> ProbabilityGradient:
         """The factors, shared out over the tokens."""

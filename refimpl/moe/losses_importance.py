@@ -12,7 +12,7 @@ import numpy as np
 
 from refimpl.errors import OptionError, ShapeError
 from refimpl.moe.losses_samples import coefficient_terms, sample_gates
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, round_to, wide_dtype, widen
 from refimpl.registry import Source, technique
 from refimpl.validation import floating
 
@@ -21,8 +21,10 @@ __all__ = [
     "Variation",
     "importance_loss",
     "importance_loss_vjp",
+    "per_expert",
     "squared_variation",
     "squared_variation_vjp",
+    "wide",
 ]
 
 Variation = Literal["shazeer", "tensor2tensor", "davidmrau"]
@@ -35,6 +37,36 @@ class ImportanceGradient(NamedTuple):
     """Gradient of the gates, shape (T, E)."""
 
     dgates: FloatArray
+
+
+def per_expert(name: str, value: FloatArray) -> FloatArray:
+    """Return `value` as numbers, a row for each token and a column for each expert.
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        If it is anything else, or there is no expert.
+
+    Examples
+    --------
+    >>> per_expert("logits", [[1, 2]])
+    array([[1., 2.]])
+    """
+    (given,) = floating(**{name: value})
+    if given.ndim != 2 or not given.shape[1]:
+        raise ShapeError(f"{name}: expected 2 axes (T, E) and an expert, got shape {given.shape}")
+    return given
+
+
+def wide(array: FloatArray) -> FloatArray:
+    """Return an array in the format that sums over it are taken in: float32 at least.
+
+    Examples
+    --------
+    >>> wide(np.ones(1, np.float16)).dtype
+    dtype('float32')
+    """
+    return widen(array).astype(wide_dtype(array.dtype), copy=False)
 
 
 def squared_variation(amounts: FloatArray, variation: Variation = "shazeer") -> float:
@@ -71,10 +103,9 @@ def _moments(amounts: FloatArray, variation: Variation) -> tuple[FloatArray, flo
     """Return the amounts less their mean, the mean, what the squares are divided by, and the epsilon."""
     if variation not in VARIATIONS:
         raise OptionError(f"variation: expected one of {', '.join(VARIATIONS)}; got {variation!r}")
-    wide = amounts.astype(np.float64)
-    mean = float(np.mean(wide))
-    divisor = wide.size - 1 if variation == "davidmrau" else wide.size
-    return wide - mean, mean, divisor, 0.0 if variation == "shazeer" else EPSILON
+    mean = np.mean(amounts)
+    divisor = amounts.size - 1 if variation == "davidmrau" else amounts.size
+    return amounts - mean, float(mean), divisor, 0.0 if variation == "shazeer" else EPSILON
 
 
 @technique(
@@ -176,7 +207,5 @@ def importance_loss_vjp(
 
 def _importance(gates: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the gates as an array, and their sums over tokens."""
-    (given,) = floating(gates=gates)
-    if given.ndim != 2 or not given.shape[1]:
-        raise ShapeError(f"gates: expected 2 axes (T, E) and an expert, got shape {given.shape}")
-    return given, np.sum(widen(given), axis=0, dtype=np.float64)
+    given = per_expert("gates", gates)
+    return given, np.sum(wide(given), axis=0)

@@ -12,9 +12,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from refimpl.errors import OptionError, ShapeError
-from refimpl.moe.losses_importance import VARIATIONS, Variation, squared_variation, squared_variation_vjp
+from refimpl.moe.losses_importance import (
+    VARIATIONS,
+    Variation,
+    squared_variation,
+    squared_variation_vjp,
+    wide,
+)
 from refimpl.moe.losses_samples import load_terms, sample_load
-from refimpl.numerics import FloatArray, IntArray, round_to, widen
+from refimpl.numerics import FloatArray, IntArray, round_to
 from refimpl.registry import Source, technique
 from refimpl.validation import bind_axes, floating, whole
 
@@ -159,7 +165,7 @@ def load_loss_vjp(
     each = float(dloss) * squared_variation_vjp(np.sum(P, axis=0), variation)
     # The density of a standard normal at z; z is infinite where nothing can take an expert out.
     dz = each * np.exp(-0.5 * np.square(z)) / np.sqrt(2 * np.pi)
-    std = widen(noise_std).astype(np.float64)
+    std = wide(np.asarray(noise_std))
     dclean = dz / std
     dnoisy = np.zeros(z.shape)
     np.add.at(dnoisy, (np.arange(len(z))[:, None], at), -dclean)
@@ -185,8 +191,8 @@ def load_probabilities(
 
     Returns
     -------
-    ndarray of float64, shape (T, E)
-        Its sum over tokens is the load of an expert.
+    ndarray, shape (T, E)
+        In float64 for float64 logits, otherwise in float32.  Its sum over tokens is the load of an expert.
 
     Examples
     --------
@@ -212,7 +218,7 @@ def _probabilities(
         raise OptionError(f"k: expected at most E={E} experts a token, got {k}")
     if threshold not in ("shazeer", "vmoe"):
         raise OptionError(f"threshold: expected 'shazeer' or 'vmoe', got {threshold!r}")
-    x, h, std = (widen(array).astype(np.float64) for array in arrays.values())
+    x, h, std = map(wide, arrays.values())
     if not np.all(std > 0):
         raise OptionError("noise_std: expected standard deviations above 0; without noise there is no load")
     order = np.argsort(-h, axis=1, kind="stable")
@@ -222,7 +228,7 @@ def _probabilities(
         rank = np.argsort(order, axis=1, kind="stable")
         at = np.where(rank < k, order[:, k : k + 1], kth)
     if threshold == "shazeer" and k == E:
-        z = np.full(h.shape, np.inf)
+        z = np.full(h.shape, np.inf, h.dtype)
     else:
         z = (x - np.take_along_axis(h, at, axis=1)) / std
     return z, np.asarray(ndtr(z)), at

@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from refimpl.errors import DTypeError, OptionError
+from refimpl.moe.losses_importance import per_expert, wide
 from refimpl.moe.losses_samples import logit_terms, sample_logits, sample_tasks
-from refimpl.moe.losses_z import LogitGradient, checked_logits, logsumexp
-from refimpl.numerics import FloatArray, IntArray, round_to, widen
+from refimpl.moe.losses_z import LogitGradient, logsumexp
+from refimpl.numerics import FloatArray, IntArray, round_to
 from refimpl.registry import Source, technique
 from refimpl.validation import as_array, bind_axes
 
@@ -31,7 +32,7 @@ EPSILON = 1e-8
 
 
 class _Gates(NamedTuple):
-    """Probabilities and their logarithms, of a softmax in float64."""
+    """Probabilities and their logarithms, of a softmax."""
 
     p: FloatArray
     log_p: FloatArray
@@ -43,7 +44,7 @@ class _Gates(NamedTuple):
 
 
 def _gates(logits: FloatArray) -> _Gates:
-    log_p = widen(logits).astype(np.float64) - logsumexp(logits)[:, None]
+    log_p = wide(logits) - logsumexp(logits)[:, None]
     return _Gates(np.exp(log_p), log_p)
 
 
@@ -112,8 +113,8 @@ def mutual_information_loss(logits: FloatArray, /, *, marginal: Marginal = "exac
     if not len(gates.p):
         return 0.0
     shifted = mean + (EPSILON if marginal == "moduleformer" else 0.0)
-    negative_entropy = np.sum(mean * np.log(np.where(shifted > 0, shifted, 1.0)))
-    conditional = np.sum(gates.p * np.where(gates.p > 0, gates.log_p, 0.0)) / len(gates.p)
+    negative_entropy = np.sum(mean * np.log(np.where(shifted > 0, shifted, 1)), dtype=np.float64)
+    conditional = np.sum(gates.p * np.where(gates.p > 0, gates.log_p, 0), dtype=np.float64) / len(gates.p)
     return float(negative_entropy - conditional)
 
 
@@ -150,13 +151,13 @@ def mutual_information_loss_vjp(
     shifted = np.where(mean + epsilon > 0, mean + epsilon, 1.0)
     # Terms that are the same for all experts of a token vanish behind the softmax.
     dp = np.log(shifted) + mean / shifted - np.where(gates.p > 0, gates.log_p, 0.0)
-    return gates.back(float(dloss) * dp / max(len(gates.p), 1), checked_logits(logits))
+    return gates.back(float(dloss) * dp / max(len(gates.p), 1), per_expert("logits", logits))
 
 
 def _with_mean(logits: FloatArray, marginal: Marginal) -> tuple[_Gates, FloatArray]:
     if marginal not in ("exact", "moduleformer"):
         raise OptionError(f"marginal: expected 'exact' or 'moduleformer', got {marginal!r}")
-    gates = _gates(checked_logits(logits))
+    gates = _gates(per_expert("logits", logits))
     return gates, np.sum(gates.p, axis=0) / max(len(gates.p), 1)
 
 
@@ -262,7 +263,7 @@ def task_information_loss_vjp(
     # Terms that are the same for all experts of a token vanish behind the softmax.
     log_ratio = np.log(np.where(of_expert > 0, of_expert, 1.0)) - np.log(np.where(joint > 0, joint, 1.0))
     dp = float(dloss) * shares[:, None] * log_ratio[index]
-    return gates.back(dp, checked_logits(logits))
+    return gates.back(dp, per_expert("logits", logits))
 
 
 def _joint(
@@ -271,7 +272,7 @@ def _joint(
     """Return gates, the number of each token's task, its share of P(T, E), and P(T, E)."""
     if task_weights not in ("equal", "frequency"):
         raise OptionError(f"task_weights: expected 'equal' or 'frequency', got {task_weights!r}")
-    given = checked_logits(logits)
+    given = per_expert("logits", logits)
     ids = as_array("tasks", tasks)
     bind_axes({"logits": (given, "T E"), "tasks": (ids, "T")})
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
@@ -280,6 +281,6 @@ def _joint(
     index = index.reshape(-1)
     per_task = len(known) * counts[index] if task_weights == "equal" else np.full(len(ids), len(ids))
     gates, shares = _gates(given), 1 / np.maximum(per_task, 1)
-    joint = np.zeros((len(known), given.shape[1]))
-    np.add.at(joint, index, shares[:, None] * gates.p)
+    joint = np.zeros((len(known), given.shape[1]), gates.p.dtype)
+    np.add.at(joint, index, shares[:, None].astype(gates.p.dtype) * gates.p)
     return gates, index, shares, joint

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import ShapeError
-from refimpl.moe.losses_importance import ImportanceGradient
+from refimpl.moe.losses_importance import ImportanceGradient, per_expert, wide
 from refimpl.moe.losses_samples import coefficient_terms, sample_gates, sample_logits
-from refimpl.moe.losses_z import LogitGradient, checked_logits
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.moe.losses_z import LogitGradient
+from refimpl.numerics import FloatArray, round_to
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, finite, floating
+from refimpl.validation import bind_axes, finite
 
 __all__ = [
     "normalize_logits",
@@ -110,13 +109,11 @@ def uniformity_loss_vjp(gates: FloatArray, dloss: float, /) -> ImportanceGradien
 
 def _distance(gates: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the gates as an array, and how far their means are above 1/E; 0 without tokens."""
-    (given,) = floating(gates=gates)
-    if given.ndim != 2 or not given.shape[1]:
-        raise ShapeError(f"gates: expected 2 axes (T, E) and an expert, got shape {given.shape}")
+    given = per_expert("gates", gates)
     tokens, experts = given.shape
     if not tokens:
         return given, np.zeros(experts)
-    return given, np.asarray(np.sum(widen(given), axis=0, dtype=np.float64) / tokens - 1 / experts)
+    return given, np.asarray(np.sum(wide(given), axis=0) / tokens - 1 / experts)
 
 
 def _sample_normalization(rng: np.random.Generator, *, values: str, **shape: Any) -> Case:
@@ -211,17 +208,17 @@ def normalize_logits_vjp(
     """
     given, unit, deviation = _standardized(logits)
     bind_axes({"logits": (given, "T E"), "dnormalized": (np.asarray(dnormalized), "T E")})
-    dy = finite("temperature", temperature) * widen(np.asarray(dnormalized)).astype(np.float64)
+    dy = finite("temperature", temperature) * wide(np.asarray(dnormalized))
     inner = dy - dy.mean(axis=1, keepdims=True) - unit * np.mean(dy * unit, axis=1, keepdims=True)
     dlogits = np.where(deviation > 0, inner / np.where(deviation > 0, deviation, 1.0), 0.0)
     return LogitGradient(round_to(dlogits, given.dtype))
 
 
 def _standardized(logits: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return the logits, the standardised ones in float64, and the deviations that they were divided by."""
-    given = checked_logits(logits)
-    wide = widen(given).astype(np.float64)
-    flat = np.all(wide == wide[:, :1], axis=1, keepdims=True)
-    centered = np.where(flat, 0.0, wide - wide.mean(axis=1, keepdims=True))
+    """Return the logits, the standardised ones, and the deviations that they were divided by."""
+    given = per_expert("logits", logits)
+    z = wide(given)
+    flat = np.all(z == z[:, :1], axis=1, keepdims=True)
+    centered = np.where(flat, z.dtype.type(0), z - z.mean(axis=1, keepdims=True))
     deviation = np.sqrt(np.mean(np.square(centered), axis=1, keepdims=True))
-    return given, centered / np.where(deviation > 0, deviation, 1.0), deviation
+    return given, centered / np.where(deviation > 0, deviation, z.dtype.type(1)), deviation

@@ -10,14 +10,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from refimpl.errors import OptionError, ShapeError
+from refimpl.errors import OptionError
 from refimpl.moe.losses_balance import counted_tokens
+from refimpl.moe.losses_importance import per_expert, wide
 from refimpl.moe.losses_samples import logit_terms, sample_logits
 from refimpl.numerics import BoolArray, FloatArray, round_to, widen
 from refimpl.registry import Source, technique
-from refimpl.validation import floating
 
-__all__ = ["LogitGradient", "checked_logits", "logsumexp", "z_loss", "z_loss_vjp"]
+__all__ = ["LogitGradient", "logsumexp", "z_loss", "z_loss_vjp"]
 
 Padding = Literal["excluded", "flaxformer"]
 
@@ -28,36 +28,17 @@ class LogitGradient(NamedTuple):
     dlogits: FloatArray
 
 
-def checked_logits(logits: FloatArray) -> FloatArray:
-    """Return a router's logits as an array of two axes with at least one expert.
-
-    Raises
-    ------
-    ShapeError, DTypeError
-        If they are anything else.
-
-    Examples
-    --------
-    >>> checked_logits([[1, 2]])
-    array([[1., 2.]])
-    """
-    (given,) = floating(logits=logits)
-    if given.ndim != 2 or not given.shape[1]:
-        raise ShapeError(f"logits: expected 2 axes (T, E) and an expert, got shape {given.shape}")
-    return given
-
-
 def logsumexp(logits: FloatArray) -> FloatArray:
-    """Return ``log Σ_j exp(x_j)`` of each row in float64, the largest logit taken out first.
+    """Return ``log Σ_j exp(x_j)`` of each row, the largest logit taken out first.
 
     Examples
     --------
     >>> logsumexp(np.array([[1000.0, 1000.0], [-np.inf, 0.0]]))
     array([1000.69314718,    0.        ])
     """
-    wide = widen(logits).astype(np.float64)
-    largest = np.max(wide, axis=1)
-    return np.asarray(largest + np.log(np.sum(np.exp(wide - largest[:, None]), axis=1)))
+    z = wide(logits)
+    largest = np.max(z, axis=1)
+    return np.asarray(largest + np.log(np.sum(np.exp(z - largest[:, None]), axis=1)))
 
 
 @technique(
@@ -127,7 +108,7 @@ def z_loss(
     9.0
     """
     given, weights = _weights(logits, counted, padding)
-    return float(np.sum(np.square(logsumexp(given)) * weights))
+    return float(np.sum(np.square(logsumexp(given)) * weights, dtype=np.float64))
 
 
 def z_loss_vjp(
@@ -165,9 +146,9 @@ def z_loss_vjp(
     """
     given, weights = _weights(logits, counted, padding)
     lse = logsumexp(given)
-    softmax = np.exp(widen(given).astype(np.float64) - lse[:, None])
+    softmax = np.exp(wide(given) - lse[:, None])
     each = 2 * float(dloss) * lse * weights * counted_tokens(counted, len(given))
-    return LogitGradient(round_to(each[:, None] * softmax, checked_logits(logits).dtype))
+    return LogitGradient(round_to(each[:, None] * softmax, per_expert("logits", logits).dtype))
 
 
 def _weights(
@@ -176,7 +157,7 @@ def _weights(
     """Return the logits, 0 where padding counts as such, and the weight of each token in the mean."""
     if padding not in ("excluded", "flaxformer"):
         raise OptionError(f"padding: expected 'excluded' or 'flaxformer', got {padding!r}")
-    given = checked_logits(logits)
+    given = per_expert("logits", logits)
     here = counted_tokens(counted, len(given))
     if padding == "flaxformer":
         zeroed = np.where(here[:, None], widen(given), 0)
