@@ -162,7 +162,7 @@ def tasks_are_not_known_by_name(f: Loss, case: Case, close: Close) -> None:
 
 
 @law("moe.logit_normalization")
-def normalised_logits_have_mean_0_and_deviation_lambda(f: Loss, case: Case, close: Close) -> None:
+def normalized_logits_have_mean_0_and_deviation_lambda(f: Loss, case: Case, close: Close) -> None:
     """Each token's results have mean 0 and a mean square of λ², unless its logits are equal."""
     logits = case.args[0]
     found = np.asarray(case.call(f), np.float64)
@@ -173,7 +173,7 @@ def normalised_logits_have_mean_0_and_deviation_lambda(f: Loss, case: Case, clos
 
 
 @law("moe.logit_normalization")
-def normalisation_takes_scale_and_shift_away(f: Loss, case: Case, close: Close) -> None:
+def normalization_takes_scale_and_shift_away(f: Loss, case: Case, close: Close) -> None:
     """Four times the logits, plus a number, are normalised to the same; the order of experts stays."""
     moved = case.replace(4 * case.args[0] + 2)
     close.on(moved)(moved.call(f), case.call(f), "normalised logits", factor=4.0)

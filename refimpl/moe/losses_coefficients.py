@@ -49,7 +49,7 @@ COEFFICIENTS: Mapping[str, tuple[Source, LossCoefficients]] = {
         LossCoefficients(balance=0.01),
     ),
     "st-moe": (
-        Source("Zoph et al. 2022", "arXiv:2202.08906", "section 3.2"),
+        Source("Zoph et al. 2022", "arXiv:2202.08906", "section 3.2 and hyper-parameters"),
         LossCoefficients(balance=0.01, z=0.001),
     ),
     "deepseekmoe-2b": (
@@ -124,7 +124,7 @@ def _sample_coefficients(rng: np.random.Generator, *, layers: int, dropped: str)
     "moe.adaptive_coefficient",
     entries=(52,),
     kind="function",
-    source=Source("Wei et al. 2024", "arXiv:2406.06563", "section 3.3, adaptive auxiliary loss coefficients"),
+    source=Source("Wei et al. 2024", "arXiv:2406.06563", "section on adaptive auxiliary loss coefficients"),
     axes={"layers": (0, 6)},
     options={"dropped": ("few", "some", "most")},
     sample=_sample_coefficients,
@@ -168,7 +168,7 @@ def adapt_coefficient(
 
     References
     ----------
-    .. [1] Wei et al., 2024, arXiv:2406.06563, section 3.3.
+    .. [1] Wei et al., 2024, arXiv:2406.06563, adaptive auxiliary loss coefficients.
 
     Examples
     --------

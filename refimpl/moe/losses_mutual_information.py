@@ -56,7 +56,7 @@ def _xlogx(x: FloatArray) -> FloatArray:
     "moe.mutual_information_loss",
     entries=(54,),
     kind="function",
-    source=Source("Shen et al. 2023", "arXiv:2306.04640", "section 3.3, mutual information loss"),
+    source=Source("Shen et al. 2023", "arXiv:2306.04640", "mutual information loss; released code"),
     axes={"T": (0, 9), "E": (1, 7)},
     options={"values": ("normal", "large", "equal"), "marginal": ("exact", "moduleformer")},
     sample=sample_logits,
@@ -102,7 +102,7 @@ def mutual_information_loss(logits: FloatArray, /, *, marginal: Marginal = "exac
 
     References
     ----------
-    .. [1] Shen et al., 2023, arXiv:2306.04640, section 3.3; IBM/ModuleFormer, ``moduleformer/utils/moe.py``.
+    .. [1] Shen et al., 2023, arXiv:2306.04640; IBM/ModuleFormer, ``moduleformer/utils/moe.py``.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def _with_mean(logits: FloatArray, marginal: Marginal) -> tuple[_Gates, FloatArr
     entries=(54,),
     kind="function",
     source=Source(
-        "Chen et al. 2023", "arXiv:2212.08066", "section 3.3, mutual information of tasks and experts"
+        "Chen et al. 2023", "arXiv:2212.08066", "mutual information of tasks and experts"
     ),
     axes={"T": (0, 9), "E": (1, 6), "tasks": (1, 4)},
     options={"values": ("normal", "large", "equal"), "task_weights": ("equal", "frequency")},
@@ -218,7 +218,7 @@ def task_information_loss(
 
     References
     ----------
-    .. [1] Chen et al., 2023, arXiv:2212.08066, section 3.3.
+    .. [1] Chen et al., 2023, arXiv:2212.08066, mutual information of tasks and experts.
 
     Examples
     --------

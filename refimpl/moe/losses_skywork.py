@@ -129,7 +129,7 @@ def _normalization_terms(case: Case) -> tuple[int, float]:
     "moe.logit_normalization",
     entries=(52,),
     kind="function",
-    source=Source("Wei et al. 2024", "arXiv:2406.06563", "section 3.2, gating logit normalization"),
+    source=Source("Wei et al. 2024", "arXiv:2406.06563", "section on gating logit normalization"),
     axes={"T": (0, 6), "E": (1, 7)},
     options={"values": ("normal", "large")},
     sample=_sample_normalization,
@@ -167,7 +167,7 @@ def normalize_logits(logits: FloatArray, /, *, temperature: float = 1.0) -> Floa
 
     References
     ----------
-    .. [1] Wei et al., 2024, arXiv:2406.06563, section 3.2.
+    .. [1] Wei et al., 2024, arXiv:2406.06563, gating logit normalization.
 
     Examples
     --------
