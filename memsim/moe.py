@@ -3,8 +3,8 @@
 >>> counts = moe_parameters(model="mixtral-8x7b")
 >>> counts.total.total, counts.activated.total
 (46702792704, 12879925248)
->>> rule = dict(width=4096, sequence=4096, vocabulary=102400)  # DeepSeek 67B's half: 28.5% of 2057.5 TFLOP
->>> print(moe_flops(layers=62, activated=12 + 4, expert_width=1408, **rule).explain()[1])
+>>> shape = dict(layers=62, width=4096, sequence=4096, vocabulary=102400)  # DeepSeekMoE 145B
+>>> print(moe_flops(**shape, activated=4 + 12, expert_width=1408).explain()[1])
 feed-forward networks: 6l*L*n*3d*f = 6*4096*62*16*3*4096*1408 = 421.8 TFLOP
 """
 

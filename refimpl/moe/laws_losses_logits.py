@@ -87,9 +87,10 @@ def a_gate_that_ignores_the_token_has_no_information(f: Loss, case: Case, close:
     if not len(logits):
         return
     same = case.replace(np.repeat(logits[:1], len(logits), axis=0))
-    p = np.exp(logits[0] - np.logaddexp.reduce(logits[0]))
-    added = np.log1p(1e-8 / np.where(p > 0, p, 1.0)) if case.kwargs["marginal"] == "moduleformer" else 0.0
-    close.on(same)(same.call(f), float(np.sum(p * added)), "loss of equal gates")
+    log_p = logits[0] - np.logaddexp.reduce(logits[0])
+    epsilon = 1e-8 if case.kwargs["marginal"] == "moduleformer" else 0.0
+    added = np.logaddexp(log_p, np.log(epsilon)) - log_p if epsilon else np.zeros_like(log_p)
+    close.on(same)(same.call(f), float(np.sum(np.exp(log_p) * added)), "loss of equal gates")
 
 
 @law("moe.mutual_information_loss")

@@ -165,9 +165,7 @@ def _with_mean(logits: FloatArray, marginal: Marginal) -> tuple[_Gates, FloatArr
     "moe.mutual_information_loss.tasks",
     entries=(54,),
     kind="function",
-    source=Source(
-        "Chen et al. 2023", "arXiv:2212.08066", "mutual information of tasks and experts"
-    ),
+    source=Source("Chen et al. 2023", "arXiv:2212.08066", "mutual information of tasks and experts"),
     axes={"T": (0, 9), "E": (1, 6), "tasks": (1, 4)},
     options={"values": ("normal", "large", "equal"), "task_weights": ("equal", "frequency")},
     sample=sample_tasks,
