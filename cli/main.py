@@ -28,6 +28,7 @@ COMMANDS = (
     "bench",
     "io",
     "memory",
+    "moe",
     "comm",
     "parallel",
     "speculate",

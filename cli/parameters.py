@@ -24,6 +24,7 @@ __all__ = [
     "COUNTS_FROM_0",
     "DTYPES",
     "HARDWARE",
+    "MODEL",
     "PRECISIONS",
     "SIZES",
     "TECHNIQUE",
@@ -209,6 +210,12 @@ def _hardware_names() -> list[str]:
     return hardware_names()
 
 
+def _model_names() -> list[str]:
+    from memsim.model import model_names
+
+    return model_names()
+
+
 COUNT = _Count()
 COUNTS: ListOf[int] = ListOf(COUNT)
 COUNTS_FROM_0: ListOf[int] = ListOf(_Count(0))
@@ -218,3 +225,4 @@ AXES = _Axes()
 DTYPES: ListOf[str] = ListOf(_Dtype())
 TECHNIQUE = _Named("name", _technique_names)
 HARDWARE = _Named("hardware", _hardware_names)
+MODEL = _Named("model", _model_names)

@@ -18,6 +18,7 @@ from typing import Any
 _HOMES = {
     "Estimate": "estimate",
     "Term": "estimate",
+    "activated_parameters": "moe",
     "amdahl_scaling": "parallelism",
     "attended_pairs": "flops",
     "attention_flops": "flops",
@@ -42,6 +43,9 @@ _HOMES = {
     "linear_flops": "linear_io",
     "linear_traffic": "linear_io",
     "model_names": "model",
+    "moe_all_to_all": "moe_exchange",
+    "moe_flops": "moe",
+    "moe_parameters": "moe",
     "non_embedding_parameters": "parameters",
     "partitioned_activation_overhead": "communication",
     "partitioned_communication": "communication",

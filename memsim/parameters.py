@@ -9,7 +9,6 @@ block: attention: L*(d*k*(H + 2G) + H*k*d + k*(H + 2G) + d) = \
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,90 +16,12 @@ import numpy as np
 from memsim.estimate import Estimate, Term, estimate, term
 from memsim.model import Model, Part, Stack, dense, model_names
 from memsim.model import model as named_model
+from memsim.parts import PARTS
 from refimpl.errors import OptionError
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import whole
 
 __all__ = ["PARTS", "model_of", "non_embedding_parameters", "parameters"]
-
-Counted = tuple[str, Mapping[str, int]]
-
-
-def _embedding(part: Part, width: int, pad: int) -> Counted:
-    """A table: V rows of width d.  Rows of a vocabulary are padded to a multiple of m."""
-    values = {"V": part.sizes["rows"], "d": part.sizes.get("width", width)}
-    if pad > 1 and part.choices.get("vocabulary"):
-        return "ceil(V/m)*m*d", values | {"m": pad}
-    return "V*d", values
-
-
-def _head(part: Part, width: int, pad: int) -> Counted:
-    """The output projection: no tensor of its own where it is tied to the embedding."""
-    if part.choices.get("tied"):
-        return "0", {}
-    formula, values = _embedding(part, width, pad)
-    return (f"{formula} + V", values) if _bias(part, "all") else (formula, values)
-
-
-def _norm(part: Part, width: int, _pad: int) -> Counted:
-    """LayerNorm: a weight and a bias; RMSNorm: a weight."""
-    style = part.choices.get("style", "layer")
-    if style not in ("layer", "rms"):
-        raise OptionError(f"{part.name}: expected style 'layer' or 'rms'; got {style!r}")
-    return "2d" if style == "layer" else "d", {"d": part.sizes.get("width", width)}
-
-
-def _attention(part: Part, width: int, _pad: int) -> Counted:
-    """H query heads and G key and value heads of width k, and the output projection."""
-    heads = part.sizes["heads"]
-    keys, head_width = part.sizes.get("key_heads", heads), part.sizes.get("head_width")
-    if head_width is None:
-        if width % heads:
-            raise OptionError(f"{part.name}: heads must divide the width; got {heads} and {width}")
-        head_width = width // heads
-    if heads % keys:
-        raise OptionError(f"{part.name}: key heads must divide heads; got {keys} and {heads}")
-    formula = "d*k*(H + 2G) + H*k*d"
-    if _bias(part, "all", "qkv"):
-        formula += " + k*(H + 2G)"
-    if _bias(part, "all"):
-        formula += " + d"
-    return formula, {"d": width, "H": heads, "G": keys, "k": head_width}
-
-
-def _ffn(part: Part, width: int, _pad: int) -> Counted:
-    """Two matrices between widths d and f, or three with a gate."""
-    matrices = 3 if part.choices.get("gated") else 2
-    formula = f"{matrices}d*f"
-    if _bias(part, "all"):
-        formula += " + 2f + d" if matrices == 3 else " + f + d"
-    return formula, {"d": width, "f": part.sizes["width"]}
-
-
-def _linear(part: Part, width: int, _pad: int) -> Counted:
-    """A matrix of n inputs and m outputs, the model's width where they are not given."""
-    values = {"n": part.sizes.get("inputs", width), "m": part.sizes.get("outputs", width)}
-    return "n*m + m" if _bias(part, "all") else "n*m", values
-
-
-def _bias(part: Part, *which: str) -> bool:
-    """Return whether the biases of a part, "all" or "qkv" or none, are among `which`."""
-    bias = part.choices.get("bias", "none")
-    if bias not in ("none", "all", "qkv"):
-        raise OptionError(f"{part.name}: expected bias 'none', 'all' or 'qkv'; got {bias!r}")
-    return bias in which
-
-
-# What counts each kind of part: (part, width of the model, multiple to pad a vocabulary to) to a formula for
-# one layer and its values.  A new architecture is a new entry here, and its sizes in a data file.
-PARTS: dict[str, Callable[[Part, int, int], Counted]] = {
-    "attention": _attention,
-    "embedding": _embedding,
-    "ffn": _ffn,
-    "head": _head,
-    "linear": _linear,
-    "norm": _norm,
-}
 
 
 def _sample(rng: np.random.Generator, *, layers: int, heads: int, head_width: int, **options: Any) -> Case:

@@ -125,7 +125,7 @@ def _value(entry: Mapping[str, Any]) -> Number:
     value = found[entry["term"]] if "term" in entry else found.total
     unit, scale = SCALES[entry["unit"]]
     if "over" in entry:
-        return exact(Fraction(value) / Fraction(recompute(entry, **entry["over"]).total))
+        return exact(Fraction(value) / Fraction(recompute(entry, **entry["over"]).total) / Fraction(scale))
     if found.unit != unit:
         raise ValueError(f"{entry['id']}: the model computes {found.unit}, the print is in {entry['unit']}")
     return exact(Fraction(value) / Fraction(scale))

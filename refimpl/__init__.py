@@ -15,6 +15,7 @@ __all__ = [
     "compress",
     "decoding",
     "distill",
+    "moe",
     "objectives",
     "parallel",
     "peft",

@@ -1,0 +1,130 @@
+"""What counts each kind of part of a model: a formula for one layer, and the values of its letters.
+
+>>> PARTS["experts"](Part("experts", "experts", {"experts": 8, "active": 2, "width": 14}), 4, 1)
+('E*(2d*f)', {'E': 8, 'd': 4, 'f': 14})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from memsim.model import Part
+from refimpl.errors import OptionError
+
+__all__ = ["PARTS", "Counted"]
+
+Counted = tuple[str, Mapping[str, int]]
+
+
+def _embedding(part: Part, width: int, pad: int) -> Counted:
+    """A table: V rows of width d.  Rows of a vocabulary are padded to a multiple of m."""
+    values = {"V": part.sizes["rows"], "d": part.sizes.get("width", width)}
+    if pad > 1 and part.choices.get("vocabulary"):
+        return "ceil(V/m)*m*d", values | {"m": pad}
+    return "V*d", values
+
+
+def _head(part: Part, width: int, pad: int) -> Counted:
+    """The output projection: no tensor of its own where it is tied to the embedding."""
+    if part.choices.get("tied"):
+        return "0", {}
+    formula, values = _embedding(part, width, pad)
+    return (f"{formula} + V", values) if _bias(part, "all") else (formula, values)
+
+
+def _norm(part: Part, width: int, _pad: int) -> Counted:
+    """LayerNorm: a weight and a bias; RMSNorm: a weight."""
+    style = part.choices.get("style", "layer")
+    if style not in ("layer", "rms"):
+        raise OptionError(f"{part.name}: expected style 'layer' or 'rms'; got {style!r}")
+    return "2d" if style == "layer" else "d", {"d": part.sizes.get("width", width)}
+
+
+def _attention(part: Part, width: int, _pad: int) -> Counted:
+    """H query heads and G key and value heads of width k, and the output projection."""
+    heads = part.sizes["heads"]
+    keys, head_width = part.sizes.get("key_heads", heads), part.sizes.get("head_width")
+    if head_width is None:
+        if width % heads:
+            raise OptionError(f"{part.name}: heads must divide the width; got {heads} and {width}")
+        head_width = width // heads
+    if heads % keys:
+        raise OptionError(f"{part.name}: key heads must divide heads; got {keys} and {heads}")
+    formula = "d*k*(H + 2G) + H*k*d"
+    if _bias(part, "all", "qkv"):
+        formula += " + k*(H + 2G)"
+    if _bias(part, "all"):
+        formula += " + d"
+    return formula, {"d": width, "H": heads, "G": keys, "k": head_width}
+
+
+def _ffn(part: Part, width: int, _pad: int) -> Counted:
+    """Two matrices between widths d and f, or three with a gate."""
+    matrices = 3 if part.choices.get("gated") else 2
+    formula = f"{matrices}d*f"
+    if _bias(part, "all"):
+        formula += " + 2f + d" if matrices == 3 else " + f + d"
+    return formula, {"d": width, "f": part.sizes["width"]}
+
+
+def _linear(part: Part, width: int, _pad: int) -> Counted:
+    """A matrix of n inputs and m outputs, the model's width where they are not given."""
+    values = {"n": part.sizes.get("inputs", width), "m": part.sizes.get("outputs", width)}
+    return "n*m + m" if _bias(part, "all") else "n*m", values
+
+
+def _experts(part: Part, width: int, pad: int) -> Counted:
+    """E feed-forward networks; how many of them a token activates is a size that nothing here reads."""
+    experts, active = part.sizes["experts"], part.sizes["active"]
+    if not 0 < active <= experts:
+        raise OptionError(f"{part.name}: expected 1 to {experts} active experts; got {active}")
+    formula, values = _ffn(part, width, pad)
+    return f"E*({formula})", {"E": experts, **values}
+
+
+def _latent_attention(part: Part, width: int, _pad: int) -> Counted:
+    """Multi-head latent attention: queries through rank q, keys and values through rank c, both normalised.
+
+    A head's query and key have n entries without a position and r with one; the r of the key is shared by
+    all heads.
+    """
+    formula = "d*q + q + q*H*(n + r) + d*(c + r) + c + c*H*(n + v) + H*v*d"
+    names = {
+        "H": "heads",
+        "q": "query_rank",
+        "c": "key_rank",
+        "n": "plain",
+        "r": "rotary",
+        "v": "value_width",
+    }
+    return formula, {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
+
+
+def _mamba(part: Part, width: int, _pad: int) -> Counted:
+    """Mamba: in to 2i, convolution of k, to Δ (rank r), B and C, Δ back to i, A of i x n, D, and out."""
+    formula = "d*2i + i*k + i + i*(r + 2n) + r*i + i + i*n + i + i*d"
+    names = {"i": "inner", "k": "kernel", "r": "rank", "n": "state"}
+    return formula, {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
+
+
+def _bias(part: Part, *which: str) -> bool:
+    """Return whether the biases of a part, "all" or "qkv" or none, are among `which`."""
+    bias = part.choices.get("bias", "none")
+    if bias not in ("none", "all", "qkv"):
+        raise OptionError(f"{part.name}: expected bias 'none', 'all' or 'qkv'; got {bias!r}")
+    return bias in which
+
+
+# What counts each kind of part: (part, width of the model, multiple to pad a vocabulary to) to a formula for
+# one layer and its values.  A new architecture is a new entry here, and its sizes in a data file.
+PARTS: dict[str, Callable[[Part, int, int], Counted]] = {
+    "attention": _attention,
+    "embedding": _embedding,
+    "experts": _experts,
+    "ffn": _ffn,
+    "head": _head,
+    "latent_attention": _latent_attention,
+    "linear": _linear,
+    "mamba": _mamba,
+    "norm": _norm,
+}
