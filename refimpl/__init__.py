@@ -13,6 +13,7 @@ __all__ = [
     "__version__",
     "attention",
     "decoding",
+    "moe",
     "objectives",
     "parallel",
     "quant",
