@@ -202,7 +202,7 @@ def noisy_top_k_gates_vjp(
     source=Source(
         "Riquelme et al. 2021 (V-MoE), google-research/vmoe",
         "arXiv:2106.05974",
-        "section 2.1, eq. 1, and vmoe/nn/routing.py, NoisyTopExpertsPerItemRouter, commit 942a78b",
+        "section 2, Routing; vmoe/nn/routing.py, NoisyTopExpertsPerItemRouter, commit 942a78b",
     ),
     axes=_AXES,
     options={"values": VALUES, "training": (True, False)},
@@ -252,7 +252,7 @@ def vmoe_noisy_gates(
 
     References
     ----------
-    .. [1] Riquelme et al., 2021, arXiv:2106.05974, eq. 1.
+    .. [1] Riquelme et al., 2021, arXiv:2106.05974, section 2, Routing.
     .. [2] google-research/vmoe, vmoe/nn/routing.py, commit 942a78b.
 
     Examples

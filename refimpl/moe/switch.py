@@ -1,4 +1,4 @@
-"""Switch: each token to its best expert, as long as that has room; a dropped token is left to the residual."""
+"""Switch: each token to its best expert, if that has room; a dropped token is left to the residual."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients, routed, routed_vjp, through_router
 from refimpl.moe.capacity import CapacityOptions, places_of
 from refimpl.moe.routing import Routing, assign_slots, gate_weights, router_logits, top_k_indices
-from refimpl.moe.samples import ROUTED_AXES, ROUTED_EDGES, ROUTED_OPTIONS, layer_terms, sample_routed
+from refimpl.moe.samples import ROUTED_AXES, ROUTED_EDGES, ROUTED_OPTIONS, gap, layer_terms, sample_routed
 from refimpl.numerics import FloatArray, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
@@ -32,8 +32,11 @@ def _sample(rng: np.random.Generator, *, jitter: bool, **shape: Any) -> Case:
     case = sample_routed(rng, **shape)
     if not jitter:
         return case
-    # So little that it changes no choice: those of a sample are at least 1e-3 apart in the logits.
-    return case.replace(jitter=1e-6, uniforms=rng.random(case.args[0].shape))
+    x, w_router = case.args[:2]
+    while True:
+        uniforms = rng.random(x.shape)
+        if gap((x * (0.8 + 0.4 * uniforms)) @ w_router, str(shape["values"])):
+            return case.replace(jitter=0.2, uniforms=uniforms)
 
 
 @technique(
