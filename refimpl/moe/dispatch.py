@@ -45,8 +45,8 @@ def sample_dispatch(
         Groups, tokens of each, experts, places, features, hidden units.
     experts : str
         As for `refimpl.moe.samples.sample_layer`.
-    filled : {"some", "none", "implied"}
-        How many places are taken; "implied": `dispatch` is not given.
+    filled : {"some", "none"}
+        How many places are taken.
 
     Returns
     -------
@@ -68,8 +68,7 @@ def sample_dispatch(
     options: dict[str, Any] = {"activation": activation, "dispatch_mask": taken}
     if experts.startswith("gated "):
         options["w_gate"] = rng.standard_normal((E, D, F))
-    case = Case((x, combine, rng.standard_normal((E, D, F)), rng.standard_normal((E, F, D))), options)
-    return case.without("dispatch_mask") if filled == "implied" else case
+    return Case((x, combine, rng.standard_normal((E, D, F)), rng.standard_normal((E, F, D))), options)
 
 
 def _terms(case: Case) -> tuple[int, Any]:
@@ -87,7 +86,7 @@ def _terms(case: Case) -> tuple[int, Any]:
     kind="function",
     source=Source("Lepikhin et al. 2020", "arXiv:2006.16668", "Algorithm 2"),
     axes={"G": (1, 3), "S": (0, 5), "E": (1, 4), "C": (0, 3), "D": (1, 3), "F": (1, 4)},
-    options={"experts": EXPERTS, "filled": ("some", "none", "implied")},
+    options={"experts": EXPERTS, "filled": ("some", "none")},
     edges=(
         {"G": 1, "S": 0},
         {"G": 2, "S": 3, "C": 0},
@@ -140,8 +139,8 @@ def dispatch(
 
     Notes
     -----
-    ``X[e, g, c] = sum_s mask[g, s, e, c] x[g, s]``, ``Y = experts(X)``, ``y[g, s] = sum_ec combine[g, s, e, c]
-    Y[g, e, c]``.  **Special cases**
+    ``X[e, g, c] = sum_s mask[g, s, e, c] x[g, s]``, ``Y = experts(X)``,
+    ``y[g, s] = sum_ec combine[g, s, e, c] Y[g, e, c]``.  **Special cases**
 
     - A weight where the mask is False is not looked at.
     - Without places, or for a token that takes none, the output is 0.
