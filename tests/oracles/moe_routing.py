@@ -79,7 +79,7 @@ def transformers_switch(x: Any, w_router: Any, w_in: Any, w_out: Any, **options:
         expert_capacity=options["capacity"],
         router_bias=False,
         dropout_rate=0.0,
-        feed_forward_proj=options["activation"],
+        dense_act_fn=options["activation"],
     )
     layer = module.SwitchTransformersSparseMLP(config).double().eval()
     layer.router.dtype = torch.float64  # the configuration has no name for it
