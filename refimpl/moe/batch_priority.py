@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from refimpl.attention.online_softmax import softmax
 from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients, routed, routed_vjp, through_router
-from refimpl.moe.capacity import CapacityOptions, places_of
-from refimpl.moe.routing import Routing, assign_slots, gate_weights, router_logits, top_k_indices
+from refimpl.moe.capacity import CapacityOptions
+from refimpl.moe.routing import Routing
 from refimpl.moe.samples import ROUTED_AXES, ROUTED_EDGES, ROUTED_OPTIONS, layer_terms, sample_routed
-from refimpl.numerics import FloatArray
+from refimpl.moe.token_choice import Chosen, token_choice
+from refimpl.numerics import FloatArray, IntArray
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
 
@@ -172,11 +173,6 @@ def batch_priority_vjp(
     return through_router(back, x, w_router, chosen.logits, chosen.routing, convention="switch")
 
 
-class _Chosen(NamedTuple):
-    routing: Routing
-    logits: FloatArray
-
-
 def _route(
     x: FloatArray,
     w_router: FloatArray,
@@ -184,18 +180,11 @@ def _route(
     *,
     k: int,
     **options: Unpack[CapacityOptions],
-) -> _Chosen:
-    options = {"rounding": "vmoe", **options}
-    logits = router_logits(x, w_router, memory=memory)
-    expert = top_k_indices(logits, k)
-    weight = gate_weights(logits, expert, convention="switch")
-    T, E = logits.shape
-    routing = assign_slots(
-        expert,
-        weight,
-        experts=E,
-        capacity=places_of(T, E, choices=k, **options),
-        groups=options.get("groups", 1),
-        order=np.argsort(-weight[:, 0], kind="stable"),
-    )
-    return _Chosen(routing, logits)
+) -> Chosen:
+    factor = options.get("capacity_factor", 1.25)
+    sized: CapacityOptions = {"rounding": "vmoe", **options, "capacity_factor": k * factor}
+    return token_choice(x, w_router, k=k, convention="switch", order=_surest_first, memory=memory, **sized)
+
+
+def _surest_first(weight: FloatArray) -> IntArray:
+    return np.argsort(-weight[:, 0], kind="stable")

@@ -8,16 +8,17 @@ second choices that chance took out still take places.  The code counts only wha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from refimpl.errors import OptionError
 from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients, routed, routed_vjp, through_router
-from refimpl.moe.capacity import CapacityOptions, places_of
-from refimpl.moe.routing import Routing, assign_slots, gate_weights, router_logits, top_k_indices
+from refimpl.moe.capacity import CapacityOptions
+from refimpl.moe.routing import Routing, gate_weights
 from refimpl.moe.samples import ROUTED_AXES, ROUTED_EDGES, ROUTED_OPTIONS, layer_terms, sample_routed
+from refimpl.moe.token_choice import Chosen, token_choice
 from refimpl.numerics import BoolArray, FloatArray, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
@@ -25,7 +26,6 @@ from refimpl.validation import bind_axes, floating
 
 __all__ = [
     "GShardOptions",
-    "TopTwo",
     "draws_for_seconds",
     "gshard_as_printed",
     "gshard_as_printed_routing",
@@ -188,33 +188,26 @@ def gshard_as_printed_vjp(
     return through_router(back, x, w_router, logits, routing, convention="gshard")
 
 
-class TopTwo(NamedTuple):
-    """A routing with k = 2, and the logits that it was made from."""
-
-    routing: Routing
-    logits: FloatArray
-
-
 def top_two(
     x: FloatArray,
     w_router: FloatArray,
     memory: Memory | None,
     *,
-    wanted: Callable[[FloatArray], BoolArray] | None = None,
+    sent: Callable[[FloatArray], BoolArray] | None = None,
     **options: Unpack[CapacityOptions],
-) -> TopTwo:
-    """Place the two best experts of each token, gates divided by their sum.
+) -> Chosen:
+    """Place the two best experts of each token, gates divided by their sum, with a factor of 2 by default.
 
     Parameters
     ----------
     x, w_router, memory, **options
         As for `gshard_as_printed`.
-    wanted : callable, optional
+    sent : callable, optional
         Which second choices, given their gates, ask for a place at all.  Default: all.
 
     Returns
     -------
-    TopTwo
+    Chosen
         Where everything that asked and found room is kept.
 
     Examples
@@ -222,23 +215,13 @@ def top_two(
     >>> top_two(np.ones((1, 1)), np.zeros((1, 3)), None).routing.expert
     array([[0, 1]])
     """
-    options = {"capacity_factor": 2.0, **options}
-    logits = router_logits(x, w_router, memory=memory)
-    expert = top_k_indices(logits, 2)
-    weight = gate_weights(logits, expert, convention="gshard")
-    asks = np.ones(expert.shape, bool)
-    if wanted is not None:
-        asks[:, 1] = wanted(weight[:, 1])
-    T, E = logits.shape
-    routing = assign_slots(
-        expert,
-        weight,
-        experts=E,
-        capacity=places_of(T, E, **options),
-        groups=options.get("groups", 1),
-        wanted=asks,
-    )
-    return TopTwo(routing, logits)
+
+    def wanted(weight: FloatArray) -> BoolArray:
+        seconds = np.ones(len(weight), bool) if sent is None else sent(weight[:, 1])
+        return np.stack([np.ones_like(seconds), seconds], axis=1)
+
+    sized: CapacityOptions = {"capacity_factor": 2.0, **options}
+    return token_choice(x, w_router, k=2, convention="gshard", wanted=wanted, memory=memory, **sized)
 
 
 def draws_for_seconds(
@@ -268,7 +251,7 @@ def _route(
     uniforms: FloatArray | None = None,
     rng: np.random.Generator | int | None = None,
     **options: Unpack[CapacityOptions],
-) -> TopTwo:
+) -> Chosen:
     placed, logits = top_two(x, w_router, memory, **options)
     second = gate_weights(logits, placed.expert, convention="gshard")[:, 1]
     # Every choice has taken its place by now; one that chance takes out leaves it empty.
@@ -282,4 +265,4 @@ def _route(
         kept,
         placed.capacity,
     )
-    return TopTwo(routing, logits)
+    return Chosen(routing, logits)

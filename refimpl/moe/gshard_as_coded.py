@@ -10,9 +10,10 @@ from refimpl.errors import OptionError
 from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients, routed, routed_vjp, through_router
 from refimpl.moe.capacity import CapacityOptions
-from refimpl.moe.gshard import GShardOptions, TopTwo, draws_for_seconds, sample_gshard, top_two
+from refimpl.moe.gshard import GShardOptions, draws_for_seconds, sample_gshard, top_two
 from refimpl.moe.routing import Routing
 from refimpl.moe.samples import ROUTED_AXES, ROUTED_EDGES, ROUTED_OPTIONS, layer_terms
+from refimpl.moe.token_choice import Chosen
 from refimpl.numerics import BoolArray, FloatArray
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
@@ -193,7 +194,7 @@ def _route(
     uniforms: FloatArray | None = None,
     rng: np.random.Generator | int | None = None,
     **options: Unpack[CapacityOptions],
-) -> TopTwo:
+) -> Chosen:
     def sent(gates: FloatArray) -> BoolArray:
         if second_policy == "all":
             return np.ones(gates.shape, bool)
@@ -203,4 +204,4 @@ def _route(
             return gates > positive("threshold", threshold)
         raise OptionError(f"second_policy: expected one of {get_args(SecondPolicy)}, got {second_policy!r}")
 
-    return top_two(x, w_router, memory, wanted=sent, **options)
+    return top_two(x, w_router, memory, sent=sent, **options)

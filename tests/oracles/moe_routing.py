@@ -24,7 +24,7 @@ def places(tokens: int, experts: int, options: dict[str, Any], choices: int = 1)
     share = Fraction(tokens * choices) * Fraction(options["capacity_factor"]) / experts
     rounding = options["rounding"]
     if rounding == "mesh_tf":
-        return max(min(tokens * choices, math.floor(share)), least)
+        return max(min(tokens, math.floor(share)), least)
     if rounding == "flaxformer":
         low = math.floor(share)
         rest = share - low
