@@ -12,7 +12,7 @@ from refimpl.moe.routing import router_logits, router_logits_vjp
 from refimpl.moe.samples import VALUES, gap, routers_apart
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, finite, floating
+from refimpl.validation import as_array, bind_axes, finite, floating
 
 __all__ = [
     "NoisyGradients",
@@ -303,6 +303,7 @@ def _noisy(
     x: FloatArray, w_router: FloatArray, w_noise: FloatArray, noise: FloatArray | None, rng: Rng
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return the noisy logits, the draws, and what the softplus of the noise is taken of."""
+    bind_axes({"w_router": (as_array("w_router", w_router), "D E"), "w_noise": (as_array("w_noise", w_noise), "D E")})
     logits, before = router_logits(x, w_router), router_logits(x, w_noise)
     draws = _draws(logits, noise, rng)
     return logits + draws * np.logaddexp(0, before).astype(logits.dtype), draws, before
