@@ -303,7 +303,8 @@ def _noisy(
     x: FloatArray, w_router: FloatArray, w_noise: FloatArray, noise: FloatArray | None, rng: Rng
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return the noisy logits, the draws, and what the softplus of the noise is taken of."""
-    bind_axes({"w_router": (as_array("w_router", w_router), "D E"), "w_noise": (as_array("w_noise", w_noise), "D E")})
+    w_router, w_noise = as_array("w_router", w_router), as_array("w_noise", w_noise)
+    bind_axes({"w_router": (w_router, "D E"), "w_noise": (w_noise, "D E")})
     logits, before = router_logits(x, w_router), router_logits(x, w_noise)
     draws = _draws(logits, noise, rng)
     return logits + draws * np.logaddexp(0, before).astype(logits.dtype), draws, before
