@@ -46,6 +46,8 @@ class TopKGradients(NamedTuple):
 
 
 def _sample_dense(rng: np.random.Generator, *, temperature: float, **shape: Any) -> Case:
+    if shape["values"] == "large":  # a high temperature would leave a softmax too steep for differences
+        temperature = min(temperature, 1.0)
     return sample_layer(rng, **shape).replace(temperature=temperature)
 
 

@@ -82,7 +82,7 @@ def router_logits(x: FloatArray, w_router: FloatArray, *, memory: Memory | None 
     >>> router_logits(np.ones((1, 2), np.float16), np.ones((2, 3), np.float16))
     array([[2., 2., 2.]], dtype=float32)
     """
-    x, w_router = floating(x=x, w_router=w_router)
+    (x,), (w_router,) = floating(x=x), floating(w_router=w_router)  # each of a dtype of its own
     bind_axes({"x": (x, "T D"), "w_router": (w_router, "D E")})
     logits: FloatArray = product_of(memory)("td,de->te", widen(x), widen(w_router))
     return logits
