@@ -110,7 +110,7 @@ def test_bytes_equal_the_model_phase_by_phase(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", RANKS[1:])
 def test_the_ragged_exchange_sends_what_is_kept(ranks: int) -> None:
     traffic, padded = Traffic(), Traffic()
-    split = on_ranks(layer(5), ranks, capacity_factor=2.0, min_capacity=1)
+    split = on_ranks(layer(5), ranks, capacity_factor=3.0, min_capacity=1)
     expected = split.replace(traffic=padded).call(expert_parallel)
     close(split.replace(traffic=traffic).call(expert_parallel_ragged), expected)
     # Who sends how many tokens to whom, from each rank's routing alone.
@@ -118,7 +118,7 @@ def test_the_ragged_exchange_sends_what_is_kept(ranks: int) -> None:
     sends = np.zeros((ranks, ranks), int)
     x, w_router = split.args[:2]
     for rank, tokens in enumerate(x):
-        routing = gshard_as_coded_routing(tokens, w_router, capacity_factor=2.0, min_capacity=1)
+        routing = gshard_as_coded_routing(tokens, w_router, capacity_factor=3.0, min_capacity=1)
         for e in routing.expert[routing.kept]:
             sends[rank, holder[e]] += 1
     token = 6 * 8  # features, bytes
