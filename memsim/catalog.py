@@ -28,6 +28,8 @@ MODULES = (
     "model_flops",
     "moe",
     "moe_exchange",
+    "moe_communication",
+    "moe_prices",
     "parallelism",
     "parameters",
     "scaling_laws",
