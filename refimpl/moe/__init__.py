@@ -1,5 +1,16 @@
-"""Mixture of experts: what routers are trained with."""
+"""Mixture of experts: gates, routers with a capacity, dispatch, experts over ranks, and router losses.
 
+A function that bears its module's name is imported from there: ``from refimpl.moe.switch import switch``.
+"""
+
+from refimpl.moe.batch_priority import batch_priority_routing, batch_priority_vjp
+from refimpl.moe.buffers import LayerGradients, routed, routed_vjp
+from refimpl.moe.capacity import expert_capacity
+from refimpl.moe.dispatch import combine_tensor, dispatch_by_indices, dispatch_vjp
+from refimpl.moe.expert_ffn import ExpertGradients, ExpertOptions, expert_ffn_vjp
+from refimpl.moe.gating import dense_mixture, dense_mixture_vjp, top_k_gates, top_k_gates_vjp
+from refimpl.moe.gshard import gshard_as_printed, gshard_as_printed_routing, gshard_as_printed_vjp
+from refimpl.moe.gshard_as_coded import gshard_as_coded_routing, gshard_as_coded_vjp
 from refimpl.moe.losses_balance import balance_loss, balance_loss_vjp
 from refimpl.moe.losses_coefficients import LossCoefficients, adapt_coefficient, loss_coefficients
 from refimpl.moe.losses_communication import communication_balance_loss, communication_balance_loss_vjp
@@ -24,47 +35,6 @@ from refimpl.moe.losses_skywork import (
     uniformity_loss_vjp,
 )
 from refimpl.moe.losses_z import z_loss, z_loss_vjp
-
-__all__ = [
-    "LossCoefficients",
-    "adapt_coefficient",
-    "balance_loss",
-    "balance_loss_vjp",
-    "communication_balance_loss",
-    "communication_balance_loss_vjp",
-    "device_balance_loss",
-    "device_balance_loss_vjp",
-    "expert_balance_loss",
-    "expert_balance_loss_vjp",
-    "importance_loss",
-    "importance_loss_vjp",
-    "load_loss",
-    "load_loss_vjp",
-    "load_probabilities",
-    "loss_coefficients",
-    "mutual_information_loss",
-    "mutual_information_loss_vjp",
-    "normalize_logits",
-    "normalize_logits_vjp",
-    "task_information_loss",
-    "task_information_loss_vjp",
-    "uniformity_loss",
-    "uniformity_loss_vjp",
-    "z_loss",
-    "z_loss_vjp",
-"""Mixture of experts: gates, routers with a capacity, dispatch, experts over ranks.
-
-A function that bears its module's name is imported from there: ``from refimpl.moe.switch import switch``.
-"""
-
-from refimpl.moe.batch_priority import batch_priority_routing, batch_priority_vjp
-from refimpl.moe.buffers import LayerGradients, routed, routed_vjp
-from refimpl.moe.capacity import expert_capacity
-from refimpl.moe.dispatch import combine_tensor, dispatch_by_indices, dispatch_vjp
-from refimpl.moe.expert_ffn import ExpertGradients, ExpertOptions, expert_ffn_vjp
-from refimpl.moe.gating import dense_mixture, dense_mixture_vjp, top_k_gates, top_k_gates_vjp
-from refimpl.moe.gshard import gshard_as_printed, gshard_as_printed_routing, gshard_as_printed_vjp
-from refimpl.moe.gshard_as_coded import gshard_as_coded_routing, gshard_as_coded_vjp
 from refimpl.moe.mixture import MixtureGradients, mixture_vjp
 from refimpl.moe.noisy_gating import (
     noisy_top_k_gates,
@@ -89,16 +59,26 @@ __all__ = [
     "ExpertGradients",
     "ExpertOptions",
     "LayerGradients",
+    "LossCoefficients",
     "MixtureGradients",
     "Routing",
+    "adapt_coefficient",
     "assign_slots",
+    "balance_loss",
+    "balance_loss_vjp",
     "batch_priority_routing",
     "batch_priority_vjp",
     "combine_tensor",
+    "communication_balance_loss",
+    "communication_balance_loss_vjp",
     "dense_mixture",
     "dense_mixture_vjp",
+    "device_balance_loss",
+    "device_balance_loss_vjp",
     "dispatch_by_indices",
     "dispatch_vjp",
+    "expert_balance_loss",
+    "expert_balance_loss_vjp",
     "expert_capacity",
     "expert_ffn_vjp",
     "gate_weights",
@@ -108,18 +88,34 @@ __all__ = [
     "gshard_as_printed",
     "gshard_as_printed_routing",
     "gshard_as_printed_vjp",
+    "importance_loss",
+    "importance_loss_vjp",
+    "load_loss",
+    "load_loss_vjp",
+    "load_probabilities",
+    "loss_coefficients",
     "mixture_vjp",
+    "mutual_information_loss",
+    "mutual_information_loss_vjp",
     "noisy_top_k_gates",
     "noisy_top_k_gates_vjp",
+    "normalize_logits",
+    "normalize_logits_vjp",
     "routed",
     "routed_vjp",
     "router_logits",
     "router_logits_vjp",
     "switch_routing",
     "switch_vjp",
+    "task_information_loss",
+    "task_information_loss_vjp",
     "top_k_gates",
     "top_k_gates_vjp",
     "top_k_indices",
+    "uniformity_loss",
+    "uniformity_loss_vjp",
     "vmoe_noisy_gates",
     "vmoe_noisy_gates_vjp",
+    "z_loss",
+    "z_loss_vjp",
 ]
