@@ -107,6 +107,18 @@ def test_bytes_equal_the_model_phase_by_phase(ranks: int) -> None:
         assert traffic.sent(0, "router gradient").bytes == 2 * 6 * 5 * 8  # 30 elements: chunks of 5
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_bytes_equal_the_estimate_that_explains_them(ranks: int) -> None:
+    exchange = pytest.importorskip("memsim.moe_exchange")
+    traffic = Traffic()
+    on_ranks(layer(5), ranks, capacity=3, traffic=traffic).call(expert_parallel)
+    for rank, part in enumerate(placement(5, ranks)):
+        estimate = exchange.moe_all_to_all(
+            experts=5, capacity=3, width=6, itemsize=8, ranks=ranks, held=part.stop - part.start
+        )
+        assert traffic.sent(rank).bytes == estimate.total
+
+
 @pytest.mark.parametrize("ranks", RANKS[1:])
 def test_the_ragged_exchange_sends_what_is_kept(ranks: int) -> None:
     traffic, padded = Traffic(), Traffic()
