@@ -16,6 +16,7 @@ __all__ = [
     "objectives",
     "parallel",
     "quant",
+    "ssm",
     "tokenization",
     "transformer",
 ]
