@@ -128,3 +128,73 @@ def transformers_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, **options: Any
             for t in range(u.shape[1])
         ]  # fmt: skip
         return torch.stack(found, dim=1).numpy()
+
+
+def _silu(x: float) -> float:
+    return x * _sigmoid(x)
+
+
+def _product(row: list[float], w: Any, bias: Any = None) -> list[float]:
+    columns = range(w.shape[1])
+    sums = [math.fsum(x * float(w[i, j]) for i, x in enumerate(row)) for j in columns]
+    return sums if bias is None else [s + float(bias[j]) for j, s in zip(columns, sums, strict=True)]
+
+
+@oracle("ssm.mamba_block")
+def scalar_block(x: Any, **given: Any) -> Any:
+    """The block one token and one number at a time."""
+    (Din, k), N, R = given["w_conv"].shape, given["A_log"].shape[1], given["w_dt"].shape[0]
+    out = np.zeros(x.shape)
+    for b in range(x.shape[0]):
+        past = [[0.0] * Din] * (k - 1) if "conv_state" not in given else given["conv_state"][b].tolist()
+        h = np.zeros((Din, N)) if "scan_state" not in given else np.array(given["scan_state"][b])
+        for t in range(x.shape[1]):
+            projected = _product([float(v) for v in x[b, t]], given["w_in"], given.get("b_in"))
+            window = [*past, projected[:Din]]
+            past = window[1:]
+            taps, bias = given["w_conv"].tolist(), given.get("b_conv", np.zeros(Din)).tolist()
+            sums = [math.fsum(taps[d][j] * window[j][d] for j in range(k)) + bias[d] for d in range(Din)]
+            u = [_silu(s) for s in sums]
+            made = _product(u, given["w_x"])
+            steps = [_softplus(s) for s in _product(made[:R], given["w_dt"], given["b_dt"])]
+            y = []
+            for d in range(Din):
+                for n in range(N):
+                    rate = -math.exp(float(given["A_log"][d, n]))
+                    gain = steps[d]
+                    if given["discretization"] == "zoh":
+                        gain = math.expm1(rate * steps[d]) / rate
+                    h[d, n] = math.exp(rate * steps[d]) * h[d, n] + gain * made[R + n] * u[d]
+                read = math.fsum(made[R + N + n] * h[d, n] for n in range(N)) + float(given["D"][d]) * u[d]
+                y.append(read * _silu(projected[Din + d]))
+            out[b, t] = _product(y, given["w_out"], given.get("b_out"))
+    return out
+
+
+@oracle("ssm.mamba_block")
+def transformers_mixer(x: Any, **given: Any) -> Any:
+    """transformers' MambaMixer (5.24) with the same weights, computing in float64."""
+    if given["discretization"] != "euler" or "conv_state" in given or 0 in x.shape:
+        raise NotImplementedError
+    torch, mamba = library("torch"), library("transformers.models.mamba.modeling_mamba")
+    (Din, k), N, R = given["w_conv"].shape, given["A_log"].shape[1], given["w_dt"].shape[0]
+    config = library("transformers").MambaConfig(
+        hidden_size=x.shape[2], intermediate_size=Din, state_size=N, time_step_rank=R, conv_kernel=k,
+        num_hidden_layers=1, vocab_size=2, use_bias="b_in" in given, use_conv_bias="b_conv" in given,
+    )  # fmt: skip
+    config.intermediate_size = Din  # it is expand x hidden_size otherwise
+    mixer = mamba.MambaMixer(config, layer_idx=0).double().eval()
+    places = {
+        "w_in": "in_proj.weight", "b_in": "in_proj.bias", "w_conv": "conv1d.weight", "b_conv": "conv1d.bias",
+        "w_x": "x_proj.weight", "w_dt": "dt_proj.weight", "b_dt": "dt_proj.bias", "A_log": "A_log", "D": "D",
+        "w_out": "out_proj.weight", "b_out": "out_proj.bias",
+    }  # fmt: skip
+    weights = {}
+    for name, place in places.items():
+        if name in given:
+            array = given[name].T if name in ("w_in", "w_x", "w_dt", "w_out") else given[name]
+            array = array[:, None] if name == "w_conv" else array
+            weights[place] = torch.from_numpy(np.ascontiguousarray(array))
+    mixer.load_state_dict(weights, strict=True)
+    with torch.no_grad(), _torch_in_float64():
+        return mixer(torch.from_numpy(np.ascontiguousarray(x))).numpy()
