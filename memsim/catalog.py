@@ -24,6 +24,7 @@ MODULES = (
     "parameters",
     "scaling_laws",
     "speculative",
+    "ssm_prices",
     "training_memory",
     "zero",
     "zero_r",

@@ -33,6 +33,8 @@ MODELS_WITH_NUMBERS = {
 DONE = {
     *range(1, 16),
     17,
+    25,
+    26,
     *range(27, 32),
     68,
     69,

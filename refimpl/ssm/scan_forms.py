@@ -10,7 +10,7 @@ from refimpl.memory import Memory
 from refimpl.numerics import FloatArray
 from refimpl.registry import implements
 from refimpl.ssm.recurrence import Step, associative_scan
-from refimpl.ssm.scan_input import ScanInput, ScanOptions, load_tokens, outputs, scan_input, steps
+from refimpl.ssm.scan_input import ScanInput, ScanOptions, outputs, scan_input, steps
 from refimpl.ssm.selective_scan import ScanOutput
 from refimpl.validation import whole
 
@@ -47,8 +47,8 @@ def selective_scan_associative(
 
     Notes
     -----
-    Three passes: Ā and B̄u are written, scanned into states, and the states read: ``5 B T Din N`` elements,
-    where the loop and the chunks move none of that size.  The scan is counted as if it read and wrote once.
+    Three passes: Ā and B̄u are written, scanned into states, and the states read: ``6 B T Din N`` elements
+    move, where the loop and the chunks move none of that size.  The scan counts as if it read and wrote once.
 
     References
     ----------
@@ -70,15 +70,16 @@ def selective_scan_associative(
         system = given.load_system(hbm)
         state = hbm.keep("h", given.load_state(hbm))
         with hbm.on_chip():
-            step = steps(hbm, system, load_tokens(hbm, given, everything))
+            step = steps(hbm, system, *given.load(hbm, everything, "u", "delta", "B"))
             hbm.store("Ā", decay, None, step.decay)
             hbm.store("B̄u", drive, None, step.drive)
         with hbm.on_chip():
             step = _after(state, Step(hbm.load("Ā", decay), hbm.load("B̄u", drive)))
             hbm.store("states", states, None, associative_scan(step))
         with hbm.on_chip():
-            tokens = load_tokens(hbm, given, everything)
-            hbm.store("out", out, None, outputs(hbm, system, tokens, hbm.load("states", states)))
+            u, C = given.load(hbm, everything, "u", "C")
+            z, found = given.load_gate(hbm, everything), hbm.load("states", states)
+            hbm.store("out", out, None, outputs(hbm, system, found, u, C, z))
         return _result(hbm, given, out, states[:, -1] if T else state, return_state)
 
 
@@ -135,10 +136,11 @@ def selective_scan_chunked(
         for start in range(0, out.shape[1], chunk_size):
             chunk = slice(start, start + chunk_size)
             with hbm.on_chip():
-                tokens = load_tokens(hbm, given, chunk)
-                states = associative_scan(_after(state, steps(hbm, system, tokens)))
+                u_c, delta_c, B_c, C_c = given.load(hbm, chunk, "u", "delta", "B", "C")
+                z_c = given.load_gate(hbm, chunk)
+                states = associative_scan(_after(state, steps(hbm, system, u_c, delta_c, B_c)))
                 hbm.compute("states", states)
-                hbm.store("out", out[:, chunk], None, outputs(hbm, system, tokens, states))
+                hbm.store("out", out[:, chunk], None, outputs(hbm, system, states, u_c, C_c, z_c))
                 state = states[:, -1].copy()  # a view would keep the whole chunk
         return _result(hbm, given, out, state, return_state)
 

@@ -13,7 +13,7 @@ from refimpl.ssm.recurrence import Step
 from refimpl.transformer.activations import activate
 from refimpl.validation import bind_axes, floating
 
-__all__ = ["ScanInput", "ScanOptions", "System", "Tokens", "load_tokens", "outputs", "scan_input", "steps"]
+__all__ = ["ScanInput", "ScanOptions", "System", "Tokens", "outputs", "scan_input", "steps"]
 
 
 class ScanOptions(TypedDict, total=False):
@@ -67,6 +67,17 @@ class ScanInput(NamedTuple):
         if self.state is None:
             return hbm.compute("h", self.new_state())
         return hbm.load("h", self.state).astype(self.wide)
+
+    def load(self, hbm: Memory, rows: slice, *names: str) -> tuple[FloatArray, ...]:
+        """Load the named arrays of some tokens, in the wide dtype."""
+        return tuple(
+            hbm.load(name, getattr(self.tokens, name)[:, rows]).astype(self.wide, copy=False)
+            for name in names
+        )
+
+    def load_gate(self, hbm: Memory, rows: slice) -> FloatArray | None:
+        """Load the gate of some tokens, if there is one."""
+        return None if self.tokens.z is None else self.load(hbm, rows, "z")[0]
 
     def load_system(self, hbm: Memory) -> System:
         """Load what all tokens share."""
@@ -133,27 +144,19 @@ def scan_input(
     )
 
 
-def load_tokens(hbm: Memory, given: ScanInput, rows: slice) -> Tokens:
-    """Load some tokens of every sequence, in the wide dtype."""
-    return Tokens(
-        *(
-            None if array is None else hbm.load(name, array[:, rows]).astype(given.wide, copy=False)  # type: ignore[arg-type]
-            for name, array in zip(Tokens._fields, given.tokens, strict=True)
-        )
-    )
-
-
-def steps(hbm: Memory, system: System, tokens: Tokens) -> Step:
+def steps(hbm: Memory, system: System, u: FloatArray, delta: FloatArray, B: FloatArray) -> Step:
     """Return the steps of some tokens, ``Ā`` and ``B̄ u``, each of shape (B, T, Din, N)."""
-    size = step_size(tokens.delta, system.delta_bias, system.delta_softplus)
+    size = step_size(delta, system.delta_bias, system.delta_softplus)
     exponent = hbm.contract("btd,dn->btdn", size, system.A)
     decay, gain = discretize(exponent, size[..., None], system.discretization)
-    return Step(decay, gain * hbm.contract("btd,btn->btdn", tokens.u, tokens.B))
+    return Step(decay, gain * hbm.contract("btd,btn->btdn", u, B))
 
 
-def outputs(hbm: Memory, system: System, tokens: Tokens, states: FloatArray) -> FloatArray:
+def outputs(
+    hbm: Memory, system: System, states: FloatArray, u: FloatArray, C: FloatArray, z: FloatArray | None
+) -> FloatArray:
     """Return ``(C h + D u) silu(z)`` of some tokens and the states after them: the gate comes last."""
-    y = hbm.contract("btdn,btn->btd", states, tokens.C)
+    y = hbm.contract("btdn,btn->btd", states, C)
     if system.D is not None:
-        y = y + system.D * tokens.u
-    return y if tokens.z is None else y * activate("silu", tokens.z)
+        y = y + system.D * u
+    return y if z is None else y * activate("silu", z)

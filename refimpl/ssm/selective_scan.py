@@ -15,7 +15,7 @@ from refimpl.numerics import FloatArray
 from refimpl.registry import Source, technique
 from refimpl.ssm.discretization import Discretization
 from refimpl.ssm.samples import AXES, EDGES, OPTIONS, sample_scan, scan_terms
-from refimpl.ssm.scan_input import ScanOptions, load_tokens, outputs, scan_input, steps
+from refimpl.ssm.scan_input import ScanOptions, outputs, scan_input, steps
 from refimpl.validation import as_array
 
 __all__ = ["ScanOutput", "selective_scan", "selective_scan_step"]
@@ -165,11 +165,11 @@ def selective_scan(
         for t in range(out.shape[1]):
             token = slice(t, t + 1)
             with hbm.on_chip():
-                tokens = load_tokens(hbm, given, token)
-                step = steps(hbm, system, tokens)
+                u_t, delta_t, B_t, C_t = given.load(hbm, token, "u", "delta", "B", "C")
+                z_t = given.load_gate(hbm, token)
+                step = steps(hbm, system, u_t, delta_t, B_t)
                 state = hbm.contract("bdn,bdn->bdn", step.decay[:, 0], state) + step.drive[:, 0]
-                y = outputs(hbm, system, tokens, state[:, None])
-                hbm.store("out", out[:, token], None, y)
+                hbm.store("out", out[:, token], None, outputs(hbm, system, state[:, None], u_t, C_t, z_t))
         if not return_state:
             return out
         last = given.new_state()

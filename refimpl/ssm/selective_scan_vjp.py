@@ -10,7 +10,7 @@ from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.ssm.discretization import Discretized, discretize, discretize_vjp, step_size, step_size_slope
 from refimpl.ssm.recurrence import Step, associative_scan
-from refimpl.ssm.scan_input import ScanOptions, load_tokens, scan_input
+from refimpl.ssm.scan_input import ScanOptions, Tokens, scan_input
 from refimpl.transformer.activations import activate, activation_slope
 from refimpl.validation import bind_axes, floating
 
@@ -90,7 +90,9 @@ def selective_scan_vjp(
     dy = widen(dout).astype(given.wide, copy=False)
     hbm = Memory()  # nothing is counted here
     system, state = given.load_system(hbm), given.load_state(hbm)
-    tokens = load_tokens(hbm, given, slice(None))
+    everything = slice(None)
+    u, delta, B, C = given.load(hbm, everything, "u", "delta", "B", "C")
+    tokens = Tokens(u, delta, B, C, given.load_gate(hbm, everything))
     size = step_size(tokens.delta, system.delta_bias, system.delta_softplus)[..., None]
     exponent = size * system.A
     decay, gain = discretize(exponent, size, system.discretization)
