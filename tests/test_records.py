@@ -33,6 +33,8 @@ MODELS_WITH_NUMBERS = {
 DONE = {
     *range(1, 16),
     17,
+    18,
+    21,
     25,
     26,
     *range(27, 32),

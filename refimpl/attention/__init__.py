@@ -1,5 +1,8 @@
 """Attention: the dense definition, its tiled and online rewrites, and what they move on the way."""
 
+from refimpl.attention.bigbird import bigbird_attention, bigbird_attention_vjp
+from refimpl.attention.bigbird_blocked import bigbird_attention_blocked, bigbird_attention_blocked_vjp
+from refimpl.attention.bigbird_plan import bigbird_plan
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
 from refimpl.attention.decomposition import head_decomposition, head_terms
 from refimpl.attention.dense import (
@@ -12,11 +15,25 @@ from refimpl.attention.flash import block_sizes_for, flash_attention, flash_atte
 from refimpl.attention.flash_backward import flash_attention_vjp
 from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
+from refimpl.attention.sliding_window import (
+    sliding_window_attention,
+    sliding_window_attention_vjp,
+    window_radius,
+)
+from refimpl.attention.sliding_window_banded import (
+    sliding_window_attention_banded,
+    sliding_window_attention_banded_vjp,
+)
 from refimpl.attention.standard import standard_attention, standard_attention_vjp
 
 __all__ = [
     "AttentionGradients",
     "AttentionOutput",
+    "bigbird_attention",
+    "bigbird_attention_blocked",
+    "bigbird_attention_blocked_vjp",
+    "bigbird_attention_vjp",
+    "bigbird_plan",
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
@@ -31,7 +48,12 @@ __all__ = [
     "online_softmax_vjp",
     "scaled_dot_product_attention",
     "scaled_dot_product_attention_vjp",
+    "sliding_window_attention",
+    "sliding_window_attention_banded",
+    "sliding_window_attention_banded_vjp",
+    "sliding_window_attention_vjp",
     "softmax",
     "standard_attention",
     "standard_attention_vjp",
+    "window_radius",
 ]

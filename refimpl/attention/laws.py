@@ -15,6 +15,8 @@ from refimpl.testing import Close
 Attention = Callable[..., Any]
 
 ATTENTION = ("attention.dense", "attention.standard", "attention.flash", "attention.block_sparse_flash")
+# Patterns of self-attention: what says nothing of the order of tokens holds for them too.
+SPARSE = ("attention.sliding_window", "attention.bigbird")
 PER_KEY = ("attn_mask", "bias", "dropout_mask")  # options with an axis of keys
 
 
@@ -55,7 +57,7 @@ def queries_are_independent(f: Attention, case: Case, close: Close) -> None:
     close.on(case)(_out(Case((q[:, order], k, v), moved), f), _out(case, f)[:, order], "queries permuted")
 
 
-@law(*ATTENTION)
+@law(*ATTENTION, *SPARSE)
 def output_is_an_average_of_values(f: Attention, case: Case, close: Close) -> None:
     """Without dropout every output lies between the least and the greatest value, or is 0."""
     case = case.without("dropout_p", "rng", "dropout_mask")
@@ -73,7 +75,7 @@ def output_is_an_average_of_values(f: Attention, case: Case, close: Close) -> No
         )
 
 
-@law(*ATTENTION)
+@law(*ATTENTION, *SPARSE)
 def values_scale_linearly(f: Attention, case: Case, close: Close) -> None:
     """Doubling the values doubles the output: the weights do not depend on them."""
     q, k, v = case.args
@@ -95,7 +97,7 @@ def masked_keys_do_not_matter(f: Attention, case: Case, close: Close) -> None:
     close.on(masked)(_out(masked.replace(q, *other), f), _out(masked, f), "other keys behind the mask")
 
 
-@law(*ATTENTION)
+@law(*ATTENTION, *SPARSE)
 def rows_without_keys_are_zero(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
     """A query that may attend to no key gets exactly 0."""
     q, k, _ = case.args
@@ -121,7 +123,7 @@ def causal_rows_ignore_the_future(f: Attention, case: Case, close: Close) -> Non
     )
 
 
-@law(*ATTENTION)
+@law(*ATTENTION, *SPARSE)
 def grouped_heads_repeat_keys(f: Attention, case: Case, close: Close) -> None:
     """Grouped heads give what repeating each key head for its group gives."""
     q, k, v = case.args

@@ -1,0 +1,187 @@
+"""Laws of sparse attention: what a token sees is read off the outputs, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from refimpl.attention.block_sparse import block_sparse_flash
+from refimpl.attention.dense import scaled_dot_product_attention
+from refimpl.attention.sliding_window import sliding_window_attention
+from refimpl.errors import LawViolation
+from refimpl.numerics import Array, BoolArray, round_to, widen
+from refimpl.registry import Case, law
+from refimpl.testing import Close
+
+__all__ = ["changed", "output_of", "plain", "require", "seen", "without_lse"]
+
+Attention = Callable[..., Any]
+
+POSITIONAL = ("causal", "attn_mask", "bias", "alibi_slopes", "q_lengths", "k_lengths", "dropout_p", "rng")
+
+
+def require(holds: Any, message: str) -> None:
+    """Raise LawViolation unless it `holds`."""
+    if not holds:
+        raise LawViolation(message)
+
+
+def without_lse(case: Case) -> Case:
+    """Return the case that asks for the output alone."""
+    return case.without("return_lse")
+
+
+def output_of(case: Case, f: Attention) -> Array:
+    """Return the output alone, bfloat16 widened."""
+    return widen(np.asarray(without_lse(case).call(f)))
+
+
+def plain(case: Case) -> Case:
+    """Return the case without the options that treat positions apart, the pattern's own left in."""
+    return case.without(*POSITIONAL)
+
+
+def changed(x: Array, tokens: Array) -> Array:
+    """Return x [B, T, H, D] with 1 added at `tokens`, a mask of shape (T,)."""
+    return round_to(np.where(tokens[None, :, None, None], widen(x) + np.float32(1.0), widen(x)), x.dtype)
+
+
+def seen(f: Attention, case: Case) -> BoolArray:
+    """Return which query sees which key, shape (B, Hq, T, T).
+
+    With queries of 0 every key that is seen has the same weight; with the unit vectors as values, the weights
+    are the output.
+    """
+    q, k = case.args[:2]
+    length = q.shape[1]
+    units = np.broadcast_to(np.eye(length)[None, :, None, :], (*k.shape[:3], length)).astype(q.dtype)
+    weights = output_of(case.replace(np.zeros_like(q), k, units), f)
+    mask: BoolArray = np.swapaxes(weights, 1, 2) > 0
+    return mask
+
+
+def _distance(length: int) -> Array:
+    i = np.arange(length)
+    distance: Array = np.abs(i[:, None] - i)
+    return distance
+
+
+@law("attention.sliding_window")
+def radius_of_zero_returns_values(f: Attention, case: Case, close: Close) -> None:
+    """A token that sees itself alone gets its own value."""
+    case = plain(case).replace(radius=0)
+    q, k, v = case.args
+    values = np.repeat(widen(v), q.shape[2] // k.shape[2], axis=2)
+    close.on(without_lse(case))(output_of(case, f), values, "radius 0 against the values")
+
+
+@law("attention.sliding_window")
+def wide_window_is_full_attention(f: Attention, case: Case, close: Close) -> None:
+    """A window that holds the whole sequence gives dense attention."""
+    case = without_lse(case).replace(radius=max(case.args[0].shape[1] - 1, 0))
+    full = output_of(case.without("radius"), scaled_dot_product_attention)
+    close.on(case)(output_of(case, f), full, "a window over everything against dense attention")
+
+
+@law("attention.sliding_window")
+def window_pairs_are_counted(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
+    """Each head uses N (2h + 1) - h (h + 1) scores for a radius h < N, one at least of each query."""
+    case, length = plain(case), case.args[0].shape[1]
+    h = min(case.kwargs["radius"], max(length - 1, 0))
+    pairs = seen(f, case).sum(axis=(2, 3))
+    require(
+        np.all(pairs == length * (2 * h + 1) - h * (h + 1)), f"radius {h} over {length} uses {pairs} scores"
+    )
+
+
+@law("attention.sliding_window")
+def layers_reach_a_radius_each(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
+    """So many layers see exactly so many radii to each side."""
+    case, length = plain(case), case.args[0].shape[1]
+    one = seen(f, case).astype(np.int64)
+    reached = one
+    for layers in (1, 2, 3):
+        expected = _distance(length) <= layers * case.kwargs["radius"]
+        require(np.all((reached > 0) == expected), f"{layers} layers see other tokens")
+        reached = np.minimum(reached @ one, 1)
+
+
+@law("attention.sliding_window")
+def windows_move_with_the_sequence(f: Attention, case: Case, close: Close) -> None:
+    """Without its first token a sequence gives the same, from the first window on that did not hold it."""
+    case = plain(case)
+    q, k, v = case.args
+    rest, first = case.replace(q[:, 1:], k[:, 1:], v[:, 1:]), case.kwargs["radius"]
+    if q.shape[1] <= first + 1:
+        return
+    close.on(without_lse(case))(
+        output_of(rest, f)[:, first:], output_of(case, f)[:, first + 1 :], "the first token dropped"
+    )
+
+
+@law("attention.sliding_window", "attention.bigbird")
+def causal_pattern_is_the_lower_half(f: Attention, case: Case, close: Close) -> None:
+    """Under a causal mask the part of the pattern on and below the diagonal is left."""
+    case = plain(case)
+    causal = case.replace(causal=True)
+    lower = case.replace(attn_mask=np.tri(case.args[0].shape[1], dtype=bool))
+    close.on(without_lse(causal))(output_of(causal, f), output_of(lower, f), "causal against a triangle")
+
+
+def _bigbird(case: Case) -> tuple[int, int, set[int]]:
+    """Return the block size, the number of blocks, and the global blocks."""
+    size = case.kwargs["block_size"]
+    blocks = -(-case.args[0].shape[1] // size)
+    return size, blocks, {block % blocks for block in case.kwargs["global_blocks"] if blocks}
+
+
+@law("attention.bigbird")
+def blocks_see_random_window_and_global_ones(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
+    """A query sees the blocks of the plan, of its window and the global ones, each once, and no others."""
+    case, (size, blocks, always) = plain(case), _bigbird(case)
+    reach, plan = case.kwargs["window_blocks"] // 2, case.kwargs["plan"]
+    mask = seen(f, case)
+    for h, i in np.ndindex(mask.shape[1], mask.shape[2]):
+        own = i // size
+        window = {own + step for step in range(-reach, reach + 1)} if case.kwargs["window_blocks"] else set()
+        expected = window | always | set(plan[h % len(plan), own].tolist())
+        expected = set(range(blocks)) if own in always else expected
+        keys = [j // size in expected for j in range(mask.shape[3])]
+        require(np.all(mask[:, h, i] == keys), f"query {i} of head {h} does not see the blocks {expected}")
+
+
+@law("attention.bigbird")
+def global_queries_have_full_attention(f: Attention, case: Case, close: Close) -> None:
+    """A query of a global block gets what dense attention gives it."""
+    case, (size, _, always) = without_lse(case), _bigbird(case)
+    rows = np.isin(np.arange(case.args[0].shape[1]) // size, sorted(always))
+    layout = ("block_size", "window_blocks", "global_blocks", "plan")
+    full = output_of(case.without(*layout), scaled_dot_product_attention)
+    close.on(case)(output_of(case, f)[:, rows], full[:, rows], "global queries against dense attention")
+
+
+@law("attention.bigbird")
+def bigbird_is_block_sparse_attention(f: Attention, case: Case, close: Close) -> None:
+    """Algorithm 5 of FlashAttention gives the same, with the blocks that are seen as its tiles."""
+    case, (size, blocks, _) = without_lse(case), _bigbird(case)
+    if blocks == 0 or case.args[0].shape[0] == 0:
+        return
+    starts = np.arange(blocks) * size
+    tiles = seen(f, plain(case))[:, :, starts[:, None], starts]
+    flash = case.without("window_blocks", "global_blocks", "plan", "block_size").replace(
+        block_mask=tiles, block_sizes=(size, size)
+    )
+    close.on(case)(
+        output_of(case, f), output_of(flash, block_sparse_flash), "against block-sparse tiles", factor=2.0
+    )
+
+
+@law("attention.bigbird")
+def blocks_of_one_token_are_a_window(f: Attention, case: Case, close: Close) -> None:
+    """With blocks of one token, nothing random and nothing global it is sliding-window attention."""
+    layout = {"block_size": 1, "window_blocks": 5, "global_blocks": (), "plan": None}
+    case = without_lse(case).replace(**layout)
+    window = case.without(*layout).replace(radius=2)
+    close.on(case)(output_of(case, f), output_of(window, sliding_window_attention), "against the window")
