@@ -12,6 +12,7 @@ from types import ModuleType
 __all__ = [
     "__version__",
     "attention",
+    "compress",
     "decoding",
     "objectives",
     "parallel",

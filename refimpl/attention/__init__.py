@@ -13,6 +13,13 @@ from refimpl.attention.dense import (
 )
 from refimpl.attention.flash import block_sizes_for, flash_attention, flash_attention_steps
 from refimpl.attention.flash_backward import flash_attention_vjp
+from refimpl.attention.linear import LinearState, linear_attention, linear_attention_step
+from refimpl.attention.linear_chunked import (
+    linear_attention_chunked,
+    linear_attention_parallel,
+    linear_attention_vjp,
+)
+from refimpl.attention.low_rank import low_rank_attention, low_rank_attention_vjp
 from refimpl.attention.multi_head import multi_head_attention, multi_head_attention_vjp
 from refimpl.attention.online_softmax import online_softmax, online_softmax_vjp, softmax
 from refimpl.attention.sliding_window import (
@@ -29,6 +36,7 @@ from refimpl.attention.standard import standard_attention, standard_attention_vj
 __all__ = [
     "AttentionGradients",
     "AttentionOutput",
+    "LinearState",
     "bigbird_attention",
     "bigbird_attention_blocked",
     "bigbird_attention_blocked_vjp",
@@ -42,6 +50,13 @@ __all__ = [
     "flash_attention_vjp",
     "head_decomposition",
     "head_terms",
+    "linear_attention",
+    "linear_attention_chunked",
+    "linear_attention_parallel",
+    "linear_attention_step",
+    "linear_attention_vjp",
+    "low_rank_attention",
+    "low_rank_attention_vjp",
     "multi_head_attention",
     "multi_head_attention_vjp",
     "online_softmax",
