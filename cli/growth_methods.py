@@ -108,9 +108,9 @@ def _mamba(length: int) -> Call:
 
 def _mamba_flops(length: int) -> int:
     """Return what is priced; the call would not count the recurrence inside its chunks."""
-    from memsim.ssm import block_flops
+    from memsim.ssm import mamba_flops
 
-    return int(block_flops(T=length, M=MODEL, D=2 * MODEL, N=STATES, R=1, k=TAPS).total)
+    return int(mamba_flops(T=length, M=MODEL, D=2 * MODEL, N=STATES, R=1, k=TAPS).total)
 
 
 METHODS = (

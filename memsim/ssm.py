@@ -19,11 +19,11 @@ from memsim.units import Number, exact
 from refimpl.errors import OptionError
 
 __all__ = [
-    "block_flops",
-    "block_moves",
-    "block_traffic",
-    "carried_state",
+    "mamba_flops",
+    "mamba_moves",
     "mamba_parameters",
+    "mamba_state",
+    "mamba_traffic",
     "scan_flops",
     "scan_moves",
     "scan_traffic",
@@ -193,7 +193,7 @@ def scan_flops(*, T: int, D: int, N: int = 16, B: int = 1) -> Estimate:
     return _flops("a selective scan", _SCAN_PRODUCTS, _SCAN, _sizes(B=B, T=T, D=D, N=N))
 
 
-def block_flops(*, T: int, M: int, D: int, N: int, R: int, k: int, B: int = 1) -> Estimate:
+def mamba_flops(*, T: int, M: int, D: int, N: int, R: int, k: int, B: int = 1) -> Estimate:
     """Return the operations of a Mamba block's products.
 
     Parameters
@@ -213,7 +213,7 @@ def block_flops(*, T: int, M: int, D: int, N: int, R: int, k: int, B: int = 1) -
 
     Examples
     --------
-    >>> block_flops(T=1, M=768, D=1536, N=16, R=48, k=4).total
+    >>> mamba_flops(T=1, M=768, D=1536, N=16, R=48, k=4).total
     7680000
     """
     return _flops("a Mamba block", _BLOCK_PRODUCTS, _BLOCK, _sizes(B=B, T=T, M=M, D=D, N=N, R=R, k=k))
@@ -275,18 +275,18 @@ def scan_traffic(
     return _bytes(f"HBM traffic of a {algorithm} scan", scan_moves(algorithm), values, _SCAN)
 
 
-def block_moves() -> tuple[Move, ...]:
+def mamba_moves() -> tuple[Move, ...]:
     """Return what the stages of a Mamba block read and write, each from HBM to HBM.
 
     Examples
     --------
-    >>> block_moves()[0].name
+    >>> mamba_moves()[0].name
     'project in: read tokens'
     """
     return _STAGES
 
 
-def block_traffic(
+def mamba_traffic(
     *, T: int, M: int, D: int, N: int = 16, R: int, k: int = 4, B: int = 1, itemsize: int = 2
 ) -> Estimate:
     """Return the HBM traffic of a published Mamba block, its stages from HBM to HBM, its scan fused.
@@ -294,7 +294,7 @@ def block_traffic(
     Parameters
     ----------
     T, M, D, N, R, k, B : int
-        As for `block_flops`.
+        As for `mamba_flops`.
     itemsize : int
         Bytes of an element of tokens and weights; what is computed between has at least 4.
 
@@ -310,7 +310,7 @@ def block_traffic(
 
     Examples
     --------
-    >>> block_traffic(T=1, M=768, D=1536, R=48)["project in: read w_in"] == 2 * 2 * 768 * 1536
+    >>> mamba_traffic(T=1, M=768, D=1536, R=48)["project in: read w_in"] == 2 * 2 * 768 * 1536
     True
     """
     has = {"z": 1, "d": 1, "b": 1, "i": 0, "f": 0, "c": 1, "p": 0, "q": 0}
@@ -318,7 +318,7 @@ def block_traffic(
     return _bytes("HBM traffic of a Mamba block", _STAGES, values, _BLOCK)
 
 
-def carried_state(*, D: int, N: int = 16, k: int = 4, B: int = 1) -> Estimate:
+def mamba_state(*, D: int, N: int = 16, k: int = 4, B: int = 1) -> Estimate:
     """Return the numbers that a Mamba block carries from token to token: ``D (N + k - 1)`` a sequence.
 
     Parameters
@@ -338,7 +338,7 @@ def carried_state(*, D: int, N: int = 16, k: int = 4, B: int = 1) -> Estimate:
 
     Examples
     --------
-    >>> carried_state(D=1536).total
+    >>> mamba_state(D=1536).total
     29184
     """
     values = _sizes(B=B, D=D, N=N, k=k)

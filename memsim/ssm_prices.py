@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from memsim.formula import evaluate
-from memsim.ssm import Move, block_flops, block_moves, carried_state, scan_flops, scan_moves
+from memsim.ssm import Move, mamba_flops, mamba_moves, mamba_state, scan_flops, scan_moves
 from memsim.units import Number
 from refimpl.numerics import wide_dtype
 from refimpl.registry import Case, prices
@@ -93,17 +93,17 @@ def block(case: Case) -> dict[str, int]:
         **_given(case, i="scan_state", c="b_conv", p="b_in", q="b_out"),
         "z": 1, "d": 1, "b": 1, "f": int(bool(case.kwargs.get("return_state"))),
     }  # fmt: skip
-    return moved(block_moves(), values)
+    return moved(mamba_moves(), values)
 
 
 @prices("ssm.mamba_block", counts="flops")
 def block_operations(case: Case) -> dict[str, int]:
     """Return the operations of ``mamba_block(...)``."""
-    return {"flops": int(block_flops(**_block_sizes(case)).total)}
+    return {"flops": int(mamba_flops(**_block_sizes(case)).total)}
 
 
 @prices("ssm.mamba_block", counts="state")
 def block_state(case: Case) -> dict[str, int]:
     """Return the elements that ``mamba_block(...)`` carries: of the scan and of the convolution."""
     sizes = _block_sizes(case)
-    return {"state_elements": int(carried_state(**{name: sizes[name] for name in "BDNk"}).total)}
+    return {"state_elements": int(mamba_state(**{name: sizes[name] for name in "BDNk"}).total)}

@@ -45,8 +45,8 @@ def _sized(case: Case, size: float) -> Case:
     return case.without("delta_bias").replace(u, steps, *others, delta_softplus=False)
 
 
-def _finite_case(case: Case) -> bool:
-    return 0 not in case.args[0].shape
+def _empty(case: Case) -> bool:
+    return 0 in case.args[0].shape
 
 
 @law(SCAN)
@@ -82,7 +82,7 @@ def the_state_is_all_that_is_carried(f: Scan, case: Case, close: Close) -> None:
     whole = case.replace(return_state=True).call(f)
     parts = np.concatenate([widen(np.asarray(first[0])), widen(np.asarray(rest[0]))], axis=1)
     close(parts, widen(np.asarray(whole[0])), f"cut after token {cut}")
-    if _finite_case(case):
+    if not _empty(case):
         _states_agree(np.asarray(rest[1]), np.asarray(whole[1]), case.args[0], close)
 
 
@@ -97,7 +97,7 @@ def _states_agree(found: Array, expected: Array, u: Array, close: Close) -> None
 @law(SCAN)
 def the_state_is_what_a_step_of_0_reads(f: Scan, case: Case, close: Close) -> None:
     """A step of size 0 keeps the state, and reads it with C."""
-    if not _finite_case(case):
+    if _empty(case):
         return
     state = _state(case, f)
     last = _sized(_plain(_tokens(case, slice(-1, None))), 0.0).replace(initial_state=state)
@@ -111,7 +111,7 @@ def the_state_is_what_a_step_of_0_reads(f: Scan, case: Case, close: Close) -> No
 @law(SCAN)
 def a_long_step_forgets(f: Scan, case: Case, close: Close) -> None:
     """With negative rates a very long step leaves nothing of the state before it."""
-    if not _finite_case(case):
+    if _empty(case):
         return
     u, delta, A, B, C = case.args
     A = np.minimum(A, -np.asarray(0.0625, A.dtype))
@@ -126,7 +126,7 @@ def a_long_step_forgets(f: Scan, case: Case, close: Close) -> None:
 @law(SCAN)
 def a_constant_system_is_a_convolution(f: Scan, case: Case, close: Close) -> None:
     """With the same step, B and C at every token, the output is a convolution with ``C Ā^j B̄``."""
-    if not _finite_case(case):
+    if _empty(case):
         return
     u, delta, A, B, C = case.args
     T = u.shape[1]
@@ -150,7 +150,7 @@ def a_constant_system_is_a_convolution(f: Scan, case: Case, close: Close) -> Non
 @law(SCAN)
 def a_held_input_keeps_the_state_in_range(f: Scan, case: Case, close: Close) -> None:  # noqa: ARG001
     """Under zero-order hold, with negative rates, no state exceeds the largest ``|B u / A|``."""
-    if not _finite_case(case):
+    if _empty(case):
         return
     case = _plain(case).replace(discretization="zoh")
     u, delta, A, B, _ = case.args
@@ -166,7 +166,7 @@ def a_held_input_keeps_the_state_in_range(f: Scan, case: Case, close: Close) -> 
 @law(SCAN)
 def one_unit_state_is_a_gated_network(f: Scan, case: Case, close: Close) -> None:
     """With A = -1, B = C = 1 and N = 1: ``h = (1 - g) h + g u``, g = sigmoid; softplus for Euler's g u."""
-    if not _finite_case(case):
+    if _empty(case):
         return
     u, delta, A, B, _ = case.args
     one = np.ones_like(B[..., :1])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim.ssm import block_traffic, mamba_parameters
+from memsim.ssm import mamba_parameters, mamba_traffic
 from memsim.ssm_prices import block
 from refimpl.errors import OptionError, ShapeError
 from refimpl.memory import Memory
@@ -100,7 +100,7 @@ def test_the_estimate_of_traffic_is_the_count() -> None:
     call, counted = case(extra="released", B=1).map_arrays(lambda array: array.astype(np.float16)), Memory()
     call.replace(memory=counted).call(mamba_block)
     sizes = {"T": 6, "M": 3, "D": 4, "N": 3, "R": 2, "k": 4}
-    assert block_traffic(**sizes).total == counted.bytes_read + counted.bytes_written
+    assert mamba_traffic(**sizes).total == counted.bytes_read + counted.bytes_written
 
 
 def test_low_precision_is_rounded_once() -> None:
