@@ -151,6 +151,14 @@ def mamba_block_chunked(
     -------
     ndarray of float, or MambaOutput
         As for `mamba_block`.
+
+    Examples
+    --------
+    >>> from refimpl.ssm.block_samples import sample_block
+    >>> shape = dict(B=1, T=3, M=2, Din=4, N=3, R=1, k=4, discretization="euler", extra="bare")
+    >>> case = sample_block(np.random.default_rng(0), **shape)
+    >>> bool(np.allclose(case.call(mamba_block_chunked), case.call(mamba_block)))
+    True
     """
     return _run(x, selective_scan_chunked, discretization, return_state, memory or Memory(), weights)
 
@@ -186,6 +194,15 @@ def mamba_block_step(
     ------
     ShapeError, DTypeError, OptionError
         As for `mamba_block`.
+
+    Examples
+    --------
+    >>> from refimpl.ssm.block_samples import sample_block
+    >>> shape = dict(B=1, T=3, M=2, Din=4, N=3, R=1, k=4, discretization="euler", extra="bare")
+    >>> case = sample_block(np.random.default_rng(0), **shape)
+    >>> step = mamba_block_step(case.args[0][:, 0], np.zeros((1, 3, 4)), np.zeros((1, 4, 3)), **case.kwargs)
+    >>> step.out.shape, step.conv_state.shape, step.scan_state.shape
+    ((1, 2), (1, 3, 4), (1, 4, 3))
     """
     weights["conv_state"], weights["scan_state"] = conv_state, scan_state
     x = as_array("x", x)[..., None, :]
@@ -221,6 +238,14 @@ def mamba_block_vjp(
     ------
     ShapeError, DTypeError, OptionError
         As for `mamba_block`.
+
+    Examples
+    --------
+    >>> from refimpl.ssm.block_samples import sample_block
+    >>> shape = dict(B=1, T=3, M=2, Din=4, N=3, R=1, k=4, discretization="euler", extra="bare")
+    >>> case = sample_block(np.random.default_rng(0), **shape)
+    >>> mamba_block_vjp(*case.args, np.ones((1, 3, 2)), **case.kwargs).dw_in.shape
+    (2, 8)
     """
     block = block_input(x, weights)
     (dout,) = floating(dout=dout)
