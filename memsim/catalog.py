@@ -25,6 +25,7 @@ MODULES = (
     "parallelism",
     "parameters",
     "scaling_laws",
+    "sparse_attention_prices",
     "speculative",
     "ssm_prices",
     "training_memory",

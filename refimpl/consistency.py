@@ -82,9 +82,13 @@ def _counter(counts: str) -> tuple[str, Any, Callable[[], dict[str, int]]]:
 
 
 def check_price(price: Price, technique: Technique, case: Case) -> str | None:
-    """Return how a model's prediction differs from what the reference counts as it runs; None if equal."""
+    """Return how a model's prediction differs from what its function counts as it runs; None if equal.
+
+    The function is the reference, or the implementation that the price names: a definition by a mask computes
+    every score, and what is priced is the algorithm that does not.
+    """
     option, counter, read = _counter(price.counts)
-    case.replace(**{option: counter}).call(technique.function)
+    case.replace(**{option: counter}).call(resolve(price.of) if price.of else technique.function)
     predicted, counted = dict(price.function(case)), read()
     if set(predicted) != set(counted):
         return f"the model predicts {sorted(predicted)}, counted are {sorted(counted)}"

@@ -1,9 +1,8 @@
 """The one idea of frugal: a technique is a record.
 
 A record ties a technique's name to the function that defines it, to other implementations (formulations,
-kernels, ranks), to the models that price it, and to the laws, oracles and mistakes that hold all of them
-to each other.  `frugal list`, `show`, `verify`, the README table and the contract tests are made from
-these records and from nothing else.
+kernels, ranks), to the models that price it, and to the laws, oracles and mistakes that hold all of them to
+each other.  `frugal list`, `show`, `verify`, README and the contract tests are made from these records alone.
 
 The decorators return the function unchanged.  This module imports nothing of the project but its errors.
 """
@@ -199,11 +198,12 @@ class Implementation:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """A cost model of a technique: ``function(case) -> {counter: exact int}``."""
+    """A cost model of a technique or its implementation `of`: ``function(case) -> {counter: exact int}``."""
 
     technique: str
     counts: str
     function: Callable[[Case], Mapping[str, int]]
+    of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,11 +303,11 @@ def add_implementation(
         IMPLEMENTATIONS.append(record)
 
 
-def prices(name: str, *, counts: str) -> Callable[[Function], Function]:
-    """Register the decorated ``model(case) -> {counter: int}`` as a price of technique `name`."""
+def prices(name: str, *, counts: str, of: str | None = None) -> Callable[[Function], Function]:
+    """Register ``model(case) -> {counter: int}`` as a price of technique `name` or implementation `of`."""
 
     def register(function: Function) -> Function:
-        PRICES.append(Price(name, counts, function))
+        PRICES.append(Price(name, counts, function, of))
         return function
 
     return register

@@ -101,7 +101,7 @@ def _facts(technique: Technique) -> Iterator[tuple[str, str, str]]:
         yield "implementations", item.target, f"{', '.join(item.backends)} {item.tier}".rstrip()
     for price in (item for item in registry.PRICES if item.technique == technique.name):
         where = f"{price.function.__module__}:{price.function.__qualname__}"
-        yield "prices", price.counts, where
+        yield "prices", price.counts, where + (f" of {price.of}" if price.of else "")
     for mistake in (mistake for mistake in registry.ERRATA if mistake.technique == technique.name):
         detail = f"{mistake.slide}: {mistake.says}; should say {mistake.should_say}; breaks {mistake.breaks}"
         yield "errata", mistake.name, detail

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+from refimpl.attention.bigbird_mixing import diameter, spectral_gap
 from refimpl.attention.bigbird_plan import bigbird_block_mask, checked_plan
 from refimpl.attention.block_sparse import expanded_mask
 from refimpl.attention.dense import (
@@ -21,7 +22,7 @@ from refimpl.numerics import BoolArray, FloatArray, IntArray
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import whole
 
-__all__ = ["bigbird_attention", "bigbird_attention_vjp"]
+__all__ = ["bigbird_attention", "bigbird_attention_vjp", "diameter", "spectral_gap"]
 
 
 _LAYOUT: dict[str, Any] = {"block_size": 64, "window_blocks": 3, "global_blocks": (0, -1), "plan": None}

@@ -77,10 +77,13 @@ def bigbird_plan(
     plan = np.full((heads, num_blocks, random_blocks), -1, dtype=np.int64)
     for i in set(range(num_blocks)) - set(always.tolist()):
         taken = np.union1d(window_indices(i, num_blocks, window_blocks), always)
-        left = np.setdiff1d(np.arange(num_blocks), taken, assume_unique=True)
-        count = min(random_blocks, left.size)
+        left = num_blocks - taken.size
+        count = min(random_blocks, left)
         for h in range(heads):
-            plan[h, i, :count] = np.sort(generator.choice(left, count, replace=False))
+            drawn = np.sort(generator.choice(left, count, replace=False))
+            for block in taken:  # numbers among what is left become numbers among all
+                drawn[drawn >= block] += 1
+            plan[h, i, :count] = drawn
     return plan
 
 

@@ -16,7 +16,13 @@ Attention = Callable[..., Any]
 
 ATTENTION = ("attention.dense", "attention.standard", "attention.flash", "attention.block_sparse_flash")
 # Patterns of self-attention: what says nothing of the order of tokens holds for them too.
-SPARSE = ("attention.sliding_window", "attention.bigbird")
+SPARSE = (
+    "attention.sliding_window",
+    "attention.dilated_window",
+    "attention.global_tokens",
+    "attention.bigbird",
+    "attention.shifted_groups",
+)
 PER_KEY = ("attn_mask", "bias", "dropout_mask")  # options with an axis of keys
 
 

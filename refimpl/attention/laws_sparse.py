@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.attention.block_sparse import block_sparse_flash
 from refimpl.attention.dense import scaled_dot_product_attention
 from refimpl.attention.sliding_window import sliding_window_attention
 from refimpl.errors import LawViolation
@@ -68,7 +67,7 @@ def _distance(length: int) -> Array:
     return distance
 
 
-@law("attention.sliding_window")
+@law("attention.sliding_window", "attention.dilated_window")
 def radius_of_zero_returns_values(f: Attention, case: Case, close: Close) -> None:
     """A token that sees itself alone gets its own value."""
     case = plain(case).replace(radius=0)
@@ -121,7 +120,7 @@ def windows_move_with_the_sequence(f: Attention, case: Case, close: Close) -> No
     )
 
 
-@law("attention.sliding_window", "attention.bigbird")
+@law("attention.sliding_window", "attention.dilated_window", "attention.global_tokens", "attention.bigbird")
 def causal_pattern_is_the_lower_half(f: Attention, case: Case, close: Close) -> None:
     """Under a causal mask the part of the pattern on and below the diagonal is left."""
     case = plain(case)
@@ -130,58 +129,34 @@ def causal_pattern_is_the_lower_half(f: Attention, case: Case, close: Close) -> 
     close.on(without_lse(causal))(output_of(causal, f), output_of(lower, f), "causal against a triangle")
 
 
-def _bigbird(case: Case) -> tuple[int, int, set[int]]:
-    """Return the block size, the number of blocks, and the global blocks."""
-    size = case.kwargs["block_size"]
-    blocks = -(-case.args[0].shape[1] // size)
-    return size, blocks, {block % blocks for block in case.kwargs["global_blocks"] if blocks}
+@law("attention.dilated_window")
+def dilation_of_one_is_the_window(f: Attention, case: Case, close: Close) -> None:
+    """Without gaps it is sliding-window attention."""
+    case = without_lse(case).replace(dilation=1)
+    window = output_of(case.without("dilation"), sliding_window_attention)
+    close.on(case)(output_of(case, f), window, "dilation 1 against the window")
 
 
-@law("attention.bigbird")
-def blocks_see_random_window_and_global_ones(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
-    """A query sees the blocks of the plan, of its window and the global ones, each once, and no others."""
-    case, (size, blocks, always) = plain(case), _bigbird(case)
-    reach, plan = case.kwargs["window_blocks"] // 2, case.kwargs["plan"]
-    mask = seen(f, case)
-    for h, i in np.ndindex(mask.shape[1], mask.shape[2]):
-        own = i // size
-        window = {own + step for step in range(-reach, reach + 1)} if case.kwargs["window_blocks"] else set()
-        expected = window | always | set(plan[h % len(plan), own].tolist())
-        expected = set(range(blocks)) if own in always else expected
-        keys = [j // size in expected for j in range(mask.shape[3])]
-        require(np.all(mask[:, h, i] == keys), f"query {i} of head {h} does not see the blocks {expected}")
+@law("attention.dilated_window")
+def classes_of_positions_are_windows(f: Attention, case: Case, close: Close) -> None:
+    """Each class of positions modulo the dilation is a sequence of its own, under a sliding window."""
+    case = without_lse(plain(case))
+    gap = int(np.max(case.kwargs["dilation"], initial=1))
+    case = case.replace(dilation=gap)
+    close, whole = close.on(case), output_of(case, f)
+    for first in range(min(gap, case.args[0].shape[1])):
+        part = case.without("dilation").replace(*(x[:, first::gap] for x in case.args))
+        close(
+            whole[:, first::gap], output_of(part, sliding_window_attention), f"positions {first} modulo {gap}"
+        )
 
 
-@law("attention.bigbird")
-def global_queries_have_full_attention(f: Attention, case: Case, close: Close) -> None:
-    """A query of a global block gets what dense attention gives it."""
-    case, (size, _, always) = without_lse(case), _bigbird(case)
-    rows = np.isin(np.arange(case.args[0].shape[1]) // size, sorted(always))
-    layout = ("block_size", "window_blocks", "global_blocks", "plan")
-    full = output_of(case.without(*layout), scaled_dot_product_attention)
-    close.on(case)(output_of(case, f)[:, rows], full[:, rows], "global queries against dense attention")
-
-
-@law("attention.bigbird")
-def bigbird_is_block_sparse_attention(f: Attention, case: Case, close: Close) -> None:
-    """Algorithm 5 of FlashAttention gives the same, with the blocks that are seen as its tiles."""
-    case, (size, blocks, _) = without_lse(case), _bigbird(case)
-    if blocks == 0 or case.args[0].shape[0] == 0:
-        return
-    starts = np.arange(blocks) * size
-    tiles = seen(f, plain(case))[:, :, starts[:, None], starts]
-    flash = case.without("window_blocks", "global_blocks", "plan", "block_size").replace(
-        block_mask=tiles, block_sizes=(size, size)
-    )
-    close.on(case)(
-        output_of(case, f), output_of(flash, block_sparse_flash), "against block-sparse tiles", factor=2.0
-    )
-
-
-@law("attention.bigbird")
-def blocks_of_one_token_are_a_window(f: Attention, case: Case, close: Close) -> None:
-    """With blocks of one token, nothing random and nothing global it is sliding-window attention."""
-    layout = {"block_size": 1, "window_blocks": 5, "global_blocks": (), "plan": None}
-    case = without_lse(case).replace(**layout)
-    window = case.without(*layout).replace(radius=2)
-    close.on(case)(output_of(case, f), output_of(window, sliding_window_attention), "against the window")
+@law("attention.dilated_window")
+def classes_never_meet(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
+    """Tokens whose positions differ modulo a head's dilation do not see each other; no span exceeds it."""
+    case, length = plain(case), case.args[0].shape[1]
+    mask, distance = seen(f, case), _distance(length)
+    for h in range(mask.shape[1]):
+        gap = int(np.broadcast_to(case.kwargs["dilation"], mask.shape[1])[h])
+        expected = (distance % gap == 0) & (distance // gap <= case.kwargs["radius"])
+        require(np.all(mask[:, h] == expected), f"head {h} of dilation {gap} sees others")
