@@ -12,9 +12,10 @@ import math
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from cli.growth_methods import METHODS, Call, Method
+from cli.growth_methods import METHODS, Method
 from cli.output import progress
 from cli.quantities import bytes_text, flop_text, time_text
 from cli.result import Column, Result, View
@@ -113,40 +114,35 @@ def growth_result(
 
 def measured(method: Method, sizes: Sequence[int], rounds: int, clock: Clock) -> Iterator[Measurement]:
     """Yield what a method takes at each size; a round goes over all sizes: a slow spell hits them all."""
-    from refimpl.memory import Memory
-
-    method.prepare(sizes[0])(Memory())  # what is imported and cached at first use is nobody's cost
-    peaks = [_peak(method, n) for n in sizes]
-    calls = [method.prepare(n) for n in sizes]
+    function = method.load()
+    method.case(sizes[0]).call(function)  # what is imported and cached at first use is nobody's cost
+    peaks = [_peak(method, function, n) for n in sizes]
+    cases = [method.case(n) for n in sizes]
     times: list[list[tuple[float, float]]] = [[] for _ in sizes]
     for _ in range(rounds):
-        for call, taken in zip(calls, times, strict=True):
-            taken.append(_timed(lambda call=call: call(Memory()), clock))  # type: ignore[misc]
-    for n, (peak, flops), taken in zip(sizes, peaks, times, strict=True):
+        for case, taken in zip(cases, times, strict=True):
+            taken.append(_timed(partial(case.call, function), clock))
+    for n, case, peak, taken in zip(sizes, cases, peaks, times, strict=True):
         yield {
             "method": method.name,
             "n": n,
             "time_s": min(processor for processor, _ in taken),
             "wall_s": min(wall for _, wall in taken),
             "peak_bytes": peak,
-            "flops": flops,
+            "flops": method.flops(case),
         }
 
 
-def _peak(method: Method, n: int) -> tuple[int, int]:
-    """Return the peak of bytes allocated for the inputs and the call, and the operations that it counts."""
-    from refimpl.memory import Memory
-
-    memory = Memory()
+def _peak(method: Method, function: Callable[..., Any], n: int) -> int:
+    """Return the peak of bytes allocated for the inputs and the call."""
     tracemalloc.start()
     try:
-        call: Call = method.prepare(n)
+        case = method.case(n)
         tracemalloc.reset_peak()
-        call(memory)
-        _, peak = tracemalloc.get_traced_memory()
+        case.call(function)
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    return peak, memory.flops if method.flops is None else method.flops(n)
 
 
 def _timed(call: Callable[[], Any], clock: Clock) -> tuple[float, float]:
@@ -193,8 +189,7 @@ def _explanations(without_slopes: bool) -> list[str]:
 
     lines = [
         "Processor time: of this process, in user mode, the least of the rounds.  Peak memory: all that",
-        "Python and NumPy allocate, inputs included.  FLOPs: of the products, full's and Mamba's as priced,",
-        "the others' as counted, which is what prices are held to.",
+        "Python and NumPy allocate, inputs included.  FLOPs: of the products, as priced.",
         f"One sequence, one head, float32; {platform.machine()}, Python {platform.python_version()}, "
         f"NumPy {np.__version__}.",
     ]

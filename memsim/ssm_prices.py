@@ -18,6 +18,8 @@ from refimpl.registry import Case, prices
 
 __all__ = ["moved", "scan_values"]
 
+_FORMS = "refimpl.ssm.scan_forms"
+
 
 def moved(moves: Iterable[Move], values: Mapping[str, Number]) -> dict[str, int]:
     """Return the four counters of traffic of some moves.
@@ -68,6 +70,18 @@ def _given(case: Case, **letters: str) -> dict[str, int]:
 def scan(case: Case) -> dict[str, int]:
     """Return the four counters of ``selective_scan(u, delta, A, B, C, ...)``."""
     return moved(scan_moves("fused"), scan_values(case))
+
+
+@prices("ssm.selective_scan", counts="hbm", of=f"{_FORMS}:selective_scan_chunked")
+def chunked_scan(case: Case) -> dict[str, int]:
+    """Return the four counters of ``selective_scan_chunked(...)``: those of the loop."""
+    return scan(case)
+
+
+@prices("ssm.selective_scan", counts="hbm", of=f"{_FORMS}:selective_scan_associative")
+def associative_scan(case: Case) -> dict[str, int]:
+    """Return the four counters of ``selective_scan_associative(...)``, every step in HBM."""
+    return moved(scan_moves("materialized"), scan_values(case))
 
 
 @prices("ssm.selective_scan", counts="flops")

@@ -12,12 +12,23 @@ import pytest
 from cli import growth
 from cli.growth import FITTED, TOLERANCE, growth_result, least_squares_slope, measured, processor_seconds
 from cli.growth_methods import BLOCK, HEAD, METHODS, NAMES, RADIUS, Method
-from memsim.linear_attention_prices import chunked_flops
 from refimpl.memory import Memory
 from refimpl.registry import Case
 
 Rows = Callable[..., dict[str, Any]]
 SIZES = (64, 128, 256, 512)
+
+
+def played(function: Callable[..., Any], **changes: Any) -> Method:
+    """A method that runs `function` of N."""
+
+    class Played(Method):
+        def load(self) -> Callable[..., Any]:
+            return function
+
+    return Played(
+        "method", "stage:play", 1, None, lambda n: Case((n,)), lambda case: 3 * case.args[0]
+    )._replace(**changes)
 
 
 class Play:
@@ -27,15 +38,11 @@ class Play:
         self.now = 0.0
 
     def method(self, name: str, theory: int, seconds: Callable[[int], float], **changes: Any) -> Method:
-        def prepare(n: int) -> Callable[[Memory], Any]:
-            def call(memory: Memory) -> Any:
-                self.now += seconds(n)
-                memory.flops += 3 * n**theory
-                return np.ones(100_000 * n**theory, np.int8)
+        def play(n: int) -> Any:
+            self.now += seconds(n)
+            return np.ones(100_000 * n**theory, np.int8)
 
-            return call
-
-        return Method(name, "played", theory, None, prepare)._replace(**changes)
+        return played(play, name=name, theory=theory, **changes)
 
     def clock(self) -> float:
         return self.now
@@ -125,13 +132,13 @@ def test_slope_by_least_squares_is_that_of_numpy() -> None:
 
 
 def test_memory_is_that_of_inputs_and_call() -> None:
-    """An input of 10 MB and a temporary of 20 MB: 30 MB, whatever the run for the times holds."""
+    """An input of 10 MB and an output of 20 MB: 30 MB, whatever the run for the times holds."""
 
-    def prepare(n: int) -> Any:
-        x = np.ones(10_000_000, np.int8)
-        return lambda _memory: (x, np.ones(20_000_000, np.int8))
+    def double(x: Any) -> Any:
+        return np.ones(2 * x.size, np.int8)
 
-    (row,) = measured(Method("m", "f", 1, None, prepare), [1], 1, processor_seconds)
+    method = played(double, case=lambda n: Case((np.ones(10_000_000, np.int8),)), flops=lambda _case: 1)
+    (row,) = measured(method, [1], 1, processor_seconds)
     assert row["peak_bytes"] == pytest.approx(3e7, rel=0.01)
 
 
@@ -142,27 +149,31 @@ def test_processor_time_passes_while_something_is_computed() -> None:
     assert processor_seconds() > before
 
 
-def _counted(name: str, n: int) -> int:
+@pytest.mark.parametrize("name", ["sliding", "bigbird", "linear"])
+def test_prices_are_what_the_calls_count(name: str) -> None:
+    method, memory = METHODS[NAMES.index(name)], Memory()
+    case = method.case(700)
+    case.replace(memory=memory).call(method.load())
+    assert method.flops(case) == memory.flops
+
+
+def _priced(name: str, n: int) -> int:
     method = METHODS[NAMES.index(name)]
-    memory = Memory()
-    method.prepare(n)(memory)
-    return memory.flops if method.flops is None else method.flops(n)
+    return method.flops(method.case(n))
 
 
 def test_operations_are_those_of_formulas() -> None:
     n = 1024
     products = 4 * HEAD  # of a pair: its score, and its value times its weight
-    assert _counted("full", n) == products * n**2
+    assert _priced("full", n) == products * n**2
     inner = n * (RADIUS + 2 * RADIUS) - 2 * RADIUS * RADIUS  # the first and last tile see one side only
-    assert _counted("sliding", n) == products * inner
+    assert _priced("sliding", n) == products * inner
     blocks = n // BLOCK
     # Two global blocks see everything; a block sees 3 neighbours, 2 global and 3 random ones, but of these 7
     # where its window holds a global block.
     seen = 2 * blocks + 8 * (blocks - 4) + 2 * 7
-    assert _counted("bigbird", n) == products * BLOCK**2 * seen
-    q = np.zeros((1, n, 1, HEAD), np.float32)
-    assert _counted("linear", n) == chunked_flops(Case((q, q, q), {"causal": True}))["flops"]
-    assert _counted("mamba", 2 * n) == 2 * _counted("mamba", n)
+    assert _priced("bigbird", n) == products * BLOCK**2 * seen
+    assert _priced("mamba", 2 * n) == 2 * _priced("mamba", n)
 
 
 def test_the_command(rows: Rows) -> None:

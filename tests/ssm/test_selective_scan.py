@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsim.ssm import scan_moves, scan_traffic
-from memsim.ssm_prices import moved, scan, scan_values
+from memsim.ssm_prices import associative_scan as associative_scan_traffic
+from memsim.ssm_prices import scan
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.registry import Case
@@ -185,7 +186,9 @@ def test_a_scan_in_hbm_moves_every_step_six_times() -> None:
     call = case(T=16).replace(return_state=True)
     counted = Memory()
     call.replace(memory=counted).call(selective_scan_associative)
-    assert counted.totals() == moved(scan_moves("materialized"), scan_values(call))
+    assert counted.totals() == associative_scan_traffic(call)
+    once = sum(move.elements.count("D*N") for move in scan_moves("materialized") if "T" in move.elements)
+    assert once == 6
     fused, whole = (scan_traffic(T=4096, D=1024, algorithm=name).total for name in ("fused", "materialized"))
     assert whole / fused > 16 * 6 * 4 / (4 * 2) * 0.9  # six states of four bytes for four channels of two
 
