@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "NAMES", "Method"]
 
 # Small, so that lengths and not widths decide; the layouts are those of the papers.
-HEAD, RADIUS, BLOCK, MODEL, STATES, TAPS = 32, 64, 64, 8, 16, 4
+HEAD, RADIUS, BLOCK, MODEL, STATES, TAPS = 64, 64, 64, 8, 16, 4
 
 
 class Method(NamedTuple):

@@ -16,7 +16,6 @@ from refimpl.memory import Memory
 from refimpl.registry import Case
 
 Rows = Callable[..., dict[str, Any]]
-SIZES = (64, 128, 256, 512)
 
 
 def played(function: Callable[..., Any], **changes: Any) -> Method:
