@@ -5,37 +5,20 @@ Each price equals, counter by counter, what the reference counts in `refimpl.mem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from memsim.formula import evaluate
-from memsim.ssm import Move, mamba_flops, mamba_moves, mamba_state, scan_flops, scan_moves
+from memsim.ssm import mamba_flops, mamba_state, scan_flops
+from memsim.ssm_schedules import mamba_moves, moved, scan_moves
 from memsim.units import Number
 from refimpl.numerics import wide_dtype
 from refimpl.registry import Case, prices
 
-__all__ = ["moved", "scan_values"]
+__all__ = ["scan_values"]
 
 _FORMS = "refimpl.ssm.scan_forms"
-
-
-def moved(moves: Iterable[Move], values: Mapping[str, Number]) -> dict[str, int]:
-    """Return the four counters of traffic of some moves.
-
-    Examples
-    --------
-    >>> moved([Move("scan", "read", "u", "B*T", "e")], {"B": 2, "T": 3, "e": 4})
-    {'elements_read': 6, 'elements_written': 0, 'bytes_read': 24, 'bytes_written': 0}
-    """
-    totals = dict.fromkeys(("elements_read", "elements_written", "bytes_read", "bytes_written"), 0)
-    for move in moves:
-        ending = "read" if move.direction == "read" else "written"
-        elements = int(evaluate(move.elements, values))
-        totals[f"elements_{ending}"] += elements
-        totals[f"bytes_{ending}"] += elements * int(values[move.item])
-    return totals
 
 
 def scan_values(case: Case) -> dict[str, Number]:
