@@ -1,5 +1,6 @@
 """State space models: Mamba's selective scan, in its forms, and the block made of it."""
 
+from refimpl.ssm.chunked_vjp import selective_scan_chunked_vjp
 from refimpl.ssm.mamba_block import (
     MambaOutput,
     mamba_block,
@@ -26,6 +27,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_associative",
     "selective_scan_chunked",
+    "selective_scan_chunked_vjp",
     "selective_scan_step",
     "selective_scan_vjp",
 ]

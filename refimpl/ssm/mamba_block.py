@@ -15,11 +15,11 @@ from refimpl.registry import Source, implements, technique
 from refimpl.ssm.block_forward import Scan, forward
 from refimpl.ssm.block_samples import BLOCK_AXES, BLOCK_EDGES, BLOCK_OPTIONS, sample_block
 from refimpl.ssm.block_weights import MambaGradients, MambaWeights, block_input
+from refimpl.ssm.chunked_vjp import selective_scan_chunked_vjp
 from refimpl.ssm.convolution import causal_convolution_vjp
 from refimpl.ssm.discretization import Discretization
 from refimpl.ssm.scan_forms import selective_scan_chunked
 from refimpl.ssm.selective_scan import selective_scan
-from refimpl.ssm.selective_scan_vjp import selective_scan_vjp
 from refimpl.transformer.activations import activation_slope
 from refimpl.transformer.linear import linear_vjp
 from refimpl.validation import as_array, bind_axes, floating
@@ -254,7 +254,7 @@ def mamba_block_vjp(
     past, R = block.size["k"] - 1, block.size["R"]
 
     dy, dw_out, db_out = linear_vjp(passed.y, block.widened("w_out"), block.in_wide(dout))
-    dscan: Any = selective_scan_vjp(*passed.scan_arrays, dy, **passed.scan_options)  # type: ignore[call-arg]
+    dscan: Any = selective_scan_chunked_vjp(*passed.scan_arrays, dy, **passed.scan_options)  # type: ignore[call-arg]
     dlow, dw_dt, _ = linear_vjp(passed.parameters[..., :R], block.widened("w_dt"), dscan.ddelta)
     dparameters = np.concatenate([dlow, dscan.dB, dscan.dC], axis=2)
     du, dw_x, _ = linear_vjp(passed.u, block.widened("w_x"), dparameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from refimpl.ssm import (
     selective_scan,
     selective_scan_associative,
     selective_scan_chunked,
+    selective_scan_chunked_vjp,
     selective_scan_step,
     selective_scan_vjp,
 )
@@ -245,3 +247,33 @@ def test_errors(form: Any, changes: dict[str, Any], error: type[Exception], mess
 def test_chunks_need_a_size() -> None:
     with pytest.raises(OptionError, match="chunk_size: expected at least 1, got 0"):
         case().replace(chunk_size=0).call(selective_scan_chunked)
+
+
+@pytest.mark.parametrize("extra", ["none", "all"])
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+@pytest.mark.parametrize("T", [0, 11])
+def test_gradients_in_chunks(T: int, chunk_size: int, extra: str) -> None:
+    call = case(T=T, extra=extra, discretization="zoh")
+    dout = np.random.default_rng(1).standard_normal(call.args[0].shape)
+    dstate = np.random.default_rng(2).standard_normal((2, 3, 4))
+    call = call.replace(*call.args, dout, dstate=dstate)
+    found = call.replace(chunk_size=chunk_size).call(selective_scan_chunked_vjp)
+    for name, expected in call.call(selective_scan_vjp)._asdict().items():
+        if expected is None:
+            assert getattr(found, name) is None
+        else:
+            np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def test_gradients_in_chunks_hold_a_chunk() -> None:
+    rng = np.random.default_rng(0)
+    u, delta, dout = rng.standard_normal((3, 1, 4096, 4))
+    B, C = rng.standard_normal((2, 1, 4096, 8))
+    arrays = u, delta, -np.ones((4, 8)), B, C, dout
+    peaks = []
+    for function in (selective_scan_vjp, selective_scan_chunked_vjp):
+        tracemalloc.start()
+        function(*arrays, delta_softplus=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 0.25 * peaks[0]
