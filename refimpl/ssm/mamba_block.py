@@ -254,7 +254,8 @@ def mamba_block_vjp(
     past, R = block.size["k"] - 1, block.size["R"]
 
     dy, dw_out, db_out = linear_vjp(passed.y, block.widened("w_out"), block.in_wide(dout))
-    dscan: Any = selective_scan_chunked_vjp(*passed.scan_arrays, dy, **passed.scan_options)  # type: ignore[call-arg]
+    u, delta, A, B, C = passed.scan_arrays
+    dscan: Any = selective_scan_chunked_vjp(u, delta, A, B, C, dy, **passed.scan_options)
     dlow, dw_dt, _ = linear_vjp(passed.parameters[..., :R], block.widened("w_dt"), dscan.ddelta)
     dparameters = np.concatenate([dlow, dscan.dB, dscan.dC], axis=2)
     du, dw_x, _ = linear_vjp(passed.u, block.widened("w_x"), dparameters)
@@ -264,7 +265,7 @@ def mamba_block_vjp(
     dx, dw_in, db_in = linear_vjp(block.in_wide(block.x), block.widened("w_in"), dprojected)
     found = {
         "w_in": dw_in, "w_conv": dconv.dtaps, "w_x": dw_x, "w_dt": dw_dt, "b_dt": dscan.ddelta_bias,
-        "A_log": dscan.dA * passed.scan_arrays[2], "D": dscan.dD, "w_out": dw_out, "b_in": db_in,
+        "A_log": dscan.dA * A, "D": dscan.dD, "w_out": dw_out, "b_in": db_in,
         "b_conv": dconv.dbias, "b_out": db_out,
     }  # fmt: skip
     given = {f"d{name}": round_to(found[name], block.dtype) for name in found if name in block.weights}
