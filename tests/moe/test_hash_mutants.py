@@ -15,7 +15,9 @@ from refimpl.moe.hash_context import (
     predicted_future_hash,
     previous_hash,
 )
+from refimpl.moe.hash_layers import hash_layer
 from refimpl.moe.hash_tables import balanced_table, clustered_table, random_table
+from refimpl.moe.multi_hash import multi_hash_layer
 from tests.moe.mutation import Mutants
 
 registry.load()
@@ -171,6 +173,53 @@ def least_probable(logits: Any, table: Any, /) -> Any:
 @MUTANTS.of("moe.hash.predicted_future")
 def ties_to_the_last(logits: Any, table: Any, /) -> Any:
     return predicted_future_hash(logits[..., ::-1], table[::-1])
+
+
+@MUTANTS.of("moe.hash")
+def share_of_an_expert(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    return hash_layer(x, w_in, w_out, experts=experts, **options) / len(w_in)
+
+
+@MUTANTS.of("moe.hash")
+def next_expert(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    return hash_layer(x, w_in, w_out, experts=(experts + 1) % len(w_in), **options)
+
+
+@MUTANTS.of("moe.hash")
+def expert_of_its_neighbour(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    return hash_layer(x, w_in, w_out, experts=np.roll(experts, 1), **options)
+
+
+@MUTANTS.of("moe.hash")
+def full_experts_drop_tokens(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    y = hash_layer(x, w_in, w_out, experts=experts, **options)
+    for e in range(len(w_in)):
+        y[np.flatnonzero(experts == e)[-(-len(x) // len(w_in)) :]] = 0
+    return y
+
+
+@MUTANTS.of("moe.hash.multi")
+def first_hash_for_all_segments(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    alike = np.broadcast_to(experts[:1], experts.shape)
+    return multi_hash_layer(x, w_in, w_out, experts=alike, **options)
+
+
+@MUTANTS.of("moe.hash.multi")
+def output_segments_reversed(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    y = multi_hash_layer(x, w_in, w_out, experts=experts, **options)
+    return y.reshape(len(x), len(w_in), -1)[:, ::-1].reshape(x.shape)
+
+
+@MUTANTS.of("moe.hash.multi")
+def segments_added(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    y = multi_hash_layer(x, w_in, w_out, experts=experts, **options)
+    total = y.reshape(len(x), len(w_in), -1).sum(axis=1)
+    return np.tile(total, (1, len(w_in)))
+
+
+@MUTANTS.of("moe.hash.multi")
+def hash_reversed_for_the_output(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, **options: Any) -> Any:
+    return multi_hash_layer(x, w_in, w_out[:, ::-1], experts=experts, **options)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -12,6 +12,7 @@ import numpy as np
 from refimpl.registry import oracle
 from tests.oracles import library
 from tests.oracles.attention import philox_word
+from tests.oracles.transformer import activated
 
 
 @oracle("moe.hash.random")
@@ -116,3 +117,34 @@ def looked_up_by_the_best(logits: Any, table: Any, /) -> Any:
         row = logits[place].tolist()
         out[place] = table[row.index(max(row))]
     return out
+
+
+def _through(x: Any, w: Any) -> list[float]:
+    """One token through one matrix."""
+    return [math.fsum(float(a) * float(b) for a, b in zip(x, column, strict=True)) for column in w.T]
+
+
+@oracle("moe.hash")
+def token_by_token(
+    x: Any, w_in: Any, w_out: Any, /, *, experts: Any, activation: str, w_gate: Any = None
+) -> Any:
+    y = np.zeros(x.shape)
+    for t, e in enumerate(experts):
+        hidden = _through(x[t], w_in[e])
+        if w_gate is None:
+            hidden = [activated(h, activation) for h in hidden]
+        else:
+            gate = _through(x[t], w_gate[e])
+            hidden = [activated(g, activation) * h for g, h in zip(gate, hidden, strict=True)]
+        y[t] = _through(hidden, w_out[e])
+    return y
+
+
+@oracle("moe.hash.multi")
+def matrices_put_together(x: Any, w_in: Any, w_out: Any, /, *, experts: Any, activation: str) -> Any:
+    y = np.zeros(x.shape)
+    for t in range(len(x)):
+        whole_in = np.hstack([w_in[m, e] for m, e in enumerate(experts[:, t])])
+        whole_out = np.hstack([w_out[m, e] for m, e in enumerate(experts[:, t])])
+        y[t] = _through([activated(h, activation) for h in _through(x[t], whole_in)], whole_out)
+    return y
