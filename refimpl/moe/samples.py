@@ -12,18 +12,92 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics import FloatArray
+from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case
 
-__all__ = ["LAYER_AXES", "LAYER_EDGES", "layer_terms", "observed_weights", "sample_layer", "scaling_experts"]
+__all__ = [
+    "EXPERTS",
+    "LAYER_AXES",
+    "LAYER_EDGES",
+    "ROUTED_AXES",
+    "ROUTED_EDGES",
+    "ROUTED_OPTIONS",
+    "VALUES",
+    "gap",
+    "layer_terms",
+    "observed_weights",
+    "routers_apart",
+    "sample_layer",
+    "sample_routed",
+    "scaling_experts",
+    "separated_logits",
+]
 
 LAYER_AXES = {"T": (0, 9), "D": (1, 4), "E": (1, 5), "F": (1, 4)}
+VALUES = ("normal", "large")
+EXPERTS = ("relu", "gelu", "gated silu")
 LAYER_EDGES: tuple[dict[str, Any], ...] = (
     {"T": 0, "E": 3},
     {"T": 1, "D": 1, "E": 1, "F": 1},
-    {"T": 7, "E": 4, "values": "ties"},  # every token chooses the lowest expert: the others stay empty
-    {"T": 7, "E": 4, "values": "large"},  # logits in the hundreds: gates of 1 and of 0
+    {"T": 7, "E": 4, "values": "large"},  # gates of 1 and of 0
+    {"T": 9, "E": 2, "experts": "gated silu"},
 )
+
+
+ROUTED_AXES = {**LAYER_AXES, "T": (0, 6), "capacity": (-1, 3), "groups": (1, 2)}
+ROUTED_OPTIONS: dict[str, tuple[Any, ...]] = {"values": VALUES, "experts": EXPERTS}
+ROUTED_EDGES: tuple[dict[str, Any], ...] = (
+    {"T": 0, "E": 3, "groups": 2},
+    {"T": 1, "D": 1, "E": 1, "F": 1, "capacity": 1, "groups": 1},
+    {"T": 5, "E": 2, "capacity": 0},  # everything is dropped
+    {"T": 6, "E": 3, "capacity": 1, "groups": 2},
+    {"T": 6, "E": 4, "capacity": 6, "values": "large"},  # nothing is
+    {"T": 6, "E": 3, "capacity": -1, "experts": "gated silu"},
+)
+
+
+def gap(logits: FloatArray, values: str = "normal") -> bool:
+    """Return whether the logits of each token are so far apart that a small step changes no choice.
+
+    Choices are discontinuous: a difference across one says nothing of a gradient.  Large logits must also be
+    so far apart that the softmax is flat, because a difference over its steep part has no accuracy.
+
+    Examples
+    --------
+    >>> gap(np.array([[1.0, 2.0]])), gap(np.array([[1.0, 1.0]])), gap(np.zeros((2, 1)))
+    (True, False, True)
+    """
+    distances = np.diff(np.sort(logits, axis=1), axis=1)
+    return bool(np.min(distances, initial=np.inf) > {"normal": 1e-3, "large": 50.0}[values])
+
+
+def routers_apart(
+    rng: np.random.Generator, T: int, D: int, E: int, values: str = "normal"
+) -> tuple[FloatArray, FloatArray]:
+    """Return tokens and a router whose logits have a `gap`; "large" ones are in the thousands.
+
+    Examples
+    --------
+    >>> [a.shape for a in routers_apart(np.random.default_rng(0), 2, 3, 4)]
+    [(2, 3), (3, 4)]
+    """
+    scale = {"normal": 1.0, "large": 1e4}[values]
+    while True:
+        x, w_router = rng.standard_normal((T, D)), scale * rng.standard_normal((D, E))
+        if gap(x @ w_router, values):
+            return x, w_router
+
+
+def separated_logits(rng: np.random.Generator, T: int, E: int, values: str = "normal") -> FloatArray:
+    """Return logits with a `gap`, shape (T, E).
+
+    Examples
+    --------
+    >>> separated_logits(np.random.default_rng(0), 2, 3).shape
+    (2, 3)
+    """
+    x, w_router = routers_apart(rng, T, max(1, E), E, values)
+    return np.asarray(x @ w_router)
 
 
 def sample_layer(
@@ -44,23 +118,56 @@ def sample_layer(
         The only source of randomness.
     T, D, E, F : int
         Tokens, their features, experts, hidden units of each.
-    values : {"normal", "ties", "large"}
-        "ties": a router of zeros.  "large": logits in the hundreds.
+    values : {"normal", "large"}
+        "large": logits in the thousands, gates of 0 and of 1.
     experts : str
         Name of the activation, with ``"gated "`` before it for gated experts.
 
     Returns
     -------
     Case
-        In float64.
+        In float64.  No two logits of a token are equal: ties are tried by laws.
     """
-    x, w_router = rng.standard_normal((T, D)), rng.standard_normal((D, E))
+    x, w_router = routers_apart(rng, T, D, E, values)
     w_in, w_out = rng.standard_normal((E, D, F)), rng.standard_normal((E, F, D))
-    factor = {"normal": 1.0, "ties": 0.0, "large": 300.0}[values]
     options: dict[str, Any] = {"activation": experts.removeprefix("gated ")}
     if experts.startswith("gated "):
         options["w_gate"] = rng.standard_normal((E, D, F))
-    return Case((x, factor * w_router, w_in, w_out), options)
+    return Case((x, w_router, w_in, w_out), options)
+
+
+def sample_routed(rng: np.random.Generator, *, capacity: int, groups: int, T: int, **shape: Any) -> Case:
+    """Return one call of a layer with buffers: `sample_layer` of ``T * groups`` tokens and a capacity.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        The only source of randomness.
+    capacity : int
+        Places of each expert for a group; -1: from the factor, rounded as in one of the sources.
+    groups, T : int
+        Groups, and tokens of each.
+    **shape
+        As for `sample_layer`.
+
+    Returns
+    -------
+    Case
+        With ``capacity``, or a factor and a rounding, among the options.
+
+    Examples
+    --------
+    >>> case = sample_routed(np.random.default_rng(0), capacity=1, groups=2, T=3, D=2, E=2, F=2)
+    >>> case.args[0].shape, case.kwargs["capacity"]
+    ((6, 2), 1)
+    """
+    case = sample_layer(rng, T=T * groups, **shape).replace(groups=groups)
+    if capacity >= 0:
+        return case.replace(capacity=capacity)
+    rounding = ("mesh_tf", "flaxformer", "vmoe")[int(rng.integers(3))]
+    return case.replace(
+        capacity_factor=float(rng.choice([0.5, 1.0, 1.25])), rounding=rounding, min_capacity=1
+    )
 
 
 def layer_terms(case: Case) -> tuple[int, Any]:
@@ -102,10 +209,11 @@ def observed_weights(f: Callable[..., Any], case: Case) -> FloatArray:
     """
     x, w_router = case.args[:2]
     E, D = w_router.shape[1], x.shape[1]
+    tokens = widen(x).astype(np.float64)
+    square = np.sum(tokens * tokens, axis=1)
     weights = np.zeros((len(x), E))
-    square = np.sum(x * x, axis=1)
     for e in range(E):
-        probe = case.without("w_gate").replace(x, w_router, *scaling_experts(np.eye(E)[e], D), *case.args[4:])
-        y = np.asarray(probe.call(f), np.float64)
-        weights[:, e] = np.divide(np.sum(x * y, axis=1), square, out=np.zeros(len(x)), where=square > 0)
+        experts = (round_to(w, x.dtype) for w in scaling_experts(np.eye(E)[e], D))
+        y = widen(np.asarray(case.without("w_gate").replace(x, w_router, *experts).call(f)))
+        weights[:, e] = np.divide(np.sum(tokens * y, axis=1), square, out=weights[:, e], where=square > 0)
     return weights
