@@ -10,12 +10,13 @@ from refimpl.attention.online_softmax import softmax
 from refimpl.errors import OptionError
 from refimpl.moe.buffers import LayerGradients
 from refimpl.moe.expert_ffn import ExpertOptions
-from refimpl.moe.mixture import MixtureGradients, mixture, mixture_vjp
-from refimpl.moe.routing import router_logits, router_logits_vjp
-from refimpl.moe.samples import LAYER_AXES, layer_terms, sample_layer
-from refimpl.numerics import BoolArray, FloatArray, round_to, widen
+from refimpl.moe.mixture import mixture, mixture_vjp
+from refimpl.moe.routing import router_logits
+from refimpl.moe.samples import EXPERTS, LAYER_AXES, gap, layer_terms, sample_layer
+from refimpl.moe.sparse_mixture import through_logits
+from refimpl.numerics import BoolArray, FloatArray
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import floating, whole
+from refimpl.validation import whole
 
 __all__ = [
     "chosen_by_experts",
@@ -26,15 +27,19 @@ __all__ = [
 ]
 
 
-def _sample(rng: np.random.Generator, *, T: int, C: int, **axes: Any) -> Case:
-    return sample_layer(rng, T=T, **axes).replace(capacity=min(C, T))
+def _sample(rng: np.random.Generator, *, T: int, C: int, E: int, **axes: Any) -> Case:
+    while True:  # until no small step changes a choice: choices are discontinuous
+        case = sample_layer(rng, T=T, E=E, **axes).replace(capacity=min(C, T))
+        logits = case.args[0] @ case.args[1]
+        if E == 1 or (gap(logits.T) and gap(0.5 * softmax(logits).T)):
+            return case
 
 
 _RECORD: dict[str, Any] = {
     "entries": (40,),
     "kind": "function",
-    "axes": {**LAYER_AXES, "C": (0, 9)},
-    "options": {"experts": ("relu", "gelu", "gated silu")},
+    "axes": {**LAYER_AXES, "T": (0, 6), "C": (0, 6)},
+    "options": {"experts": EXPERTS},
     "edges": (
         {"T": 0, "E": 3},
         {"T": 1, "D": 1, "E": 1, "F": 1, "C": 1},
@@ -97,8 +102,8 @@ def expert_choice(
     cases:
 
     - Equal scores: the earlier token is taken.
-    - Every expert is exactly full, so there is nothing to balance and nothing is dropped, but a token may have
-      no expert, or all of them.
+    - Every expert is exactly full, so there is nothing to balance and nothing is dropped, but a token may
+      have no expert, or all of them.
     - It is not causal: a later token can take an earlier one's place.  Not for decoders as it stands.
 
     References
@@ -107,14 +112,14 @@ def expert_choice(
 
     Examples
     --------
-    Both experts prefer the second token; the first one is left out:
+    All scores are equal, so both experts take the first token and none the second:
 
     >>> x, w = np.array([[1.0], [2.0]]), np.stack([np.eye(1), 10 * np.eye(1)])
     >>> expert_choice(x, np.zeros((1, 2)), w, np.ones((2, 1, 1)), capacity=1)
     array([[5.5],
            [0. ]])
     """
-    _, gates = _scores(x, w_router)
+    gates = softmax(router_logits(x, w_router))
     chosen = chosen_by_experts(gates, capacity=capacity)
     return mixture(x, gates, w_in, w_out, selected=chosen, **options)
 
@@ -150,11 +155,11 @@ def expert_choice_vjp(
     >>> expert_choice_vjp(one, np.zeros((1, 2)), w, np.ones((2, 1, 1)), one, capacity=1).dw_router
     array([[-0.5,  0.5]])
     """
-    _, gates = _scores(x, w_router)
+    gates = softmax(router_logits(x, w_router))
     chosen = chosen_by_experts(gates, capacity=capacity)
     back = mixture_vjp(x, gates, w_in, w_out, dy, selected=chosen, **options)
     inner = np.sum(gates * back.dgates, axis=1, keepdims=True)
-    return _through(back, x, w_router, gates * (back.dgates - inner))
+    return through_logits(back, x, w_router, gates * (back.dgates - inner))
 
 
 @technique(
@@ -175,7 +180,7 @@ def expert_selection(
     capacity: int,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
-    """Return Mesh-TensorFlow's expert choice: softmax over tokens, and the mean over those that chose a token.
+    """Return Mesh-TensorFlow's expert choice: softmax over tokens, mean over the experts that chose a token.
 
     Parameters
     ----------
@@ -209,7 +214,7 @@ def expert_selection(
     array([[2.75],
            [0.  ]])
     """
-    _, gates, shares, chosen = _selection(x, w_router, capacity)
+    gates, shares, chosen = _selection(x, w_router, capacity)
     return mixture(x, gates * shares, w_in, w_out, selected=chosen, **options)
 
 
@@ -244,11 +249,11 @@ def expert_selection_vjp(
     >>> expert_selection_vjp(one, np.zeros((1, 2)), w, np.ones((2, 1, 1)), one, capacity=1).dx
     array([[2.]])
     """
-    _, gates, shares, chosen = _selection(x, w_router, capacity)
+    gates, shares, chosen = _selection(x, w_router, capacity)
     back = mixture_vjp(x, gates * shares, w_in, w_out, dy, selected=chosen, **options)
     dgates = back.dgates * shares
     inner = np.sum(gates * dgates, axis=0, keepdims=True)
-    return _through(back, x, w_router, gates * (dgates - inner))
+    return through_logits(back, x, w_router, gates * (dgates - inner))
 
 
 def chosen_by_experts(scores: FloatArray, *, capacity: int) -> BoolArray:
@@ -273,27 +278,11 @@ def chosen_by_experts(scores: FloatArray, *, capacity: int) -> BoolArray:
     return chosen
 
 
-def _scores(x: FloatArray, w_router: FloatArray) -> tuple[FloatArray, FloatArray]:
-    logits = router_logits(x, w_router)
-    return logits, softmax(logits)
-
-
 def _selection(
     x: FloatArray, w_router: FloatArray, capacity: int
-) -> tuple[FloatArray, FloatArray, FloatArray, BoolArray]:
-    """Return logits, softmax over tokens, 1 / (experts that chose the token), and who chose whom."""
-    logits = router_logits(x, w_router)
-    gates = softmax(logits.T).T
+) -> tuple[FloatArray, FloatArray, BoolArray]:
+    """Return the softmax over tokens, 1 / (experts that chose the token), and who chose whom."""
+    gates = softmax(router_logits(x, w_router).T).T
     chosen = chosen_by_experts(gates, capacity=capacity)
     shares = 1 / np.maximum(chosen.sum(axis=1, keepdims=True), 1).astype(gates.dtype)
-    return logits, gates, shares, chosen
-
-
-def _through(
-    back: MixtureGradients, x: FloatArray, w_router: FloatArray, dlogits: FloatArray
-) -> LayerGradients:
-    """Carry the gradient of the logits back through the router."""
-    x, w_router = floating(x=x, w_router=w_router)
-    dseen, dw_router = router_logits_vjp(x, w_router, dlogits)
-    dx = round_to(widen(back.dx) + dseen, x.dtype)
-    return LayerGradients(dx, round_to(dw_router, x.dtype), back.dw_in, back.dw_out, back.dw_gate)
+    return gates, shares, chosen

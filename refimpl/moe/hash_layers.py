@@ -9,14 +9,12 @@ import numpy as np
 from refimpl.errors import ShapeError
 from refimpl.moe.expert_ffn import ExpertGradients, ExpertOptions
 from refimpl.moe.mixture import mixture, mixture_vjp
-from refimpl.moe.samples import LAYER_AXES, layer_terms, sample_layer
+from refimpl.moe.samples import EXPERTS, LAYER_AXES, layer_terms, sample_layer
 from refimpl.numerics import BoolArray, FloatArray, IntArray
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.embedding import indices
 
 __all__ = ["hash_layer", "hash_layer_vjp"]
-
-_EXPERTS = ("relu", "gelu", "gated silu")
 
 
 def _sample(rng: np.random.Generator, *, T: int, E: int, **axes: Any) -> Case:
@@ -36,7 +34,7 @@ def _terms(case: Case) -> tuple[int, Any]:
     kind="function",
     source=Source("Roller et al. 2021", "arXiv:2106.04426", "section 3, eq. 1 to 3"),
     axes=LAYER_AXES,
-    options={"experts": _EXPERTS},
+    options={"experts": EXPERTS},
     edges=({"T": 0, "E": 3}, {"T": 1, "D": 1, "E": 1, "F": 1}, {"T": 2, "E": 5}),
     sample=_sample,
     terms=_terms,
