@@ -15,7 +15,7 @@ from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import bind_axes, floating
 
-__all__ = ["SharedGradients", "shared_experts", "shared_experts_vjp"]
+__all__ = ["SharedGradients", "sample_shared", "shared_experts", "shared_experts_vjp"]
 
 
 class SharedGradients(NamedTuple):
@@ -32,9 +32,18 @@ class SharedGradients(NamedTuple):
     dshared_router: FloatArray | None = None
 
 
-def _sample(
+def sample_shared(
     rng: np.random.Generator, *, T: int, D: int, S: int, k: int, gated_sum: bool, **options: Any
 ) -> Case:
+    """Return one call of `shared_experts`, its arrays drawn from `rng`.
+
+    Examples
+    --------
+    >>> shape = {"T": 1, "D": 2, "E": 3, "F": 4, "S": 1, "k": 2}
+    >>> case = sample_shared(np.random.default_rng(0), **shape, convention="switch", gated_sum=False)
+    >>> [array.shape for array in case.args[3:]]
+    [(3, 4, 2), (1, 2, 5), (1, 5, 2)]
+    """
     convention = options.pop("convention")
     case = sample_layer(rng, T=T, D=D, **options)
     F = options["F"] + 1
@@ -69,7 +78,7 @@ def _terms(case: Case) -> tuple[int, Any]:
         {"T": 4, "S": 0},
         {"T": 4, "E": 4, "k": 3, "S": 2, "convention": "switch", "gated_sum": False},
     ),
-    sample=_sample,
+    sample=sample_shared,
     terms=_terms,
     vjp="refimpl.moe.shared_experts:shared_experts_vjp",
 )
