@@ -20,6 +20,8 @@ MODULES = (
     "laws_speculative",
     "laws_zero",
     "linear_io",
+    "moe_communication",
+    "moe_prices",
     "parallelism",
     "parameters",
     "scaling_laws",

@@ -33,7 +33,7 @@ MODELS_WITH_NUMBERS = {
 DONE = {
     *range(1, 16),
     17,
-    *range(27, 32),
+    *range(27, 39),
     68,
     69,
     71,

@@ -23,6 +23,9 @@ __all__ = [
     "routed_vjp",
     "through_router",
     "to_buffers",
+    "to_buffers_vjp",
+    "weighted",
+    "weighted_vjp",
 ]
 
 
@@ -78,6 +81,59 @@ def from_buffers(buffers: FloatArray, routing: Routing) -> FloatArray:
     return np.where(routing.kept[..., None], buffers[routing.expert, routing.slot], 0)
 
 
+def to_buffers_vjp(dbuffers: FloatArray, routing: Routing) -> FloatArray:
+    """Return the gradient of the tokens, shape (T, D): the sum over a token's places.
+
+    Examples
+    --------
+    >>> from refimpl.moe.routing import assign_slots
+    >>> routing = assign_slots(np.array([[1], [1]]), np.ones((2, 1)), experts=2, capacity=1)
+    >>> to_buffers_vjp(np.array([[[7.0]], [[8.0]]]), routing)[:, 0]
+    array([8., 0.])
+    """
+    parts = widen(from_buffers(dbuffers, routing))
+    return round_to(parts.sum(axis=1, dtype=wide_dtype(dbuffers.dtype)), dbuffers.dtype)
+
+
+def weighted(buffers: FloatArray, routing: Routing, *, memory: Memory | None = None) -> FloatArray:
+    """Return the sum over choices of weight times what lies at the place of each, shape (T, D).
+
+    Examples
+    --------
+    >>> from refimpl.moe.routing import assign_slots
+    >>> routing = assign_slots(np.array([[1], [1]]), np.full((2, 1), 0.5), experts=2, capacity=1)
+    >>> weighted(np.array([[[7.0]], [[8.0]]]), routing)[:, 0]
+    array([4., 0.])
+    """
+    parts = widen(from_buffers(buffers, routing))
+    weight = routing.weight.astype(wide_dtype(buffers.dtype), copy=False)
+    return round_to(product_of(memory)("tk,tkd->td", weight, parts), buffers.dtype)
+
+
+def weighted_vjp(buffers: FloatArray, routing: Routing, dy: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the gradients of ``sum(dy * weighted(buffers, routing))``: of the buffers and of the weights.
+
+    Examples
+    --------
+    >>> from refimpl.moe.routing import assign_slots
+    >>> routing = assign_slots(np.array([[1], [1]]), np.full((2, 1), 0.5), experts=2, capacity=1)
+    >>> dbuffers, dweight = weighted_vjp(np.array([[[7.0]], [[8.0]]]), routing, np.ones((2, 1)))
+    >>> dbuffers[..., 0], dweight[:, 0]
+    (array([[0. ],
+           [0.5]]), array([8., 0.]))
+    """
+    wide = wide_dtype(buffers.dtype)
+    upstream = widen(dy).astype(wide, copy=False)
+    dweight = np.einsum(
+        "td,tkd->tk", upstream, widen(from_buffers(buffers, routing)).astype(wide, copy=False)
+    )
+    dbuffers = np.zeros(buffers.shape, wide)
+    token, choice = np.nonzero(routing.kept)
+    place = routing.expert[token, choice], routing.slot[token, choice]
+    dbuffers[place] = routing.weight[token, choice, None] * upstream[token]
+    return round_to(dbuffers, buffers.dtype), dweight
+
+
 def routed(
     x: FloatArray,
     routing: Routing,
@@ -117,8 +173,7 @@ def routed(
     x, w_in, w_out = floating(x=x, w_in=w_in, w_out=w_out)
     bind_axes({"x": (x, "T D"), "routing.expert": (routing.expert, "T k")})
     out = expert_ffn(to_buffers(x, routing, len(w_in)), w_in, w_out, memory=memory, **options)
-    parts = widen(from_buffers(out, routing)).astype(wide_dtype(x.dtype), copy=False)
-    return round_to(product_of(memory)("tk,tkd->td", routing.weight.astype(parts.dtype), parts), x.dtype)
+    return weighted(out, routing, memory=memory)
 
 
 def routed_vjp(
@@ -142,18 +197,11 @@ def routed_vjp(
     """
     x, w_in, w_out, dy = floating(x=x, w_in=w_in, w_out=w_out, dy=dy)
     bind_axes({"x": (x, "T D"), "dy": (dy, "T D")})
-    wide = wide_dtype(x.dtype)
     buffers = to_buffers(x, routing, len(w_in))
-    parts = widen(from_buffers(expert_ffn(buffers, w_in, w_out, **options), routing)).astype(wide)
-    upstream = widen(dy).astype(wide)
-    dweight = np.einsum("td,tkd->tk", upstream, parts)
-    dout = np.zeros(buffers.shape, wide)
-    token, choice = np.nonzero(routing.kept)
-    place = routing.expert[token, choice], routing.slot[token, choice]
-    dout[place] = routing.weight[token, choice, None] * upstream[token]
-    back = expert_ffn_vjp(buffers, w_in, w_out, round_to(dout, x.dtype), **options)
-    dx = widen(from_buffers(back.dx, routing)).astype(wide).sum(axis=1)
-    return BufferGradients(round_to(dx, x.dtype), dweight, back.dw_in, back.dw_out, back.dw_gate)
+    dout, dweight = weighted_vjp(expert_ffn(buffers, w_in, w_out, **options), routing, dy)
+    back = expert_ffn_vjp(buffers, w_in, w_out, dout, **options)
+    dx = to_buffers_vjp(back.dx, routing)
+    return BufferGradients(dx, dweight, back.dw_in, back.dw_out, back.dw_gate)
 
 
 def through_router(
@@ -189,8 +237,11 @@ def through_router(
     seen = widen(x) if factor is None else widen(x) * factor
     dlogits = gate_weights_vjp(logits, routing.expert, back.dweight, convention=convention)
     dseen, dw_router = router_logits_vjp(seen, w_router, dlogits)
-    dx = widen(back.dx) + (dseen if factor is None else dseen * factor)
-    dtype = np.result_type(x.dtype)
+    dx = round_to(widen(back.dx) + (dseen if factor is None else dseen * factor), back.dx.dtype)
     return LayerGradients(
-        round_to(dx, dtype), round_to(dw_router, dtype), back.dw_in, back.dw_out, back.dw_gate
+        round_to(dx, back.dx.dtype),
+        round_to(dw_router, w_router.dtype),
+        back.dw_in,
+        back.dw_out,
+        back.dw_gate,
     )

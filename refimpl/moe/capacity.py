@@ -84,7 +84,6 @@ def places_of(
     experts: int,
     /,
     *,
-    choices: int = 1,
     capacity: int | None = None,
     capacity_factor: float = 1.25,
     rounding: Rounding = "mesh_tf",
@@ -97,8 +96,6 @@ def places_of(
     ----------
     tokens, experts : int
         All tokens, and all experts.
-    choices : int
-        Experts a token, if the factor is one of all choices.
     capacity : int, optional
         The answer, where a layer is told it.
     capacity_factor, rounding, min_capacity
@@ -119,6 +116,4 @@ def places_of(
     if capacity is not None:
         return whole("capacity", capacity, 0)
     group = tokens // whole("groups", groups)
-    return expert_capacity(
-        choices * group, experts, factor=capacity_factor, rounding=rounding, minimum=min_capacity
-    )
+    return expert_capacity(group, experts, factor=capacity_factor, rounding=rounding, minimum=min_capacity)

@@ -104,7 +104,9 @@ def conventions_differ_by_the_sum(f: Layer, case: Case, close: Close) -> None:
     switch, gshard, mixtral = (
         _kept(case.replace(convention=name), f) for name in ("switch", "gshard", "mixtral")
     )
-    divided = switch / switch.sum(axis=1, keepdims=True)
+    total = switch.sum(axis=1, keepdims=True)
+    demand(total > 0, 'gates under "switch" sum to 0')
+    divided = switch / total
     demand(abs(divided - gshard) <= slack(close), '"switch" divided by its sum is not "gshard"')
     demand(abs(mixtral - gshard) <= 10 * slack(close), '"mixtral" and "gshard" differ by more than rounding')
     demand(switch <= gshard + slack(close), 'a gate under "switch" is above that under "gshard"')
@@ -197,9 +199,10 @@ def noise_is_in_units_of_one_over_experts(f: Layer, case: Case, close: Close) ->
         demand(abs(gates - _softmax(logits)) <= 10 * slack(close), "not the softmax of the noisy logits")
 
 
-@law("moe.noisy_top_k.vmoe")
+@law("moe.top_k", "moe.noisy_top_k.vmoe")
 def kept_gates_are_not_divided(f: Layer, case: Case, close: Close) -> None:
-    """A gate that is kept with k experts is what it is with all of them."""
-    everyone = _kept(case.replace(k=case.args[1].shape[1]), f)
+    """Under "switch", and so in V-MoE, a gate that is kept with k experts is what it is with all of them."""
+    case = case.replace(convention="switch") if "convention" in case.kwargs else case
+    everyone = _kept(case.replace(k=case.args[-1].shape[1]), f)
     some = _kept(case, f)
     demand(np.where(some != 0, abs(some - everyone), 0) <= slack(close), "a kept gate depends on k")

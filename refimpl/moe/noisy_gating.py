@@ -12,7 +12,7 @@ from refimpl.moe.routing import router_logits, router_logits_vjp
 from refimpl.moe.samples import VALUES, gap, routers_apart
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, finite, floating
+from refimpl.validation import as_array, bind_axes, finite, floating
 
 __all__ = [
     "NoisyGradients",
@@ -202,7 +202,7 @@ def noisy_top_k_gates_vjp(
     source=Source(
         "Riquelme et al. 2021 (V-MoE), google-research/vmoe",
         "arXiv:2106.05974",
-        "section 2.1, eq. 1, and vmoe/nn/routing.py, NoisyTopExpertsPerItemRouter, commit 942a78b",
+        "section 2, Routing; vmoe/nn/routing.py, NoisyTopExpertsPerItemRouter, commit 942a78b",
     ),
     axes=_AXES,
     options={"values": VALUES, "training": (True, False)},
@@ -252,7 +252,7 @@ def vmoe_noisy_gates(
 
     References
     ----------
-    .. [1] Riquelme et al., 2021, arXiv:2106.05974, eq. 1.
+    .. [1] Riquelme et al., 2021, arXiv:2106.05974, section 2, Routing.
     .. [2] google-research/vmoe, vmoe/nn/routing.py, commit 942a78b.
 
     Examples
@@ -303,6 +303,8 @@ def _noisy(
     x: FloatArray, w_router: FloatArray, w_noise: FloatArray, noise: FloatArray | None, rng: Rng
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return the noisy logits, the draws, and what the softplus of the noise is taken of."""
+    w_router, w_noise = as_array("w_router", w_router), as_array("w_noise", w_noise)
+    bind_axes({"w_router": (w_router, "D E"), "w_noise": (w_noise, "D E")})
     logits, before = router_logits(x, w_router), router_logits(x, w_noise)
     draws = _draws(logits, noise, rng)
     return logits + draws * np.logaddexp(0, before).astype(logits.dtype), draws, before

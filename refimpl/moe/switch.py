@@ -1,17 +1,18 @@
-"""Switch: each token to its best expert, as long as that has room; a dropped token is left to the residual."""
+"""Switch: each token to its best expert, if that has room; a dropped token is left to the residual."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from refimpl.errors import OptionError
 from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients, routed, routed_vjp, through_router
-from refimpl.moe.capacity import CapacityOptions, places_of
-from refimpl.moe.routing import Routing, assign_slots, gate_weights, router_logits, top_k_indices
-from refimpl.moe.samples import ROUTED_AXES, ROUTED_EDGES, ROUTED_OPTIONS, layer_terms, sample_routed
+from refimpl.moe.capacity import CapacityOptions
+from refimpl.moe.routing import Routing
+from refimpl.moe.samples import ROUTED_AXES, ROUTED_EDGES, ROUTED_OPTIONS, gap, layer_terms, sample_routed
+from refimpl.moe.token_choice import Chosen, token_choice
 from refimpl.numerics import FloatArray, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
@@ -32,8 +33,11 @@ def _sample(rng: np.random.Generator, *, jitter: bool, **shape: Any) -> Case:
     case = sample_routed(rng, **shape)
     if not jitter:
         return case
-    # So little that it changes no choice: those of a sample are at least 1e-3 apart in the logits.
-    return case.replace(jitter=1e-6, uniforms=rng.random(case.args[0].shape))
+    x, w_router = case.args[:2]
+    while True:
+        uniforms = rng.random(x.shape)
+        if gap((x * (0.8 + 0.4 * uniforms)) @ w_router, str(shape["values"])):
+            return case.replace(jitter=0.2, uniforms=uniforms)
 
 
 @technique(
@@ -126,7 +130,7 @@ def switch(
     >>> switch(np.ones((3, 1)), np.array([[0.0, 9.0]]), w, np.ones((2, 1, 1)), capacity=2)[:, 0].round(2)
     array([3., 3., 0.])
     """
-    chosen = _route(x, w_router, memory, **options)
+    chosen, _ = _route(x, w_router, memory, **options)
     return routed(x, chosen.routing, w_in, w_out, w_gate=w_gate, activation=activation, memory=memory)
 
 
@@ -138,7 +142,7 @@ def switch_routing(x: FloatArray, w_router: FloatArray, /, **options: Unpack[Swi
     >>> switch_routing(np.ones((3, 1)), np.array([[0.0, 9.0]]), capacity=2).kept[:, 0]
     array([ True,  True, False])
     """
-    return _route(x, w_router, None, **options).routing
+    return _route(x, w_router, None, **options)[0].routing
 
 
 def switch_vjp(
@@ -173,17 +177,9 @@ def switch_vjp(
     >>> switch_vjp(x, np.array([[0.0, 9.0]]), w, np.ones((2, 1, 1)), x, capacity=1).dx[:, 0].round(2)
     array([3., 0.])
     """
-    chosen = _route(x, w_router, None, **options)
-    back = routed_vjp(x, chosen.routing, w_in, w_out, dy, w_gate=w_gate, activation=activation)
-    return through_router(
-        back, x, w_router, chosen.logits, chosen.routing, convention="switch", factor=chosen.factor
-    )
-
-
-class _Chosen(NamedTuple):
-    routing: Routing
-    logits: FloatArray
-    factor: FloatArray | None
+    (routing, logits), factor = _route(x, w_router, None, **options)
+    back = routed_vjp(x, routing, w_in, w_out, dy, w_gate=w_gate, activation=activation)
+    return through_router(back, x, w_router, logits, routing, convention="switch", factor=factor)
 
 
 def _route(
@@ -195,16 +191,11 @@ def _route(
     uniforms: FloatArray | None = None,
     rng: np.random.Generator | int | None = None,
     **options: Unpack[CapacityOptions],
-) -> _Chosen:
+) -> tuple[Chosen, FloatArray | None]:
+    """Return what was chosen, and what the router's input was multiplied by."""
     factor = _jitter(x, jitter, uniforms, rng)
-    logits = router_logits(x if factor is None else widen(x) * factor, w_router, memory=memory)
-    expert = top_k_indices(logits, 1)
-    weight = gate_weights(logits, expert, convention="switch")
-    T, E = logits.shape
-    routing = assign_slots(
-        expert, weight, experts=E, capacity=places_of(T, E, **options), groups=options.get("groups", 1)
-    )
-    return _Chosen(routing, logits, factor)
+    seen = x if factor is None else widen(x) * factor
+    return token_choice(seen, w_router, k=1, convention="switch", memory=memory, **options), factor
 
 
 def _jitter(
