@@ -33,7 +33,10 @@ MODELS_WITH_NUMBERS = {
 DONE = {
     *range(1, 16),
     17,
-    *range(27, 39),
+    *range(27, 45),
+    *range(46, 49),
+    55,
+    56,
     68,
     69,
     71,
