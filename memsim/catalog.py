@@ -22,6 +22,7 @@ MODULES = (
     "linear_io",
     "moe_communication",
     "moe_prices",
+    "moe_variant_prices",
     "parallelism",
     "parameters",
     "scaling_laws",

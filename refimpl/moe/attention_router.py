@@ -7,7 +7,8 @@ from typing import NamedTuple, Unpack
 import numpy as np
 
 from refimpl.attention.online_softmax import softmax
-from refimpl.moe.expert_ffn import ExpertOptions
+from refimpl.memory import Memory
+from refimpl.moe.expert_ffn import ExpertOptions, product_of
 from refimpl.moe.routing import Convention, router_logits, router_logits_vjp
 from refimpl.moe.samples import EXPERTS, gap, sample_layer
 from refimpl.moe.sparse_mixture import sparse_mixture, sparse_mixture_vjp
@@ -66,7 +67,15 @@ def _sample_router(rng: np.random.Generator, *, T: int, D: int, E: int, values: 
     sample=_sample_router,
     vjp="refimpl.moe.attention_router:attention_router_vjp",
 )
-def attention_router(x: FloatArray, w_q: FloatArray, w_k: FloatArray, w_v: FloatArray, /) -> FloatArray:
+def attention_router(
+    x: FloatArray,
+    w_q: FloatArray,
+    w_k: FloatArray,
+    w_v: FloatArray,
+    /,
+    *,
+    memory: Memory | None = None,
+) -> FloatArray:
     """Return the logits of the experts: ``softmax(q k^T) v`` for each token, over experts.
 
     Parameters
@@ -75,6 +84,8 @@ def attention_router(x: FloatArray, w_q: FloatArray, w_k: FloatArray, w_v: Float
         Tokens.
     w_q, w_k, w_v : ndarray of float, shape (D, E)
         Projections: ``q = x W_q`` is one number an expert, and so are k and v.
+    memory : Memory, optional
+        Counts the operations: ``6 T D E + 4 T E²``.
 
     Returns
     -------
@@ -105,8 +116,9 @@ def attention_router(x: FloatArray, w_q: FloatArray, w_k: FloatArray, w_v: Float
     >>> attention_router(x, np.zeros((1, 2)), np.ones((1, 2)), np.array([[1.0, 3.0]]))
     array([[2., 2.]])
     """
-    _, _, v, attention = _attention(x, w_q, w_k, w_v)
-    return np.asarray(np.einsum("tab,tb->ta", attention, v))
+    _, _, v, attention = _attention(x, w_q, w_k, w_v, memory)
+    logits: FloatArray = product_of(memory)("tab,tb->ta", attention, v)
+    return logits
 
 
 def attention_router_vjp(
@@ -147,13 +159,13 @@ def attention_router_vjp(
 
 
 def _attention(
-    x: FloatArray, w_q: FloatArray, w_k: FloatArray, w_v: FloatArray
+    x: FloatArray, w_q: FloatArray, w_k: FloatArray, w_v: FloatArray, memory: Memory | None = None
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Return q, k and v, shape (T, E), and the attention of experts to experts, shape (T, E, E)."""
     x, w_q, w_k, w_v = floating(x=x, w_q=w_q, w_k=w_k, w_v=w_v)
     bind_axes({"x": (x, "T D"), "w_q": (w_q, "D E"), "w_k": (w_k, "D E"), "w_v": (w_v, "D E")})
-    q, k, v = (router_logits(x, w) for w in (w_q, w_k, w_v))
-    return q, k, v, softmax(q[:, :, None] * k[:, None, :])
+    q, k, v = (router_logits(x, w, memory=memory) for w in (w_q, w_k, w_v))
+    return q, k, v, softmax(product_of(memory)("ta,tb->tab", q, k))
 
 
 def _sample_layer(
@@ -190,6 +202,7 @@ def attention_routed(
     *,
     k: int = 2,
     convention: Convention = "gshard",
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return a top-k layer whose logits come from `attention_router`.
@@ -206,6 +219,8 @@ def attention_routed(
         Experts a token: 2 of 32 in Yuan 2.0-M32.
     convention : {"switch", "gshard", "mixtral"}
         "gshard" is the code's ``norm_topk_prob=True``, "switch" is False.
+    memory : Memory, optional
+        Counts the operations: the router's and ``T k (4 D F + 2 D)``, gated ``6 D F``.
     w_gate : ndarray of float, shape (E, D, F), optional
         Makes gated experts, as in the model.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
@@ -231,8 +246,8 @@ def attention_routed(
     >>> attention_routed(x, zero, zero, zero, w, np.ones((2, 1, 1)))
     array([[2.]])
     """
-    logits = attention_router(x, w_q, w_k, w_v)
-    return sparse_mixture(x, logits, w_in, w_out, k=k, convention=convention, **options)
+    logits = attention_router(x, w_q, w_k, w_v, memory=memory)
+    return sparse_mixture(x, logits, w_in, w_out, k=k, convention=convention, memory=memory, **options)
 
 
 def attention_routed_vjp(

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, Unpack, get_args
 import numpy as np
 
 from refimpl.errors import OptionError, ShapeError
+from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients
 from refimpl.moe.expert_ffn import ExpertOptions
 from refimpl.moe.mixture import mixture, mixture_vjp
@@ -194,6 +195,7 @@ def base_layer(
     /,
     *,
     assignment: Assignment = "balanced",
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return ``x[t] + σ(x[t] · w_a) expert_a(x[t])`` with a the expert that token t is assigned to.
@@ -209,6 +211,8 @@ def base_layer(
     assignment : {"balanced", "greedy"}
         ``"balanced"``: `base_assignment`, for training.  ``"greedy"``: the best expert of each token, for
         testing; ties to the lowest.
+    memory : Memory, optional
+        Counts the operations: ``2 T D E + T (4 D F + 2 D)``, gated ``6 D F``.
     w_gate : ndarray of float, shape (E, D, F), optional
         Makes gated experts.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
@@ -244,8 +248,8 @@ def base_layer(
     array([[1.5],
            [3. ]])
     """
-    gates, chosen = _gates(x, w_router, assignment)
-    y = mixture(x, gates, w_in, w_out, selected=chosen, **options)
+    gates, chosen = _gates(x, w_router, assignment, memory)
+    y = mixture(x, gates, w_in, w_out, selected=chosen, memory=memory, **options)
     (x,) = floating(x=x)
     return round_to(widen(x) + widen(y), y.dtype)
 
@@ -287,11 +291,13 @@ def base_layer_vjp(
     return found._replace(dx=round_to(widen(found.dx) + widen(np.asarray(dy)), found.dx.dtype))
 
 
-def _gates(x: FloatArray, w_router: FloatArray, assignment: Assignment) -> tuple[FloatArray, BoolArray]:
+def _gates(
+    x: FloatArray, w_router: FloatArray, assignment: Assignment, memory: Memory | None = None
+) -> tuple[FloatArray, BoolArray]:
     """Return the sigmoid of all scores, and which expert each token is assigned to, both (T, E)."""
     from scipy.special import expit
 
-    scores = router_logits(x, w_router)
+    scores = router_logits(x, w_router, memory=memory)
     if assignment == "balanced":
         expert = base_assignment(scores)
     elif assignment == "greedy":

@@ -8,6 +8,7 @@ import numpy as np
 
 from refimpl.attention.online_softmax import softmax
 from refimpl.errors import OptionError
+from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients
 from refimpl.moe.expert_ffn import ExpertOptions
 from refimpl.moe.mixture import mixture, mixture_vjp
@@ -65,6 +66,7 @@ def expert_choice(
     /,
     *,
     capacity: int,
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return ``sum_e S[t, e] expert_e(x[t])`` over the experts e that chose token t.
@@ -79,6 +81,8 @@ def expert_choice(
         The experts.
     capacity : int
         Tokens that each expert takes; ``c T / E`` for a mean of c experts a token.
+    memory : Memory, optional
+        Counts the operations: ``2 T D E`` of the router and ``E C (4 D F + 2 D)``, gated ``6 D F``.
     w_gate : ndarray of float, shape (E, D, F), optional
         Makes gated experts.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
@@ -119,9 +123,9 @@ def expert_choice(
     array([[5.5],
            [0. ]])
     """
-    gates = softmax(router_logits(x, w_router))
+    gates = softmax(router_logits(x, w_router, memory=memory))
     chosen = chosen_by_experts(gates, capacity=capacity)
-    return mixture(x, gates, w_in, w_out, selected=chosen, **options)
+    return mixture(x, gates, w_in, w_out, selected=chosen, memory=memory, **options)
 
 
 def expert_choice_vjp(
@@ -178,13 +182,14 @@ def expert_selection(
     /,
     *,
     capacity: int,
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return Mesh-TensorFlow's expert choice: softmax over tokens, mean over the experts that chose a token.
 
     Parameters
     ----------
-    x, w_router, w_in, w_out, capacity, w_gate, activation
+    x, w_router, w_in, w_out, capacity, memory, w_gate, activation
         As for `expert_choice`.
 
     Returns
@@ -214,8 +219,8 @@ def expert_selection(
     array([[2.75],
            [0.  ]])
     """
-    gates, shares, chosen = _selection(x, w_router, capacity)
-    return mixture(x, gates * shares, w_in, w_out, selected=chosen, **options)
+    gates, shares, chosen = _selection(x, w_router, capacity, memory)
+    return mixture(x, gates * shares, w_in, w_out, selected=chosen, memory=memory, **options)
 
 
 def expert_selection_vjp(
@@ -279,10 +284,10 @@ def chosen_by_experts(scores: FloatArray, *, capacity: int) -> BoolArray:
 
 
 def _selection(
-    x: FloatArray, w_router: FloatArray, capacity: int
+    x: FloatArray, w_router: FloatArray, capacity: int, memory: Memory | None = None
 ) -> tuple[FloatArray, FloatArray, BoolArray]:
     """Return the softmax over tokens, 1 / (experts that chose the token), and who chose whom."""
-    gates = softmax(router_logits(x, w_router).T).T
+    gates = softmax(router_logits(x, w_router, memory=memory).T).T
     chosen = chosen_by_experts(gates, capacity=capacity)
     shares = 1 / np.maximum(chosen.sum(axis=1, keepdims=True), 1).astype(gates.dtype)
     return gates, shares, chosen

@@ -6,6 +6,7 @@ from typing import Any, Unpack, get_args
 
 import numpy as np
 
+from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients
 from refimpl.moe.expert_ffn import ExpertOptions
 from refimpl.moe.routing import Convention, router_logits
@@ -56,6 +57,7 @@ def fine_grained(
     k: int,
     segments: int,
     convention: Convention = "switch",
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return a top-k layer whose N experts are cut into m segments each: m k of m N are chosen.
@@ -74,6 +76,8 @@ def fine_grained(
         m.
     convention : {"switch", "gshard", "mixtral"}
         DeepSeekMoE takes "switch": a softmax over all m N segments, not renormalized.
+    memory : Memory, optional
+        Counts the operations: ``2 T D m N`` of the router and ``T k (4 D F + 2 D m)``, gated ``6 D F``.
     w_gate : ndarray of float, shape (N, D, F), optional
         Makes gated experts.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
@@ -110,9 +114,9 @@ def fine_grained(
     array([[3.25]])
     """
     w_in, w_out, options = _segmented(w_in, w_out, segments, options)
-    logits = router_logits(x, w_router)
+    logits = router_logits(x, w_router, memory=memory)
     chosen = whole("k", k) * segments
-    return sparse_mixture(x, logits, w_in, w_out, k=chosen, convention=convention, **options)
+    return sparse_mixture(x, logits, w_in, w_out, k=chosen, convention=convention, memory=memory, **options)
 
 
 def fine_grained_vjp(

@@ -7,12 +7,14 @@ from typing import Any, Unpack
 import numpy as np
 
 from refimpl.errors import ShapeError
-from refimpl.moe.expert_ffn import ExpertGradients, ExpertOptions
-from refimpl.moe.mixture import mixture, mixture_vjp
+from refimpl.memory import Memory
+from refimpl.moe.expert_ffn import ExpertGradients, ExpertOptions, expert_ffn
+from refimpl.moe.mixture import mixture_vjp
 from refimpl.moe.samples import EXPERTS, LAYER_AXES, layer_terms, sample_layer
 from refimpl.numerics import BoolArray, FloatArray, IntArray
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.embedding import indices
+from refimpl.validation import bind_axes, floating
 
 __all__ = ["hash_layer", "hash_layer_vjp"]
 
@@ -47,6 +49,7 @@ def hash_layer(
     /,
     *,
     experts: IntArray,
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return ``expert_{h(t)}(x[t])``: each token through the one expert that its hash names.
@@ -60,6 +63,8 @@ def hash_layer(
     experts : ndarray of int, shape (T,)
         Expert of each token: ``table[tokens]`` with a table of `refimpl.moe.hash_tables`, or a hash of
         `refimpl.moe.hash_context`.
+    memory : Memory, optional
+        Counts the operations: ``4 T D F``, gated ``6 T D F``, as of one dense layer.
     w_gate : ndarray of float, shape (E, D, F), optional
         Makes gated experts.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
@@ -94,8 +99,14 @@ def hash_layer(
     array([[10.],
            [ 1.]])
     """
-    chosen = _chosen(experts, x, w_in)
-    return mixture(x, chosen.astype(np.float64), w_in, w_out, selected=chosen, **options)
+    x, w_in, w_out = floating(x=x, w_in=w_in, w_out=w_out)
+    bind_axes({"x": (x, "T D"), "w_in": (w_in, "E D F")})
+    chosen, w_gate = _chosen(experts, x, w_in), options.get("w_gate")
+    y = np.zeros_like(x)
+    for e, rows in enumerate(chosen.T):
+        one = options if w_gate is None else {**options, "w_gate": np.asarray(w_gate)[e : e + 1]}
+        y[rows] = expert_ffn(x[None, rows], w_in[e : e + 1], w_out[e : e + 1], memory=memory, **one)[0]
+    return y
 
 
 def hash_layer_vjp(
@@ -136,7 +147,7 @@ def hash_layer_vjp(
 
 def _chosen(experts: IntArray, x: FloatArray, w_in: FloatArray) -> BoolArray:
     """Return which expert each token has, as a mask of shape (T, E)."""
-    found = indices("experts", experts, np.shape(w_in)[0] if np.ndim(w_in) else 0)
-    if found.shape != np.shape(x)[:1]:
-        raise ShapeError(f"experts: expected shape {np.shape(x)[:1]}, one a token, got {found.shape}")
+    found = indices("experts", experts, len(w_in))
+    if found.shape != (len(x),):
+        raise ShapeError(f"experts: expected shape {(len(x),)}, one a token, got {found.shape}")
     return np.asarray(found[:, None] == np.arange(len(w_in)))

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.errors import ShapeError
+from refimpl.memory import Memory
+from refimpl.moe.expert_ffn import product_of
 from refimpl.numerics import FloatArray, IntArray, contract, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation, activate, activation_slope
@@ -58,6 +60,7 @@ def multi_hash_layer(
     *,
     experts: IntArray,
     activation: Activation = "relu",
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return a feed-forward layer whose matrices are put together from n segments, each chosen by its hash.
 
@@ -73,6 +76,8 @@ def multi_hash_layer(
         Choice of each token in each segment: n hashes.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
         Default: ReLU, as in the paper.
+    memory : Memory, optional
+        Counts the operations: ``4 T D F``, as of one dense layer.
 
     Returns
     -------
@@ -103,8 +108,8 @@ def multi_hash_layer(
     array([[1., 4.]])
     """
     dtype, experts, x, w_in, w_out = _checked(experts, x=x, w_in=w_in, w_out=w_out)
-    hidden = activate(activation, round_to(_by_segment(x, w_in, experts), x.dtype))
-    return round_to(_by_segment(hidden, w_out, experts), dtype)
+    hidden = activate(activation, round_to(_by_segment(x, w_in, experts, memory), x.dtype))
+    return round_to(_by_segment(hidden, w_out, experts, memory), dtype)
 
 
 def multi_hash_layer_vjp(
@@ -144,13 +149,13 @@ def multi_hash_layer_vjp(
     return MultiHashGradients(*(round_to(gradient, dtype) for gradient in (dx, dw_in, dw_out)))
 
 
-def _by_segment(x: FloatArray, w: FloatArray, experts: IntArray) -> FloatArray:
+def _by_segment(x: FloatArray, w: FloatArray, experts: IntArray, memory: Memory | None = None) -> FloatArray:
     """Return ``concat_m(x[t] @ w[m, experts[m, t]])`` in the wide dtype, each choice on its own tokens."""
     n, E, _, width = w.shape
     y = np.zeros((len(x), n, width), wide_dtype(x.dtype))
     for m, e in np.ndindex(n, E):
         rows = np.flatnonzero(experts[m] == e)
-        y[rows, m] = contract("td,df->tf", x[rows], w[m, e])
+        y[rows, m] = product_of(memory)("td,df->tf", x[rows], w[m, e])
     return y.reshape(len(x), n * width)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refimpl.memory import Memory
 from refimpl.moe.samples import VALUES, layer_terms, sample_layer
 from refimpl.moe.shared_experts import shared_experts, shared_experts_vjp
 from refimpl.numerics import FloatArray, round_to, widen
@@ -98,6 +99,7 @@ def residual(
     /,
     *,
     activation: Activation = "relu",
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return ``MLP(x) + g E(x)`` with E the best expert of each token and g its share of the softmax.
 
@@ -113,6 +115,8 @@ def residual(
         The experts.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
         Of both.
+    memory : Memory, optional
+        Counts the operations: ``2 T D E + T (4 D F + 4 D F' + 4 D)``.
 
     Returns
     -------
@@ -142,7 +146,17 @@ def residual(
     array([[12.25]])
     """
     dense = _one_expert(w_1), _one_expert(w_2)
-    return shared_experts(x, w_router, w_in, w_out, *dense, k=1, convention="switch", activation=activation)
+    return shared_experts(
+        x,
+        w_router,
+        w_in,
+        w_out,
+        *dense,
+        k=1,
+        convention="switch",
+        activation=activation,
+        memory=memory,
+    )
 
 
 def residual_vjp(
@@ -209,7 +223,12 @@ def _sample_pyramid(
     sample=_sample_pyramid,
 )
 def pyramid(
-    x: FloatArray, /, *, layers: Sequence[ResidualLayer], activation: Activation = "relu"
+    x: FloatArray,
+    /,
+    *,
+    layers: Sequence[ResidualLayer],
+    activation: Activation = "relu",
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return a stack of residual MoE layers, each around a skip: the last ones may have more experts.
 
@@ -221,6 +240,8 @@ def pyramid(
         First to last: 10 of 32 experts and 2 of 64 in PR-MoE-350M.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
         Of all layers.
+    memory : Memory, optional
+        Counts the operations of all layers.
 
     Returns
     -------
@@ -250,7 +271,7 @@ def pyramid(
     array([[9.]])
     """
     for layer in layers:
-        y = residual(x, *layer, activation=activation)
+        y = residual(x, *layer, activation=activation, memory=memory)
         (x,) = floating(x=x)
         x = round_to(widen(x) + widen(y), y.dtype)
     return np.array(floating(x=x)[0])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Unpack, get_args
 
 import numpy as np
 
+from refimpl.memory import Memory
 from refimpl.moe.expert_ffn import ExpertOptions
 from refimpl.moe.mixture import mixture, mixture_vjp
 from refimpl.moe.routing import Convention, router_logits, router_logits_vjp
@@ -95,6 +96,7 @@ def shared_experts(
     convention: Convention = "switch",
     shared_gate: FloatArray | None = None,
     shared_router: FloatArray | None = None,
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return the sum of all shared experts and of the k routed experts that the router chooses.
@@ -117,6 +119,9 @@ def shared_experts(
         Makes gated shared experts.
     shared_router : ndarray of float, shape (D, S), optional
         Qwen's form: shared expert s counts ``σ(x · w_s)``.  Default: 1.
+    memory : Memory, optional
+        Counts the operations: ``2 T D R + T k (4 D F + 2 D) + T S (4 D F' + 2 D)``, gated ``6 D F``, and
+        ``2 T D S`` with a shared router.
     w_gate : ndarray of float, shape (R, D, F), optional
         Makes gated routed experts.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
@@ -151,9 +156,10 @@ def shared_experts(
     >>> shared_experts(np.ones((1, 1)), np.zeros((1, 2)), w, ones, 100 * ones[:1], ones[:1], k=2)
     array([[102.]])
     """
-    routed = sparse_mixture(x, router_logits(x, w_router), w_in, w_out, k=k, convention=convention, **options)
-    gates = _shared_weights(x, shared_in, shared_router)
-    always = mixture(x, gates, shared_in, shared_out, **_of_shared(shared_gate, options))
+    logits = router_logits(x, w_router, memory=memory)
+    routed = sparse_mixture(x, logits, w_in, w_out, k=k, convention=convention, memory=memory, **options)
+    gates = _shared_weights(x, shared_in, shared_router, memory)
+    always = mixture(x, gates, shared_in, shared_out, memory=memory, **_of_shared(shared_gate, options))
     return round_to(widen(routed) + widen(always), routed.dtype)
 
 
@@ -215,13 +221,15 @@ def shared_experts_vjp(
     )
 
 
-def _shared_weights(x: FloatArray, shared_in: FloatArray, shared_router: FloatArray | None) -> FloatArray:
+def _shared_weights(
+    x: FloatArray, shared_in: FloatArray, shared_router: FloatArray | None, memory: Memory | None = None
+) -> FloatArray:
     """Return how much each shared expert counts, shape (T, S), in the wide dtype."""
     if shared_router is None:
         return np.ones((len(x), len(shared_in)))
     from scipy.special import expit
 
-    scores = router_logits(x, shared_router)
+    scores = router_logits(x, shared_router, memory=memory)
     bind_axes(
         {"shared_in": (np.asarray(shared_in), "S D F"), "shared_router": (np.asarray(shared_router), "D S")}
     )

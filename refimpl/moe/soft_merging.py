@@ -8,8 +8,9 @@ import numpy as np
 
 from refimpl.attention.online_softmax import softmax
 from refimpl.errors import ShapeError
+from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients
-from refimpl.moe.expert_ffn import ExpertOptions, expert_ffn, expert_ffn_vjp
+from refimpl.moe.expert_ffn import ExpertOptions, expert_ffn, expert_ffn_vjp, product_of
 from refimpl.moe.routing import router_logits, router_logits_vjp
 from refimpl.moe.samples import EXPERTS, VALUES, sample_layer
 from refimpl.numerics import FloatArray, contract, round_to, wide_dtype, widen
@@ -56,6 +57,8 @@ def soft_merging(
     w_in: FloatArray,
     w_out: FloatArray,
     /,
+    *,
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return each sequence through one expert of its own: the experts' parameters averaged by its router.
@@ -68,6 +71,9 @@ def soft_merging(
         Sees the mean of a sequence's tokens.
     w_in, w_out : ndarray of float, shapes (E, D, F), (E, F, D)
         The experts.
+    memory : Memory, optional
+        Counts the operations: ``2 B D E + 4 B E D F`` to route and to merge, ``4 B T D F`` to run; with gated
+        experts 6 for each 4.
     w_gate : ndarray of float, shape (E, D, F), optional
         Makes gated experts; it is merged like the others.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
@@ -105,9 +111,9 @@ def soft_merging(
     >>> soft_merging(np.ones((1, 1, 1)), np.zeros((1, 2)), w, w)
     array([[[4.]]])
     """
-    x, weights, experts = _checked(x, w_router, w_in, w_out, options)
-    merged = {name: merge_experts(weights, w) for name, w in experts.items()}
-    return expert_ffn(x, merged["w_in"], merged["w_out"], **_options(merged, options))
+    x, weights, experts = _checked(x, w_router, w_in, w_out, options, memory)
+    merged = {name: merge_experts(weights, w, memory=memory) for name, w in experts.items()}
+    return expert_ffn(x, merged["w_in"], merged["w_out"], memory=memory, **_options(merged, options))
 
 
 def soft_merging_vjp(
@@ -156,7 +162,7 @@ def soft_merging_vjp(
     return LayerGradients(dx, round_to(dw_router, x.dtype), **shared)
 
 
-def merge_experts(weights: FloatArray, experts: FloatArray) -> FloatArray:
+def merge_experts(weights: FloatArray, experts: FloatArray, *, memory: Memory | None = None) -> FloatArray:
     """Return ``sum_e weights[b, e] experts[e]`` for each sequence b, in the dtype of the experts.
 
     Examples
@@ -164,7 +170,7 @@ def merge_experts(weights: FloatArray, experts: FloatArray) -> FloatArray:
     >>> merge_experts(np.array([[0.5, 0.5]]), np.array([[[1.0]], [[3.0]]]))
     array([[[2.]]])
     """
-    return round_to(contract("be,eij->bij", weights, widen(experts)), experts.dtype)
+    return round_to(product_of(memory)("be,eij->bij", weights, widen(experts)), experts.dtype)
 
 
 def _options(merged: dict[str, FloatArray], options: ExpertOptions) -> ExpertOptions:
@@ -176,7 +182,12 @@ def _means(x: FloatArray) -> FloatArray:
 
 
 def _checked(
-    x: FloatArray, w_router: FloatArray, w_in: FloatArray, w_out: FloatArray, options: ExpertOptions
+    x: FloatArray,
+    w_router: FloatArray,
+    w_in: FloatArray,
+    w_out: FloatArray,
+    options: ExpertOptions,
+    memory: Memory | None = None,
 ) -> tuple[FloatArray, FloatArray, dict[str, FloatArray]]:
     """Return the sequences, the weights of each one's average, shape (B, E), and the experts."""
     given = {"x": x, "w_router": w_router, "w_in": w_in, "w_out": w_out}
@@ -188,4 +199,4 @@ def _checked(
     x, w_router = found.pop("x"), found.pop("w_router")
     if not x.shape[1]:
         raise ShapeError(f"x: expected at least one token a sequence, got shape {x.shape}")
-    return x, softmax(router_logits(_means(x), w_router)), found
+    return x, softmax(router_logits(_means(x), w_router, memory=memory)), found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple, Unpack
 
+import numpy as np
+
+from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients
 from refimpl.moe.expert_ffn import ExpertOptions
 from refimpl.moe.gating import top_k_gates, top_k_gates_vjp
 from refimpl.moe.mixture import MixtureGradients, mixture, mixture_vjp
-from refimpl.moe.routing import Convention, router_logits_vjp
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.moe.routing import Convention, router_logits_vjp, top_k_indices
+from refimpl.numerics import BoolArray, FloatArray, round_to, widen
 from refimpl.validation import floating
 
 __all__ = ["SparseGradients", "sparse_mixture", "sparse_mixture_vjp", "through_logits"]
@@ -34,6 +37,7 @@ def sparse_mixture(
     *,
     k: int,
     convention: Convention,
+    memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
     """Return ``sum_e g[t, e] expert_e(x[t])`` over the k experts of the largest logits of each token.
@@ -48,6 +52,8 @@ def sparse_mixture(
         The experts, as for `expert_ffn`.
     k, convention
         As for `top_k_gates`.
+    memory : Memory, optional
+        Counts the operations: ``T k (4 D F + 2 D)``, gated ``6 D F``.
 
     Returns
     -------
@@ -56,13 +62,12 @@ def sparse_mixture(
 
     Examples
     --------
-    >>> import numpy as np
     >>> w, ones = np.stack([np.eye(1), 3 * np.eye(1)]), np.ones((2, 1, 1))
     >>> sparse_mixture(np.ones((1, 1)), np.array([[0.0, 1.0]]), w, ones, k=1, convention="mixtral")
     array([[3.]])
     """
     gates = top_k_gates(logits, k=k, convention=convention)
-    return mixture(x, gates, w_in, w_out, selected=gates != 0, **options)
+    return mixture(x, gates, w_in, w_out, selected=_selected(logits, k), memory=memory, **options)
 
 
 def sparse_mixture_vjp(
@@ -81,16 +86,22 @@ def sparse_mixture_vjp(
 
     Examples
     --------
-    >>> import numpy as np
     >>> w, ones = np.stack([np.eye(1), 3 * np.eye(1)]), np.ones((2, 1, 1))
     >>> one, logits = np.ones((1, 1)), np.zeros((1, 2))
     >>> sparse_mixture_vjp(one, logits, w, ones, one, k=2, convention="switch").dlogits
     array([[-0.5,  0.5]])
     """
     gates = top_k_gates(logits, k=k, convention=convention)
-    back = mixture_vjp(x, gates, w_in, w_out, dy, selected=gates != 0, **options)
+    back = mixture_vjp(x, gates, w_in, w_out, dy, selected=_selected(logits, k), **options)
     dlogits = top_k_gates_vjp(logits, back.dgates, k=k, convention=convention).dlogits
     return SparseGradients(back.dx, dlogits, back.dw_in, back.dw_out, back.dw_gate)
+
+
+def _selected(logits: FloatArray, k: int) -> BoolArray:
+    """Return which experts run on each token: also those whose gate underflows to 0."""
+    selected = np.zeros(np.shape(logits), bool)
+    np.put_along_axis(selected, top_k_indices(widen(np.asarray(logits)), k), values=True, axis=1)
+    return selected
 
 
 def through_logits(
@@ -100,7 +111,6 @@ def through_logits(
 
     Examples
     --------
-    >>> import numpy as np
     >>> one = np.ones((1, 1))
     >>> back = SparseGradients(one, one, one[None], one[None])
     >>> through_logits(back, one, 5 * one, 2 * one).dx

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.errors import OptionError, ShapeError
+from refimpl.memory import Memory
 from refimpl.moe.mixture import mixture, mixture_vjp
 from refimpl.moe.segments import join_columns, join_rows, segment_columns, segment_rows
 from refimpl.numerics import FloatArray, IntArray
@@ -86,6 +87,7 @@ def split_ffn(
     gates: FloatArray | None = None,
     w_gate: FloatArray | None = None,
     activation: Activation = "relu",
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return a dense layer as a sum over experts that share out its hidden units.
 
@@ -106,6 +108,8 @@ def split_ffn(
         Makes it a gated layer, as in LLaMA.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
         As for `refimpl.transformer.ffn`.
+    memory : Memory, optional
+        Counts the operations: ``(4 D F / E + 2 D) n`` for n gates that are not 0, gated ``6 D F / E``.
 
     Returns
     -------
@@ -146,6 +150,7 @@ def split_ffn(
         selected=weights != 0,
         w_gate=experts.w_gate,
         activation=activation,
+        memory=memory,
     )
 
 
