@@ -48,19 +48,20 @@ def random_table(draws: FloatArray, /, *, num_experts: int) -> IntArray:
     Parameters
     ----------
     draws : ndarray of float, shape (V,)
-        One uniform number in [0, 1) a token, such as ``np.random.default_rng(42).random(V)``.
+        One uniform number in [0, 1) a token, such as ``np.random.default_rng(42).random(V)``.  One that a
+        narrow format has rounded to 1 stands for the last expert.
     num_experts : int
         E.
 
     Returns
     -------
     ndarray of int, shape (V,)
-        ``floor(E u)``.
+        ``floor(E u)``, at most E - 1.
 
     Raises
     ------
     OptionError
-        If a draw is outside [0, 1), or there is no expert.
+        If a draw is outside [0, 1], or there is no expert.
     ShapeError, DTypeError
         If `draws` is not one row of real numbers.
 
@@ -83,10 +84,10 @@ def random_table(draws: FloatArray, /, *, num_experts: int) -> IntArray:
     (draws,) = floating(draws=draws)
     bind_axes({"draws": (draws, "V")})
     u = widen(draws).astype(np.float64)
-    if not np.all((u >= 0) & (u < 1)):
+    if not np.all((u >= 0) & (u <= 1)):
         raise OptionError("draws: expected numbers in [0, 1)")
-    # E u stays below E in float64 for every u below 1, so the floor needs no clip.
-    return np.floor(u * whole("num_experts", num_experts)).astype(np.int64)
+    experts = whole("num_experts", num_experts)
+    return np.minimum(np.floor(u * experts), experts - 1).astype(np.int64)
 
 
 def _sample_counts(rng: np.random.Generator, *, V: int, E: int, values: str) -> Case:

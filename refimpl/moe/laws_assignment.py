@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.moe.laws_gating import demand, slack
 from refimpl.moe.samples import observed_weights, scaling_experts
-from refimpl.numerics import FloatArray, widen
+from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -20,6 +20,11 @@ LARGEST_TERM = 1e-9  # of float64 scores of order 10, far above rounding and far
 
 def _wide(value: Any) -> FloatArray:
     return widen(np.asarray(value)).astype(np.float64)
+
+
+def with_a_feature_of_one(x: FloatArray) -> FloatArray:
+    """Return the tokens with a last feature of 1, by which a router may have constants."""
+    return np.concatenate([x, round_to(np.ones((*x.shape[:-1], 1)), x.dtype)], axis=-1)
 
 
 def _of_all(f: Function, case: Case) -> FloatArray:
@@ -78,14 +83,14 @@ def weights_are_means_over_those_that_chose(f: Function, case: Case, close: Clos
 def a_constant_for_an_expert_changes_nothing(f: Function, case: Case, close: Close) -> None:
     """A feature of 1 with any weight adds a constant to an expert's logits, which its softmax ignores."""
     x, w_router, w_in, w_out = case.args
-    x, w_in = np.hstack([x, np.ones((len(x), 1))]), np.pad(w_in, ((0, 0), (0, 1), (0, 0)))
+    x, w_in = with_a_feature_of_one(x), np.pad(w_in, ((0, 0), (0, 1), (0, 0)))
     w_out = np.pad(w_out, ((0, 0), (0, 0), (0, 1)))
     gate = case.kwargs.get("w_gate")
     options = {} if gate is None else {"w_gate": np.pad(gate, ((0, 0), (0, 1), (0, 0)))}
-    constants = np.arange(w_router.shape[1])[None]
+    constants = round_to(1.0 * np.arange(w_router.shape[1])[None], x.dtype)
     flat, other = (
         case.replace(x, np.vstack([w_router, row]), w_in, w_out).replace(**options)
-        for row in (0 * constants, constants)
+        for row in (np.zeros_like(constants), constants)
     )
     close.on(other)(other.call(f), flat.call(f), "a constant for each expert")
 
@@ -147,13 +152,13 @@ def _base_weights(f: Function, case: Case) -> FloatArray:
     """Return the weights without the residual, which is seen with experts that give 0."""
     x, w_router = case.args[:2]
     E, D = w_router.shape[1], x.shape[1]
-    weights = np.zeros((len(x), E))
-    square = np.sum(x * x, axis=1)
+    tokens, weights = _wide(x), np.zeros((len(x), E))
+    square = np.sum(tokens * tokens, axis=1)
     for e in range(E):
-        probe = case.without("w_gate").replace(x, w_router, *scaling_experts(np.eye(E)[e], D))
-        y = _wide(probe.call(f)) - x
-        weights[:, e] = np.divide(np.sum(x * y, axis=1), square, out=np.zeros(len(x)), where=square > 0)
-    return np.where(abs(weights) > 1e-12, weights, 0.0)  # what the residual leaves when it is taken off
+        experts = (round_to(w, x.dtype) for w in scaling_experts(np.eye(E)[e], D))
+        y = _wide(case.without("w_gate").replace(x, w_router, *experts).call(f)) - tokens
+        weights[:, e] = np.divide(np.sum(tokens * y, axis=1), square, out=weights[:, e], where=square > 0)
+    return weights
 
 
 @law("moe.base_layer")

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.moe.laws_assignment import with_a_feature_of_one
 from refimpl.moe.laws_gating import demand, slack
 from refimpl.moe.samples import observed_weights
-from refimpl.numerics import FloatArray, widen
+from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -56,13 +57,13 @@ def sharp_diagonals_are_a_plain_router(f: Function, case: Case, close: Close) ->
     """If every expert looks at itself alone, the logits are ``x W_v``."""
     x, *_, w_v = case.args
     E = w_v.shape[1]
-    x = np.hstack([x, np.ones((len(x), 1))])
+    x = with_a_feature_of_one(x)
     # q_a k_b = c s_a s_b with signs s of one or two experts: the largest b is a itself.
     signs = np.array([1.0, -1.0])[:E]
     project = np.zeros((x.shape[1], len(signs)))
     project[-1] = 100.0 * signs
-    w_v = np.vstack([w_v, np.zeros((1, E))])[:, : len(signs)]
-    sharp = case.replace(x, project, project, w_v)
+    w_v = np.pad(w_v, ((0, 1), (0, 0)))[:, : len(signs)]
+    sharp = case.replace(x, *(round_to(w, x.dtype) for w in (project, project)), w_v)
     close.on(sharp)(sharp.call(f), _wide(x) @ _wide(w_v), "sharp attention")
 
 
@@ -71,11 +72,13 @@ def attention_is_the_softmax_of_products(f: Function, case: Case, close: Close) 
     """With queries of 1 and keys of ``log b`` an expert attends to expert b in proportion to b."""
     x, *_, w_v = case.args
     E = w_v.shape[1]
-    x, w_v = np.hstack([x, np.ones((len(x), 1))]), np.vstack([w_v, np.zeros((1, E))])
+    x, w_v = with_a_feature_of_one(x), np.pad(w_v, ((0, 1), (0, 0)))
     w_q, w_k = np.zeros((2, x.shape[1], E))
     w_q[-1], w_k[-1] = 1.0, np.log(np.arange(1, E + 1))
+    w_q, w_k = (round_to(w, x.dtype) for w in (w_q, w_k))
     given = case.replace(x, w_q, w_k, w_v)
-    mean = _wide(x) @ _wide(w_v) @ np.arange(1, E + 1) / (E * (E + 1) / 2)
+    powers = np.exp(_wide(w_k)[-1])  # b, but for what the format rounds
+    mean = _wide(x) @ _wide(w_v) @ powers / powers.sum()
     close.on(given)(given.call(f), np.repeat(mean[:, None], E, axis=1), "keys of log b")
 
 

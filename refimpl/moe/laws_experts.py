@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.moe.laws_gating import demand, slack
 from refimpl.moe.samples import observed_weights, scaling_experts
-from refimpl.numerics import FloatArray, widen
+from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -43,17 +43,17 @@ def _weights_of_segments(f: Function, case: Case) -> FloatArray:
     """Return the weight of each segment: one at a time is the identity, and the others give 0."""
     x, w_router, w_in, _ = case.args
     N, D, m = len(w_in), x.shape[1], case.kwargs["segments"]
-    weights = np.zeros((len(x), N * m))
-    square = np.sum(x * x, axis=1)
+    tokens, weights = _wide(x), np.zeros((len(x), N * m))
+    square = np.sum(tokens * tokens, axis=1)
     ins, outs = scaling_experts(np.ones(1), D)
     for n, j in np.ndindex(N, m):
         probe_in, probe_out = np.zeros((N, D, m * 2 * D)), np.zeros((N, m * 2 * D, D))
         units = slice(j * 2 * D, (j + 1) * 2 * D)
         probe_in[n, :, units], probe_out[n, units] = ins[0], outs[0]
-        y = _wide(case.without("w_gate").replace(x, w_router, probe_in, probe_out).call(f))
-        weights[:, n * m + j] = np.divide(
-            np.sum(x * y, axis=1), square, out=np.zeros(len(x)), where=square > 0
-        )
+        experts = (round_to(w, x.dtype) for w in (probe_in, probe_out))
+        y = _wide(case.without("w_gate").replace(x, w_router, *experts).call(f))
+        scaled = np.sum(tokens * y, axis=1)
+        weights[:, n * m + j] = np.divide(scaled, square, out=np.zeros(len(x)), where=square > 0)
     return weights
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.moe.laws_assignment import with_a_feature_of_one
 from refimpl.moe.samples import scaling_experts
-from refimpl.numerics import FloatArray, widen
+from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -19,12 +20,12 @@ def _wide(value: Any) -> FloatArray:
     return widen(np.asarray(value)).astype(np.float64)
 
 
-def _router_of(weights: FloatArray, D: int) -> FloatArray:
+def _router_of(weights: FloatArray, x: FloatArray) -> FloatArray:
     """Return a router that gives these weights whatever it sees, its input having a last feature of 1."""
-    w_router = np.zeros((D + 1, len(weights)))
+    w_router = np.zeros((x.shape[2], len(weights)))
     with np.errstate(divide="ignore"):
         w_router[-1] = np.maximum(np.log(weights), -1e4)
-    return w_router
+    return round_to(w_router, x.dtype)
 
 
 def _with_ones(case: Case) -> Case:
@@ -32,7 +33,7 @@ def _with_ones(case: Case) -> Case:
     x, w_router, w_in, w_out = case.args
     gate = case.kwargs.get("w_gate")
     wider = case.replace(
-        np.concatenate([x, np.ones((*x.shape[:2], 1))], axis=2),
+        with_a_feature_of_one(x),
         np.pad(w_router, ((0, 1), (0, 0))),
         np.pad(w_in, ((0, 0), (0, 1), (0, 0))),
         np.pad(w_out, ((0, 0), (0, 0), (0, 1))),
@@ -53,7 +54,7 @@ def one_sure_expert_is_that_expert(f: Function, case: Case, close: Close) -> Non
     """If the router is sure of an expert, the merged expert is it, and one expert is itself."""
     x, w_router, w_in, w_out = (wider := _with_ones(case)).args
     E = w_router.shape[1]
-    sure = wider.replace(x, _router_of(np.eye(E)[E - 1], x.shape[2] - 1), w_in, w_out)
+    sure = wider.replace(x, _router_of(np.eye(E)[E - 1], x), w_in, w_out)
     close.on(sure)(sure.call(f), _expert(sure, E - 1).call(f), "a sure router against its expert alone")
 
 
@@ -73,10 +74,11 @@ def linear_outputs_are_mixed(f: Function, case: Case, close: Close) -> None:
     case = _with_ones(case)
     x, w_router, w_in, w_out = case.args
     E = w_router.shape[1]
-    weights = np.arange(1, E + 1) / (E * (E + 1) / 2)
+    router = _router_of(np.arange(1, E + 1) / (E * (E + 1) / 2), x)
+    weights = np.exp(_wide(router)[-1]) / np.exp(_wide(router)[-1]).sum()  # with what the format rounds
     gate = case.kwargs.get("w_gate")
     options = {} if gate is None else {"w_gate": np.repeat(gate[:1], E, axis=0)}
-    mixed = case.replace(x, _router_of(weights, x.shape[2] - 1), np.repeat(w_in[:1], E, axis=0), w_out)
+    mixed = case.replace(x, router, np.repeat(w_in[:1], E, axis=0), w_out)
     mixed = mixed.replace(**options)
     parts = np.stack([_wide(_expert(mixed, e).call(f)) for e in range(E)])
     close.on(mixed)(mixed.call(f), np.tensordot(weights, parts, axes=1), "outputs mixed", factor=float(E))
@@ -90,8 +92,8 @@ def both_matrices_are_averaged(f: Function, case: Case, close: Close) -> None:
     D = x.shape[2]
     scales = np.array([0.0, 2.0])
     w_in, w_out = scaling_experts(scales, D)
-    w_in = w_in * scales[:, None, None]
-    halves = case.replace(x, _router_of(np.array([0.5, 0.5]), D - 1), w_in, w_out)
+    w_in, w_out = (round_to(w, x.dtype) for w in (w_in * scales[:, None, None], w_out))
+    halves = case.replace(x, _router_of(np.array([0.5, 0.5]), x), w_in, w_out)
     if halves.kwargs["activation"] == "relu":  # the only activation that scales with its argument
         close.on(halves)(halves.call(f), x, "two experts averaged in both matrices")
 

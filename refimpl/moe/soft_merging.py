@@ -153,7 +153,7 @@ def soft_merging_vjp(
     for name, w in experts.items():
         dweights += contract("bij,eij->be", widen(gradients[name]), widen(w))
     dlogits = weights * (dweights - np.sum(weights * dweights, axis=1, keepdims=True))
-    dmeans, dw_router = router_logits_vjp(_means(x), w_router, dlogits)
+    dmeans, dw_router = router_logits_vjp(_means(x), np.asarray(w_router), dlogits)
     dx = round_to(widen(back.dx) + dmeans[:, None] / x.shape[1], x.dtype)
     shared = {
         f"d{name}": round_to(contract("be,bij->eij", weights, widen(g)), x.dtype)
@@ -199,4 +199,4 @@ def _checked(
     x, w_router = found.pop("x"), found.pop("w_router")
     if not x.shape[1]:
         raise ShapeError(f"x: expected at least one token a sequence, got shape {x.shape}")
-    return x, softmax(router_logits(_means(x), w_router, memory=memory)), found
+    return x, softmax(router_logits(_means(x), widen(w_router), memory=memory)), found

@@ -78,7 +78,7 @@ ONE, ZERO = np.ones((1, 1, 1)), np.zeros((1, 1), int)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: random_table(np.array([1.0]), num_experts=2), OptionError, "draws: expected numbers in"),
+        (lambda: random_table(np.array([1.5]), num_experts=2), OptionError, "draws: expected numbers in"),
         (lambda: random_table(np.array([np.nan]), num_experts=2), OptionError, "draws: expected numbers in"),
         (
             lambda: random_table(np.array([0.5]), num_experts=0),

@@ -17,7 +17,8 @@ from tests.oracles.transformer import activated
 
 @oracle("moe.hash.random")
 def drawn_in_fractions(draws: Any, /, *, num_experts: int) -> Any:
-    return np.array([math.floor(Fraction(float(u)) * num_experts) for u in draws], dtype=int)
+    experts = [math.floor(Fraction(float(u)) * num_experts) for u in draws]
+    return np.array([min(e, num_experts - 1) for e in experts], dtype=int)
 
 
 @oracle("moe.hash.balanced")
