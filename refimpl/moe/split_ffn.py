@@ -10,7 +10,7 @@ from refimpl.errors import OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.moe.mixture import mixture, mixture_vjp
 from refimpl.moe.segments import join_columns, join_rows, segment_columns, segment_rows
-from refimpl.numerics import FloatArray, IntArray
+from refimpl.numerics import FloatArray, IntArray, round_to
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
 from refimpl.validation import as_array, bind_axes, floating, whole
@@ -194,7 +194,7 @@ def split_ffn_vjp(
     E = len(experts.w_in)
     places = np.arange(E * experts.w_in.shape[2]) if order is None else np.argsort(order)
     dw_gate = None if back.dw_gate is None else join_columns(back.dw_gate, E)[0][:, places]
-    dgates = None if gates is None else back.dgates
+    dgates = None if gates is None else round_to(back.dgates, floating(gates=gates)[0].dtype)
     dw_1, dw_2 = join_columns(back.dw_in, E)[0][:, places], join_rows(back.dw_out, E)[0][places]
     return SplitGradients(back.dx, dw_1, dw_2, dgates, dw_gate)
 
