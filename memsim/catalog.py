@@ -30,6 +30,7 @@ MODULES = (
     "moe_exchange",
     "moe_communication",
     "moe_prices",
+    "moe_variant_prices",
     "parallelism",
     "parameters",
     "scaling_laws",
