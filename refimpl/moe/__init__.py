@@ -1,4 +1,4 @@
-"""Mixture of experts: gates, routers with a capacity, dispatch, experts over ranks, and router losses.
+"""Mixture of experts: gates, routers with a capacity, other routers, hash layers, dispatch, ranks, losses.
 
 A function that bears its module's name is imported from there: ``from refimpl.moe.switch import switch``.
 """
@@ -20,6 +20,15 @@ from refimpl.moe.fine_grained import fine_grained_vjp
 from refimpl.moe.gating import dense_mixture, dense_mixture_vjp, top_k_gates, top_k_gates_vjp
 from refimpl.moe.gshard import gshard_as_printed, gshard_as_printed_routing, gshard_as_printed_vjp
 from refimpl.moe.gshard_as_coded import gshard_as_coded_routing, gshard_as_coded_vjp
+from refimpl.moe.hash_context import (
+    bigram_hash,
+    future_hash,
+    position_hash,
+    predicted_future_hash,
+    previous_hash,
+)
+from refimpl.moe.hash_layers import hash_layer, hash_layer_vjp
+from refimpl.moe.hash_tables import balanced_table, clustered_table, dispersed_table, random_table
 from refimpl.moe.losses_balance import balance_loss, balance_loss_vjp
 from refimpl.moe.losses_coefficients import LossCoefficients, adapt_coefficient, loss_coefficients
 from refimpl.moe.losses_communication import communication_balance_loss, communication_balance_loss_vjp
@@ -44,15 +53,6 @@ from refimpl.moe.losses_skywork import (
     uniformity_loss_vjp,
 )
 from refimpl.moe.losses_z import z_loss, z_loss_vjp
-from refimpl.moe.hash_context import (
-    bigram_hash,
-    future_hash,
-    position_hash,
-    predicted_future_hash,
-    previous_hash,
-)
-from refimpl.moe.hash_layers import hash_layer, hash_layer_vjp
-from refimpl.moe.hash_tables import balanced_table, clustered_table, dispersed_table, random_table
 from refimpl.moe.mixture import MixtureGradients, mixture_vjp
 from refimpl.moe.multi_hash import multi_hash_layer, multi_hash_layer_vjp
 from refimpl.moe.noisy_gating import (
@@ -89,15 +89,14 @@ __all__ = [
     "MixtureGradients",
     "ResidualLayer",
     "Routing",
-    "adapt_coefficient",
-    "assign_slots",
-    "balance_loss",
-    "balance_loss_vjp",
     "SplitExperts",
+    "adapt_coefficient",
     "assign_slots",
     "attention_routed",
     "attention_routed_vjp",
     "attention_router_vjp",
+    "balance_loss",
+    "balance_loss_vjp",
     "balanced_table",
     "base_layer",
     "base_layer_vjp",
@@ -116,9 +115,9 @@ __all__ = [
     "device_balance_loss_vjp",
     "dispatch_by_indices",
     "dispatch_vjp",
+    "dispersed_table",
     "expert_balance_loss",
     "expert_balance_loss_vjp",
-    "dispersed_table",
     "expert_capacity",
     "expert_choice_vjp",
     "expert_ffn_vjp",
@@ -133,27 +132,24 @@ __all__ = [
     "gshard_as_printed",
     "gshard_as_printed_routing",
     "gshard_as_printed_vjp",
+    "hash_layer",
+    "hash_layer_vjp",
     "importance_loss",
     "importance_loss_vjp",
     "load_loss",
     "load_loss_vjp",
     "load_probabilities",
     "loss_coefficients",
+    "merge_experts",
     "mixture_vjp",
+    "multi_hash_layer",
+    "multi_hash_layer_vjp",
     "mutual_information_loss",
     "mutual_information_loss_vjp",
     "noisy_top_k_gates",
     "noisy_top_k_gates_vjp",
     "normalize_logits",
     "normalize_logits_vjp",
-    "hash_layer",
-    "hash_layer_vjp",
-    "merge_experts",
-    "mixture_vjp",
-    "multi_hash_layer",
-    "multi_hash_layer_vjp",
-    "noisy_top_k_gates",
-    "noisy_top_k_gates_vjp",
     "position_hash",
     "predicted_future_hash",
     "previous_hash",
