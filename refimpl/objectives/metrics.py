@@ -266,7 +266,8 @@ def standard_error(values: FloatArray, /) -> float:
 
     Notes
     -----
-    Differences are taken from the mean, so a large common offset loses nothing.
+    Differences are taken from the mean, so a large common offset loses nothing.  An inf or a NaN among the
+    values gives NaN.
 
     References
     ----------
@@ -283,5 +284,6 @@ def standard_error(values: FloatArray, /) -> float:
     if values.size < 2:
         raise OptionError(f"values: expected at least 2, got {values.size}")
     wide = widen(values).astype(np.float64)
-    spread = wide - np.mean(wide)
+    with np.errstate(invalid="ignore"):
+        spread = wide - np.mean(wide)
     return math.sqrt(float(np.sum(np.square(spread))) / (wide.size - 1) / wide.size)
