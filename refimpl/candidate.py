@@ -14,8 +14,18 @@ from refimpl.errors import UnsupportedError
 __all__ = ["guarded", "label_of", "poisoned"]
 
 
-def guarded(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `f`, refusing calls with keywords that its signature does not have."""
+def guarded(f: Callable[..., Any], reference: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Return `f`, refusing calls with keywords that its signature does not have.
+
+    A keyword that says what `reference` does without it is left out instead of refused: a function without
+    the option claims that very thing.
+
+    Examples
+    --------
+    >>> def scale(x, *, by=2, mean="arithmetic"): ...
+    >>> guarded(lambda x, *, by=2: by * x, scale)(3, by=5, mean="arithmetic")
+    15
+    """
     try:
         parameters = inspect.signature(f).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
@@ -23,14 +33,31 @@ def guarded(f: Callable[..., Any]) -> Callable[..., Any]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return f
     known = {parameter.name for parameter in parameters}
+    usual = _defaults(reference) if reference else {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        unknown = sorted(set(kwargs) - known)
-        if unknown:
-            raise UnsupportedError(f"takes no option {', '.join(unknown)}")
-        return f(*args, **kwargs)
+        unknown = set(kwargs) - known
+        meant = {name for name in unknown if name in usual and _same(kwargs[name], usual[name])}
+        if unknown - meant:
+            raise UnsupportedError(f"takes no option {', '.join(sorted(unknown - meant))}")
+        return f(*args, **{name: value for name, value in kwargs.items() if name not in meant})
 
     return call
+
+
+def _defaults(f: Callable[..., Any]) -> dict[str, Any]:
+    """Return what each option of `f` is if it is not given."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(f).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Return whether an option has its default: the same word, number or None.  1 is not True."""
+    plain = isinstance(value, str | int | float | None) and type(value) is type(default)
+    return plain and bool(value == default)
 
 
 @contextmanager

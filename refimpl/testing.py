@@ -26,7 +26,7 @@ from refimpl.candidate import guarded, label_of, poisoned
 from refimpl.cases import draw, plan, reproducer
 from refimpl.consistency import check_price, check_vjp
 from refimpl.errors import LawViolation, UnsupportedError
-from refimpl.numerics import Array
+from refimpl.numerics import Array, is_floating
 from refimpl.registry import Case, Option, Technique
 from refimpl.tolerances import (
     Limit,
@@ -148,8 +148,8 @@ def check(
         Registered name.
     f : callable, optional
         The candidate; its arguments are the reference's.  A keyword that it does not take is no failure:
-        cases that need it are counted as refused, and so is what it refuses itself with NotImplementedError.
-        Default: the reference.
+        it is left out where it has the reference's default, other cases are counted as refused, and so is
+        what it refuses itself with NotImplementedError.  Default: the reference.
     label, target : str, optional
         Names for the report, and for ``--with`` in the reproducers.
     backend : str
@@ -253,7 +253,7 @@ def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype
     except UnsupportedError as error:
         record("reference", "refused", str(error))
         return found
-    f = guarded(context.f)
+    f = guarded(context.f, technique.function)
 
     standard = _judged(technique, case, dtype)
     if standard.invalid:
@@ -305,11 +305,17 @@ def _judged(technique: Technique, case: Case, dtype: str) -> _Standard:
         # Codes, masks and counts are those of the reference on the inputs as they are.
         truth = outputs(case.call(technique.function))
         return _Standard(truth, _dtypes(truth), dict.fromkeys(truth, Limit(np.zeros(()))), None)
-    if dtype == "float64":
+    if dtype == "float64" or not _has_floats(case):  # without a floating array no dtype was asked for
         truth, limits = rewrite_limits(technique, case)
         return _Standard(truth, _dtypes(truth), limits, None)
     truth, baseline, limits, invalid = baseline_limits(technique, case, dtype_named(dtype))
     return _Standard(truth, _dtypes(baseline), limits, invalid)
+
+
+def _has_floats(case: Case) -> bool:
+    found: list[bool] = []
+    case.map_arrays(lambda array: found.append(is_floating(array.dtype)))
+    return any(found)
 
 
 def _dtypes(arrays: Mapping[str, Array]) -> dict[str, np.dtype[Any]]:

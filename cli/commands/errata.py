@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +13,7 @@ from cli.result import Column, Result
 
 if TYPE_CHECKING:
     from refimpl.registry import Erratum
+    from refimpl.testing import Report
 
 __all__ = ["command"]
 
@@ -26,14 +29,25 @@ def _caught(record: Erratum, examples: int) -> tuple[bool | None, str]:
 
     if record.mutant is None:
         return None, "it has no function to run"
-    outcomes = check(record.technique, record.mutant, label=record.name, examples=examples).outcomes
-    judged = [outcome for outcome in outcomes if outcome.check == record.breaks]
-    for outcome in judged:
-        if outcome.status == "failed" and not outcome.detail.startswith("raised "):
-            return True, outcome.detail
+    # Random cases one by one, then the edge cases: the first in which the law speaks ends the search.
+    judge = partial(check, record.technique, record.mutant, label=record.name)
+
+    def reports() -> Iterator[Report]:
+        for seed in range(examples):
+            yield judge(seed=seed, examples=1, edges=False)
+        yield judge(examples=0)
+
+    judged = 0
+    for report in reports():
+        for outcome in report.outcomes:
+            if outcome.check != record.breaks:
+                continue
+            if outcome.status == "failed" and not outcome.detail.startswith("raised "):
+                return True, outcome.detail
+            judged += 1
     if not judged:
         return False, f"no case reached the law {record.breaks}"
-    return False, f"the law {record.breaks} let all {len(judged)} cases pass"
+    return False, f"the law {record.breaks} let all {judged} cases pass"
 
 
 @click.command(epilog="Example: frugal errata --run", short_help="The lecture's own mistakes, runnable.")
