@@ -54,8 +54,11 @@ class LawViolation(FrugalError, AssertionError):  # noqa: N818 (it is a verdict 
     """An implementation breaks a law of its technique."""
 
 
+FEW = 24  # names that one line of an error message may list
+
+
 class UnknownNameError(FrugalError, KeyError):
-    """A name that nothing is registered under; the message offers the nearest ones.
+    """A name that nothing is registered under; the message offers the nearest ones, or all if they are few.
 
     Parameters
     ----------
@@ -68,8 +71,11 @@ class UnknownNameError(FrugalError, KeyError):
     """
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
-        close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+        names = sorted(known)
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
+        if names and not close and len(names) <= FEW:
+            hint = f"; there are {', '.join(names)}"
         self.message = f"unknown {what} {name!r}{hint}"
         super().__init__(self.message)
 

@@ -50,7 +50,7 @@ Examples:
 @click.option("--table", is_flag=True, help="The lecture's 34 designs, and DeepSeek's FLOPs.")
 @click.option(
     "--reading",
-    type=click.Choice(READINGS),
+    type=click.Choice((*READINGS, "both")),
     help="columns: what the table alone says; facts: with what it leaves out.  [default: both]",
 )
 @click.option("--sequence", type=COUNT, help="Tokens of a sequence: FLOPs of the model's matrix products.")
@@ -94,7 +94,7 @@ def command(
     if table:
         if ranks or sequence or explain:
             raise click.UsageError("--ranks, --sequence and --explain go with --model")
-        return _table(READINGS if reading is None else (reading,))
+        return _table(READINGS if reading in (None, "both") else (reading,))
     if reading is not None:
         raise click.UsageError("--reading goes with --table")
     return _one(str(model_name), sequence, ranks or (), tokens, capacity_factor, dtype, explain)

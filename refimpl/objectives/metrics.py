@@ -173,7 +173,7 @@ def _sample_pass_at_k(rng: np.random.Generator, *, tasks: int, samples: int, k: 
     sample=_sample_pass_at_k,
 )
 def pass_at_k(correct: IntArray, samples: IntArray, /, *, k: int) -> FloatArray:
-    """Return the unbiased estimate that one of k samples is correct: ``1 - C(n - c, k) / C(n, k)``.
+    """Return pass@k, unbiased: that one of k samples is correct: ``1 - C(n - c, k) / C(n, k)``.
 
     Parameters
     ----------

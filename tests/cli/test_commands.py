@@ -26,6 +26,26 @@ def test_list_filters(rows):
     assert {row["kind"] for row in rows("list", "--kind", "identity")["rows"]} == {"identity"}
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("mamba",), "ssm.mamba_block"),  # in the name
+        (("Window", "attention"), "attention.sliding_window"),  # two words, capitals
+        (("25",), "ssm.selective_scan"),  # an entry's number
+        (("linformer",), "attention.low_rank"),  # only somewhere in the description
+    ],
+)
+def test_list_finds_words(rows, words, found):
+    names = {row["name"] for row in rows("list", *words)["rows"]}
+    assert found in names
+    assert len(names) < 6
+
+
+def test_list_of_nothing_says_so(run):
+    result = run("list", "xyzzy", code=2)
+    assert "unknown technique 'xyzzy'" in result.stderr
+
+
 def test_show_tells_what_is_registered(rows):
     found = rows("show", "attention.flash")["rows"]
     items = {
