@@ -1,4 +1,4 @@
-"""LongLoRA's shifted sparse attention (S²-Attn): groups of tokens, moved by half a group for half of the heads."""
+"""LongLoRA's shifted sparse attention, S²-Attn: groups of tokens, half of the heads moved by half a group."""
 
 from __future__ import annotations
 
