@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from memsim import attention_schedules as schedules
-from memsim.attention_schedules import Move
 from memsim.estimate import Estimate, estimate, term
-from memsim.formula import evaluate
+from memsim.moves import Move, counted
 from memsim.units import Number, exact
 from refimpl.errors import OptionError, ShapeError
 from refimpl.registry import Case, Source, technique
@@ -302,12 +301,9 @@ def attention_traffic(**options: Any) -> dict[str, int]:
     >>> attention_traffic(algorithm="flash2", Tq=128, D=64, block_sizes=(64, 64))["elements_read"]
     40960
     """
-    counters = dict.fromkeys(("elements_read", "elements_written", "bytes_read", "bytes_written"), 0)
+    parts = []
     for way in _passes(options.pop("direction", "forward")):
         moves, values = _prepare(**options, direction=way)
-        for move in moves:
-            elements = evaluate(f"{move.elements}*B*H", values)
-            column = "read" if move.direction == "read" else "written"
-            counters[f"elements_{column}"] += int(elements)
-            counters[f"bytes_{column}"] += int(elements * evaluate(move.item, values))
-    return counters
+        # A schedule is that of one head.
+        parts.append(counted((move._replace(elements=f"{move.elements}*B*H") for move in moves), values))
+    return {counter: sum(part[counter] for part in parts) for counter in parts[0]}

@@ -8,9 +8,11 @@ kept in HBM), s (statistics: row maxima, sums, log-sum-exp) and 1 (a byte mask).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal
 
 from memsim import data_files
+from memsim.moves import Move
 from refimpl.errors import UnknownNameError
 
 __all__ = [
@@ -23,109 +25,93 @@ __all__ = [
     "FLASH2_BACKWARD",
     "FLASH2_BACKWARD_INITIALIZATION",
     "FLASH2_FORWARD",
-    "Move",
     "standard_features",
     "standard_schedule",
 ]
 
 
-class Move(NamedTuple):
-    """`elements` of `array`, each `item` bytes, read from or written to HBM for one head."""
-
-    direction: Literal["read", "write"]
-    array: str
-    elements: str
-    item: Literal["e", "a", "s", "1"]
-    step: str = ""
-
-    @property
-    def name(self) -> str:
-        """``read Q``, with the step in front where an algorithm has named steps."""
-        return (
-            f"{self.step}: {self.direction} {self.array}" if self.step else f"{self.direction} {self.array}"
-        )
-
+_move = partial(Move, "")  # of one head, in an algorithm without named steps
 
 # Dao et al. 2022, arXiv:2205.14135, Algorithm 1: the outer loop runs over the T_c blocks of K and V, so Q, O
 # and the statistics pass through the chip once for each.  O leaves in the output's dtype on the last pass;
 # with no keys at all its zeros are still written.
 FLASH1_FORWARD = (
-    Move("read", "K", "T_k*D", "e"),
-    Move("read", "V", "T_k*D_v", "e"),
-    Move("read", "Q", "T_c*T_q*D", "e"),
-    Move("read", "O", "T_c*T_q*D_v", "a"),
-    Move("read", "l, m", "2*T_c*T_q", "s"),
-    Move("write", "O before the last pass", "max(T_c - 1, 0)*T_q*D_v", "a"),
-    Move("write", "O", "T_q*D_v", "e"),
-    Move("write", "l, m", "2*T_c*T_q", "s"),
+    _move("read", "K", "T_k*D", "e"),
+    _move("read", "V", "T_k*D_v", "e"),
+    _move("read", "Q", "T_c*T_q*D", "e"),
+    _move("read", "O", "T_c*T_q*D_v", "a"),
+    _move("read", "l, m", "2*T_c*T_q", "s"),
+    _move("write", "O before the last pass", "max(T_c - 1, 0)*T_q*D_v", "a"),
+    _move("write", "O", "T_q*D_v", "e"),
+    _move("write", "l, m", "2*T_c*T_q", "s"),
 )
 FLASH1_FORWARD_INITIALIZATION = (
-    Move("write", "initial O", "min(T_c, 1)*T_q*D_v", "a"),
-    Move("write", "initial l, m", "2*T_q", "s"),
+    _move("write", "initial O", "min(T_c, 1)*T_q*D_v", "a"),
+    _move("write", "initial l, m", "2*T_q", "s"),
 )
 
 # Algorithm 4, the same loops: dQ is accumulated in HBM, dK and dV on chip.  The n_s statistics of a row are l
 # and m, or their combination, the log-sum-exp.
 FLASH1_BACKWARD = (
-    Move("read", "K", "T_k*D", "e"),
-    Move("read", "V", "T_k*D_v", "e"),
-    Move("read", "Q", "T_c*T_q*D", "e"),
-    Move("read", "O", "T_c*T_q*D_v", "e"),
-    Move("read", "dO", "T_c*T_q*D_v", "e"),
-    Move("read", "dQ", "T_c*T_q*D", "a"),
-    Move("read", "row statistics", "n_s*T_c*T_q", "s"),
-    Move("write", "dQ", "T_c*T_q*D", "a"),
-    Move("write", "dK", "T_k*D", "e"),
-    Move("write", "dV", "T_k*D_v", "e"),
+    _move("read", "K", "T_k*D", "e"),
+    _move("read", "V", "T_k*D_v", "e"),
+    _move("read", "Q", "T_c*T_q*D", "e"),
+    _move("read", "O", "T_c*T_q*D_v", "e"),
+    _move("read", "dO", "T_c*T_q*D_v", "e"),
+    _move("read", "dQ", "T_c*T_q*D", "a"),
+    _move("read", "row statistics", "n_s*T_c*T_q", "s"),
+    _move("write", "dQ", "T_c*T_q*D", "a"),
+    _move("write", "dK", "T_k*D", "e"),
+    _move("write", "dV", "T_k*D_v", "e"),
 )
 FLASH1_BACKWARD_INITIALIZATION = (
-    Move("write", "initial dQ", "T_q*D", "a"),
-    Move("write", "initial dK", "T_k*D", "e"),
-    Move("write", "initial dV", "T_k*D_v", "e"),
+    _move("write", "initial dQ", "T_q*D", "a"),
+    _move("write", "initial dK", "T_k*D", "e"),
+    _move("write", "initial dV", "T_k*D_v", "e"),
 )
 
 # Dao 2023, arXiv:2307.08691, Algorithm 1: the outer loop runs over the T_r blocks of Q, so only K and V are
 # read again, and nothing is accumulated in HBM.
 FLASH2_FORWARD = (
-    Move("read", "Q", "T_q*D", "e"),
-    Move("read", "K", "T_r*T_k*D", "e"),
-    Move("read", "V", "T_r*T_k*D_v", "e"),
-    Move("write", "O", "T_q*D_v", "e"),
-    Move("write", "lse", "T_q", "s"),
+    _move("read", "Q", "T_q*D", "e"),
+    _move("read", "K", "T_r*T_k*D", "e"),
+    _move("read", "V", "T_r*T_k*D_v", "e"),
+    _move("write", "O", "T_q*D_v", "e"),
+    _move("write", "lse", "T_q", "s"),
 )
 # Algorithm 2: rowsum(dO * O) first, then K and V outside; O enters only through that row sum.
 FLASH2_BACKWARD = (
-    Move("read", "O", "T_q*D_v", "e"),
-    Move("read", "dO for its row sums", "T_q*D_v", "e"),
-    Move("write", "row sums of dO*O", "T_q", "s"),
-    Move("read", "K", "T_k*D", "e"),
-    Move("read", "V", "T_k*D_v", "e"),
-    Move("read", "Q", "T_c*T_q*D", "e"),
-    Move("read", "dO", "T_c*T_q*D_v", "e"),
-    Move("read", "lse and row sums", "2*T_c*T_q", "s"),
-    Move("read", "dQ", "T_c*T_q*D", "a"),
-    Move("write", "dQ", "T_c*T_q*D", "a"),
-    Move("write", "dK", "T_k*D", "e"),
-    Move("write", "dV", "T_k*D_v", "e"),
+    _move("read", "O", "T_q*D_v", "e"),
+    _move("read", "dO for its row sums", "T_q*D_v", "e"),
+    _move("write", "row sums of dO*O", "T_q", "s"),
+    _move("read", "K", "T_k*D", "e"),
+    _move("read", "V", "T_k*D_v", "e"),
+    _move("read", "Q", "T_c*T_q*D", "e"),
+    _move("read", "dO", "T_c*T_q*D_v", "e"),
+    _move("read", "lse and row sums", "2*T_c*T_q", "s"),
+    _move("read", "dQ", "T_c*T_q*D", "a"),
+    _move("write", "dQ", "T_c*T_q*D", "a"),
+    _move("write", "dK", "T_k*D", "e"),
+    _move("write", "dV", "T_k*D_v", "e"),
 )
-FLASH2_BACKWARD_INITIALIZATION = (Move("write", "initial dQ", "T_q*D", "a"),)
+FLASH2_BACKWARD_INITIALIZATION = (_move("write", "initial dQ", "T_q*D", "a"),)
 
 # Dao et al. 2022, Algorithm 5: Algorithm 1 with the zero blocks of the mask left out.  C counts the key rows
 # of columns with a nonzero block, R the query rows of all nonzero blocks, A the query rows that have any, all
 # on average over heads.  A row leaves in the output's dtype after its last block; one without any as zeros.
 BLOCK_SPARSE_FORWARD = (
-    Move("read", "K", "C*D", "e"),
-    Move("read", "V", "C*D_v", "e"),
-    Move("read", "Q", "R*D", "e"),
-    Move("read", "O", "R*D_v", "a"),
-    Move("read", "l, m", "2*R", "s"),
-    Move("write", "O before the last block", "(R - A)*D_v", "a"),
-    Move("write", "O", "T_q*D_v", "e"),
-    Move("write", "l, m", "2*R", "s"),
+    _move("read", "K", "C*D", "e"),
+    _move("read", "V", "C*D_v", "e"),
+    _move("read", "Q", "R*D", "e"),
+    _move("read", "O", "R*D_v", "a"),
+    _move("read", "l, m", "2*R", "s"),
+    _move("write", "O before the last block", "(R - A)*D_v", "a"),
+    _move("write", "O", "T_q*D_v", "e"),
+    _move("write", "l, m", "2*R", "s"),
 )
 BLOCK_SPARSE_INITIALIZATION = (
-    Move("write", "initial O", "A*D_v", "a"),
-    Move("write", "initial l, m", "2*T_q", "s"),
+    _move("write", "initial O", "A*D_v", "a"),
+    _move("write", "initial l, m", "2*T_q", "s"),
 )
 
 _ELEMENTS = {
@@ -174,7 +160,7 @@ def standard_schedule(
             raise UnknownNameError("feature of standard attention", feature, standard_features())
 
     def move(way: Literal["read", "write"], array: str, step: str) -> Move:
-        return Move(way, array, _ELEMENTS[array], "1" if array == "Z" else "e", step)
+        return Move(step, way, array, _ELEMENTS[array], "1" if array == "Z" else "e")
 
     moves: list[Move] = []
     for step in data_files.read("standard_attention_passes")["step"]:

@@ -11,12 +11,12 @@ as bitsandbytes runs it, the int32 product goes to HBM and back, and outliers re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
 from memsim.estimate import Estimate, estimate, term
-from memsim.formula import evaluate
+from memsim.moves import Move, counted
 from memsim.units import Number, exact
 from refimpl.errors import LawViolation, OptionError
 from refimpl.registry import Case, Source, law, prices, technique
@@ -27,21 +27,6 @@ Algorithm = Literal["fp16", "int8", "int8_fused"]
 Convention = Literal["paper", "released"]
 ALGORITHMS: tuple[Algorithm, ...] = ("fp16", "int8", "int8_fused")
 _SOURCE = "arXiv:2208.07339, eq. 8"
-
-
-class Move(NamedTuple):
-    """`elements` of `array`, each `item` bytes, read from or written to HBM in one step."""
-
-    step: str
-    direction: Literal["read", "write"]
-    array: str
-    elements: str
-    item: str
-
-    @property
-    def name(self) -> str:
-        """``multiply: read W``."""
-        return f"{self.step}: {self.direction} {self.array}"
 
 
 # Item sizes: e of x, bias and output, s of the absmax, 8 of an index, 4 of int32, 1 of int8.
@@ -244,12 +229,7 @@ def linear_traffic(**options: Any) -> dict[str, int]:
     {'elements_read': 18, 'elements_written': 8, 'bytes_read': 36, 'bytes_written': 16}
     """
     moves, values = _prepare(**options)
-    counters = dict.fromkeys(("elements_read", "elements_written", "bytes_read", "bytes_written"), 0)
-    for move in moves:
-        column = "read" if move.direction == "read" else "written"
-        counters[f"elements_{column}"] += int(evaluate(move.elements, values))
-        counters[f"bytes_{column}"] += int(evaluate(f"{move.elements}*{move.item}", values))
-    return counters
+    return counted(moves, values)
 
 
 def linear_flops(*, T: int, K: int, N: int, outliers: int = 0, algorithm: Algorithm = "int8") -> Estimate:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memsim.estimate import Estimate, estimate, term
-from memsim.linear_io import Move
+from memsim.moves import Move
 from memsim.ssm_schedules import Algorithm, mamba_moves, scan_moves
 from memsim.units import Number, exact
 from refimpl.errors import OptionError

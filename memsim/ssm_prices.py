@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from memsim.formula import evaluate
+from memsim.moves import counted
 from memsim.ssm import mamba_flops, mamba_state, scan_flops
-from memsim.ssm_schedules import mamba_moves, moved, scan_moves
+from memsim.ssm_schedules import mamba_moves, scan_moves
 from memsim.units import Number
 from refimpl.numerics import wide_dtype
 from refimpl.registry import Case, prices
@@ -52,7 +53,7 @@ def _given(case: Case, **letters: str) -> dict[str, int]:
 @prices("ssm.selective_scan", counts="hbm")
 def scan(case: Case) -> dict[str, int]:
     """Return the four counters of ``selective_scan(u, delta, A, B, C, ...)``."""
-    return moved(scan_moves("fused"), scan_values(case))
+    return counted(scan_moves("fused"), scan_values(case))
 
 
 @prices("ssm.selective_scan", counts="hbm", of=f"{_FORMS}:selective_scan_chunked")
@@ -64,7 +65,7 @@ def chunked_scan(case: Case) -> dict[str, int]:
 @prices("ssm.selective_scan", counts="hbm", of=f"{_FORMS}:selective_scan_associative")
 def associative_scan(case: Case) -> dict[str, int]:
     """Return the four counters of ``selective_scan_associative(...)``, every step in HBM."""
-    return moved(scan_moves("materialized"), scan_values(case))
+    return counted(scan_moves("materialized"), scan_values(case))
 
 
 @prices("ssm.selective_scan", counts="flops")
@@ -90,7 +91,7 @@ def block(case: Case) -> dict[str, int]:
         **_given(case, i="scan_state", c="b_conv", p="b_in", q="b_out"),
         "z": 1, "d": 1, "b": 1, "f": int(bool(case.kwargs.get("return_state"))),
     }  # fmt: skip
-    return moved(mamba_moves(), values)
+    return counted(mamba_moves(), values)
 
 
 @prices("ssm.mamba_block", counts="flops")

@@ -6,15 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
-from memsim.formula import evaluate
-from memsim.linear_io import Move
-from memsim.units import Number
+from memsim.moves import Move
 from refimpl.errors import OptionError
 
-__all__ = ["Algorithm", "mamba_moves", "moved", "scan_moves"]
+__all__ = ["Algorithm", "mamba_moves", "scan_moves"]
 
 Algorithm: TypeAlias = Literal["fused", "materialized"]
 
@@ -106,20 +103,3 @@ def mamba_moves() -> tuple[Move, ...]:
     'project in: read tokens'
     """
     return _STAGES
-
-
-def moved(moves: Iterable[Move], values: Mapping[str, Number]) -> dict[str, int]:
-    """Return the four counters of traffic of some moves.
-
-    Examples
-    --------
-    >>> moved([Move("scan", "read", "u", "B*T", "e")], {"B": 2, "T": 3, "e": 4})
-    {'elements_read': 6, 'elements_written': 0, 'bytes_read': 24, 'bytes_written': 0}
-    """
-    totals = dict.fromkeys(("elements_read", "elements_written", "bytes_read", "bytes_written"), 0)
-    for move in moves:
-        ending = "read" if move.direction == "read" else "written"
-        elements = int(evaluate(move.elements, values))
-        totals[f"elements_{ending}"] += elements
-        totals[f"bytes_{ending}"] += elements * int(values[move.item])
-    return totals
