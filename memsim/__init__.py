@@ -47,7 +47,7 @@ _HOMES = {
     "mamba_state": "ssm",
     "mamba_traffic": "ssm",
     "model_names": "model",
-    "moe_all_to_all": "moe_exchange",
+    "moe_all_to_all": "moe_communication",
     "moe_flops": "moe",
     "moe_parameters": "moe",
     "non_embedding_parameters": "parameters",

@@ -1,90 +1,119 @@
-"""What each rank sends when experts are spread over ranks, from shapes and options alone.
+"""What a rank sends when the experts of a layer are spread over ranks: two all-to-alls a pass.
 
-An all-to-all moves whole buffers, empty places with them: C places for each expert from every rank.
+>>> layer = moe_all_to_all(experts=64, capacity=384, width=2048, ranks=8)
+>>> print(layer.explain()[0])
+forward, dispatch: (E - h)*C*d*e = (64 - 8)*384*2048*2 = 88.08 MB
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from memsim.collectives import sent_by_rank
-from refimpl.moe.capacity import places_of
-from refimpl.moe.rank_layer import placement
-from refimpl.parallel.comm import Sent
-from refimpl.registry import Case, prices
+from memsim.estimate import Estimate, estimate, term
+from memsim.units import Number, Quantity, exact
+from refimpl.errors import OptionError
+from refimpl.registry import Case, Source, technique
+from refimpl.validation import whole
 
-__all__ = ["expert_parallel", "expert_parallel_backward", "sent_by_all_to_all"]
+__all__ = ["moe_all_to_all"]
 
-CAPACITY = ("capacity", "capacity_factor", "rounding", "min_capacity", "groups")
+_ALL_TO_ALL = "Lepikhin et al. 2020, arXiv:2006.16668, Algorithm 2"
 
 
-def sent_by_all_to_all(
-    *, experts: int, ranks: int, capacity: int, width: int, itemsize: int
-) -> tuple[list[Sent], list[Sent]]:
-    """Return what each rank sends to dispatch its tokens, and to give those of others back.
+def _sample(rng: np.random.Generator, *, experts: int, ranks: int, capacity: int, direction: str) -> Case:
+    width, itemsize = int(rng.integers(1, 5000)), int(rng.choice([1, 2, 4, 8]))
+    held = int(rng.integers(-(-experts // ranks) if ranks > 1 else experts, experts + 1))
+    size = {"experts": experts, "ranks": ranks, "capacity": capacity, "width": width, "itemsize": itemsize}
+    return Case((), {**size, "held": held, "direction": direction})
+
+
+@technique(
+    "cost.moe_communication",
+    entries=(37,),
+    kind="cost",
+    source=Source("Lepikhin et al. 2020", "arXiv:2006.16668", "section 3.2, Algorithm 2"),
+    axes={"experts": (1, 40), "ranks": (1, 12), "capacity": (1, 500)},
+    options={"direction": ("forward", "backward", "both")},
+    sample=_sample,
+    edges=(
+        {"experts": 1, "ranks": 1, "capacity": 1},
+        {"experts": 2, "ranks": 7},
+        {"experts": 40, "ranks": 8, "direction": "both"},
+    ),
+    exact=True,
+)
+def moe_all_to_all(
+    *,
+    experts: Quantity,
+    capacity: Quantity,
+    width: Quantity,
+    ranks: Quantity,
+    itemsize: Quantity = 2,
+    held: Quantity | None = None,
+    direction: Literal["forward", "backward", "both"] = "forward",
+) -> Estimate:
+    """Return the bytes that a rank sends in the all-to-alls of one layer under expert parallelism.
 
     Parameters
     ----------
-    experts, ranks : int
-        E experts on R ranks, placed as evenly as they can be.
+    experts : int
+        E of the layer.
     capacity : int
-        Places of each expert for the tokens of one rank.
-    width, itemsize : int
-        Elements of a token, and bytes of an element.
+        C, places for the tokens of one rank in each expert's buffer; empty ones travel too.
+    width, ranks, itemsize : int
+        d, p, and bytes an element.
+    held : int, optional
+        Experts on the rank that is asked about.  Default: E / p, which must be whole.
+    direction : {"forward", "backward", "both"}
+        A pass has two all-to-alls, to the experts and back; the backward pass sends gradients.
 
     Returns
     -------
-    tuple of list of Sent
-        Dispatch: ``(E - E_r) C D`` elements from rank r.  Combine: ``(R - 1) E_r C D``.
+    Estimate
+        In bytes; 0 with one rank.
+
+    Raises
+    ------
+    OptionError
+        If a number is not whole and above 0, `held` is not below E or there is no even share, or `direction`
+        is unknown.
+    DTypeError
+        If a number is not whole.
+
+    Notes
+    -----
+    A rank sends its tokens to the experts that others hold, and to others what its own experts made of
+    theirs.  Together, with an even share, that is ``2 (p - 1)/p E C d`` elements.
+
+    References
+    ----------
+    .. [1] Lepikhin et al., 2020, arXiv:2006.16668, section 3.2 and Algorithm 2.
 
     Examples
     --------
-    Five experts on two ranks, of which the first holds three:
-
-    >>> sent_by_all_to_all(experts=5, ranks=2, capacity=4, width=8, itemsize=2)[0]
-    [Sent(messages=1, bytes=128), Sent(messages=1, bytes=192)]
+    >>> moe_all_to_all(experts=8, capacity=1024, width=4096, ranks=8).total == 2 * 7 * 1024 * 4096 * 2
+    True
     """
-    held = [part.stop - part.start for part in placement(experts, ranks)]
-    expert = capacity * width * itemsize
-    dispatch = [Sent(ranks - 1, (experts - own) * expert) for own in held]
-    combine = [Sent(ranks - 1, (ranks - 1) * own * expert) for own in held]
-    return dispatch, combine
-
-
-def _exchanges(case: Case) -> tuple[list[Sent], list[Sent]]:
-    x, w_router = (np.asarray(array) for array in case.args[:2])
-    ranks, tokens, width = x.shape
-    options: dict[str, Any] = {name: case.kwargs[name] for name in CAPACITY if name in case.kwargs}
-    experts = w_router.shape[1]
-    capacity = options.get("groups", 1) * places_of(tokens, experts, **options)
-    return sent_by_all_to_all(
-        experts=experts, ranks=ranks, capacity=capacity, width=width, itemsize=x.dtype.itemsize
+    sizes = {"E": experts, "C": capacity, "d": width, "p": ranks, "e": itemsize}
+    values: dict[str, Number] = {name: whole(name, exact(size, name)) for name, size in sizes.items()}
+    share, rest = divmod(int(values["E"]), int(values["p"]))
+    if held is None and rest:
+        raise OptionError(f"held: {experts} experts on {ranks} ranks have no even share; say how many")
+    values["h"] = share if held is None else whole("held", exact(held, "held"), 0)
+    if values["h"] > values["E"]:
+        raise OptionError(f"held: expected at most E={experts} experts on a rank, got {held}")
+    if direction not in ("forward", "backward", "both"):
+        raise OptionError(f"direction: expected 'forward', 'backward' or 'both'; got {direction!r}")
+    ways = ("forward", "backward") if direction == "both" else (direction,)
+    formulas = {"dispatch": "(E - h)*C*d*e", "combine": "(p - 1)*h*C*d*e"}
+    return estimate(
+        f"all-to-alls of a layer with experts, {direction}",
+        [
+            term(f"{way}, {name}", formula, values, "B", _ALL_TO_ALL)
+            for way in ways
+            for name, formula in formulas.items()
+        ],
+        leaves_out="indices and gates of the tokens, the router's gradient",
     )
-
-
-def _totals(*parts: list[Sent]) -> dict[str, int]:
-    """Return the sum of what each rank sends, named as `refimpl.parallel.comm.Traffic` names it."""
-    found: dict[str, int] = {}
-    for rank, sent in enumerate(zip(*parts, strict=True)):
-        found[f"rank {rank} messages"] = sum(item.messages for item in sent)
-        found[f"rank {rank} bytes"] = sum(item.bytes for item in sent)
-    return found
-
-
-@prices("moe.expert_parallel", counts="comm")
-def expert_parallel(case: Case) -> dict[str, int]:
-    """Return what each rank sends in ``expert_parallel(...)``: two all-to-alls."""
-    return _totals(*_exchanges(case))
-
-
-@prices("moe.expert_parallel.backward", counts="comm")
-def expert_parallel_backward(case: Case) -> dict[str, int]:
-    """Return what each rank sends in ``expert_parallel_vjp(...)``: four all-to-alls and one all-reduce."""
-    w_router = np.asarray(case.args[1])
-    ranks = len(case.args[0])
-    itemsize = np.asarray(case.args[0]).dtype.itemsize
-    reduced = sent_by_rank("all_reduce", "ring", elements=w_router.size, itemsize=itemsize, ranks=ranks)
-    exchanges = _exchanges(case)
-    return _totals(*exchanges, *exchanges, reduced)

@@ -262,7 +262,7 @@ def _all_to_alls(
     """Return for each kind of layer and number of ranks what the busiest rank sends, and the estimates."""
     from memsim.formula import evaluate
     from memsim.model import model
-    from memsim.moe_exchange import moe_all_to_all
+    from memsim.moe_communication import moe_all_to_all
     from memsim.units import exact
 
     described = model(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,15 @@ def positions_are_columns_of_the_projections(f: Attention, case: Case, close: Cl
 
 @law("attention.low_rank")
 def padding_is_zero_before_the_projections(f: Attention, case: Case, close: Close) -> None:
-    """Masking a key is the same as a key and a value of 0 there: the projections mix it in."""
+    """Masking a key is the same as a key and a value of 0 there, whatever stands in the padding."""
     q, k, v, e, g = case.args
     mask = np.random.default_rng(0).random(k.shape[:2]) < 0.5
-    masked = case.replace(key_mask=mask)
-    zeroed = (round_to(np.where(mask[:, :, None, None], widen(x), 0), x.dtype) for x in (k, v))
-    plain = case.without("key_mask").replace(q, *zeroed, e, g)
+
+    def padded(filling: float) -> Iterator[Array]:
+        return (round_to(np.where(mask[:, :, None, None], widen(x), filling), x.dtype) for x in (k, v))
+
+    masked = case.replace(q, *padded(np.nan), e, g, key_mask=mask)
+    plain = case.without("key_mask").replace(q, *padded(0.0), e, g)
     close.on(plain)(_out(masked, f), _out(plain, f), "padding against zeros")
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim import moe_communication
+from memsim import expert_parallel_prices
+from memsim.moe_communication import moe_all_to_all
 from refimpl.moe.expert_parallel import expert_parallel, expert_parallel_vjp
 from refimpl.moe.gshard_as_coded import gshard_as_coded, gshard_as_coded_routing, gshard_as_coded_vjp
 from refimpl.moe.ragged_parallel import expert_parallel_ragged
@@ -86,37 +87,50 @@ def test_where_tokens_are_dropped_ranks_are_groups(ranks: int, layer_of_one: Any
             close(getattr(found, name), gradient)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 7])
+def test_groups_of_a_rank_have_buffers_of_their_own(ranks: int) -> None:
+    """Two groups a rank are twice as many groups on one device, and twice the places in what is sent."""
+    case, tight = layer(5, "relu"), {"capacity_factor": 0.8, "rounding": "flaxformer", "min_capacity": 1}
+    expected = case.replace(groups=2 * ranks, **tight).call(gshard_as_coded)
+    split = on_ranks(case, ranks, groups=2, **tight)
+    traffic = Traffic()
+    close(split.replace(traffic=traffic).call(expert_parallel), expected)
+    model = expert_parallel_prices.expert_parallel(split)
+    for rank in range(ranks):
+        assert traffic.sent(rank).bytes == model[f"rank {rank} bytes"]
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 def test_bytes_equal_the_model_phase_by_phase(ranks: int) -> None:
-    traffic = Traffic()
+    traffic, forward = Traffic(), Traffic()
     split = on_ranks(layer(5), ranks, capacity=3)
+    split.replace(traffic=forward).call(expert_parallel)
     dy = np.ones(split.args[0].shape)
     expert_parallel_vjp(*split.args, dy, traffic=traffic, **split.kwargs)
-    dispatch, combine = moe_communication.sent_by_all_to_all(
-        experts=5, ranks=ranks, capacity=3, width=6, itemsize=8
-    )
-    for rank in range(ranks if ranks > 1 else 0):
-        assert traffic.sent(rank, "dispatch") == dispatch[rank]
-        assert traffic.sent(rank, "combine") == combine[rank]
-        assert traffic.sent(rank, "dispatch gradients") == dispatch[rank]
-        assert traffic.sent(rank, "combine gradients") == combine[rank]
+    for rank, part in enumerate(placement(5, ranks)):
+        layer_bytes = moe_all_to_all(
+            experts=5,
+            capacity=3,
+            width=6,
+            itemsize=8,
+            ranks=ranks,
+            held=part.stop - part.start,
+            direction="both",
+        )
+        assert forward.sent(rank).bytes == layer_bytes["forward, dispatch"] + layer_bytes["forward, combine"]
+        for phase, name in (
+            ("dispatch", "forward, dispatch"),
+            ("combine", "forward, combine"),
+            ("dispatch gradients", "backward, dispatch"),
+            ("combine gradients", "backward, combine"),
+        ):
+            assert traffic.sent(rank, phase).bytes == layer_bytes[name]
+            assert traffic.sent(rank, phase).messages == ranks - 1
     # By hand, for 7 ranks: five hold one expert each, of 3 places, 6 features, 8 bytes.
     if ranks == 7:
         assert [traffic.sent(rank, "dispatch").bytes for rank in range(7)] == [576] * 5 + [720] * 2
         assert [traffic.sent(rank, "combine").bytes for rank in range(7)] == [6 * 144] * 5 + [0] * 2
         assert traffic.sent(0, "router gradient").bytes == 2 * 6 * 5 * 8  # 30 elements: chunks of 5
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-def test_bytes_equal_the_estimate_that_explains_them(ranks: int) -> None:
-    exchange = pytest.importorskip("memsim.moe_exchange")
-    traffic = Traffic()
-    on_ranks(layer(5), ranks, capacity=3, traffic=traffic).call(expert_parallel)
-    for rank, part in enumerate(placement(5, ranks)):
-        estimate = exchange.moe_all_to_all(
-            experts=5, capacity=3, width=6, itemsize=8, ranks=ranks, held=part.stop - part.start
-        )
-        assert traffic.sent(rank).bytes == estimate.total
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
