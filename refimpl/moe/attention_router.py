@@ -25,7 +25,11 @@ __all__ = [
     "attention_router_vjp",
 ]
 
-_SOURCE = Source("Wu et al. 2024 (Yuan 2.0-M32)", "arXiv:2405.17976", "section 3.1.2, eq. 1 to 4")
+_SOURCE = Source(
+    "Wu et al. 2024 (Yuan 2.0-M32)",
+    "arXiv:2405.17976",
+    "Attention Router; ParallelAttention_router in the released model code",
+)
 
 
 class AttentionRouterGradients(NamedTuple):
@@ -107,7 +111,7 @@ def attention_router(
 
     References
     ----------
-    .. [1] Wu et al., 2024, arXiv:2405.17976, section 3.1.2; IEIT-Yuan/Yuan2.0-M32,
+    .. [1] Wu et al., 2024, arXiv:2405.17976, Attention Router; IEIT-Yuan/Yuan2.0-M32,
        ``ParallelAttention_router``.
 
     Examples
@@ -238,7 +242,7 @@ def attention_routed(
 
     References
     ----------
-    .. [1] Wu et al., 2024, arXiv:2405.17976, section 3.1.2.
+    .. [1] Wu et al., 2024, arXiv:2405.17976, Attention Router.
 
     Examples
     --------

@@ -44,7 +44,7 @@ def _terms_multi(case: Case) -> tuple[int, Any]:
     "moe.hash.multi",
     entries=(39,),
     kind="function",
-    source=Source("Roller et al. 2021", "arXiv:2106.04426", "section 3.2, MultiHash Layers"),
+    source=Source("Roller et al. 2021", "arXiv:2106.04426", "section 3, MultiHash Layers"),
     axes={"T": (0, 6), "n": (1, 3), "E": (1, 4), "d": (1, 3), "f": (1, 3)},
     options={"activation": ("relu", "gelu")},
     edges=({"T": 0}, {"T": 1, "n": 1, "E": 1, "d": 1, "f": 1}, {"T": 6, "n": 3, "E": 1}),
@@ -99,7 +99,7 @@ def multi_hash_layer(
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.2.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
 
     Examples
     --------

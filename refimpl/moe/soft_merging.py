@@ -43,7 +43,7 @@ def _terms(case: Case) -> tuple[int, Any]:
     "moe.soft_merging",
     entries=(44,),
     kind="function",
-    source=Source("Muqeeth et al. 2023 (SMEAR)", "arXiv:2306.03745", "section 3.1, eq. 1"),
+    source=Source("Muqeeth et al. 2023 (SMEAR)", "arXiv:2306.03745", "section 3, Soft Merging of Experts"),
     axes={"B": (0, 3), "T": (1, 4), "D": (1, 4), "E": (1, 4), "F": (1, 4)},
     options={"values": VALUES, "experts": EXPERTS},
     edges=({"B": 0}, {"B": 1, "T": 1, "D": 1, "E": 1, "F": 1}, {"B": 2, "E": 4, "values": "large"}),
@@ -100,7 +100,7 @@ def soft_merging(
 
     References
     ----------
-    .. [1] Muqeeth et al., 2023, arXiv:2306.03745, section 3.1; r-three/smear at 6e44c82,
+    .. [1] Muqeeth et al., 2023, arXiv:2306.03745, section 3; r-three/smear at 6e44c82,
        hyperformer/adapters/adapter_controller_fast.py.
 
     Examples
