@@ -146,7 +146,7 @@ def balanced_table(counts: IntArray, /, *, num_experts: int) -> IntArray:
     References
     ----------
     .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
-    .. [2] Graham, 1969, "Bounds on multiprocessing timing anomalies", its bound for lists of the longest first.
+    .. [2] Graham, 1969, "Bounds on multiprocessing timing anomalies", its bound for the longest first.
 
     Examples
     --------
