@@ -5,7 +5,6 @@ Each price equals what the reference counts through `refimpl.memory.Memory`: a b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from refimpl.moe.capacity import places_of
 from refimpl.registry import Case, prices
 
-__all__ = ["buffered", "dense_mixture", "dispatch", "expert_flops"]
+__all__ = ["batch_priority", "dense_mixture", "dispatch", "expert_flops", "gshard", "switch"]
 
 CAPACITY = ("capacity", "capacity_factor", "rounding", "min_capacity", "groups")
 
@@ -42,41 +41,33 @@ def dense_mixture(case: Case) -> dict[str, int]:
     return {"flops": 4 * T * E * D + expert_flops(T * E, D, F, gated=gated)}
 
 
-def buffered(choices: int, **defaults: Any) -> Callable[[Case], dict[str, int]]:
-    """Return the price of a layer with buffers in which a token goes to so many experts.
-
-    Parameters
-    ----------
-    choices : int
-        Experts a token, unless the call says k.
-    **defaults
-        Options of `refimpl.moe.capacity.places_of` that are the layer's own.
-
-    Returns
-    -------
-    callable
-        ``2 T D E + 4 E C D F + 2 T k D`` for C places in all groups.
-    """
-
-    def model(case: Case) -> dict[str, int]:
-        T, D, E, F, gated = _shape(case)
-        k = int(case.kwargs.get("k", choices))
-        options = {**defaults, **{name: case.kwargs[name] for name in CAPACITY if name in case.kwargs}}
-        if "k" in case.kwargs:  # the factor is of all choices
-            options["capacity_factor"] = k * options.get("capacity_factor", 1.25)
-        places = options.get("groups", 1) * places_of(T, E, **options)
-        return {"flops": 2 * T * D * E + expert_flops(E * places, D, F, gated=gated) + 2 * T * k * D}
-
-    return model
+def _buffered(case: Case, choices: int, **defaults: Any) -> dict[str, int]:
+    """Return ``2 T D E + 4 E C D F + 2 T k D`` for C places in all groups: router, full buffers, sum."""
+    T, D, E, F, gated = _shape(case)
+    options = {**defaults, **{name: case.kwargs[name] for name in CAPACITY if name in case.kwargs}}
+    places = options.get("groups", 1) * places_of(T, E, **options)
+    return {"flops": 2 * T * D * E + expert_flops(E * places, D, F, gated=gated) + 2 * T * choices * D}
 
 
-for _name, _model in {
-    "moe.switch": buffered(1),
-    "moe.gshard": buffered(2, capacity_factor=2.0),
-    "moe.gshard.as_coded": buffered(2, capacity_factor=2.0),
-    "moe.batch_priority": buffered(1, rounding="vmoe"),
-}.items():
-    prices(_name, counts="flops")(_model)
+@prices("moe.switch", counts="flops")
+def switch(case: Case) -> dict[str, int]:
+    """Return the operations of ``switch(...)``, one expert a token."""
+    return _buffered(case, 1)
+
+
+@prices("moe.gshard", counts="flops")
+@prices("moe.gshard.as_coded", counts="flops")
+def gshard(case: Case) -> dict[str, int]:
+    """Return the operations of GShard's layer, two experts a token; what chance takes out is paid too."""
+    return _buffered(case, 2, capacity_factor=2.0)
+
+
+@prices("moe.batch_priority", counts="flops")
+def batch_priority(case: Case) -> dict[str, int]:
+    """Return the operations of ``batch_priority(...)``, whose factor is of all k choices of a token."""
+    k = int(case.kwargs.get("k", 1))
+    factor = k * case.kwargs.get("capacity_factor", 1.25)
+    return _buffered(case.replace(capacity_factor=factor), k, rounding="vmoe")
 
 
 @prices("moe.dispatch", counts="flops")

@@ -1,4 +1,4 @@
-"""How many places an expert has: the same fraction, rounded in four ways."""
+"""How many places an expert has: the same fraction, rounded in three ways."""
 
 from __future__ import annotations
 

@@ -201,6 +201,7 @@ def dispatch_vjp(
     >>> back.dx.item(), back.dcombine.item()
     (0.5, 2.0)
     """
+    weight_dtype = floating(combine=combine)[0].dtype
     x, combine, w_in, w_out, taken = _checked(x, combine, w_in, w_out, dispatch_mask)
     (dy,) = floating(dy=dy)
     bind_axes({"x": (x, "G S D"), "dy": (dy, "G S D")})
@@ -215,7 +216,7 @@ def dispatch_vjp(
     back = expert_ffn_vjp(rows, w_in, w_out, dout, w_gate=w_gate, activation=activation)
     dx = contract("gsec,egcd->gsd", mask, widen(back.dx).reshape(E, G, C, D))
     return DispatchGradients(
-        round_to(dx, dtype), round_to(dcombine, combine.dtype), back.dw_in, back.dw_out, back.dw_gate
+        round_to(dx, dtype), round_to(dcombine, weight_dtype), back.dw_in, back.dw_out, back.dw_gate
     )
 
 

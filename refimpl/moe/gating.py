@@ -46,6 +46,8 @@ class TopKGradients(NamedTuple):
 
 
 def _sample_dense(rng: np.random.Generator, *, temperature: float, **shape: Any) -> Case:
+    if shape["values"] == "large":  # a high temperature would leave a softmax too steep for differences
+        temperature = min(temperature, 1.0)
     return sample_layer(rng, **shape).replace(temperature=temperature)
 
 
@@ -226,7 +228,7 @@ def top_k_gates(logits: FloatArray, /, *, k: int, convention: Convention) -> Flo
     ----------
     .. [1] Jiang et al., 2024, arXiv:2401.04088, section 2.1.
     .. [2] Fedus et al., 2021, arXiv:2101.03961, eq. 1 and 2; Dai et al., 2024, arXiv:2401.06066, eq. 4 and 5;
-       Lepikhin et al., 2020, arXiv:2006.16668, Algorithm 1, line 7.
+       Lepikhin et al., 2020, arXiv:2006.16668, Algorithm 1.
 
     Examples
     --------

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.moe.laws_gating import exact
 from refimpl.moe.samples import scaling_experts
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -16,7 +17,7 @@ Layer = Callable[..., Any]
 
 
 def _out(case: Case, f: Layer) -> FloatArray:
-    return widen(np.asarray(case.call(f))).astype(np.float64)
+    return exact(case.call(f))
 
 
 @law("moe.dispatch")
@@ -25,8 +26,8 @@ def identical_experts_weigh_the_token(f: Layer, case: Case, close: Close) -> Non
     x, combine, w_in, _ = case.args
     ones = (round_to(w, x.dtype) for w in scaling_experts(np.ones(len(w_in)), x.shape[2]))
     probe = case.without("w_gate").replace(x, combine, *ones)
-    wanted = widen(combine).sum(axis=(2, 3))[..., None] * widen(x)
-    close.on(probe)(_out(probe, f), wanted.astype(np.float64), "identity experts", factor=4.0)
+    wanted = exact(combine).sum(axis=(2, 3))[..., None] * exact(x)
+    close.on(probe)(_out(probe, f), wanted, "identity experts", factor=4.0)
 
 
 @law("moe.dispatch")

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.moe.laws_gating import demand
-from refimpl.numerics import FloatArray, widen
+from refimpl.moe.laws_gating import demand, exact
+from refimpl.numerics import FloatArray
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -18,7 +18,7 @@ FORWARD, BACKWARD = "moe.expert_parallel", "moe.expert_parallel.backward"
 
 
 def _out(case: Case, f: Layer) -> FloatArray:
-    return widen(np.asarray(case.call(f))).astype(np.float64)
+    return exact(case.call(f))
 
 
 def _rank(case: Case, rank: int) -> Case:
@@ -65,7 +65,7 @@ def tokens_past_the_capacity_are_dropped(f: Layer, case: Case, close: Close) -> 
 
 def _gradients(case: Case, f: Layer) -> list[FloatArray]:
     found = case.call(f)
-    return [widen(np.asarray(array)).astype(np.float64) for array in found if array is not None]
+    return [exact(array) for array in found if array is not None]
 
 
 @law(BACKWARD)

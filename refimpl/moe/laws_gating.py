@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.errors import LawViolation
 from refimpl.moe.samples import observed_weights
-from refimpl.numerics import FloatArray, widen
+from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -29,6 +29,16 @@ def demand(holds: Any, what: str) -> None:
     """Raise `LawViolation` unless `holds` is true everywhere."""
     if not np.all(holds):
         raise LawViolation(what)
+
+
+def exact(array: Any) -> FloatArray:
+    """Return an array of any format in float64, exactly: what a law computes with."""
+    return widen(np.asarray(array)).astype(np.float64)
+
+
+def logits_of(case: Case) -> FloatArray:
+    """Return the logits of a layer's router."""
+    return np.asarray(exact(case.args[0]) @ exact(case.args[1]))
 
 
 def _softmax(z: FloatArray) -> FloatArray:
@@ -52,7 +62,8 @@ def equal_experts_make_the_router_irrelevant(f: Layer, case: Case, close: Close)
     same = [np.repeat(w[:1], w.shape[0], axis=0) for w in experts]
     gate = case.kwargs.get("w_gate")
     options = {} if gate is None else {"w_gate": np.repeat(gate[:1], gate.shape[0], axis=0)}
-    one, other = (case.replace(x, w, *same, **options) for w in (w_router, w_router[:, ::-1] - 1))
+    another = round_to(exact(w_router)[:, ::-1] - 1, w_router.dtype)
+    one, other = (case.replace(x, w, *same, **options) for w in (w_router, another))
     close.on(one)(one.call(f), other.call(f), "equal experts under two routers")
 
 
@@ -67,16 +78,15 @@ def temperature_divides_the_router(f: Layer, case: Case, close: Close) -> None:
 @law("moe.dense_mixture")
 def weights_grow_with_their_logit(f: Layer, case: Case, close: Close) -> None:
     """The ratio of two weights is exp of the difference of their logits over the temperature."""
-    x, w_router = case.args[:2]
-    logits = x @ w_router / case.kwargs["temperature"]
+    logits = logits_of(case) / case.kwargs["temperature"]
     if abs(logits).max(initial=0) < 30:
-        seen = np.any(x != 0, axis=1)
+        seen = np.any(case.args[0] != 0, axis=1)
         off = abs(observed_weights(f, case) - _softmax(logits))[seen]
         demand(off <= 10 * slack(close), "the weights are not the softmax of the logits")
 
 
 def _kept(case: Case, f: Layer) -> FloatArray:
-    return widen(np.asarray(case.call(f))).astype(np.float64)
+    return exact(case.call(f))
 
 
 @law(*TOP_K)
@@ -116,6 +126,8 @@ def conventions_differ_by_the_sum(f: Layer, case: Case, close: Close) -> None:
 def a_constant_on_all_logits_changes_nothing(f: Layer, case: Case, close: Close) -> None:
     """Adding one number to all logits of a token leaves its gates."""
     (logits,) = case.args
+    if logits.dtype != np.float64:
+        return  # logits that are moved are rounded, and so become other ones
     shift = np.random.default_rng(0).integers(-4, 5, (len(logits), 1)) / 2
     moved = Case((logits + shift,), case.kwargs)
     close.on(moved)(moved.call(f), case.call(f), "logits shifted")
@@ -124,7 +136,7 @@ def a_constant_on_all_logits_changes_nothing(f: Layer, case: Case, close: Close)
 @law("moe.top_k")
 def the_largest_logits_are_kept(f: Layer, case: Case, close: Close) -> None:
     """No expert with a gate has a smaller logit than one without; gates grow with logits."""
-    (logits,) = case.args
+    logits = exact(case.args[0])
     gates, k = _kept(case, f), case.kwargs["k"]
     if logits.size and abs(logits).max() < 30:
         place = (logits[:, None, :] > logits[:, :, None]).sum(axis=2)  # how many logits are larger
@@ -160,15 +172,16 @@ def experts_permute_with_their_columns(f: Layer, case: Case, close: Close) -> No
 def no_noise_is_noise_of_zero(f: Layer, case: Case, close: Close) -> None:
     """Without draws the gates are those of draws that are all 0, whatever scales them."""
     still = case.without("noise")
-    quiet = case.replace(noise=np.zeros((len(case.args[0]), case.args[1].shape[1])))
+    x, w_router = case.args[:2]
+    quiet = case.replace(noise=np.zeros((len(x), w_router.shape[1]), x.dtype))
     close.on(still)(still.call(f), quiet.call(f), "no noise and noise of 0")
 
 
 @law("moe.noisy_top_k")
 def noise_is_scaled_by_softplus(f: Layer, case: Case, close: Close) -> None:
     """With all experts kept, the log-ratio of two gates moves by noise times softplus of the noise router."""
-    x, w_router, w_noise = case.args
-    noise = case.kwargs.get("noise", np.zeros((len(x), w_router.shape[1])))
+    x, w_router, w_noise = (exact(array) for array in case.args)
+    noise = exact(case.kwargs.get("noise", np.zeros((len(x), w_router.shape[1]))))
     logits = x @ w_router + noise * np.log1p(np.exp(x @ w_noise))
     if abs(logits).max(initial=0) < 30:
         gates = _kept(case.replace(k=w_router.shape[1]), f)
@@ -181,19 +194,19 @@ def an_unlikely_expert_is_tried_with_enough_noise(f: Layer, case: Case, close: C
     x, w_router, w_noise = case.args
     flat = np.zeros_like(w_noise)  # softplus(0) = log 2
     noise = np.zeros((len(x), w_router.shape[1]))
-    worst = np.argmin(x @ w_router, axis=1)[:, None]
-    np.put_along_axis(noise, worst, 1e6, axis=1)
-    gates = _kept(Case((x, w_router, flat), {"k": case.kwargs["k"], "noise": noise}), f)
+    worst = np.argmin(logits_of(case), axis=1)[:, None]
+    np.put_along_axis(noise, worst, 5e4, axis=1)  # near the largest number of float16
+    loud = Case((x, w_router, flat), {"k": case.kwargs["k"], "noise": round_to(noise, x.dtype)})
+    gates = _kept(loud, f)
     demand(np.take_along_axis(gates, worst, axis=1) > 1 - slack(close), "the loudest expert is not chosen")
 
 
 @law("moe.noisy_top_k.vmoe")
 def noise_is_in_units_of_one_over_experts(f: Layer, case: Case, close: Close) -> None:
     """Noise of standard deviation s on E experts moves logits by s / E times the draws."""
-    x, w_router = case.args
-    E = w_router.shape[1]
-    noise = case.kwargs.get("noise", np.zeros((len(x), E)))
-    logits = x @ w_router + case.kwargs["noise_std"] / E * noise
+    logits = logits_of(case)
+    E = logits.shape[1]
+    logits = logits + case.kwargs["noise_std"] / E * exact(case.kwargs.get("noise", np.zeros_like(logits)))
     if abs(logits).max(initial=0) < 30:
         gates = _kept(case.replace(k=E), f)
         demand(abs(gates - _softmax(logits)) <= 10 * slack(close), "not the softmax of the noisy logits")

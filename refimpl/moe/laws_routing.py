@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.moe.laws_gating import demand, slack
+from refimpl.moe.laws_gating import demand, exact, logits_of, slack
 from refimpl.moe.samples import observed_weights
-from refimpl.numerics import BoolArray, FloatArray, widen
+from refimpl.numerics import BoolArray, FloatArray
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -21,7 +21,7 @@ IN_ORDER = ("moe.switch", "moe.gshard.as_coded")
 
 
 def _out(case: Case, f: Layer) -> FloatArray:
-    return widen(np.asarray(case.call(f))).astype(np.float64)
+    return exact(case.call(f))
 
 
 def _without_draws(case: Case) -> Case:
@@ -36,11 +36,6 @@ def _roomy(case: Case) -> Case:
 
 def _choices(case: Case) -> int:
     return int(case.kwargs.get("k", 1))
-
-
-def _logits(case: Case) -> FloatArray:
-    x, w_router = (widen(array).astype(np.float64) for array in case.args[:2])
-    return np.asarray(x @ w_router)
 
 
 def _rank(logits: FloatArray) -> FloatArray:
@@ -78,7 +73,7 @@ def weights_of_a_token_are_gates(f: Layer, case: Case, close: Close) -> None:
 @law("moe.switch", "moe.batch_priority")
 def with_room_the_best_gates_are_the_weights(f: Layer, case: Case, close: Close) -> None:
     """Where nothing is dropped, the k largest of the softmax over all experts are the weights."""
-    logits = _logits(case)
+    logits = logits_of(case)
     wanted = np.where(_rank(logits) < _choices(case), _softmax(logits), 0)
     off = abs(observed_weights(f, _roomy(case)) - wanted)[_nonzero(case)]
     if abs(logits).max(initial=0) < 30:
@@ -88,7 +83,7 @@ def with_room_the_best_gates_are_the_weights(f: Layer, case: Case, close: Close)
 @law(*GSHARD)
 def with_room_two_gates_are_divided_by_their_sum(f: Layer, case: Case, close: Close) -> None:
     """Where nothing is dropped, the two largest gates divided by their sum are the weights."""
-    logits = _logits(case)
+    logits = logits_of(case)
     kept = np.where(_rank(logits) < 2, _softmax(logits), 0)
     wanted = kept / kept.sum(axis=1, keepdims=True)
     off = abs(observed_weights(f, _roomy(case)) - wanted)[_nonzero(case)]
@@ -125,7 +120,7 @@ def groups_do_not_see_each_other(f: Layer, case: Case, close: Close) -> None:
 def first_choices_come_in_token_order(f: Layer, case: Case, close: Close) -> None:
     """The first tokens of a group that prefer an expert are those which it serves as a first choice."""
     groups = case.kwargs.get("groups", 1)
-    first = _rank(_logits(case)) == 0
+    first = _rank(logits_of(case)) == 0
     plain = _without_draws(case)
     everyone = observed_weights(f, _roomy(case))
     for capacity in (1, 2):
@@ -187,7 +182,7 @@ def ties_go_to_the_lowest_expert(f: Layer, case: Case, close: Close) -> None:
 @law(*GSHARD)
 def second_choices_never_displace_first_ones(f: Layer, case: Case, close: Close) -> None:
     """What first choices get does not depend on which second choices are sent."""
-    first = _rank(_logits(case)) == 0
+    first = _rank(logits_of(case)) == 0
     tight = _without_draws(case).replace(capacity=2)
     T = len(case.args[0])
     nobody = tight.replace(uniforms=np.full(T, np.nextafter(1, 2)))
@@ -239,7 +234,7 @@ def a_choice_that_is_not_sent_takes_no_place(f: Layer, case: Case, close: Close)
 def the_order_of_tokens_does_not_matter(f: Layer, case: Case, close: Close) -> None:
     """Permuting the tokens of the batch permutes the outputs."""
     x, *weights = case.args
-    top = _softmax(_logits(case)).max(axis=1)
+    top = _softmax(logits_of(case)).max(axis=1)
     case = case.replace(groups=1)
     if len(np.unique(top.round(9))) == len(top):  # equal gates are served as they come
         order = np.random.default_rng(0).permutation(len(x))
@@ -251,7 +246,7 @@ def the_order_of_tokens_does_not_matter(f: Layer, case: Case, close: Close) -> N
 def the_surest_tokens_are_served(f: Layer, case: Case, close: Close) -> None:
     """With one choice, an expert serves those of its tokens that have the largest gates."""
     case = case.replace(k=1, groups=1)
-    logits = _logits(case)
+    logits = logits_of(case)
     gates = np.where(_rank(logits) == 0, _softmax(logits), 0)
     served_in_turn = len(np.unique(gates.max(axis=1, initial=0))) < len(gates)  # equal gates
     if abs(logits).max(initial=0) < 30 and not served_in_turn:

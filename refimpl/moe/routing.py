@@ -82,7 +82,7 @@ def router_logits(x: FloatArray, w_router: FloatArray, *, memory: Memory | None 
     >>> router_logits(np.ones((1, 2), np.float16), np.ones((2, 3), np.float16))
     array([[2., 2., 2.]], dtype=float32)
     """
-    x, w_router = floating(x=x, w_router=w_router)
+    (x,), (w_router,) = floating(x=x), floating(w_router=w_router)  # each of a dtype of its own
     bind_axes({"x": (x, "T D"), "w_router": (w_router, "D E")})
     logits: FloatArray = product_of(memory)("td,de->te", widen(x), widen(w_router))
     return logits
@@ -246,9 +246,17 @@ def assign_slots(
     for choice in range(k):
         tokens = served if wanted is None else served[wanted[served, choice]]
         buffer = group[tokens] * experts + expert[tokens, choice]
-        arrivals = buffer[:, None] == np.arange(groups * experts)
-        place = (taken + np.cumsum(arrivals, axis=0) - arrivals)[arrivals]  # one True in each row
+        place = taken[buffer] + _arrivals_before(buffer, groups * experts)
         slot[tokens, choice] = np.where(place < capacity, group[tokens] * capacity + place, -1)
-        taken = np.minimum(taken + arrivals.sum(axis=0), capacity)
+        taken = np.minimum(taken + np.bincount(buffer, minlength=groups * experts), capacity)
     kept = slot >= 0
     return Routing(expert, np.where(kept, weight, 0), slot, kept, groups * capacity)
+
+
+def _arrivals_before(buffer: IntArray, buffers: int) -> IntArray:
+    """Return for each arrival how many came to its buffer before it: its place in line, by a stable sort."""
+    order = np.argsort(buffer, kind="stable")
+    line = buffer[order]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(buffer)) - np.searchsorted(line, np.arange(buffers))[line]
+    return place

@@ -68,7 +68,7 @@ def gap(logits: FloatArray, values: str = "normal") -> bool:
     (True, False, True)
     """
     distances = np.diff(np.sort(logits, axis=1), axis=1)
-    return bool(np.min(distances, initial=np.inf) > {"normal": 1e-3, "large": 50.0}[values])
+    return bool(np.min(distances, initial=np.inf) > {"normal": 1e-3, "large": 40.0}[values])
 
 
 def routers_apart(
@@ -81,7 +81,7 @@ def routers_apart(
     >>> [a.shape for a in routers_apart(np.random.default_rng(0), 2, 3, 4)]
     [(2, 3), (3, 4)]
     """
-    scale = {"normal": 1.0, "large": 1e4}[values]
+    scale = {"normal": 1.0, "large": 1e3}[values]
     while True:
         x, w_router = rng.standard_normal((T, D)), scale * rng.standard_normal((D, E))
         if gap(x @ w_router, values):

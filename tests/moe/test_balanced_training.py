@@ -1,4 +1,4 @@
-"""A Switch layer that is trained: with the balance loss its experts share the tokens, without it they do not."""
+"""A Switch layer that is trained: with the balance loss its experts share the tokens, else some die."""
 
 from __future__ import annotations
 

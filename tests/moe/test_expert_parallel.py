@@ -15,7 +15,8 @@ import pytest
 
 from memsim import moe_communication
 from refimpl.moe.expert_parallel import expert_parallel, expert_parallel_vjp
-from refimpl.moe.gshard_as_coded import gshard_as_coded, gshard_as_coded_vjp
+from refimpl.moe.gshard_as_coded import gshard_as_coded, gshard_as_coded_routing, gshard_as_coded_vjp
+from refimpl.moe.ragged_parallel import expert_parallel_ragged
 from refimpl.moe.rank_layer import from_experts, placement, to_experts
 from refimpl.moe.samples import sample_layer
 from refimpl.moe.switch import switch, switch_vjp
@@ -104,6 +105,42 @@ def test_bytes_equal_the_model_phase_by_phase(ranks: int) -> None:
         assert [traffic.sent(rank, "dispatch").bytes for rank in range(7)] == [576] * 5 + [720] * 2
         assert [traffic.sent(rank, "combine").bytes for rank in range(7)] == [6 * 144] * 5 + [0] * 2
         assert traffic.sent(0, "router gradient").bytes == 2 * 6 * 5 * 8  # 30 elements: chunks of 5
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_bytes_equal_the_estimate_that_explains_them(ranks: int) -> None:
+    exchange = pytest.importorskip("memsim.moe_exchange")
+    traffic = Traffic()
+    on_ranks(layer(5), ranks, capacity=3, traffic=traffic).call(expert_parallel)
+    for rank, part in enumerate(placement(5, ranks)):
+        estimate = exchange.moe_all_to_all(
+            experts=5, capacity=3, width=6, itemsize=8, ranks=ranks, held=part.stop - part.start
+        )
+        assert traffic.sent(rank).bytes == estimate.total
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_the_ragged_exchange_sends_what_is_kept(ranks: int) -> None:
+    traffic, padded = Traffic(), Traffic()
+    split = on_ranks(layer(5), ranks, capacity_factor=3.0, min_capacity=1)
+    expected = split.replace(traffic=padded).call(expert_parallel)
+    close(split.replace(traffic=traffic).call(expert_parallel_ragged), expected)
+    # Who sends how many tokens to whom, from each rank's routing alone.
+    holder = np.repeat(np.arange(ranks), [part.stop - part.start for part in placement(5, ranks)])
+    sends = np.zeros((ranks, ranks), int)
+    x, w_router = split.args[:2]
+    for rank, tokens in enumerate(x):
+        routing = gshard_as_coded_routing(tokens, w_router, capacity_factor=3.0, min_capacity=1)
+        for e in routing.expert[routing.kept]:
+            sends[rank, holder[e]] += 1
+    token = 6 * 8  # features, bytes
+    for rank in range(ranks):
+        others = np.arange(ranks) != rank
+        assert traffic.sent(rank, "dispatch").bytes == token * sends[rank, others].sum()
+        assert traffic.sent(rank, "combine").bytes == token * sends[others, rank].sum()
+        assert traffic.sent(rank, "counts").bytes == 8 * np.sum(holder != rank)
+    whole = sum(padded.sent(rank).bytes for rank in range(ranks))
+    assert sum(traffic.sent(rank).bytes for rank in range(ranks)) < whole
 
 
 def test_experts_are_placed_evenly_and_once() -> None:
