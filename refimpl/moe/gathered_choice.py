@@ -1,7 +1,7 @@
 """Expert choice by indices: each expert gathers its tokens into a buffer, which it fills exactly.
 
-This is how the layer is run: no masks, no empty places, one product for all experts (Zhou et al. 2022, section
-3.2: permutation P, input X_in = P X, and the output scattered back).
+This is how the layer is run: no masks, no empty places, one product for all experts (Zhou et al. 2022,
+section 3.2: permutation P, input X_in = P X, and the output scattered back).
 """
 
 from __future__ import annotations
