@@ -1,8 +1,8 @@
 """The auction for BASE's assignment, as the authors compute it: tokens bid for places until all have one.
 
 Each token wants the place of the best profit, score less price, and raises its price by what the place is
-worth to it above the second best, and by a little more, ε.  Whoever held the place must bid again.  The result
-is the best within T ε, so the auction is repeated with smaller ε, starting from the prices of the last one.
+worth to it above the second best, and by a little more, ε.  Whoever held the place must bid again.  The
+result is the best within T ε, so the auction is repeated with smaller ε, from the prices of the last one.
 """
 
 from __future__ import annotations
