@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.errors import LawViolation
 from refimpl.moe.laws_gating import demand
-from refimpl.numerics import IntArray
+from refimpl.numerics import IntArray, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -115,7 +115,7 @@ def ties_go_to_the_lowest(f: Function, case: Case, close: Close) -> None:  # noq
 @law("moe.hash.clustered")
 def tokens_are_nearest_to_their_own_mean(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """No token is nearer to the mean of another cluster: the clusters are a fixed point of k-means."""
-    points = case.args[0]
+    points = widen(case.args[0]).astype(np.float64)
     table = _experts(case, f)
     used = np.unique(table)
     if not len(used):
