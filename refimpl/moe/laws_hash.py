@@ -140,8 +140,8 @@ def equal_embeddings_share_an_expert(f: Function, case: Case, close: Close) -> N
 def clusters_are_numbered_as_their_centers(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Reversing the initial centers reverses the numbers."""
     points, initial = case.args
-    if len(np.unique(initial, axis=0)) < len(initial):
-        return
+    if points.dtype.itemsize < 4 or len(np.unique(initial, axis=0)) < len(initial):
+        return  # on a coarse grid tokens lie between two centers, and go to the lower one
     other = _experts(case.replace(points, initial[::-1].copy()), f)
     _equal(len(initial) - 1 - other, _experts(case, f), "numbers under reversed centers")
 
