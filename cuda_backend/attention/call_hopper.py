@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from cuda_backend.arrays import View, empty, empty_tensor, library_of, torch_layout, view
+from cuda_backend.arrays import View, empty, empty_tensor, library_of, view
 from cuda_backend.attention.padding import aligned_rows
-from cuda_backend.attention.plan_hopper import COLUMNS, MISALIGNED, enqueue, make_plan, reasons
+from cuda_backend.attention.plan_hopper import COLUMNS, MISALIGNED, Plan, enqueue, make_plan, reasons
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.context import current_device
-from cuda_backend.launch import stream_of, wait_for
+from cuda_backend.launch import stream_of, torch_stream, wait_for
 from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import Causal
 from refimpl.errors import DTypeError, UnsupportedError
@@ -43,9 +44,9 @@ def flash_attention_hopper(
     Parameters
     ----------
     q, k, v : array of float16 or bfloat16, shapes (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv)
-        PyTorch, CuPy, JAX or Numba arrays, read where they lie; NumPy arrays are copied.  Hkv divides Hq; D and
-        Dv are at most 256.  The last axis is contiguous, and other strides are multiples of 8, or the array is
-        contiguous.
+        PyTorch, CuPy, JAX or Numba arrays, read where they lie; NumPy arrays are copied.  Hkv divides Hq; D
+        and Dv are at most 256.  The last axis is contiguous; other strides are multiples of 8, or the array
+        is contiguous.
     causal : {False, True, "top_left", "bottom_right"}
         As for `refimpl.attention.scaled_dot_product_attention`.
     scale : float, optional
@@ -55,7 +56,7 @@ def flash_attention_hopper(
     stream : int or stream object, optional
         Where to run.  Default: the stream that the library of `q` works on.
     **others
-        Further options of `cuda_backend.flash_attention`: the kernel has none of them, but takes their defaults.
+        Further options of `cuda_backend.flash_attention`, at their defaults: the kernel has none of them.
 
     Returns
     -------
@@ -74,9 +75,9 @@ def flash_attention_hopper(
     Notes
     -----
     P is rounded to `q`'s dtype before P V, unnormalised; sums are in float32.  Results repeat bit for bit.
-    **Any width**: tiles are filled with zeros to a multiple of 64.  Where D is no multiple of 8, the copy engine
-    cannot take rows of a contiguous array: they are copied first, on the GPU, which costs their size in memory and
-    traffic.  Where Dv is none, the result is a view of an array whose rows are a multiple of 16 bytes.
+    **Any width**: tiles are filled with zeros to a multiple of 64.  Where D is no multiple of 8, the copy
+    engine cannot take the rows of a contiguous array: they are copied first, on the GPU, which costs their
+    size in memory and traffic.  Where Dv is none, the result is a view of an array with longer rows.
 
     References
     ----------
@@ -92,25 +93,30 @@ def flash_attention_hopper(
     """
     if others:
         refuse(others)
-    library = library_of(q)
-    if not type(q) is type(k) is type(v) and {library_of(k), library_of(v)} != {library}:
-        given = {"q": library, "k": library_of(k), "v": library_of(v)}
-        raise DTypeError(f"q, k and v: expected arrays of one library, got {given}")
-    on = stream_of(q, stream)
-    if library == "torch":  # by far the most calls: no views, which would take as long as the driver
-        layouts = torch_layout(q), torch_layout(k), torch_layout(v)
-        if not any(layout[0][-1] % COLUMNS for layout in layouts):
-            plan = make_plan(*layouts, causal, scale, on, current_device())
-            out = empty_tensor(plan.out_shape, q.dtype, q, on)
+    if library_of(q) == "torch" and type(q) is type(k) is type(v):
+        # By far the most calls: no views, which would take as long as the driver.
+        device = current_device()
+        on = torch_stream(q) if stream is None else stream_of(q, stream)
+        plan = _plan_of_tensors(
+            q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
+            v.shape, v.stride(), v.dtype, v.get_device(), causal, scale, on, device,
+        )  # fmt: skip
+        if plan is not None:
+            out = empty_tensor(None if plan.out_is_like_q else plan.out_shape, q.dtype, q, on)
             lse = empty_tensor(plan.lse_shape, "float32", q, on) if return_lse else None
             addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
             enqueue(plan, addresses, out.data_ptr(), 0 if lse is None else lse.data_ptr())
             return out if lse is None else AttentionOutput(out, lse)
+    libraries = {"q": library_of(q), "k": library_of(k), "v": library_of(v)}
+    if len(set(libraries.values())) > 1:
+        raise DTypeError(f"q, k and v: expected arrays of one library, got {libraries}")
+    on = stream_of(q, stream)
     views = [view(name, array, on) for name, array in zip("qkv", (q, k, v), strict=True)]
     wait_for(views, on)
     with ExitStack() as copies:
         aligned = [copies.enter_context(aligned_rows(given, on)) for given in views]
-        plan = make_plan(*(given.layout for given in aligned), causal, scale, on, current_device())
+        layouts = aligned[0].layout, aligned[1].layout, aligned[2].layout
+        plan = make_plan(*layouts, causal, scale, on, current_device())
         out, out_result = empty(plan.out_shape, plan.dtype, q, on)
         lse, lse_result = empty(plan.lse_shape, "float32", q, on) if return_lse else (None, None)
         addresses = aligned[0].address, aligned[1].address, aligned[2].address
@@ -118,6 +124,19 @@ def flash_attention_hopper(
     columns = views[2].shape[3]
     result = out_result() if columns == plan.out_shape[3] else out_result()[..., :columns]
     return result if lse_result is None else AttentionOutput(result, lse_result())
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_of_tensors(
+    q_shape: Any, q_stride: Any, q_dtype: Any, q_device: int, k_shape: Any, k_stride: Any, k_dtype: Any,
+    k_device: int, v_shape: Any, v_stride: Any, v_dtype: Any, v_device: int,
+    causal: Causal, scale: float | None, stream: int, device: int,
+) -> Plan | None:  # fmt: skip
+    """Return the plan of a call with PyTorch's tensors; None if a width is odd, and rows may need a copy."""
+    if any(shape[-1] % COLUMNS for shape in (q_shape, k_shape, v_shape)):
+        return None
+    q, k = (q_shape, q_stride, q_dtype, q_device), (k_shape, k_stride, k_dtype, k_device)
+    return make_plan(q, k, (v_shape, v_stride, v_dtype, v_device), causal, scale, stream, device)
 
 
 def refuse(options: Mapping[str, Any]) -> None:

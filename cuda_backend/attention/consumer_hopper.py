@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.schedule_hopper import build_schedule, ring
+from cuda_backend.attention.schedule_hopper import Schedule
 from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import barrier, copy, registers, wgmma
@@ -25,14 +25,13 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 LN2 = 0.6931471805599453
 
 
-def build_consumer(variant: Variant) -> Callable[..., None]:
+def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     """Return ``consume(base, thread, out, lse, scale, problem)``, a device function for a whole warpgroup."""
     block_m, block_n, causal = variant.block_m, variant.block_n, variant.causal
     s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
-    place, key_tiles = build_schedule(variant)
-    next_stage, next_q_stage = ring(variant.stages), ring(variant.q_stages)
+    place, key_tiles, next_stage, next_q_stage = schedule
     mask, softmax_row, pack_scores = build_softmax(variant)
     rescale, row_total, store_row = build_output(variant)
     pin_scores = registers.pin(s_count)

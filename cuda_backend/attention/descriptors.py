@@ -16,6 +16,7 @@ __all__ = ["ALIGNMENT", "DESCRIPTOR_BYTES", "encode_together", "encoder"]
 
 DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap)
 ALIGNMENT = 64  # of a CUtensorMap
+STEP = 16  # bytes: strides are multiples of it
 
 
 def encoder(shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int) -> Callable[[int], Any]:
@@ -37,7 +38,7 @@ def encoder(shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int)
     """
     kinds = driver.CUtensorMapDataType
     # The stride of an axis of one element is any number; the driver wants a multiple of 16 all the same.
-    steps = [stride if size > 1 else 2 * shape[3] for size, stride in zip(shape, strides, strict=True)]
+    steps = [stride if size > 1 else STEP for size, stride in zip(shape, strides, strict=True)]
     settled = (
         [driver.cuuint64_t(shape[axis]) for axis in (3, 1, 2, 0)],
         [driver.cuuint64_t(steps[axis]) for axis in (1, 2, 0)],
@@ -57,9 +58,9 @@ def encoder(shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int)
 
 
 def encode_together(encoders: Sequence[Callable[[int], Any]], place: int) -> Callable[[Sequence[int]], None]:
-    """Return what writes the descriptors of arrays at some addresses one behind the other, to host address `place`.
+    """Return what writes the descriptors of arrays at given addresses, one behind the other.
 
-    It is a multiple of 64, and to be protected from other threads.
+    They go to host address `place`, a multiple of 64, to be protected from other threads.
     """
     members: list[Any] = []
     written: list[int] = []

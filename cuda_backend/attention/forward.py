@@ -54,10 +54,10 @@ def flash_attention(
     stream : int or stream object, optional
         Where to run.  Default: the stream that the library of `q` works on.
     tier : {"portable", "hopper", "auto"}
-        Which kernels.  "portable" ones run on any GPU, take every option and float32, and are slow; "hopper" are
-        `flash_attention_hopper`'s, for the tensor cores of that GPU, with `causal` and `scale` only; "auto" takes
-        those for float16 and bfloat16 on a Hopper GPU, else the portable ones.  Nothing falls back: what the
-        chosen tier cannot do is an error that says so.
+        Which kernels.  "portable" ones run on any GPU, take every option and float32, and are slow; "hopper"
+        are those of `flash_attention_hopper`, for the tensor cores of that GPU, with `causal` and `scale`
+        only; "auto" is "hopper" for float16 and bfloat16 on such a GPU, else "portable".  Nothing falls back:
+        what the chosen tier cannot do is an error that says so.
     **options
         Those of `refimpl.attention.scaled_dot_product_attention`.  Arrays among them may lie on the host or
         beside `q`.  Lengths on the GPU are clamped to [0, T] rather than checked.
@@ -81,9 +81,10 @@ def flash_attention(
 
     Notes
     -----
-    Of the portable kernels, `flash_attention_hopper` says what differs: sums and the softmax are in float32, P is never rounded to `q`'s dtype, and exp is the accurate one.
-    Results repeat bit for bit.  **Special cases**: tiles after the last key that the causal mask or a length
-    allows are not read, so NaN there stays unseen.
+    Of the portable kernels (`flash_attention_hopper` says what differs there): sums and the softmax are in
+    float32, P is never rounded to `q`'s dtype, and exp is the accurate one.  Results repeat bit for bit.
+    **Special cases**: tiles after the last key that the causal mask or a length allows are not read, so NaN
+    there stays unseen.
 
     References
     ----------
@@ -99,7 +100,9 @@ def flash_attention(
     if chosen_tier(tier, q) == "hopper":
         from cuda_backend.attention.call_hopper import flash_attention_hopper
 
-        further: dict[str, Any] = {"block_sizes": block_sizes, "sram": sram, **options}
+        further: dict[str, Any] = dict(options)
+        if block_sizes is not None or sram is not None:
+            further |= {"block_sizes": block_sizes, "sram": sram}
         try:
             return flash_attention_hopper(q, k, v, return_lse=return_lse, stream=stream, **further)
         except UnsupportedError as error:

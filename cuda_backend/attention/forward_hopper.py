@@ -22,6 +22,7 @@ from cuda_backend._numba import cuda
 from cuda_backend.attention.consumer_hopper import build_consumer
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
 from cuda_backend.attention.producer_hopper import build_producer
+from cuda_backend.attention.schedule_hopper import build_schedule
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import barrier, copy, grid, parameters, registers
 from cuda_backend.ptx.assembly import types
@@ -49,7 +50,8 @@ def build(variant: Variant) -> Callable[..., None]:
     places = variant.places
     q_full, q_empty = places.q_full, places.q_empty
     k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
-    produce, consume = build_producer(variant), build_consumer(variant)
+    schedule = build_schedule(variant)
+    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
 
@@ -93,7 +95,7 @@ def build(variant: Variant) -> Callable[..., None]:
                 produce(base, descriptors, counter, problem)
         else:
             take_registers()
-            # Nothing of an earlier grid is touched before the producer, which waits for them, has sent a tile.
+            # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.
             consume(base, thread, out, lse, scale, problem)
 
     return forward

@@ -1,4 +1,4 @@
-"""Rows that the copy engine cannot take, copied to ones that it can: it wants steps of multiples of 16 bytes."""
+"""Rows that the copy engine cannot take, copied to ones it can: it wants steps of multiples of 16 bytes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _follow(given: View, spaced: tuple[int, int]) -> bool:
 def aligned_rows(given: View, stream: int) -> Iterator[View]:
     """Give `given`, or, if its rows have to be copied, a copy of [B, T, H] rows further apart.
 
-    The gaps are never read: descriptors know the width.  When the block ends the copy is freed behind the work
-    queued on `stream`; nothing waits.
+    The gaps are never read: descriptors know the width.  When the block ends the copy is freed behind the
+    work queued on `stream`; nothing waits.
     """
     if 0 in given.shape or not needs_copy(given):
         yield given

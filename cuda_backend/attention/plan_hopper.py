@@ -1,7 +1,7 @@
 """What the layouts of q, k and v settle of a Hopper launch, found once: kernel, grid, numbers, descriptors.
 
-A call with arrays of a known layout then exchanges the addresses in three descriptors, packs two or three more,
-and asks the driver for the launch: nothing is copied to the GPU before it.
+A call with arrays of a known layout then exchanges the addresses in three descriptors, packs three more, and
+asks the driver for the launch: nothing is copied to the GPU before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import cuda
-from cuda_backend.arrays import Layout, View, laid_out
+from cuda_backend.arrays import Layout, View, contiguous, laid_out
 from cuda_backend.attention.counters import TileCounters, tile_counters
 from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
 from cuda_backend.attention.variant_hopper import Variant, choose
@@ -54,8 +54,10 @@ class Plan(NamedTuple):
     function, config
         As ``cuLaunchKernelEx`` takes them.
     out_shape, lse_shape, dtype
-        Of the results; `dtype` is that of the inputs.  Rows of the output are a multiple of 16 bytes: columns from
-        Dv on are 0.
+        Of the results; `dtype` is that of the inputs.  Rows of the output are a multiple of 16 bytes: columns
+        from Dv on are 0.
+    out_is_like_q
+        Whether the output has the shape of q, and q is contiguous.
     arguments, start, pointers
         Memory that holds the packed arguments, where in it they start, and the array of their addresses.
     encode
@@ -71,6 +73,7 @@ class Plan(NamedTuple):
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     dtype: str
+    out_is_like_q: bool
     arguments: Any
     start: int
     pointers: Any
@@ -138,6 +141,7 @@ def make_plan(
     start = -ctypes.addressof(arguments) % ALIGNMENT
     base = ctypes.addressof(arguments) + start
     columns = -(-value_width // COLUMNS) * COLUMNS
+    out_shape = (batch, tq, heads, columns)
     factor = (width**-0.5 if scale is None else scale) * LOG2_E
     numbers = (tiles, per_head, section, heads, all_heads, heads // kv_heads, tq, tk, offset, columns)
     SETTLED.pack_into(arguments, start + MAPS_BYTES + ADDRESSES.size, factor, *numbers)
@@ -146,9 +150,10 @@ def make_plan(
     return Plan(
         function=_function(variant, device),
         config=_config(variant, min(tiles, processors), stream),
-        out_shape=(batch, tq, heads, columns),
+        out_shape=out_shape,
         lse_shape=(batch, heads, tq),
         dtype=dtype,
+        out_is_like_q=views[0].shape == out_shape and views[0].strides == contiguous(out_shape, 2),
         arguments=arguments,
         start=start,
         pointers=(ctypes.c_void_p * len(OFFSETS))(*[base + at for at in OFFSETS]),
@@ -161,8 +166,8 @@ def make_plan(
 def section_of(heads: int, head_bytes: int) -> int:
     """Return how many heads to work on together, with K and V of `head_bytes` each.
 
-    Their row blocks are drawn by falling length, so that the last section ends evenly, unless it is a small rest:
-    sections are as large as the L2 cache allows, and alike if that is possible.
+    Their row blocks are drawn by falling length, so that the last section ends evenly, unless it is a small
+    rest: sections are as large as the L2 cache allows, and alike if that is possible.
 
     >>> section_of(64, 2 << 20), section_of(16, 8 << 20), section_of(7, 8 << 20), section_of(32, 1 << 20)
     (8, 2, 3, 16)

@@ -1,4 +1,4 @@
-"""What the producer thread of a Hopper block does: find the next tile of query rows, stream its Q, K and V."""
+"""What the producer thread of a Hopper block does: find a tile of query rows, stream its Q, K and V."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.schedule_hopper import build_schedule, ring
+from cuda_backend.attention.schedule_hopper import Schedule
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
 from cuda_backend.ptx import barrier, copy, grid, registers, tma
 from cuda_backend.ptx.assembly import types
@@ -18,18 +18,18 @@ int32, uint64 = types.int32, types.uint64
 NO_TILE = -1  # in place of a tile's number: there are no more
 
 
-def build_producer(variant: Variant) -> Callable[..., None]:
+def build_producer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     """Return ``produce(base, descriptors, counter, problem)``, a device function for one thread.
 
-    The first tile is the block's own number, the others are drawn from a counter in global memory, as late as the
-    answer can be awaited under the loads of a key tile: what is drawn early is dealt out, not given to who is done.
+    The first tile is the block's own number, the others are drawn from a counter in global memory.  They are
+    drawn late, under the loads of the last key tile: what is drawn early does not go to the block that is
+    done first.
     """
     block_m, block_n = variant.block_m, variant.block_n
     q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
     k_subtiles, v_subtiles = variant.d_qk // SUBTILE, variant.d_v // SUBTILE
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
-    place, key_tiles = build_schedule(variant)
-    next_stage, next_q_stage = ring(variant.stages), ring(variant.q_stages)
+    place, key_tiles, next_stage, next_q_stage = schedule
 
     @device_function
     def produce(base: Any, descriptors: Any, counter: Any, problem: Any) -> None:

@@ -1,10 +1,10 @@
 """A block of bytes among a kernel's parameters, for which Numba has no type.
 
-The copy engine wants its descriptors in constant or in global memory.  Parameters are constant memory, and travel
-with the launch itself: nothing is copied before it, and a captured graph keeps its own.
+The copy engine wants its descriptors in constant or in global memory.  Parameters are constant memory, and
+travel with the launch itself: nothing is copied before it, and a captured graph keeps its own.
 
-Numba passes scalars, and pointers to memory; LLVM's attribute ``byval`` says that what a pointer parameter points
-to is itself the parameter.  `block_address` sets it on the first parameter of the kernel that it is called in.
+Numba passes scalars, and pointers to memory; LLVM's attribute ``byval`` says that what a pointer parameter
+points to is itself the parameter.  `block_address` sets it on the first parameter of its kernel.
 
 Source: PTX ISA 8.7, "State Spaces: Kernel Function Parameters", "cvta"; LLVM Language Reference, "Parameter
 Attributes".
@@ -24,7 +24,7 @@ ALIGNMENT = 64  # what descriptors need
 
 
 def block(size: int) -> Any:
-    """Return the type of a kernel's first parameter, of `size` bytes, a multiple of 8; it starts at one of 64."""
+    """Return the type of a kernel's first parameter: `size` bytes, a multiple of 8, aligned to 64."""
     return types.CPointer(types.UniTuple(types.uint64, size // 8))
 
 

@@ -1,8 +1,8 @@
 """The tensor memory accelerator: whole tiles between global and shared memory, by descriptor.
 
 A descriptor is the 128-byte ``CUtensorMap`` that ``cuTensorMapEncodeTiled`` writes on the host; kernels get
-its generic address, in parameters or in device memory. Elements outside the tensor arrive as zeros and still count among the
-barrier's bytes, so a ragged tile needs no special case.
+its generic address, in parameters or in device memory. Elements outside the tensor arrive as zeros and still
+count among the barrier's bytes, so a ragged tile needs no special case.
 
 Source: PTX ISA 8.7, "Data Movement and Conversion Instructions: Tensor copy".
 """
