@@ -56,7 +56,11 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
-            tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
+            # Lane 0 alone reads it, since lane 0 alone says that the stage may be written again.
+            tile = int32(0)
+            if lane == 0:
+                tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
+            tile = registers.uniform(tile)
             if tile < 0:
                 break
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))

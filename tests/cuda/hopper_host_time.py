@@ -28,8 +28,8 @@ print(time.perf_counter() - start)
 """
 
 
-def main() -> None:
-    """Print a table in microseconds, and two times in seconds."""
+def first_calls() -> None:
+    """Print the seconds of the first call of a process."""
     with tempfile.TemporaryDirectory() as folder:
         for what, cache in (
             ("nothing on disk", "first"),
@@ -42,6 +42,9 @@ def main() -> None:
             )
             _say(f"first call, {what}: {float(run.stdout):.3f} s")
 
+
+def calls() -> None:
+    """Print a table of microseconds."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -98,4 +101,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    calls()
+    first_calls()
