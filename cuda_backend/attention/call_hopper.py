@@ -133,7 +133,7 @@ def _plan_of_tensors(
     causal: Causal, scale: float | None, stream: int, device: int,
 ) -> Plan | None:  # fmt: skip
     """Return the plan of a call with PyTorch's tensors; None if a width is odd, and rows may need a copy."""
-    if any(shape[-1] % COLUMNS for shape in (q_shape, k_shape, v_shape)):
+    if any(shape[-1:] and shape[-1] % COLUMNS for shape in (q_shape, k_shape, v_shape)):
         return None
     q, k = (q_shape, q_stride, q_dtype, q_device), (k_shape, k_stride, k_dtype, k_device)
     return make_plan(q, k, (v_shape, v_stride, v_dtype, v_device), causal, scale, stream, device)
