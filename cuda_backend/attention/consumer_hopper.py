@@ -44,6 +44,29 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     output_done = wgmma.wait(0, o_count)
 
     @device_function
+    def softmax(
+        s: Any,
+        scale: Any,
+        j: Any,
+        quad_lane: Any,
+        limit_low: Any,
+        limit_high: Any,
+        limit_group: Any,
+        max_low: Any,
+        sum_low: Any,
+        max_high: Any,
+        sum_high: Any,
+    ) -> Any:
+        """Turn scores of key tile `j` into weights; return maxima, sums and factors of what was before."""
+        start = j * block_n
+        if start + block_n > limit_group:
+            shift = start + 2 * quad_lane
+            mask(s, limit_low - shift, limit_high - shift)
+        max_low, sum_low, factor_low = softmax_row(s, int32(0), scale, max_low, sum_low)
+        max_high, sum_high, factor_high = softmax_row(s, int32(2), scale, max_high, sum_high)
+        return max_low, sum_low, max_high, sum_high, factor_low, factor_high
+
+    @device_function
     def consume(base: Any, thread: Any, out: Any, lse: Any, scale: Any, problem: Any) -> None:
         _, per_head, section, heads, all_heads, _, tq, tk, offset, columns = problem
         s = cuda.local.array(s_count, float32)
@@ -95,12 +118,19 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                 scores_done(s)
                 if lane == 0:
                     barrier.arrive(base + k_empty + 8 * stage)
-                start = j * block_n
-                if start + block_n > limit_group:
-                    shift = start + 2 * quad_lane
-                    mask(s, limit_low - shift, limit_high - shift)
-                max_low, sum_low, factor_low = softmax_row(s, 0, scale, max_low, sum_low)
-                max_high, sum_high, factor_high = softmax_row(s, 2, scale, max_high, sum_high)
+                max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
+                    s,
+                    scale,
+                    j,
+                    quad_lane,
+                    limit_low,
+                    limit_high,
+                    limit_group,
+                    max_low,
+                    sum_low,
+                    max_high,
+                    sum_high,
+                )
                 barrier.wait(base + v_full + 8 * stage, parity)
                 pack_scores(p, s)
                 j = int32(j - 1)
@@ -116,12 +146,19 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     scores_first_done(s)
                     if lane == 0:
                         barrier.arrive(base + k_empty + 8 * stage)
-                    start = j * block_n
-                    if start + block_n > limit_group:
-                        shift = start + 2 * quad_lane
-                        mask(s, limit_low - shift, limit_high - shift)
-                    max_low, sum_low, factor_low = softmax_row(s, 0, scale, max_low, sum_low)
-                    max_high, sum_high, factor_high = softmax_row(s, 2, scale, max_high, sum_high)
+                    max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
+                        s,
+                        scale,
+                        j,
+                        quad_lane,
+                        limit_low,
+                        limit_high,
+                        limit_group,
+                        max_low,
+                        sum_low,
+                        max_high,
+                        sum_high,
+                    )
                     # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
                     barrier.wait(base + v_full + 8 * stage, parity)
@@ -151,9 +188,9 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
             line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
             row_bytes = uint64(2 * columns)
             address = out + line * row_bytes
-            store_row(o, 0, factor_low, address, quad_lane, columns, row < tq)
+            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
             address += uint64(8 * heads) * row_bytes
-            store_row(o, 2, factor_high, address, quad_lane, columns, row + 8 < tq)
+            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
             if lse != uint64(0) and quad_lane == 0:
                 # A row without keys: -inf + log2(0) = -inf.
                 address = lse + uint64(4) * (uint64(head) * uint64(tq) + uint64(row))
