@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import heapq
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -230,3 +231,27 @@ def test_the_tier_is_named_or_refused() -> None:
         flash_attention(x, x, x, tier="hopper", softcap=3.0)
     with pytest.raises(OptionError, match="expected one of portable, hopper, auto"):
         flash_attention(x, x, x, tier="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "width", "block_n", "most"),
+    [
+        (128, 4096, 64, 128, 0.02),
+        (64, 4096, 128, 128, 0.01),
+        (16, 16384, 128, 128, 0.01),
+        (64, 4096, 256, 80, 0.01),
+        (32, 2048, 128, 128, 0.04),
+    ],
+)
+def test_sections_leave_few_processors_idle(
+    heads: int, tokens: int, width: int, block_n: int, most: float
+) -> None:
+    """Tiles in the kernel's order, each to who is free first: the share of time that waits for the last."""
+    section = plan_hopper.section_of(heads, 4 * tokens * width)
+    free = [0.0] * 132
+    for start in range(0, heads, section):
+        for end_row in range(tokens, 0, -128):
+            for _ in range(start, min(start + section, heads)):
+                steps = -(-end_row // block_n) + 1  # one for the start and the end of a tile
+                heapq.heappush(free, heapq.heappop(free) + steps)
+    assert 1 - sum(free) / len(free) / max(free) < most
