@@ -24,6 +24,7 @@ ToHost = Callable[[Any, str], "Array"]
 
 SAMPLED_ROWS, SAMPLED_HEADS, SAMPLED_COLUMNS = 16, 4, 256
 THRESHOLD, OUTLIERS = 6.0, 4
+SDPA_NAMES = tuple(f"torch SDPA {name}" for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "default"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Problem:
 
 
 def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem:
-    """Return the forward pass of attention; `shape` is (B, H, N, D).
+    """Return the forward pass of attention; `shape` is (B, H, N, D), or (B, H, Hkv, N, D) with grouped heads.
 
     Two products of 2 N² D operations for each head, of which a causal mask leaves half: as FlashAttention's
     authors count.
@@ -75,11 +76,13 @@ def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem
     >>> attention_problem((1, 2, 8, 4), "float16", True).work
     1024
     """
-    B, H, N, D = shape
+    B, H, *rest, N, D = shape
+    (kv_heads,) = rest or (H,)
     itemsize, precision = PRECISIONS[dtype]
 
     def operands(draw: Draw, seed: int) -> tuple[Arrays, Arrays]:
-        arrays = tuple(draw((B, N, H, D), dtype, 3 * seed + index) for index in range(3))
+        heads = enumerate((H, kv_heads, kv_heads))
+        arrays = tuple(draw((B, N, count, D), dtype, 3 * seed + index) for index, count in heads)
         return arrays, arrays
 
     def rivals() -> Mapping[str, Rival]:
@@ -89,18 +92,18 @@ def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem
 
     return Problem(
         operation="attention forward",
-        shape=(B, H, N, D),
+        shape=tuple(shape),
         dtype=dtype,
         causal=causal,
         technique="attention.flash",
         axes={"D": 8, "Dv": 8, "extra": "none"},
         work=4 * B * H * N * N * D // (2 if causal else 1),
-        compulsory_bytes=4 * B * H * N * D * itemsize,
+        compulsory_bytes=2 * B * (H + kv_heads) * N * D * itemsize,
         precision=precision,
         options={"causal": causal},
         operands=operands,
         check=partial(_check_attention, dtype, causal),
-        rival_names=tuple(f"torch SDPA {name}" for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "default")),
+        rival_names=(*SDPA_NAMES, "torch FlexAttention"),
         rivals=rivals,
     )
 
@@ -186,7 +189,9 @@ def _check_attention(dtype: str, causal: bool, operands: Arrays, output: Any, to
     heads = sampled(B * H, SAMPLED_HEADS)
     for batch, head in ((int(index) // H, int(index) % H) for index in heads):
         part = slice(batch, batch + 1), slice(None), slice(head, head + 1)
-        case = Case((q[part][:, rows], k[part], v[part]), {} if mask is None else {"attn_mask": mask})
+        kv_head = head // (H // k.shape[2])
+        keys = slice(batch, batch + 1), slice(None), slice(kv_head, kv_head + 1)
+        case = Case((q[part][:, rows], k[keys], v[keys]), {} if mask is None else {"attn_mask": mask})
         truth, _, limits, invalid = baseline_limits(registry.get("attention.dense"), case, dtype_named(dtype))
         if invalid:
             return f"the sampled rows say nothing: {invalid}"

@@ -5,7 +5,7 @@ and loads a function when it is first asked for.
 
 >>> import cuda_backend
 >>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
-['flash_attention', 'flash_attention_vjp', 'scaled_dot_product_attention']
+['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'scaled_dot_product_attention']
 >>> [name for name in sorted(cuda_backend.__all__) if "int8" in name]
 ['int8_matmul', 'llm_int8_linear', 'llm_int8_linear_fused']
 """
@@ -20,6 +20,7 @@ __all__ = [
     "availability",
     "dequantize_product",
     "flash_attention",
+    "flash_attention_hopper",
     "flash_attention_vjp",
     "int8_matmul",
     "llm_int8_linear",
@@ -35,6 +36,7 @@ _FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.
 _INT8 = "cuda_backend.int8"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
+    "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
     "supports": f"{_FORWARD}:supports",
@@ -56,6 +58,7 @@ for _technique, _function in (
     ("quant.llm_int8_fused", "llm_int8_linear_fused"),
 ):
     add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
+add_implementation("attention.flash", _HOME["flash_attention_hopper"], backend="cuda", tier="hopper")
 
 
 def availability(backend: str) -> str | None:

@@ -85,16 +85,25 @@ class Rival(NamedTuple):
 
 
 def attention_rivals(causal: bool) -> dict[str, Rival]:
-    """Return ``scaled_dot_product_attention`` with each of its fast backends, for arrays [B, T, H, D].
+    """Return PyTorch's attentions for arrays [B, T, H, D]: SDPA with each fast backend, and FlexAttention.
 
-    Its layout is [B, H, T, D]; the exchange of axes is a view.
+    Their layout is [B, H, T, D]; the exchange of axes is a view.
     """
+    found = _sdpa_rivals(causal)
+    try:
+        return {**found, "torch FlexAttention": _flex_attention(causal)}
+    except ImportError:
+        return found
+
+
+def _sdpa_rivals(causal: bool) -> dict[str, Rival]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def attention(q: Any, k: Any, v: Any) -> Any:
+        grouped = q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
     found = {
         f"torch SDPA {name}": Rival(attention, partial(sdpa_kernel, getattr(SDPBackend, name)))
@@ -104,8 +113,32 @@ def attention_rivals(causal: bool) -> dict[str, Rival]:
     return {**found, "torch SDPA default": Rival(attention)}
 
 
+def _flex_attention(causal: bool) -> Rival:
+    """Return FlexAttention, compiled for the shape it is first called with; the mask is made before."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Shapes compiled for earlier problems count, and beyond a few it would run without being compiled.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def prepare(q: Any, k: Any, v: Any) -> tuple[Any, ...]:
+        mask = None
+        if causal:
+            sizes = q.shape[1], k.shape[1]
+            mask = create_block_mask(lambda _b, _h, row, column: row >= column, None, None, *sizes, q.device)
+        return q, k, v, mask
+
+    def attention(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        grouped = q.shape[2] != k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
+
+    return Rival(attention, prepare=prepare)
+
+
 def attention_backward_rivals(causal: bool) -> dict[str, Rival]:
-    """Return the backward passes of `attention_rivals`; the forward pass is made ready before.
+    """Return the backward passes of SDPA's backends; the forward pass is made ready before.
 
     Operands are q, k, v and the gradient of the output, [B, T, H, D].
     """
@@ -120,7 +153,7 @@ def attention_backward_rivals(causal: bool) -> dict[str, Rival]:
 
     return {
         name: Rival(backward, rival.context, partial(forward, rival.function))
-        for name, rival in attention_rivals(causal).items()
+        for name, rival in _sdpa_rivals(causal).items()
     }
 
 

@@ -25,7 +25,11 @@ __all__ = ["command"]
 
 AXES = {"attention": ("B", "H", "N", "D"), "int8": ("M", "K", "N")}
 DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
-    ("attention", "cuda"): ((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128)),
+    ("attention", "cuda"): (
+        *((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128), (4, 16, 4096, 256)),
+        (4, 32, 8, 4096, 128),
+        *((1, 32, N, D) for D in (64, 128) for N in (512, 1024, 2048)),
+    ),
     ("attention", "cudasim"): ((1, 2, 24, 8),),
     ("int8", "cuda"): ((4096, 4096, 4096), (8192, 8192, 8192)),
     ("int8", "cudasim"): ((16, 32, 16),),
@@ -76,7 +80,7 @@ SIMULATION = (Column("simulator_s", "simulator/s", right=True, text=cell_text),)
 class _Shape(click.ParamType):  # type: ignore[type-arg]
     """Sizes with commas between them."""
 
-    name = "B,H,N,D or M,K,N"
+    name = "B,H,N,D or B,H,Hkv,N,D or M,K,N"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -88,7 +92,8 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]
     epilog="""\b
 Examples:
   frugal bench attention --rivals
-  frugal bench attention --shape 4,16,4096,128 --dtype fp16,bf16 --causal --rivals --plot attention.svg
+  frugal bench attention --tier hopper --dtype fp16,bf16 --rivals --plot attention.svg
+  frugal bench attention --shape 4,32,8,4096,128 --causal --rivals
   frugal bench int8 --shape 4096,4096,4096 --rivals --json
   frugal bench attention --backend cudasim
   frugal bench growth --plot growth.svg
@@ -118,12 +123,18 @@ Examples:
     type=click.Choice(tuple(DIRECTIONS)),
     help="Which pass of attention.  [default: fwd]",
 )
+@click.option("--tier", help="Time this tier of ours only: portable, hopper.  [default: all]")
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
+<<<<<<< HEAD
 @click.option(
     "--rounds",
     type=click.IntRange(1),
     help=f"Measurements of each.  [default: {ROUNDS}, of growth {GROWTH_ROUNDS}]",
 )
+=======
+@click.option("--rival", "chosen", multiple=True, help="Only those with this in their name; may be repeated.")
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Measurements of each.")
+>>>>>>> hopper
 @click.option("--hardware", type=HARDWARE, help="Whose ceilings count.  [default: found by the GPU's name]")
 @click.option(
     "--method", "methods", type=ListOf(click.Choice(NAMES)), help="What grows.  [default: all of them]"
@@ -145,8 +156,14 @@ def command(
     dtypes: tuple[str, ...] | None,
     causal: bool | None,
     direction: str | None,
+    tier: str | None,
     rivals: bool,
+<<<<<<< HEAD
     rounds: int | None,
+=======
+    chosen: tuple[str, ...],
+    rounds: int,
+>>>>>>> hopper
     hardware: str | None,
     methods: tuple[str, ...] | None,
     sizes: tuple[int, ...] | None,
@@ -170,7 +187,10 @@ def command(
     if what == "int8" and (dtypes, causal, direction) != (None, None, None):
         raise click.UsageError("--dtype, --causal and --pass are options of attention")
     for shape in shapes:
-        if len(shape) != len(AXES[what]):
+        grouped = what == "attention" and direction in (None, "fwd") and len(shape) == len(AXES[what]) + 1
+        if grouped and shape[1] % shape[2]:
+            raise click.UsageError(f"--shape: Hkv must divide H, got {_name(shape)}")
+        if len(shape) != len(AXES[what]) and not grouped:
             raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {_name(shape)}")
     if backend == "cudasim":
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
@@ -186,9 +206,14 @@ def command(
     card = None if backend == "cudasim" else _card(hardware)
     supply = supply_of(backend)
     problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal, direction or "fwd")
+    named = chosen or ("",) * rivals
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
+<<<<<<< HEAD
         rows += result_rows(problem, backend, supply, rivals=rivals, rounds=rounds or ROUNDS, card=card)
+=======
+        rows += result_rows(problem, backend, supply, tier=tier, rivals=named, rounds=rounds, card=card)
+>>>>>>> hopper
     return _result(rows, problems, backend, card)
 
 

@@ -116,6 +116,8 @@ def test_without_a_gpu_the_exit_code_is_3(run: Callable[..., Any]) -> None:
     ("arguments", "said"),
     [
         (("attention", "--shape", "1,2,3"), "--shape of attention is B,H,N,D; got 1x2x3"),
+        (("attention", "--shape", "1,4,3,8,8"), "Hkv must divide H"),
+        (("attention", "--pass", "bwd", "--shape", "1,4,2,8,8"), "--shape of attention is B,H,N,D"),
         (("int8", "--shape", "1,2,3,4"), "--shape of int8 is M,K,N; got 1x2x3x4"),
         (("int8", "--dtype", "fp16"), "options of attention"),
         (("int8", "--causal"), "options of attention"),
