@@ -125,16 +125,12 @@ Examples:
 )
 @click.option("--tier", help="Time this tier of ours only: portable, hopper.  [default: all]")
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
-<<<<<<< HEAD
+@click.option("--rival", "chosen", multiple=True, help="Only those with this in their name; may be repeated.")
 @click.option(
     "--rounds",
     type=click.IntRange(1),
     help=f"Measurements of each.  [default: {ROUNDS}, of growth {GROWTH_ROUNDS}]",
 )
-=======
-@click.option("--rival", "chosen", multiple=True, help="Only those with this in their name; may be repeated.")
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Measurements of each.")
->>>>>>> hopper
 @click.option("--hardware", type=HARDWARE, help="Whose ceilings count.  [default: found by the GPU's name]")
 @click.option(
     "--method", "methods", type=ListOf(click.Choice(NAMES)), help="What grows.  [default: all of them]"
@@ -158,12 +154,8 @@ def command(
     direction: str | None,
     tier: str | None,
     rivals: bool,
-<<<<<<< HEAD
-    rounds: int | None,
-=======
     chosen: tuple[str, ...],
-    rounds: int,
->>>>>>> hopper
+    rounds: int | None,
     hardware: str | None,
     methods: tuple[str, ...] | None,
     sizes: tuple[int, ...] | None,
@@ -209,11 +201,9 @@ def command(
     named = chosen or ("",) * rivals
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
-<<<<<<< HEAD
-        rows += result_rows(problem, backend, supply, rivals=rivals, rounds=rounds or ROUNDS, card=card)
-=======
-        rows += result_rows(problem, backend, supply, tier=tier, rivals=named, rounds=rounds, card=card)
->>>>>>> hopper
+        rows += result_rows(
+            problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
+        )
     return _result(rows, problems, backend, card)
 
 
