@@ -1,4 +1,4 @@
-"""Warpgroup matrix products: 64 rows, n columns, fp16 or bf16 operands, float32 accumulators.
+"""Warpgroup matrix products: 64 rows, n columns, float32 sums of fp16 or bf16, or int32 sums of int8.
 
 ``wgmma`` runs asynchronously: `fence`, issue, `commit`, and later a wait that names how many committed
 groups may still run. Neither accumulators nor operands in registers may be touched in between.
@@ -30,9 +30,12 @@ __all__ = [
     "descriptor_k_major",
     "descriptor_mn_major",
     "fence",
+    "product_codes",
     "product_registers",
     "product_shared",
+    "product_step",
     "wait",
+    "wait_for_older",
 ]
 
 SWIZZLE_128 = 1 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
@@ -54,6 +57,17 @@ commit = instruction(
     "wgmma.commit_group.sync.aligned;",
     "",
     'Close the group of products issued so far.  PTX ISA, "wgmma.commit_group".',
+)
+
+
+wait_for_older = instruction(
+    "wait_for_older",
+    types.void,
+    {},
+    "wgmma.wait_group.sync.aligned 1;",
+    "",
+    "Wait until all groups but the last have run: what they read is free, accumulators are not.  "
+    'PTX ISA, "wgmma.wait_group".',
 )
 
 
@@ -126,6 +140,76 @@ def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Seque
         return types.void(accumulators, types.uint64, types.uint64), codegen
 
     return declare(f"product_shared_{n}_{kind}", ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def product_step(n: int, kind: str) -> Intrinsic:
+    """Return D += A B for one step along K, both operands K-major in shared memory, and the wait for it.
+
+    The fence stands in the same asm: what ptxas moves between a fence and its product serialises products.
+
+    Parameters
+    ----------
+    n, kind
+        As in `product_shared`.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(accumulators[n // 2] of float32, or of their bits, descriptor of A, descriptor of B)``.
+    """
+    count = n // 2
+    text = "\n".join(
+        (
+            "wgmma.fence.sync.aligned;",
+            f"{_opcode(n, kind)} {_registers(0, count)}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;",
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 0;",
+        )
+    )
+
+    def lower(accumulators: Any, *_: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            passed(context, builder, signature.args[0], values[0], count, text, values[1:], ("l", "l"))
+            return context.get_dummy_value()
+
+        return types.void(accumulators, types.uint64, types.uint64), codegen
+
+    return declare(f"product_step_{n}_{kind}", ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def product_codes(n: int, offsets: Sequence[int]) -> Intrinsic:
+    """Return D += A B of int8 in int32, both operands K-major in shared memory, 64 x n x 32 for each offset.
+
+    Parameters
+    ----------
+    n : int
+        Columns: 8, 16, 24, or a multiple of 16 up to 256.
+    offsets : sequence of int
+        Where each step along K starts in both tiles, in units of 16 bytes.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(accumulators[n // 2] of int32, descriptor of A, descriptor of B)``.
+    """
+    count = n // 2
+    first = 2 * count
+    opcode = f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8"
+    lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;"]  # no immediate is taken here
+    for offset in offsets:
+        lines.append(f"add.s64 a, ${first}, {offset}; add.s64 b, ${first + 1}, {offset};")
+        lines.append(f"{opcode} {_registers(0, count)}, a, b, add;")
+    text = "\n".join([*lines, "}"])
+
+    def lower(accumulators: Any, *_: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kind, array, others = signature.args[0], values[0], values[1:]
+            passed(context, builder, kind, array, count, text, others, ("l", "l"))
+            return context.get_dummy_value()
+
+        return types.void(accumulators, types.uint64, types.uint64), codegen
+
+    return declare(f"product_codes_{n}", ("accumulators", "a", "b"), PRODUCT, lower)
 
 
 def product_registers(n: int, kind: str, b_offsets: Sequence[int]) -> Intrinsic:
