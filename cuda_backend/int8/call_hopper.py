@@ -9,8 +9,8 @@ import numpy as np
 
 from cuda_backend.arrays import View, is_host, view
 from cuda_backend.context import checked, current_device, driver
-from cuda_backend.int8.matrices_hopper import padded
 from cuda_backend.int8.memory import allocated, to_host, transposed_view
+from cuda_backend.int8.memory_hopper import padded
 from cuda_backend.int8.operands import check_inner, check_threshold, codes_matrix, described, one_library
 from cuda_backend.int8.plan_hopper import product_plan, rows_plan
 from cuda_backend.int8.product_hopper import After

@@ -24,10 +24,10 @@ from typing import Any
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.int8.epilogue_hopper import build_columns, build_epilogue, build_surplus, kind_of
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, Wide
-from cuda_backend.ptx import barrier, cluster, copy, registers, tma, wgmma
+from cuda_backend.ptx import barrier, cluster, copy, grid, matrix_copy, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["GROUP", "SIGNATURE", "build", "ring"]
+__all__ = ["SIGNATURE", "build", "ring"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -38,7 +38,6 @@ SIGNATURE = types.void(
     *[uint64] * 6,  # x, its strides by row and feature; what outliers meet, by feature and column: bytes
     *[int32] * 7,  # tiles, rows of tiles, columns of tiles, steps along K, M, N, outliers side by side
 )
-GROUP = 8  # rows of pairs of tiles that are worked on together, so that both operands stay in L2
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 STEPS_OF_A_STAGE = [0, 2, 4, 6]  # 32 bytes each, in units of 16
 
@@ -55,14 +54,18 @@ def ring(stages: int) -> Callable[..., Any]:
     return advance
 
 
-@device_function
-def _place(tile: Any, rows: Any, columns: Any) -> Any:
-    """Return row and column of a pair of tiles: down GROUP rows, then to the next column."""
-    group = registers.quotient(tile, GROUP * columns)
-    rank = int32(tile - group * GROUP * columns)
-    members = int32(min(GROUP, rows - group * GROUP))
-    column = registers.quotient(rank, members)
-    return int32(group * GROUP + rank - column * members), int32(column)
+def placing(group: int) -> Callable[..., Any]:
+    """Return the function from a tile to its row and column: down `group` rows, then to the next column."""
+
+    @device_function
+    def place(tile: Any, rows: Any, columns: Any) -> Any:
+        index = registers.quotient(tile, group * columns)
+        rank = int32(tile - index * group * columns)
+        members = int32(min(group, rows - index * group))
+        column = registers.quotient(rank, members)
+        return int32(index * group + rank - column * members), int32(column)
+
+    return place
 
 
 def build(variant: Wide) -> Callable[..., None]:
@@ -75,7 +78,7 @@ def build(variant: Wide) -> Callable[..., None]:
     a_bytes, stage_bytes = variant.a_bytes, variant.a_bytes + variant.b_bytes
     part_rows = block_n // size
     scaled, pair = variant.kind != "int32", size == 2
-    count, consumer_warps = block_n // 2, 8
+    count, consumer_warps, stagger = block_n // 2, 8, variant.stagger
 
     # Shared memory: stages of A and B; scale and bias of each column; barriers of eight bytes.
     columns_at = stages * stage_bytes
@@ -84,10 +87,10 @@ def build(variant: Wide) -> Callable[..., None]:
     columns_full = empty_at + 8 * stages
     columns_empty = columns_full + 8
 
-    next_stage = ring(stages)
+    next_stage, place = ring(stages), placing(variant.group)
     give_registers = registers.give_registers(PRODUCER_REGISTERS)
     take_registers = registers.take_registers(CONSUMER_REGISTERS)
-    descriptor = wgmma.descriptor_k_major
+    descriptor, short_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_k_major_32
     multiply = wgmma.product_codes(block_n, STEPS_OF_A_STAGE)
     multiply_outliers = wgmma.product_step(block_n, kind_of(variant.kind))
     all_done = wgmma.wait(0, count)
@@ -96,19 +99,21 @@ def build(variant: Wide) -> Callable[..., None]:
     add_surplus = build_surplus(variant)
 
     @device_function
-    def load(base: Any, stage: Any, a_map: Any, b_map: Any, column: Any, a_row: Any, b_row: Any) -> None:
-        """Fill a stage; of B a part, in every block of the cluster."""
+    def load(
+        base: Any, stage: Any, a_map: Any, b_map: Any, column: Any, a_row: Any, b_row: Any, width: Any
+    ) -> None:
+        """Fill a stage with `width` bytes of each row; of B a part, in every block of the cluster."""
         full = base + full_at + 8 * stage
         target = base + stage * stage_bytes
-        barrier.expect_bytes(full, stage_bytes)
-        tma.load_2d(target, a_map, full, column, a_row)
+        barrier.expect_bytes(full, width * (block_m + block_n))
+        matrix_copy.load(target, a_map, full, column, a_row)
         if pair:
             part = uint32(cluster.rank())
-            place = target + a_bytes + part * (part_rows * STEP)
+            at = target + a_bytes + part * (part_rows * width)
             row = int32(b_row + int32(part) * part_rows)
-            tma.multicast_2d(place, b_map, full, column, row, 3)
+            matrix_copy.multicast(at, b_map, full, column, row, 3)
         else:
-            tma.load_2d(target + a_bytes, b_map, full, column, b_row)
+            matrix_copy.load(target + a_bytes, b_map, full, column, b_row)
 
     @device_function
     def release(base: Any, stage: Any, lane: Any) -> None:
@@ -123,26 +128,26 @@ def build(variant: Wide) -> Callable[..., None]:
     def produce(base: Any, maps: Any, first: Any, blocks: Any, number: Any, problem: Any) -> None:
         a_map, b_map, x_map, w_map = maps
         tiles, rows, columns, steps, _, _, side_by_side = problem
-        tma.acquire_descriptor(a_map)
-        tma.acquire_descriptor(b_map)
+        matrix_copy.acquire(a_map)
+        matrix_copy.acquire(b_map)
         chunks = int32(0)
         if scaled and number > 0:
-            tma.acquire_descriptor(x_map)
-            tma.acquire_descriptor(w_map)
+            matrix_copy.acquire(x_map)
+            matrix_copy.acquire(w_map)
             chunks = registers.quotient(int32(min(number, side_by_side) + (CHUNK - 1)), CHUNK)
         stage, parity = int32(0), int32(1)
         tile = first
         while tile < tiles:
-            row, column = _place(tile, rows, columns)
+            row, column = place(tile, rows, columns)
             a_row = int32(row * size + int32(cluster.rank())) * block_m if pair else int32(row * block_m)
             b_row = int32(column * block_n)
             for step in range(steps):
                 barrier.wait(base + empty_at + 8 * stage, parity)
-                load(base, stage, a_map, b_map, int32(step * STEP), a_row, b_row)
+                load(base, stage, a_map, b_map, int32(step * STEP), a_row, b_row, STEP)
                 stage, parity = next_stage(stage, parity)
             for chunk in range(chunks):
                 barrier.wait(base + empty_at + 8 * stage, parity)
-                load(base, stage, x_map, w_map, int32(chunk * CHUNK), a_row, b_row)
+                load(base, stage, x_map, w_map, int32(chunk * 2 * CHUNK), a_row, b_row, 2 * CHUNK)
                 stage, parity = next_stage(stage, parity)
             tile = int32(tile + blocks)
 
@@ -153,7 +158,7 @@ def build(variant: Wide) -> Callable[..., None]:
         parity = int32(1)
         tile = first
         while tile < tiles:
-            _, column = _place(tile, rows, columns)
+            _, column = place(tile, rows, columns)
             barrier.wait(base + columns_empty, parity)
             write_columns(base + columns_at, lane, absmax, bias, int32(column * block_n), N)
             barrier.arrive(base + columns_full)
@@ -171,11 +176,13 @@ def build(variant: Wide) -> Callable[..., None]:
         quad_lane = int32(lane & 3)
         group = registers.uniform(int32(thread >> 7) - 1)
         own_row = int32(64 * group + 16 * ((thread >> 5) & 3) + (lane >> 2))
-        a_own = uint32(group * (64 * STEP))
+        a_own, a_short = uint32(group * (64 * STEP)), uint32(group * (64 * 2 * CHUNK))
         stage, parity, columns_parity = int32(0), int32(0), int32(0)
         tile = first
+        if stagger and group == 1 and steps > stagger:
+            barrier.wait(base + full_at + 8 * stagger, 0)
         while tile < tiles:
-            row, column = _place(tile, rows, columns)
+            row, column = place(tile, rows, columns)
             row = int32(row * size + int32(cluster.rank())) if pair else row
             row = int32(row * block_m + own_row)
             for i in range(count):
@@ -183,9 +190,9 @@ def build(variant: Wide) -> Callable[..., None]:
             before = stage
             for step in range(steps):
                 barrier.wait(base + full_at + 8 * stage, parity)
-                place = base + stage * stage_bytes
+                at = base + stage * stage_bytes
                 wgmma.fence()
-                multiply(total, descriptor(place + a_own), descriptor(place + a_bytes))
+                multiply(total, descriptor(at + a_own), descriptor(at + a_bytes))
                 wgmma.commit()
                 if step > 0:
                     wgmma.wait_for_older()
@@ -209,13 +216,9 @@ def build(variant: Wide) -> Callable[..., None]:
                 left = int32(min(number, side_by_side))
                 while left > 0:
                     barrier.wait(base + full_at + 8 * stage, parity)
-                    place = base + stage * stage_bytes
-                    k = int32(0)
-                    while k < min(left, CHUNK):  # 16 outliers are 32 bytes
-                        a = descriptor(place + a_own + 2 * k)
-                        b = descriptor(place + a_bytes + 2 * k)
-                        multiply_outliers(total, a, b)
-                        k = int32(k + 16)
+                    at = base + stage * stage_bytes
+                    a, b = short_descriptor(at + a_short), short_descriptor(at + a_bytes)
+                    multiply_outliers(total, a, b)
                     release(base, stage, lane)
                     stage, parity = next_stage(stage, parity)
                     left = int32(left - CHUNK)
@@ -247,6 +250,7 @@ def build(variant: Wide) -> Callable[..., None]:
             cluster.synchronise()
         else:
             cuda.syncthreads()
+        grid.wait_for_earlier_grids()
         first = int32(cuda.blockIdx.x // size)
         blocks = int32(cuda.gridDim.x // size)
         number = int32(0)

@@ -34,6 +34,8 @@ class Launch:
         As ``cuLaunchKernel`` takes them.
     cluster : int
         Blocks of a cluster.
+    early : bool
+        It may start before the launch ahead of it has ended (`cuda_backend.ptx.grid`).
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Launch:
         threads: int,
         shared_bytes: int = 0,
         cluster: int = 1,
+        early: bool = False,
     ) -> None:
         self._addresses = struct.Struct(f"{addresses}Q")
         start = self._addresses.size
@@ -53,36 +56,49 @@ class Launch:
         struct.pack_into(f"{len(numbers)}i", self._arguments, start, *numbers)
         base = ctypes.addressof(self._arguments)
         places = [*range(0, start, 8), *range(start, start + 4 * len(numbers), 4)]
-        self._pointers = (ctypes.c_void_p * len(places))(*[base + place for place in places])
+        self._places = (ctypes.c_void_p * len(places))(*[base + place for place in places])
+        self._pointers = ctypes.addressof(self._places)
         self._function, self._shared_bytes = function, shared_bytes
         self._grid = (blocks, 1, 1, threads, 1, 1)
-        self._config = None if cluster == 1 else _clustered(self._grid, shared_bytes, cluster)
+        attributes = [_cluster_of(cluster)] if cluster > 1 else []
+        attributes += [_early()] if early else []
+        self._config = _configured(self._grid, shared_bytes, attributes) if attributes else None
 
     def __call__(self, stream: int, *addresses: int) -> None:
         """Queue the kernel on `stream`; the driver has copied the arguments when this returns."""
         self._addresses.pack_into(self._arguments, 0, *addresses)
-        pointers = ctypes.addressof(self._pointers)
         if self._config is None:
             launched = driver.cuLaunchKernel(
-                self._function, *self._grid, self._shared_bytes, stream, pointers, 0
+                self._function, *self._grid, self._shared_bytes, stream, self._pointers, 0
             )
         else:
             self._config.hStream = stream
-            launched = driver.cuLaunchKernelEx(self._config, self._function, pointers, 0)
+            launched = driver.cuLaunchKernelEx(self._config, self._function, self._pointers, 0)
         checked(launched)
 
 
-def _clustered(grid: tuple[int, ...], shared_bytes: int, cluster: int) -> Any:
-    """Return what ``cuLaunchKernelEx`` takes for clusters."""
+def _cluster_of(blocks: int) -> Any:
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    attribute.value.clusterDim.x = cluster
+    attribute.value.clusterDim.x = blocks
     attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+    return attribute
+
+
+def _early() -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def _configured(grid: tuple[int, ...], shared_bytes: int, attributes: list[Any]) -> Any:
+    """Return what ``cuLaunchKernelEx`` takes."""
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid[:3]
     config.blockDimX, config.blockDimY, config.blockDimZ = grid[3:]
     config.sharedMemBytes = shared_bytes
-    config.attrs, config.numAttrs = [attribute], 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from cuda_backend.arrays import empty_tensor, is_host, library_of, torch_layout, view
 from cuda_backend.context import current_device
 from cuda_backend.int8.call_hopper import Kept, outlier_indices
-from cuda_backend.int8.matrices_hopper import padded
 from cuda_backend.int8.memory import allocated, transposed, transposed_view
+from cuda_backend.int8.memory_hopper import padded
 from cuda_backend.int8.operands import (
     check_inner,
     check_threshold,

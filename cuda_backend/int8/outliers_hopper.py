@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from cuda_backend._numba import cuda
 from cuda_backend.int8.epilogue_hopper import build_weight
-from cuda_backend.ptx import copy, registers
+from cuda_backend.ptx import copy, grid, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["SIGNATURE", "THREADS", "Variant", "build"]
@@ -57,6 +57,8 @@ def build(variant: Variant) -> Callable[..., None]:
         thread = int32(cuda.threadIdx.x)
         lane, warp = int32(thread & 31), int32(thread >> 5)
 
+        grid.let_next_grid_start()
+        grid.wait_for_earlier_grids()
         number = int32(0)
         start = int32(0)
         while start < K:

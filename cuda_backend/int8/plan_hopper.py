@@ -9,11 +9,10 @@ import numpy as np
 
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import ITEMSIZE, Layout, View, laid_out
-from cuda_backend.int8.matrices_hopper import shared_by
-from cuda_backend.int8.memory import transposed
+from cuda_backend.int8.memory_hopper import Arena, shared_by
 from cuda_backend.int8.operands import check_inner, check_threshold
-from cuda_backend.int8.product_hopper import MISALIGNED, NOTHING, After, Arena, Product
-from cuda_backend.int8.rows_hopper import Rows, reasons
+from cuda_backend.int8.product_hopper import MISALIGNED, NOTHING, After, Product
+from cuda_backend.int8.rows_hopper import Rows, gpu_reasons, reasons
 from cuda_backend.int8.variant_hopper import Narrow, Wide
 from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.quant.absmax import Convention
@@ -31,7 +30,6 @@ class _Plan:
         self.scratch, self.zeros = Arena(), Arena()
         self.where: dict[str, Any] = {
             "scratch": self.scratch,
-            "zeros": self.zeros,
             "device": device,
             "processors": int(cuda.get_current_device().MULTIPROCESSOR_COUNT),
         }
@@ -54,6 +52,7 @@ class ProductPlan(_Plan):
         self, a: View, b: View, kind: str, stream: int, device: int, variant: Wide | Narrow | None
     ) -> None:
         super().__init__("int8_matmul_hopper", stream, device)
+        _refuse(self.caller, gpu_reasons())
         self.shape = a.shape[0], b.shape[0]
         self.product = Product(a, b, kind, "released", variant=variant, **self.where)
         self.settle()
@@ -61,7 +60,7 @@ class ProductPlan(_Plan):
     def run(self, a: int, b: int, out: int, after: After) -> None:
         """Queue it; nothing waits."""
         with self.shared.lock:
-            self.product.run(self.shared, self.stream, self.memory, a, b, out, after)
+            self.product.run(self.shared, self.stream, self.memory[0], a, b, out, after)
 
 
 class RowsPlan(_Plan):
@@ -73,7 +72,7 @@ class RowsPlan(_Plan):
         super().__init__("quantize_rows_hopper", stream, device)
         _refuse(self.caller, reasons(x))
         self.rows_count = x.shape[0]
-        self.rows = Rows(x, threshold, convention, 0, **self.where)
+        self.rows = Rows(x, threshold, convention, 0, zeros=self.zeros, **self.where)
         self.settle()
 
     def run(self, x: int, codes: int, absmax: int) -> After:
@@ -105,11 +104,11 @@ class LinearPlan(_Plan):
         _refuse(self.caller, found)
         (T, K), N = x.shape, codes.shape[0]
         self.shape, self.dtype = (T, N), x.dtype
-        self.rows = Rows(x, threshold, convention, N, **self.where)
+        self.rows = Rows(x, threshold, convention, N, zeros=self.zeros, **self.where)
         pitch = self.rows.pitch
         self._codes, self._absmax = self.scratch.reserve(T * pitch), self.scratch.reserve(4 * T)
         quantised = View((T, K), (pitch, 1), "int8", 0, None)
-        self.product = Product(quantised, codes, x.dtype, convention, **self.where)
+        self.product = Product(quantised, codes, x.dtype, convention, early=True, **self.where)
         self._met = (1, codes.strides[0]) if weight is None else (weight.strides[0], weight.strides[1])
         if weight is None:
             self._met = codes.strides[1], codes.strides[0]
@@ -135,8 +134,13 @@ class LinearPlan(_Plan):
         with self.shared.lock:
             after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met)
             if self.shape[1]:
-                self.product.run(self.shared, self.stream, self.memory, x_codes, codes, out, after)
+                self.product.run(self.shared, self.stream, self.memory[0], x_codes, codes, out, after)
         return after
+
+
+def _turned(given: View) -> View:
+    """Return the layout of the transpose."""
+    return given._replace(shape=given.shape[::-1], strides=given.strides[::-1])
 
 
 def _refuse(caller: str, found: list[str]) -> None:
@@ -149,7 +153,7 @@ def product_plan(
     a: Layout, b: Layout, kind: str, stream: int, device: int, variant: Wide | Narrow | None = None
 ) -> ProductPlan:
     """Return the plan of a product of codes of these layouts, [M, K] and [K, N]."""
-    return ProductPlan(laid_out("a", a), transposed(laid_out("b", b)), kind, stream, device, variant)
+    return ProductPlan(laid_out("a", a), _turned(laid_out("b", b)), kind, stream, device, variant)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,5 +202,5 @@ def linear_plan(
             raise DTypeError(f"{name}: expected {expected.get(name, dtype)}, got {each.dtype}")
         if len(each.shape) == 1 and each.shape[0] > 1 and each.strides[0] != ITEMSIZE[each.dtype]:
             raise UnsupportedError(f"llm_int8_linear_hopper: {name} is not contiguous")
-    stored = transposed(views["weight codes"])
+    stored = _turned(views["weight codes"])
     return LinearPlan(views["x"], stored, views.get("weight"), threshold, convention, stream, device)

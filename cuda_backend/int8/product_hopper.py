@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from cuda_backend.arrays import View
-from cuda_backend.attention.descriptors import encode_together
 from cuda_backend.context import current_device
 from cuda_backend.int8 import pack_hopper
+from cuda_backend.int8.descriptors_hopper import encoder
 from cuda_backend.int8.launches_hopper import Launch, function_of
-from cuda_backend.int8.matrices_hopper import ALIGNMENT, Shared, encoder, padded
+from cuda_backend.int8.memory_hopper import Arena, Shared, padded
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, Narrow, Wide, blocks_of_narrow, choose
 from refimpl.errors import UnsupportedError
 
-__all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Arena", "Product", "copied", "side_by_side"]
+__all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "side_by_side"]
 
 MISALIGNED = "an array does not start at a multiple of 16 bytes"
 SIDE_BY_SIDE = 1024  # outliers that go through tensor cores; what is beyond is added number by number
 
 _numbers = itertools.count()
-
-
-class Arena:
-    """Room in the memory of a stream, counted first and given addresses when all of it is known."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    def reserve(self, size: int) -> int:
-        """Return where `size` bytes start, relative to the memory that `size` of the arena asks for."""
-        start = self.size
-        self.size += padded(size, ALIGNMENT)
-        return start
 
 
 class After(NamedTuple):
@@ -75,7 +61,7 @@ def side_by_side(K: int) -> int:
     """Return how many outliers of K features find room beside each other: whole chunks.
 
     >>> side_by_side(100), side_by_side(100_000)
-    (128, 1024)
+    (112, 1024)
     """
     return min(padded(K, CHUNK), SIDE_BY_SIDE)
 
@@ -91,10 +77,12 @@ class Product:
         Format of the output: ``"int32"``, ``"float16"`` or ``"bfloat16"``.
     outliers : str
         The convention that says what outliers meet.
-    scratch, zeros : Arena
-        Where memory is reserved, that `shared` will give.
+    scratch : Arena
+        Where memory is reserved.
     device, processors : int
         Ordinal of the current GPU, and its multiprocessors.
+    early : bool
+        It may start before the kernel ahead of it has ended, if that one did not make codes of the weight.
     variant : Wide or Narrow, optional
         In place of `choose`'s.
     """
@@ -107,9 +95,9 @@ class Product:
         outliers: str,
         *,
         scratch: Arena,
-        zeros: Arena,
         device: int,
         processors: int,
+        early: bool = False,
         variant: Wide | Narrow | None = None,
     ) -> None:
         (M, K), N = a.shape, b.shape[0]
@@ -124,52 +112,52 @@ class Product:
             variant = choose(kind, outliers, M, N, processors)
         aside, steps = side_by_side(K), -(-K // STEP)
         function = function_of("product", variant, device)
-        sizes = {"threads": variant.threads, "shared_bytes": variant.shared_bytes}
         self.variant = variant
         self._wide = isinstance(variant, Wide)
+        early = early and self._packs == [None, None]
         if isinstance(variant, Wide):
             rows, columns = -(-M // (variant.block_m * variant.cluster)), -(-N // variant.block_n)
-            tiles = rows * columns
-            boxes = variant.block_m, variant.block_n // variant.cluster
-            encoders = [
-                encoder(M, K, pitches[0], boxes[0]), encoder(N, K, pitches[1], boxes[1]),
-                encoder(M, 2 * aside, 2 * aside, boxes[0]), encoder(N, 2 * aside, 2 * aside, boxes[1]),
-            ]  # fmt: skip
-            blocks = variant.cluster * min(tiles, processors // variant.cluster)
+            a_rows, b_rows = variant.block_m, variant.block_n // variant.cluster
+            self._encoders = [
+                encoder(M, K, pitches[0], a_rows, STEP),
+                encoder(N, K, pitches[1], b_rows, STEP),
+                encoder(M, 2 * aside, 2 * aside, a_rows, 2 * CHUNK),
+                encoder(N, 2 * aside, 2 * aside, b_rows, 2 * CHUNK),
+            ]
+            cluster, tiles = variant.cluster, rows * columns
+            blocks = cluster * min(tiles, processors // cluster)
             numbers = [tiles, rows, columns, steps, M, N, aside]
-            self._launch = Launch(function, 16, numbers, blocks=blocks, cluster=variant.cluster, **sizes)
         else:
             tiles = -(-N // variant.features)
-            shares, own_steps = blocks_of_narrow(tiles, steps, processors)
-            encoders = 2 * [
-                encoder(N, K, pitches[1], variant.features), encoder(M, K, pitches[0], variant.tokens)
-            ]  # fmt: skip
-            self._sums, self._counters = zeros.reserve(4 * M * N), zeros.reserve(4 * tiles)
-            numbers = [tiles, shares, own_steps, steps, M, N, aside]
-            self._launch = Launch(function, 18, numbers, blocks=tiles * shares, **sizes)
-        self._encode = encode_together(encoders)
+            cluster, own_steps = blocks_of_narrow(tiles, steps, processors)
+            self._encoders = [
+                encoder(N, K, pitches[1], variant.features, STEP),
+                encoder(M, K, pitches[0], variant.tokens, STEP),
+            ]
+            blocks = tiles * cluster
+            numbers = [cluster, own_steps, steps, M, N, aside]
+        self._launch = Launch(
+            function, 16, numbers, blocks=blocks, cluster=cluster, early=early,
+            threads=variant.threads, shared_bytes=variant.shared_bytes,
+        )  # fmt: skip
 
-    def run(
-        self, shared: Shared, stream: int, memory: tuple[int, int], a: int, b: int, out: int, after: After
-    ) -> None:
-        """Queue the product of codes at `a` and `b`; `memory` is where scratch and zeros begin."""
-        scratch, zeros = memory
-        if (0 if self._packs[0] else a) % 16 or (0 if self._packs[1] else b) % 16:
+    def run(self, shared: Shared, stream: int, scratch: int, a: int, b: int, out: int, after: After) -> None:
+        """Queue the product of codes at `a` and `b`; `scratch` is where the memory of the stream begins."""
+        a_pack, b_pack = self._packs
+        if (0 if a_pack else a) % 16 or (0 if b_pack else b) % 16:
             raise UnsupportedError(f"codes: {MISALIGNED}")
-        a, b = (
-            codes if pack is None else pack.run(stream, codes, scratch)
-            for pack, codes in zip(self._packs, (a, b), strict=True)
-        )
+        a = a_pack.run(stream, a, scratch) if a_pack else a
+        b = b_pack.run(stream, b, scratch) if b_pack else b
         if self._wide:
             # Without outliers their descriptors are never read: any matrix will do.
-            encoded: Sequence[int] = (a, b, after.x_aside or a, after.w_aside or b)
+            matrices: tuple[int, ...] = (a, b, after.x_aside or a, after.w_aside or b)
         else:
-            encoded = (b, a, b, a)
-        maps = shared.descriptors.address(self._number, tuple(encoded), self._encode)
+            matrices = (b, a)
+        maps = shared.descriptors.place(self._number, matrices, self._encoders)
         if self._wide:
             self._launch(stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:5], *after[7:])
         else:
-            self._launch(stream, maps, maps + 128, zeros + self._sums, zeros + self._counters, out, *after)
+            self._launch(stream, maps, maps + 128, out, *after)
 
 
 class _Pack:

@@ -23,7 +23,7 @@ import numpy as np
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.int8.arithmetic import nearest_code, product
 from cuda_backend.int8.epilogue_hopper import kind_of
-from cuda_backend.ptx import copy, registers
+from cuda_backend.ptx import copy, grid, registers
 from cuda_backend.ptx.assembly import types
 from refimpl.quant.absmax import LIMIT
 
@@ -161,6 +161,7 @@ def build(variant: Variant) -> Callable[..., None]:
     def quantize(
         x: Any, x_row: Any, codes: Any, codes_row: Any, absmax: Any, mask: Any, K: Any, limit: Any
     ) -> None:
+        grid.let_next_grid_start()
         tops = cuda.shared.array(WARPS, uint32)
         words = cuda.local.array(WORDS, uint32)
         thread = int32(cuda.threadIdx.x)

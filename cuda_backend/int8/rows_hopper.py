@@ -11,12 +11,12 @@ from cuda_backend._numba import cuda
 from cuda_backend.arrays import View
 from cuda_backend.int8 import outliers_hopper, quantize_hopper
 from cuda_backend.int8.launches_hopper import Launch, function_of
-from cuda_backend.int8.matrices_hopper import padded
+from cuda_backend.int8.memory_hopper import Arena, padded
 from cuda_backend.int8.operands import inlier_limit
-from cuda_backend.int8.product_hopper import NOTHING, After, Arena, side_by_side
+from cuda_backend.int8.product_hopper import NOTHING, After, side_by_side
 from refimpl.quant.absmax import Convention
 
-__all__ = ["Rows", "reasons", "sixteen_bit_limit"]
+__all__ = ["Rows", "gpu_reasons", "reasons", "sixteen_bit_limit"]
 
 KINDS = ("float16", "bfloat16")
 BLOCKS = 4  # of set_aside, on each multiprocessor
@@ -77,7 +77,7 @@ class Rows:
         rows = outliers_hopper.THREADS // outliers_hopper.MEMBERS
         blocks = max(1, min(BLOCKS * processors, -(-(T + N) // rows)))
         self._set_aside = Launch(
-            function, 15, [T, K, N, aside], blocks=blocks, threads=outliers_hopper.THREADS
+            function, 15, [T, K, N, aside], blocks=blocks, threads=outliers_hopper.THREADS, early=True
         )
 
     def run(
@@ -88,30 +88,35 @@ class Rows:
         marks = zeros + self._marks if self._set_aside else 0
         for launch in self._passes:
             launch(stream, x, self._row, codes, self.pitch, absmax, marks)
-        found = met._replace(a_absmax=absmax)
         if self._set_aside is None:
-            return found
-        found = found._replace(
-            number=scratch + self._number, indices=scratch + self._indices,
-            x_aside=scratch + self._x_aside, w_aside=scratch + self._w_aside,
-            x=x, x_row=self._row, x_feature=2,
-        )  # fmt: skip
+            return met._replace(a_absmax=absmax)
+        number, indices = scratch + self._number, scratch + self._indices
+        x_aside, w_aside = scratch + self._x_aside, scratch + self._w_aside
         self._set_aside(
-            stream, marks, zeros + self._counter, found.indices, found.number, x, self._row, 2, codes,
-            self.pitch, found.w, found.w_feature, found.w_column, found.b_absmax, found.x_aside,
-            found.w_aside,
+            stream, marks, zeros + self._counter, indices, number, x, self._row, 2, codes, self.pitch,
+            met.w, met.w_feature, met.w_column, met.b_absmax, x_aside, w_aside,
         )  # fmt: skip
-        return found
+        return After(
+            absmax, met.b_absmax, met.bias, number, indices, x_aside, w_aside, x, self._row, 2,
+            met.w, met.w_feature, met.w_column,
+        )  # fmt: skip
+
+
+def gpu_reasons() -> list[str]:
+    """Return the reason why the kernels refuse the current GPU, if they do."""
+    major, minor = cuda.get_current_device().compute_capability
+    if (major, minor) == (9, 0):
+        return []
+    return [f"the GPU has compute capability {major}.{minor}; the kernel needs 9.0"]
 
 
 def reasons(x: View) -> list[str]:
     """Return the reasons why the Hopper kernels refuse activations that the reference takes."""
-    found = []
-    major, minor = cuda.get_current_device().compute_capability
-    if (major, minor) != (9, 0):
-        found.append(f"the GPU has compute capability {major}.{minor}; the kernel needs 9.0")
+    found = gpu_reasons()
     if x.dtype not in KINDS:
         found.append(f"inputs are {x.dtype}; the kernel takes float16 or bfloat16")
+    elif 0 in x.shape:
+        pass
     elif x.shape[1] > 1 and x.strides[1] != 2:
         found.append(f"x has strides of {x.strides} bytes: the last must be 2")
     elif x.shape[0] > 1 and x.strides[0] < 0:

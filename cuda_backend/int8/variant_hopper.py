@@ -8,11 +8,11 @@ __all__ = ["CHUNK", "STEP", "Narrow", "Wide", "blocks_of_narrow", "choose"]
 
 SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
 STEP = 128  # codes of a row in one stage: one swizzled row of 128 bytes
-CHUNK = 64  # outliers of 16 bits in such a row
+CHUNK = 16  # outliers that one product of 16-bit numbers takes
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
 SMALL_TILE = 0.6
-START = 4
+START = 2
 
 
 class Wide(NamedTuple):
@@ -30,6 +30,10 @@ class Wide(NamedTuple):
         Columns of a tile; it has 128 rows.
     cluster
         Blocks that share the tile of B, 1 or 2: each loads a part of it into both.
+    group
+        Rows of tiles, or of pairs of them, that are worked on together: both operands should stay in L2.
+    stagger
+        Stages that the second warpgroup lets pass before it begins.
     """
 
     kind: str
@@ -37,6 +41,8 @@ class Wide(NamedTuple):
     aligned: bool
     block_n: int
     cluster: int
+    group: int = 8
+    stagger: int = 0
 
     @property
     def block_m(self) -> int:
@@ -70,7 +76,7 @@ class Wide(NamedTuple):
 
 
 class Narrow(NamedTuple):
-    """A product for few rows: the weight takes the place of A, and several blocks share a sum along K.
+    """A product for few rows: the weight takes the place of A, and a cluster shares sums along K.
 
     Attributes
     ----------
@@ -91,8 +97,8 @@ class Narrow(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
-        return 128 * (CONSUMERS + 1)
+        """Threads of a block: the consumers and a producer warp."""
+        return 128 * CONSUMERS + 32
 
     @property
     def w_bytes(self) -> int:
@@ -107,11 +113,11 @@ class Narrow(NamedTuple):
     @property
     def stages(self) -> int:
         """Tiles in flight."""
-        return min(8, (SHARED_LIMIT - 1024 - 256) // (self.w_bytes + self.x_bytes))
+        return min(8, (SHARED_LIMIT // 2 - 2048 - 256) // (self.w_bytes + self.x_bytes))
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment slack, stages, barriers and a word for the block."""
+        """Dynamic shared memory: alignment slack, stages, barriers; two blocks have room."""
         return 1024 + self.stages * (self.w_bytes + self.x_bytes) + 256
 
 
@@ -135,7 +141,7 @@ def choose(kind: str, outliers: str, M: int, N: int, processors: int) -> Wide | 
     --------
     >>> choose("float16", "released", 16, 4096, 132)
     Narrow(kind='float16', outliers='released', tokens=16)
-    >>> [choose("float16", "released", M, 4096, 132)[3:] for M in (4096, 256)]
+    >>> [choose("float16", "released", M, 4096, 132)[3:5] for M in (4096, 256)]
     [(256, 2), (128, 2)]
     """
     if M <= LARGEST_NARROW:
@@ -152,17 +158,17 @@ def choose(kind: str, outliers: str, M: int, N: int, processors: int) -> Wide | 
 
 
 def blocks_of_narrow(tiles: int, steps: int, processors: int) -> tuple[int, int]:
-    """Return how many blocks share a tile, and how many steps along K each does.
+    """Return how many blocks share a tile, 1, 2, 4 or 8, and how many steps along K each does.
 
-    A block costs `START` steps beside its own; the least time of all waves wins, then the fewest blocks.
+    Two blocks fit on a multiprocessor, and each costs `START` steps beside its own; the least time of all
+    waves wins, then the fewest blocks.
 
     >>> blocks_of_narrow(32, 32, 132), blocks_of_narrow(224, 64, 132)
-    ((4, 8), (1, 64))
+    ((8, 4), (1, 64))
     """
 
-    def time(shares: int) -> int:
-        return -(-tiles * shares // processors) * (-(-steps // shares) + START)
+    def time(blocks: int) -> int:
+        return -(-tiles * blocks // (2 * processors)) * (-(-steps // blocks) + START)
 
-    shares = min(range(1, max(1, min(steps, 16)) + 1), key=time)
-    own = -(-steps // shares)
-    return max(1, -(-steps // max(1, own))), own
+    blocks = min((blocks for blocks in (1, 2, 4, 8) if blocks <= max(1, steps)), key=time)
+    return blocks, -(-steps // blocks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["arrive_at", "rank", "synchronise"]
+__all__ = ["arrive_at", "load_word", "rank", "synchronise"]
 
 rank = instruction(
     "rank",
@@ -40,4 +40,14 @@ arrive_at = instruction(
     "that shared memory was read, and publishes nothing: release at the scope of the cluster would fence "
     "global memory too.  "
     'PTX ISA, "mapa", "mbarrier.arrive".',
+)
+
+load_word = instruction(
+    "load_word",
+    types.int32,
+    {"address": types.uint32, "block": types.uint32},
+    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; ld.shared::cluster.b32 $0, [there]; }",
+    "=r,r,r",
+    "The word that lies in block number `block` where `address` lies in this one.  "
+    'PTX ISA, "mapa", "ld", .shared::cluster.',
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["acquire_descriptor", "load_2d", "load_4d", "multicast_2d"]
+__all__ = ["acquire_descriptor", "load_4d"]
 
 acquire_descriptor = instruction(
     "acquire_descriptor",
@@ -39,39 +39,4 @@ load_4d = instruction(
     "Copy the box at four coordinates, the contiguous axis first, to shared address `target`; it "
     "completes on "
     '`barrier`, by bytes.  PTX ISA, "cp.async.bulk.tensor".',
-)
-
-load_2d = instruction(
-    "load_2d",
-    types.void,
-    {
-        "target": types.uint32,
-        "descriptor": types.uint64,
-        "barrier": types.uint32,
-        "column": types.int32,
-        "row": types.int32,
-    },
-    "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-    "[$0], [$1, {$3, $4}], [$2];",
-    "r,l,r,r,r",
-    'The same for a matrix.  PTX ISA, "cp.async.bulk.tensor".',
-)
-
-multicast_2d = instruction(
-    "multicast_2d",
-    types.void,
-    {
-        "target": types.uint32,
-        "descriptor": types.uint64,
-        "barrier": types.uint32,
-        "column": types.int32,
-        "row": types.int32,
-        "blocks": types.uint32,
-    },
-    "{ .reg .b16 blocks; cvt.u16.u32 blocks, $5; "
-    "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-    "[$0], [$1, {$3, $4}], [$2], blocks; }",
-    "r,l,r,r,r,r",
-    "The same into every block of the cluster whose bit is set in `blocks`, at the same place in each, whose "
-    'own barrier there counts the bytes.  PTX ISA, "cp.async.bulk.tensor", .multicast::cluster.',
 )

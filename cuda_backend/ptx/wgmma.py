@@ -28,6 +28,7 @@ from cuda_backend.ptx.assembly import (
 __all__ = [
     "commit",
     "descriptor_k_major",
+    "descriptor_k_major_32",
     "descriptor_mn_major",
     "fence",
     "product_codes",
@@ -38,7 +39,7 @@ __all__ = [
     "wait_for_older",
 ]
 
-SWIZZLE_128 = 1 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
+SWIZZLE_128, SWIZZLE_32 = 1 << 62, 3 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
 PRODUCT = 'One chain of products.  PTX ISA, "wgmma.mma_async".'
 
 fence = instruction(
@@ -91,7 +92,11 @@ def descriptor_mn_major(leading_bytes: int) -> Intrinsic:
     Sub-tiles of 64 columns lie `leading_bytes` apart, groups of 8 rows 1024 bytes.  The tile starts at
     a multiple of 1024 and is swizzled by 128 bytes.
     """
-    high = SWIZZLE_128 | (1024 >> 4) << 32 | (leading_bytes >> 4) << 16
+    return _descriptor(SWIZZLE_128 | (1024 >> 4) << 32 | (leading_bytes >> 4) << 16)
+
+
+def _descriptor(high: int) -> Intrinsic:
+    """Return what makes a descriptor of an address and the bits of its layout."""
     return instruction(
         "descriptor",
         types.uint64,
@@ -105,6 +110,9 @@ def descriptor_mn_major(leading_bytes: int) -> Intrinsic:
 
 # A tile with 64 elements along K in a row: the leading distance is not used with a swizzle.
 descriptor_k_major = descriptor_mn_major(16)
+
+# A tile with 16 elements along K in a row of 32 bytes, swizzled by as many: groups of 8 rows are 256 bytes.
+descriptor_k_major_32 = _descriptor(SWIZZLE_32 | (256 >> 4) << 32 | (16 >> 4) << 16)
 
 
 def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Sequence[int]) -> Intrinsic:

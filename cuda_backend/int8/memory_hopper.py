@@ -1,21 +1,17 @@
-"""Matrices as the copy engine reads them, and the memory that calls on one stream share."""
+"""The memory that calls on one stream share."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from threading import Lock
-from typing import Any
 
-from cuda_backend.attention.descriptors import DescriptorCache
 from cuda_backend.context import checked, driver
-from cuda_backend.int8.variant_hopper import STEP
+from cuda_backend.int8.descriptors_hopper import Descriptors
 from refimpl.errors import UnsupportedError
 
-__all__ = ["Shared", "encoder", "padded", "shared_by"]
+__all__ = ["ALIGNMENT", "Arena", "Shared", "padded", "shared_by"]
 
 ALIGNMENT = 256
-MEMBERS = 4  # descriptors of a product
 
 
 def padded(size: int, multiple: int = 16) -> int:
@@ -23,38 +19,17 @@ def padded(size: int, multiple: int = 16) -> int:
     return max(1, -(-size // multiple)) * multiple
 
 
-def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int) -> Callable[[int], Any]:
-    """Return the function from an address to the ``CUtensorMap`` of a matrix of bytes.
+class Arena:
+    """Room in the memory of a stream, counted first and given addresses when all of it is known."""
 
-    Parameters
-    ----------
-    rows, row_bytes : int
-        What there is: the box's bytes outside arrive as zeros.
-    pitch : int
-        Bytes from a row to the next, a multiple of 16.
-    box_rows : int
-        Rows of a copy, at most 256; it is 128 bytes wide and swizzled.
+    def __init__(self) -> None:
+        self.size = 0
 
-    References
-    ----------
-    .. [1] CUDA Driver API, "Tensor Map Object Management: cuTensorMapEncodeTiled".
-    """
-    settled = (
-        [driver.cuuint64_t(max(1, row_bytes)), driver.cuuint64_t(max(1, rows))],
-        [driver.cuuint64_t(pitch)],
-        [driver.cuuint32_t(STEP), driver.cuuint32_t(box_rows)],
-        [driver.cuuint32_t(1)] * 2,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    kind = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8
-
-    def encode(address: int) -> Any:
-        return checked(driver.cuTensorMapEncodeTiled(kind, 2, address, *settled))
-
-    return encode
+    def reserve(self, size: int) -> int:
+        """Return where `size` bytes start, relative to the memory that `size` of the arena asks for."""
+        start = self.size
+        self.size += padded(size, ALIGNMENT)
+        return start
 
 
 class Shared:
@@ -65,7 +40,7 @@ class Shared:
     """
 
     def __init__(self, stream: int) -> None:
-        self.descriptors = DescriptorCache(stream, MEMBERS)
+        self.descriptors = Descriptors(stream)
         self.lock = Lock()
         self._stream = stream
         self._held = {"zeros": (0, 0), "scratch": (0, 0)}

@@ -1,0 +1,302 @@
+"""What a Hopper int8 call hands to the driver, and what is refused, with a driver that only remembers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_backend.int8 import (
+    gemm_hopper,
+    gemm_narrow_hopper,
+    launches_hopper,
+    memory_hopper,
+    outliers_hopper,
+    pack_hopper,
+    plan_hopper,
+    product_hopper,
+    quantize_hopper,
+    rows_hopper,
+)
+from cuda_backend.int8.plan_hopper import linear_plan, product_plan, rows_plan
+from cuda_backend.int8.product_hopper import After
+from cuda_backend.int8.rows_hopper import sixteen_bit_limit
+from cuda_backend.int8.variant_hopper import Narrow, Wide, blocks_of_narrow, choose
+from refimpl.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+
+MAPS, MEMORY = 0xAAAA00, {"zeros": 1 << 40, "scratch": 1 << 41}
+MODULES = {
+    "product": gemm_hopper,
+    "narrow": gemm_narrow_hopper,
+    "outliers": outliers_hopper,
+    "quantize": quantize_hopper,
+    "pack": pack_hopper,
+}
+X, CODES, ABSMAX, WEIGHT, BIAS, OUT = (i << 30 for i in range(1, 7))
+
+
+def layout(*shape: int, dtype: str = "float16", size: int = 2, pitch: int | None = None) -> Any:
+    """Return the layout of a matrix or vector in C order, rows `pitch` bytes apart."""
+    if len(shape) == 1:
+        return shape, (size,), dtype, None
+    return shape, (pitch or size * shape[1], size), dtype, None
+
+
+def codes_layout(K: int, N: int, pitch: int | None = None) -> Any:
+    return (K, N), (1, pitch or K), "int8", None
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]:
+    """Launches, with their arguments read from memory as the driver does."""
+    found: list[SimpleNamespace] = []
+
+    def values_of(name: str, pointers: int) -> list[int]:
+        signature = MODULES[name].SIGNATURE.args  # type: ignore[attr-defined]
+        kinds = [ctypes.c_uint64 if str(kind) == "uint64" else ctypes.c_int32 for kind in signature]
+        places = (ctypes.c_void_p * len(kinds)).from_address(pointers)
+        return [kind.from_address(place or 0).value for kind, place in zip(kinds, places, strict=True)]
+
+    def remember(function: Any, blocks: int, threads: int, shared: int, stream: int, pointers: int) -> None:
+        name, variant = function
+        kernel = "narrow" if isinstance(variant, Narrow) else name
+        item = SimpleNamespace(name=kernel, variant=variant, blocks=blocks, threads=threads, stream=stream)
+        item.shared, item.values, item.cluster, item.early = shared, values_of(kernel, pointers), 1, False
+        found.append(item)
+
+    def launch(function: Any, gx: int, gy: int, gz: int, tx: int, *rest: Any) -> tuple[int]:
+        ty, tz, shared, stream, pointers, extra = rest
+        assert (gy, gz, ty, tz, extra) == (1, 1, 1, 1, 0)
+        remember(function, gx, tx, shared, stream, pointers)
+        return (0,)
+
+    def launch_clustered(config: Any, function: Any, pointers: int, extra: int) -> tuple[int]:
+        assert (config.gridDimY, config.gridDimZ, extra, config.numAttrs) == (1, 1, 0, len(config.attrs))
+        remember(function, config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream, pointers)
+        said = {each.id: each.value for each in config.attrs}
+        found[-1].cluster = said[4].clusterDim.x if 4 in said else 1
+        found[-1].early = said[6].programmaticStreamSerializationAllowed == 1 if 6 in said else False
+        return (0,)
+
+    def attribute() -> Any:
+        return SimpleNamespace(value=SimpleNamespace(clusterDim=SimpleNamespace()))
+
+    driver = SimpleNamespace(
+        cuLaunchKernel=launch,
+        cuLaunchKernelEx=launch_clustered,
+        CUlaunchAttribute=attribute,
+        CUlaunchAttributeID=SimpleNamespace(
+            CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION=4,
+            CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6,
+        ),
+        CUlaunchConfig=SimpleNamespace,
+    )
+    shared = SimpleNamespace(
+        descriptors=SimpleNamespace(place=lambda number, addresses, encoders: MAPS),
+        lock=memory_hopper.Lock(),
+        zeros=lambda size: MEMORY["zeros"],
+        scratch=lambda size: MEMORY["scratch"],
+    )
+    device = SimpleNamespace(compute_capability=(9, 0), MULTIPROCESSOR_COUNT=132)
+    cuda = SimpleNamespace(get_current_device=lambda: device)
+    monkeypatch.setattr(launches_hopper, "driver", driver)
+    monkeypatch.setattr(product_hopper, "encoder", lambda *_: None)
+    monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
+    for module in (plan_hopper, rows_hopper):
+        monkeypatch.setattr(module, "cuda", cuda)
+    for module in (product_hopper, rows_hopper):
+        monkeypatch.setattr(module, "function_of", lambda name, variant, device: (name, variant))
+    plans: tuple[Callable[..., Any], ...] = (linear_plan, product_plan, rows_plan)
+    for plan in plans:
+        plan.cache_clear()  # type: ignore[attr-defined]
+    yield found
+    for plan in plans:
+        plan.cache_clear()  # type: ignore[attr-defined]
+
+
+def test_a_large_layer_is_three_kernels(launched: list[SimpleNamespace]) -> None:
+    T, K, N = 300, 4096, 1000
+    plan = linear_plan(
+        layout(T, K), codes_layout(K, N), None, layout(N, dtype="float32", size=4), layout(N),
+        6.0, "released", 7, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, 0, BIAS, OUT)
+    quantize, aside, product = launched
+    assert [item.name for item in launched] == ["quantize", "outliers", "product"]
+    assert {item.stream for item in launched} == {7}
+    assert [item.early for item in launched] == [False, True, True]
+    assert [item.cluster for item in launched] == [1, 1, 2]
+    assert (quantize.blocks, quantize.variant.aside, quantize.variant.aligned) == (T, "cells", True)
+    x, x_row, x_codes, pitch, absmax, marks, width, limit = quantize.values
+    assert (x, x_row, pitch, width, limit) == (X, 2 * K, K, K, 0x4600)
+    assert aside.values[:2] == [marks, aside.values[1]]
+    indices, number = aside.values[2:4]
+    assert aside.values[4:9] == [X, 2 * K, 2, x_codes, K]
+    assert aside.values[9:13] == [CODES, 1, K, ABSMAX]
+    assert aside.values[15:] == [T, K, N, 1024]
+    assert product.values[:4] == [MAPS, MAPS + 128, MAPS + 256, MAPS + 384]
+    assert product.values[4:10] == [OUT, absmax, ABSMAX, BIAS, number, indices]
+    assert product.values[10:16] == [X, 2 * K, 2, CODES, 1, K]
+    rows, columns = 2, -(-N // product.variant.block_n)
+    assert product.values[16:] == [rows * columns, rows, columns, K // 128, T, N, 1024]
+    assert product.blocks == 2 * rows * columns
+    assert product.threads == product.variant.threads
+    assert product.shared == product.variant.shared_bytes <= 232_448
+    assert marks >> 40 == 1
+    assert x_codes >> 41 == absmax >> 41 == number >> 41 == 1
+
+
+def test_what_lies_in_memory_does_not_overlap(launched: list[SimpleNamespace]) -> None:
+    T, K, N = 33, 100, 70
+    plan = linear_plan(
+        layout(T, K), codes_layout(K, N, 112), None, layout(N, dtype="float32", size=4), None,
+        6.0, "released", 0, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, 0, 0, OUT)
+    aside, product = launched[1:]
+    aside_row = 2 * 112
+    parts = {
+        aside.values[7]: T * 112, product.values[5]: 4 * T, aside.values[2]: 4 * K, aside.values[3]: 4,
+        aside.values[13]: T * aside_row, aside.values[14]: N * aside_row,
+    }  # fmt: skip
+    places = sorted(parts)
+    assert len(places) == 6
+    for place, following in zip(places, places[1:], strict=False):
+        assert place + parts[place] <= following
+        assert place % 256 == 0
+
+
+def test_the_paper_reads_x_twice_and_meets_the_weight(launched: list[SimpleNamespace]) -> None:
+    plan = linear_plan(
+        layout(16, 64), codes_layout(64, 32), layout(64, 32), layout(32, dtype="float32", size=4), None,
+        6.0, "paper", 0, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, WEIGHT, 0, OUT)
+    assert [item.name for item in launched] == ["quantize", "quantize", "outliers", "narrow"]
+    assert [item.variant.aside for item in launched[:2]] == ["mark", "columns"]
+    assert launched[0].values[-1] == 0x4601
+    assert launched[2].values[9:13] == [WEIGHT, 64, 2, ABSMAX]
+    assert launched[3].values[-12:-6] == [X, 128, 2, WEIGHT, 64, 2]
+
+
+def test_without_a_threshold_nothing_is_set_aside(launched: list[SimpleNamespace]) -> None:
+    plan = linear_plan(
+        layout(500, 64), codes_layout(64, 32), None, layout(32, dtype="float32", size=4), None,
+        None, "paper", 0, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, 0, 0, OUT)
+    assert [item.name for item in launched] == ["quantize", "product"]
+    assert launched[0].variant.aside == ""
+    assert launched[1].values[8:10] == [0, 0]
+
+
+def test_codes_that_the_copy_engine_cannot_read_are_packed(launched: list[SimpleNamespace]) -> None:
+    a, b = layout(5, 35, dtype="int8", size=1), layout(35, 9, dtype="int8", size=1)
+    product_plan(a, b, "int32", 0, 0).run(CODES + 1, CODES, OUT, After())
+    first, second, product = launched
+    assert (first.name, first.values[:3], first.values[4:]) == ("pack", [CODES + 1, 35, 1], [5, 35, 3])
+    assert (second.name, second.values[:3], second.values[4:]) == ("pack", [CODES, 1, 9], [9, 35, 3])
+    assert first.values[3] != second.values[3]
+    assert not product.early, "the codes of the weight are being made"
+    assert (product.name, product.variant.tokens, product.values[-3:-1]) == ("narrow", 8, [5, 9])
+
+
+def test_addresses_of_codes_that_are_not_packed(launched: list[SimpleNamespace]) -> None:
+    a, b = layout(5, 32, dtype="int8", size=1), codes_layout(32, 9)
+    with pytest.raises(UnsupportedError, match="multiple of 16 bytes"):
+        product_plan(a, b, "int32", 0, 0).run(CODES + 1, CODES, OUT, After())
+    assert not launched
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4, 8])
+def test_wide_stores_need_aligned_rows(launched: list[SimpleNamespace], columns: int) -> None:
+    variants = [choose(kind, "released", 128, 8 + columns, 132) for kind in ("int32", "float16")]
+    assert all(isinstance(variant, Wide) for variant in variants)
+    assert [variant.aligned for variant in variants] == [columns >= 4, columns >= 8]  # type: ignore[union-attr]
+
+
+def test_parts_along_k_cover_all_steps_once() -> None:
+    for tiles in (1, 7, 32, 86, 224):
+        for steps in range(200):
+            shares, own = blocks_of_narrow(tiles, steps, 132)
+            assert steps <= shares * own
+            assert shares <= max(1, steps)
+
+
+def test_variants_fit_into_shared_memory() -> None:
+    for kind in ("int32", "float16"):
+        for block_n in (128, 256):
+            for cluster in (1, 2):
+                variant = Wide(kind, "released", True, block_n, cluster)
+                assert variant.stages >= 4
+                assert variant.shared_bytes <= 232_448
+        for tokens in (8, 16, 32, 64):
+            assert Narrow(kind, "released", tokens).shared_bytes <= 232_448
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("convention", ["released", "paper"])
+@pytest.mark.parametrize("threshold", [1e-60, 1e-7, 1.0, 2.5, 6.0, 6.01, 70000.0, 1e39])
+def test_the_limit_of_16_bits_divides_as_the_threshold_does(
+    kind: str, convention: Any, threshold: float
+) -> None:
+    patterns = np.arange(1 << 15, dtype=np.uint16)
+    if kind == "float16":
+        numbers = patterns.view(np.float16).astype(np.float32)
+    else:
+        numbers = (patterns.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        limit = np.float32(threshold)
+        inliers = np.isfinite(numbers) & (numbers <= limit if convention == "paper" else numbers < limit)
+    assert np.array_equal(~inliers, patterns >= sixteen_bit_limit(kind, threshold, convention))
+
+
+@pytest.mark.parametrize(
+    ("x", "codes", "absmax", "bias", "options", "error", "said"),
+    [
+        (
+            layout(4, 64, dtype="float32", size=4),
+            (64, 8),
+            8,
+            None,
+            {},
+            UnsupportedError,
+            "inputs are float32",
+        ),
+        (layout(4, 32), (64, 8), 8, None, {}, ShapeError, "K"),
+        (layout(4, 64), (64, 8), 9, None, {}, ShapeError, "N"),
+        (layout(4, 64), (64, 8), 8, layout(9), {}, ShapeError, "N"),
+        (layout(4, 64), (64, 8), 8, layout(8, dtype="bfloat16"), {}, DTypeError, "bias: expected float16"),
+        (layout(4, 64), (64, 8), 8, None, {"threshold": -1.0}, OptionError, "above 0"),
+        (layout(4, 64), (64, 8), 8, None, {"convention": "paper"}, UnsupportedError, "keep=True"),
+        (((4, 64), (2, 8), "float16", None), (64, 8), 8, None, {}, UnsupportedError, "has strides"),
+        (layout(4, 133_152), (133_152, 8), 8, None, {}, OptionError, "at most 133144"),
+    ],
+)
+def test_refusals(
+    launched: list[SimpleNamespace],
+    x: Any,
+    codes: Any,
+    absmax: int,
+    bias: Any,
+    options: Any,
+    error: Any,
+    said: str,
+) -> None:
+    chosen = {"threshold": 6.0, "convention": "released", **options}
+    scales = layout(absmax, dtype="float32", size=4)
+    with pytest.raises(error, match=said):
+        linear_plan(x, codes_layout(*codes), None, scales, bias, *chosen.values(), 0, 0)
+    assert not launched
+
+
+def test_other_gpus_are_refused(launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere = SimpleNamespace(compute_capability=(8, 0), MULTIPROCESSOR_COUNT=108)
+    for module in (plan_hopper, rows_hopper):
+        monkeypatch.setattr(module, "cuda", SimpleNamespace(get_current_device=lambda: ampere))
+    with pytest.raises(UnsupportedError, match=r"compute capability 8\.0; the kernel needs 9\.0"):
+        rows_plan(layout(4, 64), None, "released", 0, 0)
