@@ -1,8 +1,7 @@
-"""Products of int8 codes for Hopper: one TMA producer, two wgmma consumers, persistent blocks in pairs.
+"""Products of int8 codes for Hopper: one TMA producer, two wgmma consumers, persistent blocks.
 
-A block owns a tile of 128 rows.  A pair of blocks works on two tiles below each other, which need the same
-rows of the weight: each block loads half of them and the copy engine writes that half into both, so that L2
-gives a third less.  While consumers end a tile, the producer fills all stages for the next one.
+A block works on one tile of 128 rows after the other.  While consumers end a tile, the producer fills all
+stages for the next one, and another warp brings the scales of its columns.
 
 What follows the product happens in registers, in the reference's order::
 
@@ -23,8 +22,9 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.int8.epilogue_hopper import build_columns, build_epilogue, build_surplus, kind_of
+from cuda_backend.int8.outliers_hopper import clear_marks
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, Wide
-from cuda_backend.ptx import barrier, cluster, copy, grid, matrix_copy, registers, wgmma
+from cuda_backend.ptx import barrier, copy, grid, matrix_copy, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["SIGNATURE", "build", "ring"]
@@ -34,10 +34,11 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 SIGNATURE = types.void(
     *[uint64] * 4,  # descriptors of A, B and of their outliers
     *[uint64] * 4,  # out; absmax of the rows of A and of B; bias, or 0
-    *[uint64] * 2,  # number of outliers, or 0 if there are none; their indices
+    *[uint64] * 3,  # number of outliers, or 0 if there are none; their indices; the marks to be cleared
     *[uint64] * 6,  # x, its strides by row and feature; what outliers meet, by feature and column: bytes
-    *[int32] * 7,  # tiles, rows of tiles, columns of tiles, steps along K, M, N, outliers side by side
+    *[int32] * 8,  # tiles, rows of tiles, columns of tiles, steps along K, M, N, outliers side by side, K
 )
+GROUP = 8  # rows of tiles that are worked on together: with 16 columns they share what L2 holds
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 STEPS_OF_A_STAGE = [0, 2, 4, 6]  # 32 bytes each, in units of 16
 
@@ -72,13 +73,11 @@ def build(variant: Wide) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE`.
 
     It wants ``variant.threads`` threads, declared as launch bound with one block, ``variant.shared_bytes`` of
-    dynamic shared memory, clusters of ``variant.cluster`` blocks, and at most as many blocks as run at once.
+    dynamic shared memory, and at most as many blocks as run at once.
     """
-    block_m, block_n, stages, size = variant.block_m, variant.block_n, variant.stages, variant.cluster
+    block_m, block_n, stages = variant.block_m, variant.block_n, variant.stages
     a_bytes, stage_bytes = variant.a_bytes, variant.a_bytes + variant.b_bytes
-    part_rows = block_n // size
-    scaled, pair = variant.kind != "int32", size == 2
-    count, consumer_warps, stagger = block_n // 2, 8, variant.stagger
+    count, consumer_warps, scaled = block_n // 2, 8, variant.kind != "int32"
 
     # Shared memory: stages of A and B; scale and bias of each column; barriers of eight bytes.
     columns_at = stages * stage_bytes
@@ -87,7 +86,7 @@ def build(variant: Wide) -> Callable[..., None]:
     columns_full = empty_at + 8 * stages
     columns_empty = columns_full + 8
 
-    next_stage, place = ring(stages), placing(variant.group)
+    next_stage, place = ring(stages), placing(GROUP)
     give_registers = registers.give_registers(PRODUCER_REGISTERS)
     take_registers = registers.take_registers(CONSUMER_REGISTERS)
     descriptor, short_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_k_major_32
@@ -102,27 +101,11 @@ def build(variant: Wide) -> Callable[..., None]:
     def load(
         base: Any, stage: Any, a_map: Any, b_map: Any, column: Any, a_row: Any, b_row: Any, width: Any
     ) -> None:
-        """Fill a stage with `width` bytes of each row; of B a part, in every block of the cluster."""
-        full = base + full_at + 8 * stage
-        target = base + stage * stage_bytes
+        """Fill a stage with `width` bytes of each row."""
+        full, target = base + full_at + 8 * stage, base + stage * stage_bytes
         barrier.expect_bytes(full, width * (block_m + block_n))
         matrix_copy.load(target, a_map, full, column, a_row)
-        if pair:
-            part = uint32(cluster.rank())
-            at = target + a_bytes + part * (part_rows * width)
-            row = int32(b_row + int32(part) * part_rows)
-            matrix_copy.multicast(at, b_map, full, column, row, 3)
-        else:
-            matrix_copy.load(target + a_bytes, b_map, full, column, b_row)
-
-    @device_function
-    def release(base: Any, stage: Any, lane: Any) -> None:
-        """Tell every block that writes into this stage that a warp has read it."""
-        if pair:
-            if lane < 2:
-                cluster.arrive_at(base + empty_at + 8 * stage, uint32(lane))
-        elif lane == 0:
-            barrier.arrive(base + empty_at + 8 * stage)
+        matrix_copy.load(target + a_bytes, b_map, full, column, b_row)
 
     @device_function
     def produce(base: Any, maps: Any, first: Any, blocks: Any, number: Any, problem: Any) -> None:
@@ -139,8 +122,7 @@ def build(variant: Wide) -> Callable[..., None]:
         tile = first
         while tile < tiles:
             row, column = place(tile, rows, columns)
-            a_row = int32(row * size + int32(cluster.rank())) * block_m if pair else int32(row * block_m)
-            b_row = int32(column * block_n)
+            a_row, b_row = int32(row * block_m), int32(column * block_n)
             for step in range(steps):
                 barrier.wait(base + empty_at + 8 * stage, parity)
                 load(base, stage, a_map, b_map, int32(step * STEP), a_row, b_row, STEP)
@@ -179,11 +161,8 @@ def build(variant: Wide) -> Callable[..., None]:
         a_own, a_short = uint32(group * (64 * STEP)), uint32(group * (64 * 2 * CHUNK))
         stage, parity, columns_parity = int32(0), int32(0), int32(0)
         tile = first
-        if stagger and group == 1 and steps > stagger:
-            barrier.wait(base + full_at + 8 * stagger, 0)
         while tile < tiles:
             row, column = place(tile, rows, columns)
-            row = int32(row * size + int32(cluster.rank())) if pair else row
             row = int32(row * block_m + own_row)
             for i in range(count):
                 total[i] = 0
@@ -196,12 +175,13 @@ def build(variant: Wide) -> Callable[..., None]:
                 wgmma.commit()
                 if step > 0:
                     wgmma.wait_for_older()
-                    release(base, before, lane)
+                    if lane == 0:
+                        barrier.arrive(base + empty_at + 8 * before)
                 before = stage
                 stage, parity = next_stage(stage, parity)
             all_done(total)
-            if steps > 0:
-                release(base, before, lane)
+            if steps > 0 and lane == 0:
+                barrier.arrive(base + empty_at + 8 * before)
             if scaled:
                 low, high = float32(0.0), float32(0.0)
                 if row < M:
@@ -219,7 +199,8 @@ def build(variant: Wide) -> Callable[..., None]:
                     at = base + stage * stage_bytes
                     a, b = short_descriptor(at + a_short), short_descriptor(at + a_bytes)
                     multiply_outliers(total, a, b)
-                    release(base, stage, lane)
+                    if lane == 0:
+                        barrier.arrive(base + empty_at + 8 * stage)
                     stage, parity = next_stage(stage, parity)
                     left = int32(left - CHUNK)
                 start = int32(column * block_n + 2 * quad_lane)
@@ -231,9 +212,9 @@ def build(variant: Wide) -> Callable[..., None]:
 
     def product(
         a_map: Any, b_map: Any, x_map: Any, w_map: Any, out: Any, a_absmax: Any, b_absmax: Any, bias: Any,
-        number_at: Any, indices: Any,
+        number_at: Any, indices: Any, marks: Any,
         x: Any, x_row: Any, x_feature: Any, w: Any, w_feature: Any, w_column: Any,
-        tiles: Any, rows: Any, columns: Any, steps: Any, M: Any, N: Any, side_by_side: Any,
+        tiles: Any, rows: Any, columns: Any, steps: Any, M: Any, N: Any, side_by_side: Any, K: Any,
     ) -> None:  # fmt: skip
         problem = (tiles, rows, columns, steps, M, N, side_by_side)
         shared = cuda.shared.array(0, types.uint8)
@@ -242,17 +223,13 @@ def build(variant: Wide) -> Callable[..., None]:
         if thread == 0:
             for i in range(stages):
                 barrier.initialise(base + full_at + 8 * i, 1)
-                barrier.initialise(base + empty_at + 8 * i, consumer_warps * size)
+                barrier.initialise(base + empty_at + 8 * i, consumer_warps)
             barrier.initialise(base + columns_full, 32)
             barrier.initialise(base + columns_empty, consumer_warps)
             barrier.publish_initialisation()
-        if pair:
-            cluster.synchronise()
-        else:
-            cuda.syncthreads()
+        cuda.syncthreads()
         grid.wait_for_earlier_grids()
-        first = int32(cuda.blockIdx.x // size)
-        blocks = int32(cuda.gridDim.x // size)
+        first, blocks = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
         number = int32(0)
         if number_at != uint64(0):
             number = copy.load_word(number_at)
@@ -263,11 +240,11 @@ def build(variant: Wide) -> Callable[..., None]:
                 produce(base, (a_map, b_map, x_map, w_map), first, blocks, number, problem)
             elif scaled and role == 1:
                 describe(base, int32(thread & 31), b_absmax, bias, first, blocks, problem)
+            elif number > 0 and role == 2:
+                clear_marks(marks, K, int32(32 * first + (thread & 31)), int32(32 * blocks))
         else:
             take_registers()
             surplus = (x, x_row, x_feature, w, w_feature, w_column, b_absmax)
             consume(base, thread, out, a_absmax, indices, surplus, first, blocks, number, problem)
-        if pair:
-            cluster.synchronise()  # a block that has ended cannot take what its partner still sends
 
     return product

@@ -16,6 +16,7 @@ from cuda_backend._numba import cuda, device_function
 from cuda_backend.int8.arithmetic import product
 from cuda_backend.int8.epilogue_hopper import INVERSE, NO_BIAS, build_weight, kind_of
 from cuda_backend.int8.gemm_hopper import STEPS_OF_A_STAGE, ring
+from cuda_backend.int8.outliers_hopper import clear_marks
 from cuda_backend.int8.variant_hopper import STEP, Narrow
 from cuda_backend.ptx import barrier, cluster, copy, grid, matrix_copy, registers, wgmma
 from cuda_backend.ptx.assembly import types
@@ -27,9 +28,10 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 SIGNATURE = types.void(
     *[uint64] * 2,  # descriptors of the weight and of X
     *[uint64] * 4,  # out; absmax of the rows of X and of the weight; bias, or 0
-    *[uint64] * 4,  # number of outliers, or 0; their indices; outliers of X and of the weight, side by side
+    *[uint64] * 3,  # number of outliers, or 0 if there are none; their indices; the marks to be cleared
+    *[uint64] * 2,  # outliers of X and of the weight, side by side
     *[uint64] * 6,  # x, its strides by row and feature; what outliers meet, by feature and column: bytes
-    *[int32] * 6,  # blocks of a cluster, steps of a block, steps, M, N, outliers side by side
+    *[int32] * 7,  # tiles of tokens, steps of a block, steps, M, N, outliers side by side, K
 )
 PAD = 4  # words between the sums of two tokens: what the lanes of a warp store lies in different banks
 
@@ -38,9 +40,9 @@ def build(variant: Narrow) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE`.
 
     It wants ``variant.threads`` threads, declared as launch bound with one block, ``variant.shared_bytes`` of
-    dynamic shared memory, and a cluster of as many blocks as share a tile for each tile.
+    dynamic shared memory, and a cluster of ``variant.blocks`` for each tile.
     """
-    features, tokens, stages = variant.features, variant.tokens, variant.stages
+    features, tokens, stages, blocks = variant.features, variant.tokens, variant.stages, variant.blocks
     w_bytes, stage_bytes = variant.w_bytes, variant.w_bytes + variant.x_bytes
     count, consumers = tokens // 2, variant.threads - 32
     scaled = variant.kind != "int32"
@@ -56,7 +58,7 @@ def build(variant: Narrow) -> Callable[..., None]:
     weight = build_weight(variant.kind, variant.outliers)
 
     @device_function
-    def produce(base: Any, w_map: Any, x_map: Any, first: Any, end: Any, row: Any) -> None:
+    def produce(base: Any, w_map: Any, x_map: Any, first: Any, end: Any, row: Any, token: Any) -> None:
         matrix_copy.acquire(w_map)
         matrix_copy.acquire(x_map)
         ahead = int32(min(end - first, stages))
@@ -67,7 +69,7 @@ def build(variant: Narrow) -> Callable[..., None]:
         grid.wait_for_earlier_grids()
         for stage in range(ahead):
             full, target = base + full_at + 8 * stage, base + stage * stage_bytes
-            matrix_copy.load(target + w_bytes, x_map, full, int32((first + stage) * STEP), 0)
+            matrix_copy.load(target + w_bytes, x_map, full, int32((first + stage) * STEP), token)
         stage, parity = int32(0), int32(0)
         step = int32(first + ahead)
         while step < end:
@@ -75,7 +77,7 @@ def build(variant: Narrow) -> Callable[..., None]:
             barrier.wait(base + empty_at + 8 * stage, parity)
             barrier.expect_bytes(full, stage_bytes)
             matrix_copy.load(target, w_map, full, int32(step * STEP), row)
-            matrix_copy.load(target + w_bytes, x_map, full, int32(step * STEP), 0)
+            matrix_copy.load(target + w_bytes, x_map, full, int32(step * STEP), token)
             stage, parity = next_stage(stage, parity)
             step = int32(step + 1)
 
@@ -126,23 +128,24 @@ def build(variant: Narrow) -> Callable[..., None]:
 
     @device_function
     def finish(
-        base: Any, thread: Any, start: Any, blocks: Any, out: Any, scales: Any, number: Any, addresses: Any,
+        base: Any, thread: Any, start: Any, first: Any, out: Any, scales: Any, number: Any, addresses: Any,
         M: Any, N: Any, side_by_side: Any,
     ) -> None:  # fmt: skip
         x_absmax, w_absmax, bias = scales
         own = int32(thread & (features - 1))
         n = int32(start + own)
-        token = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features) + thread // features)
+        place = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features) + thread // features)
+        end = int32(min(M - first, tokens))
         if n < N:
             factor, shift = float32(0.0), float32(NO_BIAS)
             if scaled:
                 factor = copy.load_float(w_absmax + uint64(4) * uint64(n))
                 if bias != uint64(0):
                     shift = unpack(copy.load_half(bias + uint64(2) * uint64(n)))
-            while token < M:
-                total = int32(0)
+            while place < end:
+                total, token = int32(0), int32(first + place)
                 for block in range(blocks):
-                    total += cluster.load_word(uint32(base + token * token_bytes + 4 * own), uint32(block))
+                    total += cluster.load_word(uint32(base + place * token_bytes + 4 * own), uint32(block))
                 at = uint64(token) * uint64(N) + uint64(n)
                 if scaled:
                     row = copy.load_float(x_absmax + uint64(4) * uint64(token))
@@ -152,13 +155,13 @@ def build(variant: Narrow) -> Callable[..., None]:
                     copy.store_global_half(out + uint64(2) * at, pack(y, float32(0.0)))
                 else:
                     copy.store_global_word(out + uint64(4) * at, uint32(total))
-                token = int32(token + blocks * (consumers // features))
+                place = int32(place + blocks * (consumers // features))
 
     def product_of_few(
         w_map: Any, x_map: Any, out: Any, x_absmax: Any, w_absmax: Any, bias: Any,
-        number_at: Any, indices: Any, x_aside: Any, w_aside: Any,
+        number_at: Any, indices: Any, marks: Any, x_aside: Any, w_aside: Any,
         x: Any, x_row: Any, x_feature: Any, w: Any, w_feature: Any, w_column: Any,
-        blocks: Any, own_steps: Any, steps: Any, M: Any, N: Any, side_by_side: Any,
+        token_tiles: Any, own_steps: Any, steps: Any, M: Any, N: Any, side_by_side: Any, K: Any,
     ) -> None:  # fmt: skip
         shared = cuda.shared.array(0, types.uint8)
         base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
@@ -169,13 +172,15 @@ def build(variant: Narrow) -> Callable[..., None]:
                 barrier.initialise(base + empty_at + 8 * i, consumers // 32)
             barrier.publish_initialisation()
         cuda.syncthreads()
-        tile = registers.quotient(int32(cuda.blockIdx.x), blocks)
+        tile = int32(cuda.blockIdx.x // blocks)
+        feature_tile = registers.quotient(tile, token_tiles)
+        token = int32((tile - feature_tile * token_tiles) * tokens)
         first = int32(int32(cuda.blockIdx.x % blocks) * own_steps)
         end = int32(min(steps, first + own_steps))
-        start = int32(tile * features)
+        start = int32(feature_tile * features)
         if registers.uniform(thread >> 5) == consumers // 32:
             if thread == consumers and first < end:
-                produce(base, w_map, x_map, first, end, start)
+                produce(base, w_map, x_map, first, end, start, token)
         else:
             accumulate(base, thread, first, end)
         cluster.synchronise()
@@ -186,7 +191,10 @@ def build(variant: Narrow) -> Callable[..., None]:
                 number = copy.load_word(number_at)
             addresses = (indices, x_aside, w_aside, x, x_row, x_feature, w, w_feature, w_column)
             scales = (x_absmax, w_absmax, bias)
-            finish(base, thread, start, blocks, out, scales, number, addresses, M, N, side_by_side)
+            finish(base, thread, start, token, out, scales, number, addresses, M, N, side_by_side)
+            if number > 0:
+                own = int32(cuda.blockIdx.x * consumers + thread)
+                clear_marks(marks, K, own, int32(cuda.gridDim.x * consumers))
         cluster.synchronise()  # a block's sums stay until all have read them
 
     return product_of_few

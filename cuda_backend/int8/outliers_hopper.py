@@ -1,9 +1,9 @@
 """Setting outliers aside on Hopper: marked columns become a list, their codes 0, their numbers neighbours.
 
-Every block makes the list of marked columns for itself, by a scan over the marks, and writes it to the same
-place: all write the same.  Then blocks share the rows of x and the columns of the weight: of each, the
-outliers' numbers are put side by side for the product, padded with zeros to a multiple of 16, and the codes
-of x there become 0.  The block that is last to have read the marks clears them for the next call.
+Every block makes the list of marked columns for itself, by a scan over the marks, in shared memory; what does
+not fit there all blocks write to the same place in global memory, all the same.  Then blocks share the rows
+of x and the columns of the weight: of each, the outliers' numbers are put side by side for the product, padded
+with zeros to a multiple of 16, and the codes of x there become 0.  The product that follows clears the marks.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, section 3; `refimpl.quant.quantize_rows` is the definition.
 """
@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cuda_backend._numba import cuda
+from cuda_backend._numba import cuda, device_function
 from cuda_backend.int8.epilogue_hopper import build_weight
 from cuda_backend.ptx import copy, grid, registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["SIGNATURE", "THREADS", "Variant", "build"]
+__all__ = ["MEMBERS", "SIGNATURE", "THREADS", "Variant", "build", "clear_marks"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 SIGNATURE = types.void(
-    *[uint64] * 2,  # marks, a byte for each column, multiple of 16; a counter that is 0 before and after
+    uint64,  # marks, a byte for each column, up to a multiple of 16
     *[uint64] * 2,  # indices of outlier columns, their number: int32
     *[uint64] * 5,  # x, its strides by row and feature in bytes; codes of x, bytes from a row to the next
     *[uint64] * 4,  # what outliers meet, its strides by feature and column; absmax of the weight
@@ -31,6 +31,7 @@ SIGNATURE = types.void(
     *[int32] * 4,  # T, K, N, numbers in a row of these
 )
 THREADS, WARPS, WIDTH, MEMBERS = 256, 8, 16, 16  # WIDTH marks a thread and round, MEMBERS threads a row
+LISTED = 1024  # indices that a block keeps in shared memory
 
 
 class Variant(NamedTuple):
@@ -40,19 +41,28 @@ class Variant(NamedTuple):
     outliers: str
 
 
+@device_function
+def clear_marks(marks: Any, K: Any, thread: Any, threads: Any) -> None:
+    """Make the marks of K columns 0, by `threads` threads of all blocks."""
+    column = int32(WIDTH * thread)
+    while column < K:
+        copy.store_global_16(marks + uint64(column), 0, 0, 0, 0)
+        column = int32(column + WIDTH * threads)
+
+
 def build(variant: Variant) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE`; any number of blocks of THREADS."""
     weight = build_weight(variant.kind, variant.outliers)
     pack = registers.pack_pair("bf16" if variant.kind == "bfloat16" else "f16")
 
     def set_aside(
-        marks: Any, counter: Any, indices: Any, number_at: Any,
+        marks: Any, indices: Any, number_at: Any,
         x: Any, x_row: Any, x_feature: Any, codes: Any, codes_row: Any,
         w: Any, w_feature: Any, w_column: Any, w_absmax: Any,
         x_aside: Any, w_aside: Any, T: Any, K: Any, N: Any, side_by_side: Any,
     ) -> None:  # fmt: skip
         sums = cuda.shared.array(WARPS, int32)
-        last = cuda.shared.array(1, int32)
+        listed = cuda.shared.array(LISTED, int32)
         words = cuda.local.array(4, uint32)
         thread = int32(cuda.threadIdx.x)
         lane, warp = int32(thread & 31), int32(thread >> 5)
@@ -84,33 +94,27 @@ def build(variant: Variant) -> Callable[..., None]:
             if own > 0:
                 for i in range(WIDTH):
                     if (words[i // 4] >> uint32(8 * (i % 4))) & uint32(1):
+                        if place < LISTED:
+                            listed[place] = column + i
                         copy.store_global_word(indices + uint64(4) * uint64(place), uint32(column + i))
                         place += int32(1)
             number += total
             cuda.syncthreads()
             start = int32(start + WIDTH * THREADS)
-        if thread == 0:
-            if cuda.blockIdx.x == 0:
-                copy.store_global_word(number_at, uint32(number))
-            blocks = int32(cuda.gridDim.x)
-            last[0] = copy.fetch_increment(counter, blocks - 1) == blocks - 1
+        if thread == 0 and cuda.blockIdx.x == 0:
+            copy.store_global_word(number_at, uint32(number))
         cuda.syncthreads()
-        if number == 0:
-            return
-        if last[0] != 0:
-            column = int32(WIDTH * thread)
-            while column < K:
-                copy.store_global_16(marks + uint64(column), 0, 0, 0, 0)
-                column = int32(column + WIDTH * THREADS)
 
         padded = int32((number + (MEMBERS - 1)) // MEMBERS * MEMBERS)
         member = int32(thread & (MEMBERS - 1))
         row = int32(cuda.blockIdx.x * (THREADS // MEMBERS) + thread // MEMBERS)
-        while row < T + N:
+        while number > 0 and row < T + N:
             j = member
             while j < padded:
                 feature = uint64(0)
-                if j < number:
+                if j < min(number, LISTED):
+                    feature = uint64(listed[j])
+                elif j < number:
                     feature = uint64(copy.load_word(indices + uint64(4) * uint64(j)))
                 if row < T:
                     bits = uint32(0)

@@ -81,7 +81,9 @@ class RowsPlan(_Plan):
             return NOTHING
         self.check(codes, x if self.rows.aligned else 0)
         with self.shared.lock:
-            return self.rows.run(self.stream, self.memory, x, codes, absmax)
+            after = self.rows.run(self.stream, self.memory, x, codes, absmax)
+            self.rows.clear(self.stream, self.memory[1])
+            return after
 
 
 class LinearPlan(_Plan):
@@ -135,6 +137,8 @@ class LinearPlan(_Plan):
             after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met)
             if self.shape[1]:
                 self.product.run(self.shared, self.stream, self.memory[0], x_codes, codes, out, after)
+            else:
+                self.rows.clear(self.stream, self.memory[1])
         return after
 
 

@@ -11,7 +11,7 @@ from cuda_backend.int8 import pack_hopper
 from cuda_backend.int8.descriptors_hopper import encoder
 from cuda_backend.int8.launches_hopper import Launch, function_of
 from cuda_backend.int8.memory_hopper import Arena, Shared, padded
-from cuda_backend.int8.variant_hopper import CHUNK, STEP, Narrow, Wide, blocks_of_narrow, choose
+from cuda_backend.int8.variant_hopper import CHUNK, STEP, Narrow, Wide, choose
 from refimpl.errors import UnsupportedError
 
 __all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "side_by_side"]
@@ -29,8 +29,8 @@ class After(NamedTuple):
     ----------
     a_absmax, b_absmax, bias
         Scales of the rows of A and of B, and the bias of the latter.
-    number, indices
-        How many columns were set aside, and which.
+    number, indices, marks
+        How many columns were set aside, and which; their marks, which the product clears.
     x_aside, w_aside
         Their numbers in x and in the weight, side by side.
     x, x_row, x_feature
@@ -44,6 +44,7 @@ class After(NamedTuple):
     bias: int = 0
     number: int = 0
     indices: int = 0
+    marks: int = 0
     x_aside: int = 0
     w_aside: int = 0
     x: int = 0
@@ -109,35 +110,34 @@ class Product:
         # The stride of an axis of one row is any number; the driver wants a multiple of 16 all the same.
         pitches = [pitch if pitch % 16 == 0 and pitch > 0 else padded(K) for pitch in pitches]
         if variant is None:
-            variant = choose(kind, outliers, M, N, processors)
+            variant = choose(kind, outliers, M, N, K, processors)
         aside, steps = side_by_side(K), -(-K // STEP)
         function = function_of("product", variant, device)
         self.variant = variant
         self._wide = isinstance(variant, Wide)
         early = early and self._packs == [None, None]
         if isinstance(variant, Wide):
-            rows, columns = -(-M // (variant.block_m * variant.cluster)), -(-N // variant.block_n)
-            a_rows, b_rows = variant.block_m, variant.block_n // variant.cluster
+            a_rows, b_rows = variant.block_m, variant.block_n
+            rows, columns = -(-M // a_rows), -(-N // b_rows)
             self._encoders = [
                 encoder(M, K, pitches[0], a_rows, STEP),
                 encoder(N, K, pitches[1], b_rows, STEP),
                 encoder(M, 2 * aside, 2 * aside, a_rows, 2 * CHUNK),
                 encoder(N, 2 * aside, 2 * aside, b_rows, 2 * CHUNK),
             ]
-            cluster, tiles = variant.cluster, rows * columns
-            blocks = cluster * min(tiles, processors // cluster)
-            numbers = [tiles, rows, columns, steps, M, N, aside]
+            cluster, blocks = 1, min(rows * columns, processors)
+            numbers = [rows * columns, rows, columns, steps, M, N, aside, K]
         else:
-            tiles = -(-N // variant.features)
-            cluster, own_steps = blocks_of_narrow(tiles, steps, processors)
+            cluster = variant.blocks
             self._encoders = [
                 encoder(N, K, pitches[1], variant.features, STEP),
                 encoder(M, K, pitches[0], variant.tokens, STEP),
             ]
-            blocks = tiles * cluster
-            numbers = [cluster, own_steps, steps, M, N, aside]
+            tiles = -(-M // variant.tokens)
+            blocks = tiles * -(-N // variant.features) * cluster
+            numbers = [tiles, -(-steps // cluster), steps, M, N, aside, K]
         self._launch = Launch(
-            function, 16, numbers, blocks=blocks, cluster=cluster, early=early,
+            function, 17, numbers, blocks=blocks, cluster=cluster, early=early,
             threads=variant.threads, shared_bytes=variant.shared_bytes,
         )  # fmt: skip
 
@@ -155,7 +155,7 @@ class Product:
             matrices = (b, a)
         maps = shared.descriptors.place(self._number, matrices, self._encoders)
         if self._wide:
-            self._launch(stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:5], *after[7:])
+            self._launch(stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:])
         else:
             self._launch(stream, maps, maps + 128, out, *after)
 

@@ -112,7 +112,8 @@ def build(variant: Variant) -> Callable[..., None]:
                 skipped = copy.load_byte(place) != 0
             else:
                 skipped = bits >= uint32(limit) and column + i < K
-                if skipped:
+                # Outliers lie in the same columns in all rows: most are marked already.
+                if skipped and copy.load_byte(place) == 0:
                     copy.store_global_byte(place, uint32(1))
             if not skipped:
                 top = max(top, bits)

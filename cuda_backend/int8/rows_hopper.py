@@ -9,6 +9,7 @@ import numpy as np
 
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import View
+from cuda_backend.context import checked, driver
 from cuda_backend.int8 import outliers_hopper, quantize_hopper
 from cuda_backend.int8.launches_hopper import Launch, function_of
 from cuda_backend.int8.memory_hopper import Arena, padded
@@ -19,7 +20,7 @@ from refimpl.quant.absmax import Convention
 __all__ = ["Rows", "gpu_reasons", "reasons", "sixteen_bit_limit"]
 
 KINDS = ("float16", "bfloat16")
-BLOCKS = 4  # of set_aside, on each multiprocessor
+BLOCKS = 8  # of the kernel that sets outliers aside, on each multiprocessor
 
 
 class Rows:
@@ -70,14 +71,14 @@ class Rows:
         if threshold is None:
             return
         aside = side_by_side(K)
-        self._marks, self._counter = zeros.reserve(self.pitch), zeros.reserve(4)
+        self._marks = zeros.reserve(self.pitch)
         self._indices, self._number = scratch.reserve(4 * K), scratch.reserve(4)
         self._x_aside, self._w_aside = scratch.reserve(2 * T * aside), scratch.reserve(2 * N * aside)
         function = function_of("outliers", outliers_hopper.Variant(x.dtype, convention), device)
         rows = outliers_hopper.THREADS // outliers_hopper.MEMBERS
         blocks = max(1, min(BLOCKS * processors, -(-(T + N) // rows)))
         self._set_aside = Launch(
-            function, 15, [T, K, N, aside], blocks=blocks, threads=outliers_hopper.THREADS, early=True
+            function, 14, [T, K, N, aside], blocks=blocks, threads=outliers_hopper.THREADS, early=True
         )
 
     def run(
@@ -93,13 +94,18 @@ class Rows:
         number, indices = scratch + self._number, scratch + self._indices
         x_aside, w_aside = scratch + self._x_aside, scratch + self._w_aside
         self._set_aside(
-            stream, marks, zeros + self._counter, indices, number, x, self._row, 2, codes, self.pitch,
+            stream, marks, indices, number, x, self._row, 2, codes, self.pitch,
             met.w, met.w_feature, met.w_column, met.b_absmax, x_aside, w_aside,
         )  # fmt: skip
         return After(
-            absmax, met.b_absmax, met.bias, number, indices, x_aside, w_aside, x, self._row, 2,
+            absmax, met.b_absmax, met.bias, number, indices, marks, x_aside, w_aside, x, self._row, 2,
             met.w, met.w_feature, met.w_column,
         )  # fmt: skip
+
+    def clear(self, stream: int, zeros: int) -> None:
+        """Clear the marks, where no product follows that does."""
+        if self._set_aside is not None:
+            checked(driver.cuMemsetD8Async(zeros + self._marks, 0, self.pitch, stream))
 
 
 def gpu_reasons() -> list[str]:

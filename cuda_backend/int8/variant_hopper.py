@@ -16,7 +16,7 @@ START = 2
 
 
 class Wide(NamedTuple):
-    """A product for many rows: persistent blocks, in pairs that share the tiles of B.
+    """A product for many rows, by persistent blocks.
 
     Attributes
     ----------
@@ -28,21 +28,12 @@ class Wide(NamedTuple):
         Whether rows of the output begin at multiples of 16 bytes.
     block_n
         Columns of a tile; it has 128 rows.
-    cluster
-        Blocks that share the tile of B, 1 or 2: each loads a part of it into both.
-    group
-        Rows of tiles, or of pairs of them, that are worked on together: both operands should stay in L2.
-    stagger
-        Stages that the second warpgroup lets pass before it begins.
     """
 
     kind: str
     outliers: str
     aligned: bool
     block_n: int
-    cluster: int
-    group: int = 8
-    stagger: int = 0
 
     @property
     def block_m(self) -> int:
@@ -84,11 +75,14 @@ class Narrow(NamedTuple):
         As of `Wide`.
     tokens
         Rows of X in a tile, a multiple of 8 up to 64.
+    blocks
+        Of a cluster, which shares a tile: 1, 2, 4 or 8.
     """
 
     kind: str
     outliers: str
     tokens: int
+    blocks: int
 
     @property
     def features(self) -> int:
@@ -121,54 +115,55 @@ class Narrow(NamedTuple):
         return 1024 + self.stages * (self.w_bytes + self.x_bytes) + 256
 
 
-def choose(kind: str, outliers: str, M: int, N: int, processors: int) -> Wide | Narrow:
-    """Return the variant for a product with M x N outputs.
+def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:
+    """Return the variant for a product of M x K and K x N codes.
 
     Parameters
     ----------
     kind, outliers : str
         As of `Wide`.
-    M, N : int
-        Rows and columns of the output.
+    M, N, K : int
+        Sizes.
     processors : int
         Streaming multiprocessors.
 
     Notes
     -----
-    A tile of 128 x 128 takes `SMALL_TILE` of the time of one of 128 x 256; the least sum of waves wins.
+    A tile of 128 x 128 takes `SMALL_TILE` of the time of one of 128 x 256; the least sum of waves wins.  Few
+    rows, or tiles for less than a quarter of the processors, go the narrow way.
 
     Examples
     --------
-    >>> choose("float16", "released", 16, 4096, 132)
-    Narrow(kind='float16', outliers='released', tokens=16)
-    >>> [choose("float16", "released", M, 4096, 132)[3:5] for M in (4096, 256)]
-    [(256, 2), (128, 2)]
+    >>> choose("float16", "released", 16, 4096, 4096, 132)
+    Narrow(kind='float16', outliers='released', tokens=16, blocks=8)
+    >>> [choose("float16", "released", M, 4096, 4096, 132)[3] for M in (4096, 256)]
+    [256, 128]
     """
-    if M <= LARGEST_NARROW:
-        return Narrow(kind, outliers, next(tokens for tokens in (8, 16, 32, 64) if tokens >= M))
+    rows = -(-M // (64 * CONSUMERS))
+    if M <= LARGEST_NARROW or 4 * rows * -(-N // 128) < processors:
+        tokens = next(tokens for tokens in (8, 16, 32, 64) if tokens >= min(M, LARGEST_NARROW))
+        tiles = -(-M // tokens) * -(-N // (64 * CONSUMERS))
+        return Narrow(kind, outliers, tokens, blocks_of_narrow(tiles, -(-K // STEP), processors))
     item = 4 if kind == "int32" else 2
-    cluster = 2 if M > 64 * CONSUMERS else 1
-    rows = -(-M // (64 * CONSUMERS * cluster))
 
     def cost(block_n: int) -> float:
-        waves = -(-rows * -(-N // block_n) // (processors // cluster))
+        waves = -(-rows * -(-N // block_n) // processors)
         return waves * (1.0 if block_n == 256 else SMALL_TILE)
 
-    return Wide(kind, outliers, item * N % 16 == 0, min((256, 128), key=cost), cluster)
+    return Wide(kind, outliers, item * N % 16 == 0, min((256, 128), key=cost))
 
 
-def blocks_of_narrow(tiles: int, steps: int, processors: int) -> tuple[int, int]:
-    """Return how many blocks share a tile, 1, 2, 4 or 8, and how many steps along K each does.
+def blocks_of_narrow(tiles: int, steps: int, processors: int) -> int:
+    """Return how many blocks share a tile, 1, 2, 4 or 8.
 
     Two blocks fit on a multiprocessor, and each costs `START` steps beside its own; the least time of all
     waves wins, then the fewest blocks.
 
     >>> blocks_of_narrow(32, 32, 132), blocks_of_narrow(224, 64, 132)
-    ((8, 4), (1, 64))
+    (8, 1)
     """
 
     def time(blocks: int) -> int:
         return -(-tiles * blocks // (2 * processors)) * (-(-steps // blocks) + START)
 
-    blocks = min((blocks for blocks in (1, 2, 4, 8) if blocks <= max(1, steps)), key=time)
-    return blocks, -(-steps // blocks)
+    return min((blocks for blocks in (1, 2, 4, 8) if blocks <= max(1, steps)), key=time)

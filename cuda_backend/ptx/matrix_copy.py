@@ -1,4 +1,4 @@
-"""The tensor memory accelerator on matrices: boxes between global and shared memory, also into a cluster.
+"""The tensor memory accelerator on matrices: boxes from global to shared memory.
 
 Descriptors lie in device memory, for whoever copies again and again from the same matrices.
 
@@ -9,15 +9,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["acquire", "load", "multicast"]
-
-_BOX = {
-    "target": types.uint32,
-    "descriptor": types.uint64,
-    "barrier": types.uint32,
-    "column": types.int32,
-    "row": types.int32,
-}
+__all__ = ["acquire", "load"]
 
 acquire = instruction(
     "acquire",
@@ -32,22 +24,16 @@ acquire = instruction(
 load = instruction(
     "load",
     types.void,
-    _BOX,
+    {
+        "target": types.uint32,
+        "descriptor": types.uint64,
+        "barrier": types.uint32,
+        "column": types.int32,
+        "row": types.int32,
+    },
     "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
     "[$0], [$1, {$3, $4}], [$2];",
     "r,l,r,r,r",
     "Copy the box at a column and a row to shared address `target`; it completes on `barrier`, by bytes.  "
     'PTX ISA, "cp.async.bulk.tensor".',
-)
-
-multicast = instruction(
-    "multicast",
-    types.void,
-    {**_BOX, "blocks": types.uint32},
-    "{ .reg .b16 blocks; cvt.u16.u32 blocks, $5; "
-    "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-    "[$0], [$1, {$3, $4}], [$2], blocks; }",
-    "r,l,r,r,r,r",
-    "The same into every block of the cluster whose bit is set in `blocks`, at the same place in each, whose "
-    'own barrier there counts the bytes.  PTX ISA, "cp.async.bulk.tensor", .multicast::cluster.',
 )
