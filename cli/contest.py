@@ -82,6 +82,9 @@ def result_rows(
 def _our_functions(problem: Problem, backend: str) -> Iterator[tuple[str, Callable[..., Any]]]:
     from refimpl import registry
 
+    if problem.functions is not None:
+        yield from problem.functions(backend).items()
+        return
     for item in registry.implementations_of(problem.technique):
         if backend in item.backends:
             yield f"frugal {item.tier}".rstrip(), item.load()
@@ -111,9 +114,9 @@ def _verified(
         except NotImplementedError as error:
             return "refused", str(error)
         wrong = problem.check(operands, output, supply.to_host)
-        wrong = wrong or _law_broken(
-            problem.technique, f, problem.dtype, backend, tuple(problem.axes.items())
-        )
+        if wrong is None and problem.functions is None:
+            axes = tuple(problem.axes.items())
+            wrong = _law_broken(problem.technique, f, problem.dtype, backend, axes)
     return ("failed", wrong) if wrong else ("verified", "")
 
 

@@ -11,9 +11,10 @@ import click
 
 from cli.backward_problem import attention_backward_problem
 from cli.commands.env import why_not
+from cli.int8_problems import int8_problems, projections
 from cli.output import output_options, progress
 from cli.parameters import COUNTS, DTYPES, HARDWARE
-from cli.problems import Problem, attention_problem, int8_problems
+from cli.problems import Problem, attention_problem
 from cli.result import Column, Result, cell_text
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ AXES = {"attention": ("B", "H", "N", "D"), "int8": ("M", "K", "N")}
 DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
     ("attention", "cuda"): ((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128)),
     ("attention", "cudasim"): ((1, 2, 24, 8),),
-    ("int8", "cuda"): ((4096, 4096, 4096), (8192, 8192, 8192)),
+    ("int8", "cuda"): ((16, 4096, 4096), (256, 4096, 4096), (4096, 4096, 4096), (8192, 8192, 8192)),
     ("int8", "cudasim"): ((16, 32, 16),),
 }
+DEFAULT_TOKENS = (16, 4096)
 DIRECTIONS = {
     "fwd": (attention_problem,),
     "bwd": (attention_backward_problem,),
@@ -81,6 +83,7 @@ Examples:
   frugal bench attention --rivals
   frugal bench attention --shape 4,16,4096,128 --dtype fp16,bf16 --causal --rivals --plot attention.svg
   frugal bench int8 --shape 4096,4096,4096 --rivals --json
+  frugal bench int8 --model llama-2-70b --tokens 16,4096 --dtype bf16 --rivals
   frugal bench attention --backend cudasim""",
     short_help="Kernels timed on this GPU.",
 )
@@ -99,7 +102,11 @@ Examples:
     multiple=True,
     help="Sizes of a problem; may be repeated.  [default: a few usual ones]",
 )
-@click.option("--dtype", "dtypes", type=DTYPES, help="Formats of attention.  [default: float16]")
+@click.option(
+    "--model", "models", multiple=True, help="Of int8: the linear layers of a model's block; may be repeated."
+)
+@click.option("--tokens", type=COUNTS, help="Of int8 with --model: rows.  [default: 16,4096]")
+@click.option("--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those beside it.  [default: float16]")
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
 @click.option(
     "--pass",
@@ -115,6 +122,8 @@ def command(
     what: str,
     backend: str,
     shapes: tuple[tuple[int, ...], ...],
+    models: tuple[str, ...],
+    tokens: tuple[int, ...] | None,
     dtypes: tuple[str, ...] | None,
     causal: bool | None,
     direction: str | None,
@@ -129,8 +138,14 @@ def command(
     Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
     simulator can run the same checks, and its seconds say nothing about a GPU.
     """
-    if what == "int8" and (dtypes, causal, direction) != (None, None, None):
-        raise click.UsageError("--dtype, --causal and --pass are options of attention")
+    if what == "int8" and (causal, direction) != (None, None):
+        raise click.UsageError("--causal and --pass are options of attention")
+    if what == "int8" and not set(dtypes or ()) <= {"float16", "bfloat16"}:
+        raise click.UsageError("--dtype of int8 is float16 or bfloat16")
+    if what != "int8" and (models or tokens):
+        raise click.UsageError("--model and --tokens are options of int8")
+    if tokens and not models:
+        raise click.UsageError("--tokens are the rows of a --model")
     for shape in shapes:
         if len(shape) != len(AXES[what]):
             raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {_name(shape)}")
@@ -147,6 +162,7 @@ def command(
     registry.load()
     card = None if backend == "cudasim" else _card(hardware)
     supply = supply_of(backend)
+    shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
     problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal, direction or "fwd")
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
@@ -162,7 +178,8 @@ def _problems(
     direction: str,
 ) -> list[Problem]:
     if what == "int8":
-        return [problem for shape in shapes for problem in int8_problems(shape)]
+        kinds = dtypes or ("float16",)
+        return [problem for kind in kinds for shape in shapes for problem in int8_problems(shape, kind)]
     masks = (False, True) if causal is None else (causal,)
     combinations = itertools.product(dtypes or ("float16",), shapes, masks)
     return [

@@ -153,10 +153,10 @@ def llm_int8_linear_hopper(
     ...     x, weight = np.array([[0.02, 60.0]], np.float16), np.eye(2, dtype=np.float16)
     ...     assert llm_int8_linear_hopper(x, weight).round(3).tolist() == x.round(3).tolist()
     """
-    if isinstance(weight, PreparedWeight) and library_of(x) == "torch" and not return_parts:
-        return _prepared_call(x, weight, bias, threshold, convention, stream)
+    if not return_parts and _all_torch(x, weight, bias, convention):
+        return _torch_call(x, weight, bias, threshold, convention, stream)
     check_threshold(threshold, convention)
-    weight, floats = _parts(x, weight, bias)
+    weight, floats = _parts(x, weight, bias, threshold, convention)
     host = is_host(x)
     if host:
         x, bias = floats["x"], floats.get("bias")
@@ -200,7 +200,9 @@ def llm_int8_linear_hopper(
     )
 
 
-def _parts(x: Any, weight: Any, bias: Any) -> tuple[PreparedWeight, dict[str, Any]]:
+def _parts(
+    x: Any, weight: Any, bias: Any, threshold: float | None, convention: Convention
+) -> tuple[PreparedWeight, dict[str, Any]]:
     """Return the weight's parts, codes None if it has none yet, and the floating operands, checked."""
     floats = {"x": x} if bias is None else {"x": x, "bias": bias}
     if isinstance(weight, PreparedWeight):
@@ -214,7 +216,9 @@ def _parts(x: Any, weight: Any, bias: Any) -> tuple[PreparedWeight, dict[str, An
     given: Any = found.get("weight")
     if given is None:
         codes = codes_matrix("weight codes", parts.codes)
-        given = stored_weight(Int8Columns(codes, described("weight absmax", parts.absmax)), "released", None)
+        given = Int8Columns(codes, described("weight absmax", parts.absmax))
+        prepared = isinstance(weight, PreparedWeight)
+        given = stored_weight(given, "released" if prepared else convention, threshold)
     x_given, weight_given, bias_given = linear_operands(found["x"], given, found.get("bias"))
     check_inner(x_given.shape[1])
     if not is_host(x):
@@ -228,17 +232,34 @@ def _parts(x: Any, weight: Any, bias: Any) -> tuple[PreparedWeight, dict[str, An
     return parts, checked_floats
 
 
-def _prepared_call(
-    x: Any, weight: PreparedWeight, bias: Any, threshold: float | None, convention: Convention, stream: Any
+def _all_torch(x: Any, weight: Any, bias: Any, convention: Convention) -> bool:
+    """Return whether a call has tensors only, and a weight that has its codes."""
+    if not isinstance(weight, PreparedWeight) and not (
+        isinstance(weight, Int8Columns) and convention == "released"
+    ):
+        return False
+    tensors = (x, weight.codes) if bias is None else (x, weight.codes, bias)
+    return all(library_of(each) == "torch" for each in tensors)
+
+
+def _torch_call(
+    x: Any,
+    weight: PreparedWeight | Int8Columns,
+    bias: Any,
+    threshold: float | None,
+    convention: Convention,
+    stream: Any,
 ) -> Any:
     """Call with tensors: by far the most calls, which make no views and check layouts once."""
     on = stream_of(x, stream)
-    given = weight.given if convention == "paper" and threshold is not None else None
+    codes: Any = weight.codes
+    absmax: Any = weight.absmax
+    met: Any = getattr(weight, "given", None) if convention == "paper" and threshold is not None else None
     plan = linear_plan(
         torch_layout(x),
-        torch_layout(weight.codes),
-        None if given is None else torch_layout(given),
-        torch_layout(weight.absmax),
+        torch_layout(codes),
+        None if met is None else torch_layout(met),
+        torch_layout(absmax),
         None if bias is None else torch_layout(bias),
         threshold,
         convention,
@@ -249,9 +270,9 @@ def _prepared_call(
     if 0 not in plan.shape:
         plan.run(
             x.data_ptr(),
-            weight.codes.data_ptr(),
-            weight.absmax.data_ptr(),
-            0 if given is None else given.data_ptr(),
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            0 if met is None else met.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
         )

@@ -2,8 +2,8 @@
 
 Every block makes the list of marked columns for itself, by a scan over the marks, in shared memory; what does
 not fit there all blocks write to the same place in global memory, all the same.  Then blocks share the rows
-of x and the columns of the weight: of each, the outliers' numbers are put side by side for the product, padded
-with zeros to a multiple of 16, and the codes of x there become 0.  The product that follows clears the marks.
+of x and the columns of the weight: of each, the outliers' numbers are put side by side for the product,
+padded with zeros to a multiple of 16, and the codes of x there become 0.  The product clears the marks.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, section 3; `refimpl.quant.quantize_rows` is the definition.
 """
@@ -119,9 +119,10 @@ def build(variant: Variant) -> Callable[..., None]:
                 if row < T:
                     bits = uint32(0)
                     if j < number:
-                        bits = copy.load_half(x + uint64(row) * x_row + feature * x_feature)
                         copy.store_global_byte(codes + uint64(row) * codes_row + feature, uint32(0))
-                    if j < side_by_side:
+                        if N > 0:
+                            bits = copy.load_half(x + uint64(row) * x_row + feature * x_feature)
+                    if N > 0 and j < side_by_side:
                         at = uint64(row) * uint64(side_by_side) + uint64(j)
                         copy.store_global_half(x_aside + uint64(2) * at, bits)
                 elif j < side_by_side:

@@ -1,8 +1,8 @@
 """One grid behind another: the next launch of a stream may begin before this one has ended.
 
-A launch with the attribute *programmatic stream serialization* may start as soon as every block of the launch
-before it has called `let_next_grid_start` or has ended.  What it does before `wait_for_earlier_grids` (barriers,
-descriptors) runs beside the end of that launch; what it does behind it sees all that was written.
+A launch with the attribute *programmatic stream serialization* may start as soon as every block of the
+launch before it has called `let_next_grid_start` or has ended.  What it does before `wait_for_earlier_grids`
+(barriers, descriptors) runs beside the end of that launch; what it does behind it sees all that was written.
 
 Source: PTX ISA 8.7, "Parallel Synchronization and Communication Instructions: griddepcontrol".
 """
