@@ -131,17 +131,12 @@ def build(variant: Narrow) -> Callable[..., None]:
         base: Any, thread: Any, start: Any, first: Any, out: Any, scales: Any, number: Any, addresses: Any,
         M: Any, N: Any, side_by_side: Any,
     ) -> None:  # fmt: skip
-        x_absmax, w_absmax, bias = scales
+        x_absmax, factor, shift = scales
         own = int32(thread & (features - 1))
         n = int32(start + own)
         place = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features) + thread // features)
         end = int32(min(M - first, tokens))
         if n < N:
-            factor, shift = float32(0.0), float32(NO_BIAS)
-            if scaled:
-                factor = copy.load_float(w_absmax + uint64(4) * uint64(n))
-                if bias != uint64(0):
-                    shift = unpack(copy.load_half(bias + uint64(2) * uint64(n)))
             while place < end:
                 total, token = int32(0), int32(first + place)
                 for block in range(blocks):
@@ -178,6 +173,13 @@ def build(variant: Narrow) -> Callable[..., None]:
         first = int32(int32(cuda.blockIdx.x % blocks) * own_steps)
         end = int32(min(steps, first + own_steps))
         start = int32(feature_tile * features)
+        # Scale and bias of this thread's column, on their way while codes arrive.
+        n = int32(start + (thread & (features - 1)))
+        factor, shift = float32(0.0), float32(NO_BIAS)
+        if scaled and n < N:
+            factor = copy.load_float(w_absmax + uint64(4) * uint64(n))
+            if bias != uint64(0):
+                shift = unpack(copy.load_half(bias + uint64(2) * uint64(n)))
         if registers.uniform(thread >> 5) == consumers // 32:
             if thread == consumers and first < end:
                 produce(base, w_map, x_map, first, end, start, token)
@@ -190,7 +192,7 @@ def build(variant: Narrow) -> Callable[..., None]:
             if number_at != uint64(0):
                 number = copy.load_word(number_at)
             addresses = (indices, x_aside, w_aside, x, x_row, x_feature, w, w_feature, w_column)
-            scales = (x_absmax, w_absmax, bias)
+            scales = (x_absmax, factor, shift)
             finish(base, thread, start, token, out, scales, number, addresses, M, N, side_by_side)
             if number > 0:
                 own = int32(cuda.blockIdx.x * consumers + thread)
