@@ -9,7 +9,7 @@ import numpy as np
 
 from cuda_backend.arrays import View, is_host, view
 from cuda_backend.context import checked, current_device, driver
-from cuda_backend.int8.memory import allocated, to_host, transposed_view
+from cuda_backend.int8.memory import allocated, to_host, transposed, transposed_view
 from cuda_backend.int8.memory_hopper import padded
 from cuda_backend.int8.operands import check_inner, check_threshold, codes_matrix, described, one_library
 from cuda_backend.int8.plan_hopper import product_plan, rows_plan
@@ -214,7 +214,7 @@ def _product(
     if is_host(a) and kind != "int32":
         like = np.empty(0, scales["bias"].dtype if "bias" in scales else kind)
     out, result = allocated((size["M"], size["N"]), kind, like, on)
-    codes = view("a", a, on), transposed_view("b", b, on)
+    codes = view("a", a, on), transposed(transposed_view("b", b, on))
     views = {name: view(name, value, on) for name, value in scales.items()}
     wait_for([*codes, *views.values()], on)
     for name, value in views.items():

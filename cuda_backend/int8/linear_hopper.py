@@ -81,18 +81,18 @@ def prepare_weight(weight: Any, /, *, keep: bool = False, stream: Any = None) ->
         columns = quantize_columns(weight, stream=stream)
     codes = columns.codes
     if codes.shape[0] % 16:
-        codes = roomy(codes)
+        codes = _roomy(codes, stream)
     return PreparedWeight(codes, columns.absmax, weight if keep else None)
 
 
-def roomy(codes: Any) -> Any:
+def _roomy(codes: Any, stream: Any) -> Any:
     """Return codes [K, N] whose columns begin at multiples of 16 bytes."""
     K, N = codes.shape
     if is_host(codes):
         memory = np.zeros((N, padded(K)), np.int8)
         memory[:, :K] = codes.T
         return memory[:, :K].T
-    on = stream_of(codes, None)
+    on = stream_of(codes, stream)
     given, result = allocated((N, padded(K)), "int8", codes, on)
     source = transposed_view("codes", codes, on)
     copied(source, given.address, on)

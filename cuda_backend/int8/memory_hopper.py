@@ -9,7 +9,7 @@ from cuda_backend.context import checked, driver
 from cuda_backend.int8.descriptors_hopper import Descriptors
 from refimpl.errors import UnsupportedError
 
-__all__ = ["ALIGNMENT", "Arena", "Shared", "padded", "shared_by"]
+__all__ = ["ALIGNMENT", "Arena", "Shared", "padded", "refuse_capture", "shared_by"]
 
 ALIGNMENT = 256
 
@@ -56,14 +56,18 @@ class Shared:
     def _memory(self, name: str, size: int) -> int:
         address, held = self._held[name]
         if size > held:
-            if checked(driver.cuStreamIsCapturing(self._stream)):
-                raise UnsupportedError("a stream under capture: call once with these shapes before capturing")
             held = max(size, 2 * held)
             address = int(checked(driver.cuMemAlloc(held)))
             if name == "zeros":
                 checked(driver.cuMemsetD8Async(address, 0, held, self._stream))
             self._held[name] = address, held
         return address
+
+
+def refuse_capture(stream: int) -> None:
+    """Raise UnsupportedError before kernels are loaded or memory is asked for, which would break a capture."""
+    if checked(driver.cuStreamIsCapturing(stream)):
+        raise UnsupportedError("a stream under capture: call once with these shapes before capturing")
 
 
 @functools.cache

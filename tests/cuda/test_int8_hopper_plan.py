@@ -107,6 +107,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
     monkeypatch.setattr(launches_hopper, "driver", driver)
     monkeypatch.setattr(product_hopper, "encoder", lambda *_: None)
     monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
+    monkeypatch.setattr(memory_hopper, "driver", SimpleNamespace(cuStreamIsCapturing=lambda _: (0, 0)))
     for module in (plan_hopper, rows_hopper):
         monkeypatch.setattr(module, "cuda", cuda)
     for module in (product_hopper, rows_hopper):
@@ -299,3 +300,14 @@ def test_other_gpus_are_refused(launched: list[SimpleNamespace], monkeypatch: py
         monkeypatch.setattr(module, "cuda", SimpleNamespace(get_current_device=lambda: ampere))
     with pytest.raises(UnsupportedError, match=r"compute capability 8\.0; the kernel needs 9\.0"):
         rows_plan(layout(4, 64), None, "released", 0, 0)
+
+
+def test_new_shapes_are_refused_under_capture(
+    launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = layout(4, 64)
+    seen = rows_plan(x, None, "released", 0, 0)
+    monkeypatch.setattr(memory_hopper, "driver", SimpleNamespace(cuStreamIsCapturing=lambda _: (0, 1)))
+    assert rows_plan(x, None, "released", 0, 0) is seen
+    with pytest.raises(UnsupportedError, match="call once with these shapes"):
+        rows_plan(layout(5, 64), None, "released", 0, 0)
