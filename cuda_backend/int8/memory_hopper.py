@@ -65,7 +65,7 @@ class Shared:
 
 
 def refuse_capture(stream: int) -> None:
-    """Raise UnsupportedError before kernels are loaded or memory is asked for, which would break a capture."""
+    """Raise UnsupportedError before kernels are loaded or memory is asked for, which breaks a capture."""
     if checked(driver.cuStreamIsCapturing(stream)):
         raise UnsupportedError("a stream under capture: call once with these shapes before capturing")
 
