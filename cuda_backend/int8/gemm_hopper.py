@@ -21,13 +21,14 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.int8.epilogue_hopper import build_columns, build_epilogue, build_surplus, kind_of
 from cuda_backend.int8.outliers_hopper import clear_marks
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, Wide
 from cuda_backend.ptx import barrier, copy, grid, matrix_copy, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["SIGNATURE", "build", "ring"]
+__all__ = ["SIGNATURE", "build"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -41,18 +42,6 @@ SIGNATURE = types.void(
 GROUP = 8  # rows of tiles that are worked on together: with 16 columns they share what L2 holds
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 STEPS_OF_A_STAGE = [0, 2, 4, 6]  # 32 bytes each, in units of 16
-
-
-def ring(stages: int) -> Callable[..., Any]:
-    """Return the step around a ring of `stages`: (stage, parity of its phase) to the next ones."""
-
-    @device_function
-    def advance(stage: Any, parity: Any) -> Any:
-        if stage == stages - 1:
-            return int32(0), int32(parity ^ 1)
-        return int32(stage + 1), parity
-
-    return advance
 
 
 def placing(group: int) -> Callable[..., Any]:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.int8.arithmetic import product
 from cuda_backend.int8.epilogue_hopper import INVERSE, NO_BIAS, build_weight, kind_of
-from cuda_backend.int8.gemm_hopper import STEPS_OF_A_STAGE, ring
+from cuda_backend.int8.gemm_hopper import STEPS_OF_A_STAGE
 from cuda_backend.int8.outliers_hopper import clear_marks
 from cuda_backend.int8.variant_hopper import STEP, Narrow
 from cuda_backend.ptx import barrier, cluster, copy, grid, matrix_copy, registers, wgmma

@@ -133,8 +133,8 @@ def llm_int8_linear_hopper(
     ShapeError, DTypeError, OptionError, BackendUnavailableError
         As `cuda_backend.llm_int8_linear_fused`.
     UnsupportedError
-        If the GPU is no Hopper, for other dtypes and strides, for the paper's convention with a prepared
-        weight that does not keep the weight, or if a stream under capture has not seen the shapes before.
+        If the GPU is no Hopper, for other dtypes, strides and addresses, for the paper's convention with a
+        prepared weight that does not keep the weight, or if a stream under capture has not seen the shapes.
 
     Notes
     -----
