@@ -16,6 +16,7 @@ from cuda_backend.int8.call_hopper import int8_matmul_hopper, quantize_rows_hopp
 from cuda_backend.int8.linear_hopper import llm_int8_linear_hopper, prepare_weight
 from refimpl import quant
 from refimpl.errors import OptionError
+from refimpl.testing import check
 from tests.cuda.int8_hopper_driver import forget_plans
 from tests.cuda.int8_hopper_played import played
 from tests.cuda.int8_judge import DTYPES, case_of, differing, linear_difference, matrix
@@ -122,6 +123,22 @@ def test_options_are_those_of_the_reference(launched: list[SimpleNamespace]) -> 
         quantize_rows_hopper(x, convention="other")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="got -128"):
         int8_matmul_hopper(np.full((2, 3), -128, np.int8), np.ones((3, 2), np.int8))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("technique", "f"),
+    [("quant.llm_int8_fused", llm_int8_linear_hopper), ("quant.int8_matmul", int8_matmul_hopper)],
+)
+def test_the_records_of_what_is_registered(
+    launched: list[SimpleNamespace], technique: str, f: Any, dtype: str
+) -> None:
+    """Laws, reference, oracles' tolerances and edges, as `frugal verify --backend cuda` asks for them."""
+    report = check(technique, f, backend="cuda", examples=6, dtypes=[dtype])
+    assert not report.failed, report.failed[0]
+    counts = report.counts()
+    assert counts["passed"] > 20
+    assert counts["refused"] == 0
 
 
 # Mistakes around the kernels: each exchanges or shifts one argument, and must be seen.

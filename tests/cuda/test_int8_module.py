@@ -1,4 +1,4 @@
-"""The module that takes the place of `torch.nn.Linear`, on the host, with the reference in the kernels' place."""
+"""The module in the place of `torch.nn.Linear`, on the host, with the reference in the place of kernels."""
 
 from __future__ import annotations
 
