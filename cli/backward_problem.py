@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cli.parameters import PRECISIONS
-from cli.problems import SAMPLED_HEADS, SAMPLED_ROWS, Arrays, Draw, Problem, ToHost, sampled
+from cli.problems import SAMPLED_HEADS, SAMPLED_ROWS, SDPA_NAMES, Arrays, Draw, Problem, ToHost, sampled
 
 if TYPE_CHECKING:
     from cuda_backend.torch_ops import Rival
@@ -54,7 +54,7 @@ def attention_backward_problem(shape: Sequence[int], dtype: str, causal: bool) -
         options={"causal": causal},
         operands=operands,
         check=partial(_check, dtype, causal),
-        rival_names=tuple(f"torch SDPA {name}" for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "default")),
+        rival_names=SDPA_NAMES,
         rivals=rivals,
     )
 

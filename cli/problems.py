@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from cuda_backend.torch_ops import Rival
     from refimpl.numerics import Array
 
-__all__ = ["Problem", "attention_problem", "int8_problems", "sampled", "total_bytes"]
+__all__ = ["Arrays", "Draw", "Problem", "ToHost", "attention_problem", "sampled", "total_bytes"]
 
 Arrays = tuple[Any, ...]
 Draw = Callable[..., Any]
 ToHost = Callable[[Any, str], "Array"]
 
-SAMPLED_ROWS, SAMPLED_HEADS, SAMPLED_COLUMNS = 16, 4, 256
-THRESHOLD, OUTLIERS = 6.0, 4
+SAMPLED_ROWS, SAMPLED_HEADS = 16, 4
+SDPA_NAMES = tuple(f"torch SDPA {name}" for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "default"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,9 @@ class Problem:
         ``check(operands, output, to_host)`` says what is wrong with an output of this size, or None.
     rival_names, rivals
         Functions of others, and ``rivals()``, which gives those that are there, by name.
+    functions
+        ``functions(backend)`` gives ours by name, where they are registered under no technique of their own:
+        `check` alone judges them.
     """
 
     operation: str
@@ -64,10 +67,11 @@ class Problem:
     check: Callable[[Arrays, Any, ToHost], str | None]
     rival_names: tuple[str, ...]
     rivals: Callable[[], Mapping[str, Rival]]
+    functions: Callable[[str], Mapping[str, Callable[..., Any]]] | None = None
 
 
 def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem:
-    """Return the forward pass of attention; `shape` is (B, H, N, D).
+    """Return the forward pass of attention; `shape` is (B, H, N, D), or (B, H, Hkv, N, D) with grouped heads.
 
     Two products of 2 N² D operations for each head, of which a causal mask leaves half: as FlashAttention's
     authors count.
@@ -75,11 +79,13 @@ def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem
     >>> attention_problem((1, 2, 8, 4), "float16", True).work
     1024
     """
-    B, H, N, D = shape
+    B, H, *rest, N, D = shape
+    (kv_heads,) = rest or (H,)
     itemsize, precision = PRECISIONS[dtype]
 
     def operands(draw: Draw, seed: int) -> tuple[Arrays, Arrays]:
-        arrays = tuple(draw((B, N, H, D), dtype, 3 * seed + index) for index in range(3))
+        heads = enumerate((H, kv_heads, kv_heads))
+        arrays = tuple(draw((B, N, count, D), dtype, 3 * seed + index) for index, count in heads)
         return arrays, arrays
 
     def rivals() -> Mapping[str, Rival]:
@@ -89,81 +95,20 @@ def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem
 
     return Problem(
         operation="attention forward",
-        shape=(B, H, N, D),
+        shape=tuple(shape),
         dtype=dtype,
         causal=causal,
         technique="attention.flash",
         axes={"D": 8, "Dv": 8, "extra": "none"},
         work=4 * B * H * N * N * D // (2 if causal else 1),
-        compulsory_bytes=4 * B * H * N * D * itemsize,
+        compulsory_bytes=2 * B * (H + kv_heads) * N * D * itemsize,
         precision=precision,
         options={"causal": causal},
         operands=operands,
         check=partial(_check_attention, dtype, causal),
-        rival_names=tuple(f"torch SDPA {name}" for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "default")),
+        rival_names=(*SDPA_NAMES, "torch FlexAttention"),
         rivals=rivals,
     )
-
-
-def int8_problems(shape: Sequence[int]) -> list[Problem]:
-    """Return the product of codes, and LLM.int8() on float16; `shape` is (M, K, N).
-
-    >>> [problem.work for problem in int8_problems((2, 3, 5))]
-    [60, 60]
-    """
-    M, K, N = shape
-
-    def codes(draw: Draw, seed: int) -> tuple[Arrays, Arrays]:
-        arrays = draw((M, K), "int8", 2 * seed), draw((N, K), "int8", 2 * seed + 1).T
-        return arrays, arrays
-
-    def layer(draw: Draw, seed: int) -> tuple[Arrays, Arrays]:
-        from cuda_backend import quantize_columns
-
-        # Outliers stand in every row, so that any rows have the same columns set aside.
-        x = draw((M, K), "float16", 2 * seed, outliers=min(OUTLIERS, K))
-        weight = draw((N, K), "float16", 2 * seed + 1).T
-        return (x, quantize_columns(weight)), (x, weight)
-
-    def product_rivals() -> Mapping[str, Rival]:
-        from cuda_backend.torch_ops import int8_product_rivals
-
-        return int8_product_rivals()
-
-    def layer_rivals() -> Mapping[str, Rival]:
-        from cuda_backend.torch_ops import linear_rivals
-
-        return linear_rivals()
-
-    product = Problem(
-        operation="int8 product",
-        shape=(M, K, N),
-        dtype="int8",
-        causal=False,
-        technique="quant.int8_matmul",
-        axes={},
-        work=2 * M * K * N,
-        compulsory_bytes=M * K + K * N + 4 * M * N,
-        precision="int8",
-        options={},
-        operands=codes,
-        check=_check_product,
-        rival_names=("torch._int_mm",),
-        rivals=product_rivals,
-    )
-    linear = replace(
-        product,
-        operation="LLM.int8() linear",
-        dtype="float16",
-        technique="quant.llm_int8_fused",
-        compulsory_bytes=2 * M * K + K * N + 4 * N + 2 * M * N,
-        options={"threshold": THRESHOLD},
-        operands=layer,
-        check=_check_linear,
-        rival_names=("torch matmul",),
-        rivals=layer_rivals,
-    )
-    return [product, linear]
 
 
 def sampled(count: int, most: int) -> Any:
@@ -186,7 +131,9 @@ def _check_attention(dtype: str, causal: bool, operands: Arrays, output: Any, to
     heads = sampled(B * H, SAMPLED_HEADS)
     for batch, head in ((int(index) // H, int(index) % H) for index in heads):
         part = slice(batch, batch + 1), slice(None), slice(head, head + 1)
-        case = Case((q[part][:, rows], k[part], v[part]), {} if mask is None else {"attn_mask": mask})
+        kv_head = head // (H // k.shape[2])
+        keys = slice(batch, batch + 1), slice(None), slice(kv_head, kv_head + 1)
+        case = Case((q[part][:, rows], k[keys], v[keys]), {} if mask is None else {"attn_mask": mask})
         truth, _, limits, invalid = baseline_limits(registry.get("attention.dense"), case, dtype_named(dtype))
         if invalid:
             return f"the sampled rows say nothing: {invalid}"
@@ -196,30 +143,6 @@ def _check_attention(dtype: str, causal: bool, operands: Arrays, output: Any, to
         if problem:
             return problem
     return None
-
-
-def _check_product(operands: Arrays, output: Any, to_host: ToHost) -> str | None:
-    """Hold sampled cells to the product in float64, which is exact: sums stay below 2**53."""
-    a, b = (to_host(x, "int8") for x in operands)
-    rows, columns = sampled(a.shape[0], SAMPLED_ROWS), sampled(b.shape[1], SAMPLED_COLUMNS)
-    truth = a[rows].astype(np.float64) @ b[:, columns].astype(np.float64)
-    wrong = int(np.sum(truth != to_host(output, "int32")[np.ix_(rows, columns)]))
-    return f"{wrong} of {truth.size} sampled cells differ" if wrong else None
-
-
-def _check_linear(operands: Arrays, output: Any, to_host: ToHost) -> str | None:
-    """Hold sampled cells to the reference, which is given the codes of the weight."""
-    from refimpl.quant import Int8Columns, llm_int8_linear_fused
-    from refimpl.tolerances import Limit, mismatch
-
-    x, stored = to_host(operands[0], "float16"), operands[1]
-    codes, absmax = to_host(stored.codes, "int8"), to_host(stored.absmax, "float32")
-    rows, columns = sampled(x.shape[0], SAMPLED_ROWS), sampled(codes.shape[1], SAMPLED_COLUMNS)
-    weight = Int8Columns(codes[:, columns], absmax[columns])
-    truth = np.asarray(llm_int8_linear_fused(x[rows], weight, threshold=THRESHOLD)).astype(np.float64)
-    # Both round to float16, after float32 sums of a few outliers in different orders.
-    limit = np.abs(truth) * 2.0**-10 + np.abs(truth).max() * 2.0**-14
-    return mismatch(to_host(output, "float16")[np.ix_(rows, columns)], truth, Limit(limit))
 
 
 def total_bytes(arrays: Arrays) -> int:

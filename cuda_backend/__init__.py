@@ -5,9 +5,9 @@ and loads a function when it is first asked for.
 
 >>> import cuda_backend
 >>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
-['flash_attention', 'flash_attention_vjp', 'scaled_dot_product_attention']
->>> [name for name in sorted(cuda_backend.__all__) if "int8" in name]
-['int8_matmul', 'llm_int8_linear', 'llm_int8_linear_fused']
+['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'scaled_dot_product_attention']
+>>> [name for name in sorted(cuda_backend.__all__) if "llm" in name]
+['llm_int8_linear', 'llm_int8_linear_fused', 'llm_int8_linear_hopper']
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ __all__ = [
     "availability",
     "dequantize_product",
     "flash_attention",
+    "flash_attention_hopper",
     "flash_attention_vjp",
     "int8_matmul",
+    "int8_matmul_hopper",
     "llm_int8_linear",
     "llm_int8_linear_fused",
+    "llm_int8_linear_hopper",
     "outlier_columns",
+    "prepare_weight",
     "quantize_columns",
     "quantize_rows",
+    "quantize_rows_hopper",
     "scaled_dot_product_attention",
+    "scaled_int8_matmul",
     "supports",
 ]
 
@@ -35,6 +41,7 @@ _FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.
 _INT8 = "cuda_backend.int8"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
+    "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
     "supports": f"{_FORWARD}:supports",
@@ -45,6 +52,11 @@ _HOME = {
     "outlier_columns": f"{_INT8}.quantize:outlier_columns",
     "quantize_columns": f"{_INT8}.quantize:quantize_columns",
     "quantize_rows": f"{_INT8}.quantize:quantize_rows",
+    "int8_matmul_hopper": f"{_INT8}.call_hopper:int8_matmul_hopper",
+    "quantize_rows_hopper": f"{_INT8}.call_hopper:quantize_rows_hopper",
+    "scaled_int8_matmul": f"{_INT8}.call_hopper:scaled_int8_matmul",
+    "llm_int8_linear_hopper": f"{_INT8}.linear_hopper:llm_int8_linear_hopper",
+    "prepare_weight": f"{_INT8}.linear_hopper:prepare_weight",
 }
 
 for _technique, _function in (
@@ -56,6 +68,12 @@ for _technique, _function in (
     ("quant.llm_int8_fused", "llm_int8_linear_fused"),
 ):
     add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
+for _technique, _function in (
+    ("attention.flash", "flash_attention_hopper"),
+    ("quant.int8_matmul", "int8_matmul_hopper"),
+    ("quant.llm_int8_fused", "llm_int8_linear_hopper"),
+):
+    add_implementation(_technique, _HOME[_function], backend="cuda", tier="hopper")
 
 
 def availability(backend: str) -> str | None:

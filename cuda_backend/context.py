@@ -9,7 +9,7 @@ from typing import Any
 from cuda_backend._numba import SIMULATOR, cuda, missing
 from refimpl.errors import BackendUnavailableError
 
-__all__ = ["checked", "current_device", "driver"]
+__all__ = ["checked", "current_device", "driver", "is_hopper"]
 
 driver: Any = None
 if not SIMULATOR:
@@ -42,6 +42,13 @@ def current_device() -> int:
     device = int(checked(driver.cuCtxGetDevice()))
     _devices[int(checked(driver.cuCtxGetCurrent()))] = device
     return device
+
+
+def is_hopper() -> bool:
+    """Return whether the current GPU has compute capability 9.0; the simulator and no GPU have not."""
+    if SIMULATOR or missing("cuda"):
+        return False
+    return tuple(cuda.get_current_device().compute_capability)[:2] == (9, 0)
 
 
 def checked(result: tuple[Any, ...]) -> Any:

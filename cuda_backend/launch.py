@@ -24,7 +24,15 @@ from cuda_backend.arrays import ITEMSIZE, View, library_of
 from cuda_backend.context import checked, current_device, driver
 from refimpl.errors import DTypeError
 
-__all__ = ["allow_shared_memory", "checked", "launch", "shared_memory_bytes", "stream_of", "wait_for"]
+__all__ = [
+    "allow_shared_memory",
+    "checked",
+    "launch",
+    "shared_memory_bytes",
+    "stream_of",
+    "torch_stream",
+    "wait_for",
+]
 
 Argument = View | np.generic
 
@@ -102,12 +110,12 @@ def stream_of(value: Any, stream: Any) -> int:
     if library == "numpy":
         return 0
     if library == "torch":
-        return _torch_stream(value)
+        return torch_stream(value)
     interface = getattr(value, "__cuda_array_interface__", None)
     return int((interface or {}).get("stream") or 0)
 
 
-def _torch_stream(tensor: Any) -> int:
+def torch_stream(tensor: Any) -> int:
     """Return PyTorch's current stream on the GPU of `tensor`.
 
     The public way makes a Stream object in four microseconds; Inductor and Triton ask as we do.

@@ -8,6 +8,9 @@ from collections import defaultdict
 # Before anything imports numba: CI has no GPU.  A GPU run says FRUGAL_TEST_GPU=1 and selects `-m cuda`.
 if os.environ.get("FRUGAL_TEST_GPU") != "1":
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+# Before anything imports numpy: arrays are small, and the workers of ``-n auto`` take the cores already.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 from hypothesis import HealthCheck, settings

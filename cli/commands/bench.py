@@ -13,9 +13,10 @@ from click.core import ParameterSource
 from cli.backward_problem import attention_backward_problem
 from cli.commands.env import why_not
 from cli.growth_methods import NAMES
+from cli.int8_problems import int8_problems, projections
 from cli.output import output_options, progress
 from cli.parameters import COUNTS, DTYPES, HARDWARE, ListOf
-from cli.problems import Problem, attention_problem, int8_problems
+from cli.problems import Problem, attention_problem
 from cli.result import Column, Result, cell_text
 
 if TYPE_CHECKING:
@@ -25,11 +26,16 @@ __all__ = ["command"]
 
 AXES = {"attention": ("B", "H", "N", "D"), "int8": ("M", "K", "N")}
 DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
-    ("attention", "cuda"): ((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128)),
+    ("attention", "cuda"): (
+        *((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128), (4, 16, 4096, 256)),
+        (4, 32, 8, 4096, 128),
+        *((1, 32, N, D) for D in (64, 128) for N in (512, 1024, 2048)),
+    ),
     ("attention", "cudasim"): ((1, 2, 24, 8),),
-    ("int8", "cuda"): ((4096, 4096, 4096), (8192, 8192, 8192)),
+    ("int8", "cuda"): ((16, 4096, 4096), (256, 4096, 4096), (4096, 4096, 4096), (8192, 8192, 8192)),
     ("int8", "cudasim"): ((16, 32, 16),),
 }
+DEFAULT_TOKENS = (16, 4096)
 DIRECTIONS = {
     "fwd": (attention_problem,),
     "bwd": (attention_backward_problem,),
@@ -38,7 +44,10 @@ DIRECTIONS = {
 GROWTH = "growth"
 # What belongs to kernels, and what to growth; an option of the other kind is refused.
 OWN = {
-    "kernels": ("backend", "shapes", "dtypes", "causal", "direction", "rivals", "hardware"),
+    "kernels": (
+        *("backend", "shapes", "dtypes", "causal", "direction", "tier", "rivals", "chosen", "hardware"),
+        *("models", "tokens"),
+    ),
     GROWTH: ("methods", "sizes"),
 }
 ROUNDS, GROWTH_ROUNDS = 9, 3
@@ -76,7 +85,7 @@ SIMULATION = (Column("simulator_s", "simulator/s", right=True, text=cell_text),)
 class _Shape(click.ParamType):  # type: ignore[type-arg]
     """Sizes with commas between them."""
 
-    name = "B,H,N,D or M,K,N"
+    name = "B,H,N,D or B,H,Hkv,N,D or M,K,N"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -88,8 +97,10 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]
     epilog="""\b
 Examples:
   frugal bench attention --rivals
-  frugal bench attention --shape 4,16,4096,128 --dtype fp16,bf16 --causal --rivals --plot attention.svg
+  frugal bench attention --tier hopper --dtype fp16,bf16 --rivals --plot attention.svg
+  frugal bench attention --shape 4,32,8,4096,128 --causal --rivals
   frugal bench int8 --shape 4096,4096,4096 --rivals --json
+  frugal bench int8 --model llama-2-70b --tokens 16,4096 --dtype bf16 --rivals
   frugal bench attention --backend cudasim
   frugal bench growth --plot growth.svg
   frugal bench growth --method full,mamba --n 1024,2048,4096,8192""",
@@ -110,7 +121,11 @@ Examples:
     multiple=True,
     help="Sizes of a problem; may be repeated.  [default: a few usual ones]",
 )
-@click.option("--dtype", "dtypes", type=DTYPES, help="Formats of attention.  [default: float16]")
+@click.option(
+    "--model", "models", multiple=True, help="Of int8: the linear layers of a model's block; may be repeated."
+)
+@click.option("--tokens", type=COUNTS, help="Of int8 with --model: rows.  [default: 16,4096]")
+@click.option("--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those beside it.  [default: float16]")
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
 @click.option(
     "--pass",
@@ -118,7 +133,9 @@ Examples:
     type=click.Choice(tuple(DIRECTIONS)),
     help="Which pass of attention.  [default: fwd]",
 )
+@click.option("--tier", help="Time this tier of ours only: portable, hopper.  [default: all]")
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
+@click.option("--rival", "chosen", multiple=True, help="Only those with this in their name; may be repeated.")
 @click.option(
     "--rounds",
     type=click.IntRange(1),
@@ -142,10 +159,14 @@ def command(
     what: str,
     backend: str,
     shapes: tuple[tuple[int, ...], ...],
+    models: tuple[str, ...],
+    tokens: tuple[int, ...] | None,
     dtypes: tuple[str, ...] | None,
     causal: bool | None,
     direction: str | None,
+    tier: str | None,
     rivals: bool,
+    chosen: tuple[str, ...],
     rounds: int | None,
     hardware: str | None,
     methods: tuple[str, ...] | None,
@@ -167,10 +188,19 @@ def command(
         from cli.growth import growth_result
 
         return growth_result(methods or NAMES, sizes, rounds or GROWTH_ROUNDS)
-    if what == "int8" and (dtypes, causal, direction) != (None, None, None):
-        raise click.UsageError("--dtype, --causal and --pass are options of attention")
+    if what == "int8" and (causal, direction) != (None, None):
+        raise click.UsageError("--causal and --pass are options of attention")
+    if what == "int8" and not set(dtypes or ()) <= {"float16", "bfloat16"}:
+        raise click.UsageError("--dtype of int8 is float16 or bfloat16")
+    if what != "int8" and (models or tokens):
+        raise click.UsageError("--model and --tokens are options of int8")
+    if tokens and not models:
+        raise click.UsageError("--tokens are the rows of a --model")
     for shape in shapes:
-        if len(shape) != len(AXES[what]):
+        grouped = what == "attention" and direction in (None, "fwd") and len(shape) == len(AXES[what]) + 1
+        if grouped and shape[1] % shape[2]:
+            raise click.UsageError(f"--shape: Hkv must divide H, got {_name(shape)}")
+        if len(shape) != len(AXES[what]) and not grouped:
             raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {_name(shape)}")
     if backend == "cudasim":
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
@@ -185,10 +215,14 @@ def command(
     registry.load()
     card = None if backend == "cudasim" else _card(hardware)
     supply = supply_of(backend)
+    shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
     problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal, direction or "fwd")
+    named = chosen or ("",) * rivals
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
-        rows += result_rows(problem, backend, supply, rivals=rivals, rounds=rounds or ROUNDS, card=card)
+        rows += result_rows(
+            problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
+        )
     return _result(rows, problems, backend, card)
 
 
@@ -210,7 +244,8 @@ def _problems(
     direction: str,
 ) -> list[Problem]:
     if what == "int8":
-        return [problem for shape in shapes for problem in int8_problems(shape)]
+        kinds = dtypes or ("float16",)
+        return [problem for kind in kinds for shape in shapes for problem in int8_problems(shape, kind)]
     masks = (False, True) if causal is None else (causal,)
     combinations = itertools.product(dtypes or ("float16",), shapes, masks)
     return [

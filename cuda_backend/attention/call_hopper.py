@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from cuda_backend.arrays import View, empty, empty_tensor, library_of, torch_layout, view
-from cuda_backend.attention.plan_hopper import MISALIGNED, enqueue, make_plan, reasons
+from cuda_backend.arrays import View, empty, empty_tensor, library_of, view
+from cuda_backend.attention.padding import aligned_rows
+from cuda_backend.attention.plan_hopper import COLUMNS, MISALIGNED, Plan, enqueue, make_plan, reasons
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.context import current_device
-from cuda_backend.launch import stream_of, wait_for
+from cuda_backend.launch import stream_of, torch_stream, wait_for
 from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import Causal
-from refimpl.errors import DTypeError
+from refimpl.errors import DTypeError, UnsupportedError
 
-__all__ = ["flash_attention_hopper", "launch_hopper", "supports_hopper"]
+__all__ = ["flash_attention_hopper", "launch_hopper", "refuse", "supports_hopper"]
+
+# Options of `flash_attention` that the kernel lacks, at their defaults; without dropout `rng` says nothing.
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("attn_mask", "bias", "alibi_slopes", "softcap", "q_lengths", "k_lengths")),
+    **dict.fromkeys(("dropout_mask", "rng", "block_sizes", "sram")),
+    "dropout_p": 0.0,
+}
 
 
 def flash_attention_hopper(
@@ -26,14 +37,16 @@ def flash_attention_hopper(
     scale: float | None = None,
     return_lse: bool = False,
     stream: Any = None,
+    **others: Any,
 ) -> Any:
     """Return attention of GPU arrays in float16 or bfloat16, on the tensor cores of a Hopper GPU.
 
     Parameters
     ----------
     q, k, v : array of float16 or bfloat16, shapes (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv)
-        PyTorch, CuPy, JAX or Numba arrays, read where they lie; NumPy arrays are copied.  Hkv divides Hq.  D
-        and Dv are multiples of 8 up to 256; the last axis is contiguous, other strides are multiples of 8.
+        PyTorch, CuPy, JAX or Numba arrays, read where they lie; NumPy arrays are copied.  Hkv divides Hq; D
+        and Dv are at most 256.  The last axis is contiguous; other strides are multiples of 8, or the array
+        is contiguous.
     causal : {False, True, "top_left", "bottom_right"}
         As for `refimpl.attention.scaled_dot_product_attention`.
     scale : float, optional
@@ -42,6 +55,8 @@ def flash_attention_hopper(
         Also return the log-sum-exp of each row, natural logarithm, float32, shape (B, Hq, Tq).
     stream : int or stream object, optional
         Where to run.  Default: the stream that the library of `q` works on.
+    **others
+        Further options of `cuda_backend.flash_attention`, at their defaults: the kernel has none of them.
 
     Returns
     -------
@@ -60,6 +75,9 @@ def flash_attention_hopper(
     Notes
     -----
     P is rounded to `q`'s dtype before P V, unnormalised; sums are in float32.  Results repeat bit for bit.
+    **Any width**: tiles are filled with zeros to a multiple of 64.  Where D is no multiple of 8, the copy
+    engine cannot take the rows of a contiguous array: they are copied first, on the GPU, which costs their
+    size in memory and traffic.  Where Dv is none, the result is a view of an array with longer rows.
 
     References
     ----------
@@ -73,28 +91,72 @@ def flash_attention_hopper(
     ...     x = np.ones((1, 3, 2, 8), np.float16)
     ...     assert flash_attention_hopper(x, x, x, causal=True).shape == x.shape
     """
-    library = library_of(q)
-    if not type(q) is type(k) is type(v) and {library_of(k), library_of(v)} != {library}:
-        given = {"q": library, "k": library_of(k), "v": library_of(v)}
-        raise DTypeError(f"q, k and v: expected arrays of one library, got {given}")
+    if others:
+        refuse(others)
+    if library_of(q) == "torch" and type(q) is type(k) is type(v):
+        # By far the most calls: no views, which would take as long as the driver.
+        device = current_device()
+        on = torch_stream(q) if stream is None else stream_of(q, stream)
+        plan = _plan_of_tensors(
+            q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
+            v.shape, v.stride(), v.dtype, v.get_device(), causal, scale, on, device,
+        )  # fmt: skip
+        if plan is not None:
+            out = empty_tensor(None if plan.out_is_like_q else plan.out_shape, q.dtype, q, on)
+            lse = empty_tensor(plan.lse_shape, "float32", q, on) if return_lse else None
+            addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+            enqueue(plan, addresses, out.data_ptr(), 0 if lse is None else lse.data_ptr())
+            return out if lse is None else AttentionOutput(out, lse)
+    libraries = {"q": library_of(q), "k": library_of(k), "v": library_of(v)}
+    if len(set(libraries.values())) > 1:
+        raise DTypeError(f"q, k and v: expected arrays of one library, got {libraries}")
     on = stream_of(q, stream)
-    if library == "torch":  # by far the most calls: no views, which would take as long as the driver
-        plan = make_plan(
-            torch_layout(q), torch_layout(k), torch_layout(v), causal, scale, on, current_device()
-        )
-        out = empty_tensor(plan.out_shape, q.dtype, q, on)
-        lse = empty_tensor(plan.lse_shape, "float32", q, on) if return_lse else None
-        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        enqueue(plan, addresses, out.data_ptr(), 0 if lse is None else lse.data_ptr())
-        return out if lse is None else AttentionOutput(out, lse)
-    views = view("q", q, on), view("k", k, on), view("v", v, on)
+    views = [view(name, array, on) for name, array in zip("qkv", (q, k, v), strict=True)]
     wait_for(views, on)
-    plan = make_plan(views[0].layout, views[1].layout, views[2].layout, causal, scale, on, current_device())
-    out, out_result = empty(plan.out_shape, plan.dtype, q, on)
-    lse, lse_result = empty(plan.lse_shape, "float32", q, on) if return_lse else (None, None)
-    addresses = views[0].address, views[1].address, views[2].address
-    enqueue(plan, addresses, out.address, 0 if lse is None else lse.address)
-    return out_result() if lse_result is None else AttentionOutput(out_result(), lse_result())
+    with ExitStack() as copies:
+        aligned = [copies.enter_context(aligned_rows(given, on)) for given in views]
+        layouts = aligned[0].layout, aligned[1].layout, aligned[2].layout
+        plan = make_plan(*layouts, causal, scale, on, current_device())
+        out, out_result = empty(plan.out_shape, plan.dtype, q, on)
+        lse, lse_result = empty(plan.lse_shape, "float32", q, on) if return_lse else (None, None)
+        addresses = aligned[0].address, aligned[1].address, aligned[2].address
+        enqueue(plan, addresses, out.address, 0 if lse is None else lse.address)
+    columns = views[2].shape[3]
+    result = out_result() if columns == plan.out_shape[3] else out_result()[..., :columns]
+    return result if lse_result is None else AttentionOutput(result, lse_result())
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_of_tensors(
+    q_shape: Any, q_stride: Any, q_dtype: Any, q_device: int, k_shape: Any, k_stride: Any, k_dtype: Any,
+    k_device: int, v_shape: Any, v_stride: Any, v_dtype: Any, v_device: int,
+    causal: Causal, scale: float | None, stream: int, device: int,
+) -> Plan | None:  # fmt: skip
+    """Return the plan of a call with PyTorch's tensors; None if a width is odd, and rows may need a copy."""
+    if any(shape[-1:] and shape[-1] % COLUMNS for shape in (q_shape, k_shape, v_shape)):
+        return None
+    q, k = (q_shape, q_stride, q_dtype, q_device), (k_shape, k_stride, k_dtype, k_device)
+    return make_plan(q, k, (v_shape, v_stride, v_dtype, v_device), causal, scale, stream, device)
+
+
+def refuse(options: Mapping[str, Any]) -> None:
+    """Raise for an option of `flash_attention` that the kernel lacks, unless it is at its default.
+
+    Raises
+    ------
+    UnsupportedError
+        With the names.
+    TypeError
+        If `flash_attention` has no such option either.
+    """
+    unknown = sorted(set(options) - set(DEFAULTS))
+    if unknown:
+        raise TypeError(f"flash_attention: no such option: {', '.join(unknown)}")
+    given = [name for name, value in options.items() if name != "rng" and value is not None]
+    if options.get("dropout_p") == DEFAULTS["dropout_p"]:
+        given.remove("dropout_p")
+    if given:
+        raise UnsupportedError(f"flash_attention_hopper: the kernel has no {', '.join(sorted(given))}")
 
 
 def supports_hopper(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, get_args
 
-from cuda_backend.arrays import absent, empty, view
+import numpy as np
+
+from cuda_backend.arrays import absent, dtype_name, empty, is_host, view
 from cuda_backend.attention import forward_portable
 from cuda_backend.attention.call import features, numbers, prepare, reasons
 from cuda_backend.attention.variant_portable import Variant, choose
+from cuda_backend.context import is_hopper
 from cuda_backend.launch import launch, shared_memory_bytes, stream_of
 from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import AttentionOptions
-from refimpl.errors import UnsupportedError
+from refimpl.errors import OptionError, UnsupportedError
 
-__all__ = ["flash_attention", "scaled_dot_product_attention", "supports"]
+__all__ = ["chosen_tier", "flash_attention", "scaled_dot_product_attention", "supports"]
+
+
+Tier = Literal["portable", "hopper", "auto"]
 
 
 def flash_attention(
@@ -26,6 +32,7 @@ def flash_attention(
     block_sizes: tuple[int, int] | None = None,
     sram: int | None = None,
     stream: Any = None,
+    tier: Tier = "portable",
     **options: Unpack[AttentionOptions],
 ) -> Any:
     """Return scaled dot-product attention, computed tile by tile in shared memory.
@@ -46,6 +53,11 @@ def flash_attention(
         simulator, which has no limit.
     stream : int or stream object, optional
         Where to run.  Default: the stream that the library of `q` works on.
+    tier : {"portable", "hopper", "auto"}
+        Which kernels.  "portable" ones run on any GPU, take every option and float32, and are slow; "hopper"
+        are those of `flash_attention_hopper`, for the tensor cores of that GPU, with `causal` and `scale`
+        only; "auto" is "hopper" for float16 and bfloat16 on such a GPU, else "portable".  Nothing falls back:
+        what the chosen tier cannot do is an error that says so.
     **options
         Those of `refimpl.attention.scaled_dot_product_attention`.  Arrays among them may lie on the host or
         beside `q`.  Lengths on the GPU are clamped to [0, T] rather than checked.
@@ -63,15 +75,16 @@ def flash_attention(
     CapacityError
         If tiles of `block_sizes` exceed the GPU's shared memory, or one query and key exceed `sram`.
     UnsupportedError
-        With the reasons of `supports`.
+        With the reasons of `supports`, or those of the Hopper kernels.
     BackendUnavailableError
         If there is neither a GPU nor the simulator.
 
     Notes
     -----
-    Sums and the softmax are in float32, P is never rounded to `q`'s dtype, and exp is the accurate one.
-    Results repeat bit for bit.  **Special cases**: tiles after the last key that the causal mask or a length
-    allows are not read, so NaN there stays unseen.
+    Of the portable kernels (`flash_attention_hopper` says what differs there): sums and the softmax are in
+    float32, P is never rounded to `q`'s dtype, and exp is the accurate one.  Results repeat bit for bit.
+    **Special cases**: tiles after the last key that the causal mask or a length allows are not read, so NaN
+    there stays unseen.
 
     References
     ----------
@@ -84,6 +97,16 @@ def flash_attention(
     >>> if cuda_backend.availability("cudasim") is None:
     ...     assert flash_attention(x, x, x, causal=True).shape == (1, 3, 2, 4)
     """
+    if chosen_tier(tier, q) == "hopper":
+        from cuda_backend.attention.call_hopper import flash_attention_hopper
+
+        further: dict[str, Any] = dict(options)
+        if block_sizes is not None or sram is not None:
+            further |= {"block_sizes": block_sizes, "sram": sram}
+        try:
+            return flash_attention_hopper(q, k, v, return_lse=return_lse, stream=stream, **further)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}; tier='portable' is slower and takes more") from None
     call = prepare({"q": q, "k": k, "v": v}, options)
     refused = reasons(call)
     if refused:
@@ -118,6 +141,28 @@ def flash_attention(
             stream=on,
         )
     return out_result() if lse_result is None else AttentionOutput(out_result(), lse_result())
+
+
+def chosen_tier(tier: Tier, q: Any) -> Literal["portable", "hopper"]:
+    """Return which kernels a call with queries `q` gets.
+
+    Raises
+    ------
+    OptionError
+        If there is no such tier.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> chosen_tier("auto", np.ones((1, 3, 2, 4), np.float32))
+    'portable'
+    """
+    if tier not in get_args(Tier):
+        raise OptionError(f"tier: expected one of {', '.join(get_args(Tier))}, got {tier!r}")
+    if tier != "auto":
+        return tier
+    dtype = np.asarray(q).dtype.name if is_host(q) else dtype_name("q", q)
+    return "hopper" if dtype in ("float16", "bfloat16") and is_hopper() else "portable"
 
 
 def scaled_dot_product_attention(

@@ -1,16 +1,13 @@
 """FlashAttention forward for Hopper: one TMA producer warpgroup, two or three wgmma consumers.
 
 The algorithm is refimpl's `flash_attention` with keys visited from the last needed tile to the first.  A
-block is persistent: its producer thread draws tiles of query rows from a counter in global memory and
-streams Q, K and V through shared memory; each consumer warpgroup owns 64 rows, keeps S, P and O in
-registers, and runs the softmax of one key tile beside P V of the tile before it::
-
-    issue S = Q K(j)'     issue O += P V(j-1)     wait for S     softmax     wait for O     P = S
-    rescale O
+block is persistent: its producer thread finds tiles of query rows and streams Q, K and V through shared
+memory; each consumer warpgroup owns 64 rows, keeps S, P and O in registers, and runs the softmax of one key
+tile beside P V of the tile before it.
 
 Scores stay unscaled: ``exp2((s - max) * scale * log2 e)`` is one FMA and one MUFU for each.  Which block
-computes a tile changes from run to run, the order of arithmetic within a tile never: results repeat bit for
-bit.
+computes a tile may change from run to run, the order of arithmetic within a tile never: results repeat bit
+for bit.
 
 Sources: Shah et al. 2024, arXiv:2407.08608, Algorithms 1 and 2 (producer and consumers, overlap within a
 warpgroup); Dao 2023, arXiv:2307.08691, Section 3 (unscaled O, log-sum-exp).
@@ -21,11 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.schedule_hopper import build_schedule, ring
-from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
-from cuda_backend.attention.variant_hopper import SUBTILE, Variant
-from cuda_backend.ptx import barrier, copy, registers, tma, wgmma
+from cuda_backend._numba import cuda
+from cuda_backend.attention.consumer_hopper import build_consumer
+from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
+from cuda_backend.attention.producer_hopper import build_producer
+from cuda_backend.attention.schedule_hopper import build_schedule
+from cuda_backend.attention.variant_hopper import Variant
+from cuda_backend.ptx import barrier, copy, grid, parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["SIGNATURE", "build"]
@@ -33,221 +32,31 @@ __all__ = ["SIGNATURE", "build"]
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 SIGNATURE = types.void(
-    *[uint64] * 3,  # descriptors of Q, K, V
+    parameters.block(3 * DESCRIPTOR_BYTES),  # of Q, K, V
     *[uint64] * 3,  # out; lse, or 0; the counter, two words that are 0 before and after
     float32,  # scale * log2(e), positive
     *[int32] * 5,  # tiles, tiles of a head, heads of a section, Hq, B * Hq
     *[int32] * 5,  # Hq / Hkv, Tq, Tk, offset of the causal diagonal, Dv
 )
-LN2 = 0.6931471805599453
 
 
 def build(variant: Variant) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE`.
 
     It wants ``variant.threads`` threads, declared as launch bound with one block, ``variant.shared_bytes`` of
-    dynamic shared memory, and at most as many blocks as run at once.
+    dynamic shared memory, and at most as many blocks as run at once, none without a tile.
     """
-    block_m, block_n, stages, q_stages = variant.block_m, variant.block_n, variant.stages, variant.q_stages
-    causal, consumer_warps = variant.causal, 4 * variant.consumers
-    s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
-    q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
-    k_subtiles, v_subtiles = variant.d_qk // SUBTILE, variant.d_v // SUBTILE
-
-    # Shared memory: tiles; barriers of eight bytes, full and empty of Q, K and V by stage; tile numbers.
-    k_tiles = q_stages * q_bytes
-    v_tiles = k_tiles + stages * k_bytes
-    q_full = v_tiles + stages * v_bytes
-    q_empty = q_full + 8 * q_stages
-    k_full = q_empty + 8 * q_stages
-    k_empty, v_full, v_empty = k_full + 8 * stages, k_full + 16 * stages, k_full + 24 * stages
-    tile_slot = k_full + 32 * stages
-
-    place, key_tiles = build_schedule(variant)
-    next_stage, next_q_stage = ring(stages), ring(q_stages)
-    mask, softmax_row, pack_scores = build_softmax(variant)
-    rescale, row_total, store_row = build_output(variant)
+    stages, q_stages, consumer_warps = variant.stages, variant.q_stages, 4 * variant.consumers
+    places = variant.places
+    q_full, q_empty = places.q_full, places.q_empty
+    k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
+    schedule = build_schedule(variant)
+    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
-    pin_scores = registers.pin(s_count)
-    k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
-    qk_product = wgmma.product_shared(
-        block_n, variant.kind, _k_major_steps(variant.d_qk, block_m), _k_major_steps(variant.d_qk, block_n)
-    )
-    pv_product = wgmma.product_registers(variant.d_v, variant.kind, [128 * k for k in range(block_n // 16)])
-    scores_done, scores_first_done = wgmma.wait(0, s_count), wgmma.wait(1, s_count)
-    output_done = wgmma.wait(0, o_count)
-
-    @device_function
-    def produce(base: Any, q_map: Any, k_map: Any, v_map: Any, counter: Any, problem: Any) -> None:
-        tiles, per_head, section, heads, all_heads, group, tq, tk, offset, _ = problem
-        tma.acquire_descriptor(q_map)
-        tma.acquire_descriptor(k_map)
-        tma.acquire_descriptor(v_map)
-        blocks = int32(cuda.gridDim.x)
-        tile = int32(cuda.blockIdx.x)
-        stage, parity, q_stage, q_parity = int32(0), int32(1), int32(0), int32(1)
-        while tile < tiles:
-            following = int32(copy.fetch_add(counter, 1) + blocks)
-            row_block, head = place(tile, per_head, section, all_heads)
-            batch = registers.quotient(head, heads)
-            q_head = int32(head - batch * heads)
-            kv_head = registers.quotient(q_head, group)
-            full = base + q_full + 8 * q_stage
-            barrier.wait(base + q_empty + 8 * q_stage, q_parity)
-            copy.store_shared_word(base + tile_slot + 4 * q_stage, tile)
-            barrier.expect_bytes(full, q_bytes)
-            row = row_block * block_m
-            target = base + q_stage * q_bytes
-            for c in range(k_subtiles):
-                tma.load_4d(target + c * (128 * block_m), q_map, full, c * SUBTILE, row, q_head, batch)
-            j = int32(key_tiles((row_block + 1) * block_m, tq, tk, offset) - 1)
-            while j >= 0:
-                row = j * block_n
-                full = base + k_full + 8 * stage
-                barrier.wait(base + k_empty + 8 * stage, parity)
-                barrier.expect_bytes(full, k_bytes)
-                target = base + k_tiles + stage * k_bytes
-                for c in range(k_subtiles):
-                    tma.load_4d(target + c * (128 * block_n), k_map, full, c * SUBTILE, row, kv_head, batch)
-                full = base + v_full + 8 * stage
-                barrier.wait(base + v_empty + 8 * stage, parity)
-                barrier.expect_bytes(full, v_bytes)
-                target = base + v_tiles + stage * v_bytes
-                for c in range(v_subtiles):
-                    tma.load_4d(target + c * (128 * block_n), v_map, full, c * SUBTILE, row, kv_head, batch)
-                stage, parity = next_stage(stage, parity)
-                j = int32(j - 1)
-            q_stage, q_parity = next_q_stage(q_stage, q_parity)
-            tile = following
-        barrier.wait(base + q_empty + 8 * q_stage, q_parity)
-        copy.store_shared_word(base + tile_slot + 4 * q_stage, -1)
-        barrier.arrive(base + q_full + 8 * q_stage)
-        # Whoever comes last knows that every block has drawn its last tile: reset for the next launch.
-        if copy.fetch_increment(counter + 4, blocks - 1) == blocks - 1:
-            copy.store_global_word(counter, 0)
-
-    @device_function
-    def consume(base: Any, thread: Any, out: Any, lse: Any, scale: Any, problem: Any) -> None:
-        _, per_head, section, heads, all_heads, _, tq, tk, offset, columns = problem
-        s = cuda.local.array(s_count, float32)
-        o = cuda.local.array(o_count, float32)
-        p = cuda.local.array(p_count, uint32)
-        lane = int32(thread & 31)
-        quad_lane = int32(lane & 3)
-        group_index = registers.uniform(int32(thread >> 7) - 1)
-        own_row = int32(64 * group_index + 16 * ((thread >> 5) & 3) + (lane >> 2))
-        stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
-        while True:
-            barrier.wait(base + q_full + 8 * q_stage, q_parity)
-            tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
-            if tile < 0:
-                break
-            q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
-            row_block, head = place(tile, per_head, section, all_heads)
-            row = int32(row_block * block_m + own_row)
-            group_row = int32(row_block * block_m + 64 * group_index)
-            # The first column that this thread's rows, or any row of its warpgroup, may not see.
-            limit_low, limit_high, limit_group = tk, tk, tk
-            if causal:
-                limit_low = min(tk, row + offset + 1)
-                limit_high = min(tk, row + offset + 9)
-                limit_group = min(tk, group_row + offset + 1)
-            for i in range(o_count):
-                o[i] = float32(0.0)
-            max_low, max_high = float32(NO_KEY), float32(NO_KEY)
-            sum_low, sum_high = float32(0.0), float32(0.0)
-            j = int32(key_tiles((row_block + 1) * block_m, tq, tk, offset) - 1)
-            own = key_tiles(group_row + 64, tq, tk, offset) if group_row < tq else int32(0)
-            while j >= own:  # what only other warpgroups need
-                barrier.wait(base + k_full + 8 * stage, parity)
-                barrier.wait(base + v_full + 8 * stage, parity)
-                if lane == 0:
-                    barrier.arrive(base + k_empty + 8 * stage)
-                    barrier.arrive(base + v_empty + 8 * stage)
-                stage, parity = next_stage(stage, parity)
-                j = int32(j - 1)
-            if j >= 0:
-                barrier.wait(base + k_full + 8 * stage, parity)
-                wgmma.fence()
-                qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
-                wgmma.commit()
-                scores_done(s)
-                if lane == 0:
-                    barrier.arrive(base + k_empty + 8 * stage)
-                start = j * block_n
-                if start + block_n > limit_group:
-                    shift = start + 2 * quad_lane
-                    mask(s, limit_low - shift, limit_high - shift)
-                max_low, sum_low, factor_low = softmax_row(s, 0, scale, max_low, sum_low)
-                max_high, sum_high, factor_high = softmax_row(s, 2, scale, max_high, sum_high)
-                barrier.wait(base + v_full + 8 * stage, parity)
-                pack_scores(p, s)
-                j = int32(j - 1)
-                while j >= 0:
-                    old_stage = stage
-                    stage, parity = next_stage(stage, parity)
-                    barrier.wait(base + k_full + 8 * stage, parity)
-                    wgmma.fence()
-                    qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
-                    wgmma.commit()
-                    pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
-                    wgmma.commit()
-                    scores_first_done(s)
-                    if lane == 0:
-                        barrier.arrive(base + k_empty + 8 * stage)
-                    start = j * block_n
-                    if start + block_n > limit_group:
-                        shift = start + 2 * quad_lane
-                        mask(s, limit_low - shift, limit_high - shift)
-                    max_low, sum_low, factor_low = softmax_row(s, 0, scale, max_low, sum_low)
-                    max_high, sum_high, factor_high = softmax_row(s, 2, scale, max_high, sum_high)
-                    # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
-                    pin_scores(s)
-                    barrier.wait(base + v_full + 8 * stage, parity)
-                    output_done(o)
-                    if lane == 0:
-                        barrier.arrive(base + v_empty + 8 * old_stage)
-                    pack_scores(p, s)
-                    rescale(o, factor_low, factor_high)
-                    j = int32(j - 1)
-                if lane == 0:
-                    barrier.arrive(base + q_empty + 8 * q_stage)
-                wgmma.fence()
-                pv_product(o, p, v_descriptor(base + v_tiles + stage * v_bytes))
-                wgmma.commit()
-                output_done(o)
-                if lane == 0:
-                    barrier.arrive(base + v_empty + 8 * stage)
-                stage, parity = next_stage(stage, parity)
-            elif lane == 0:
-                barrier.arrive(base + q_empty + 8 * q_stage)
-            q_stage, q_parity = next_q_stage(q_stage, q_parity)
-
-            sum_low, sum_high = row_total(sum_low), row_total(sum_high)
-            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
-            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
-            batch = registers.quotient(head, heads)
-            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
-            row_bytes = uint64(2 * columns)
-            address = out + line * row_bytes
-            store_row(o, 0, factor_low, address, quad_lane, columns, row < tq)
-            address += uint64(8 * heads) * row_bytes
-            store_row(o, 2, factor_high, address, quad_lane, columns, row + 8 < tq)
-            if lse != uint64(0) and quad_lane == 0:
-                # A row without keys: -inf + log2(0) = -inf.
-                address = lse + uint64(4) * (uint64(head) * uint64(tq) + uint64(row))
-                if row < tq:
-                    value = (max_low * scale + registers.log2(sum_low)) * float32(LN2)
-                    copy.store_global_float(address, value)
-                if row + 8 < tq:
-                    value = (max_high * scale + registers.log2(sum_high)) * float32(LN2)
-                    copy.store_global_float(address + uint64(32), value)
 
     def forward(
-        q_map: Any,
-        k_map: Any,
-        v_map: Any,
+        descriptor_block: Any,
         out: Any,
         lse: Any,
         counter: Any,
@@ -263,11 +72,13 @@ def build(variant: Variant) -> Callable[..., None]:
         offset: Any,
         columns: Any,
     ) -> None:
+        descriptors = parameters.block_address(descriptor_block)
         problem = (tiles, per_head, section, heads, all_heads, group, tq, tk, offset, columns)
         shared = cuda.shared.array(0, types.uint8)
         base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
         thread = int32(cuda.threadIdx.x)
         if thread == 0:
+            grid.let_next_grid_start()
             for i in range(q_stages):
                 barrier.initialise(base + q_full + 8 * i, 1)
                 barrier.initialise(base + q_empty + 8 * i, consumer_warps)
@@ -281,14 +92,10 @@ def build(variant: Variant) -> Callable[..., None]:
         if registers.uniform(thread >> 7) == 0:
             give_registers()
             if thread == 0:
-                produce(base, q_map, k_map, v_map, counter, problem)
+                produce(base, descriptors, counter, problem)
         else:
             take_registers()
+            # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.
             consume(base, thread, out, lse, scale, problem)
 
     return forward
-
-
-def _k_major_steps(depth: int, rows: int) -> list[int]:
-    """Return where each step of 16 along K starts in sub-tiles of 64 columns, in units of 16 bytes."""
-    return [(k // 4) * rows * 8 + (k % 4) * 2 for k in range(depth // 16)]

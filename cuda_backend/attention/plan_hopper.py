@@ -1,14 +1,13 @@
 """What the layouts of q, k and v settle of a Hopper launch, found once: kernel, grid, numbers, descriptors.
 
-A call with arrays of a known layout then packs five addresses and asks the driver for four things: whether
-the stream is under capture, three exchanged addresses of descriptors, their copy, and the launch.
+A call with arrays of a known layout then exchanges the addresses in three descriptors, packs three more, and
+asks the driver for the launch: nothing is copied to the GPU before it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import math
 import struct
 from collections.abc import Callable, Sequence
@@ -18,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import cuda
-from cuda_backend.arrays import Layout, View, laid_out
-from cuda_backend.attention.descriptors import DescriptorCache, encode_together, encoder
+from cuda_backend.arrays import Layout, View, contiguous, laid_out
+from cuda_backend.attention.counters import TileCounters, tile_counters
+from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
 from cuda_backend.attention.variant_hopper import Variant, choose
 from cuda_backend.context import checked, driver
 from cuda_backend.cubins import Image, compiled, load
@@ -27,19 +27,23 @@ from cuda_backend.launch import allow_shared_memory
 from refimpl.attention.scores import Causal, score_rule
 from refimpl.errors import DTypeError, UnsupportedError
 
-__all__ = ["MISALIGNED", "Plan", "enqueue", "make_plan", "reasons"]
+__all__ = ["COLUMNS", "MISALIGNED", "Plan", "enqueue", "make_plan", "reasons", "section_of"]
 
 KINDS = {"float16": "f16", "bfloat16": "bf16"}
 LARGEST_WIDTH = 256
+COLUMNS = 8  # of the output in one store: 16 bytes
 MISALIGNED = "an array does not start at a multiple of 16 bytes"
 LOG2_E = math.log2(math.e)
 # Bytes of K and V of the heads worked on together: half of the 50 MB of L2, so that they stay in it.
 SECTION_BYTES = 24 << 20
-# forward_hopper.SIGNATURE in native alignment: what each call brings, and what the plan settles.
-ADDRESSES, SETTLED = struct.Struct("5Q"), struct.Struct("Qf10i")
-OFFSETS = [8 * i for i in range(6)] + [48 + 4 * i for i in range(11)]
-
-_numbers = itertools.count()
+# forward_hopper.SIGNATURE: the descriptors, what else each call brings, and what the plan settles.
+MAPS_BYTES = 3 * DESCRIPTOR_BYTES
+ADDRESSES, SETTLED = struct.Struct("3Q"), struct.Struct("f10i")
+OFFSETS = [
+    0,
+    *range(MAPS_BYTES, MAPS_BYTES + ADDRESSES.size, 8),
+    *range(MAPS_BYTES + ADDRESSES.size, MAPS_BYTES + ADDRESSES.size + SETTLED.size, 4),
+]
 
 
 class Plan(NamedTuple):
@@ -47,39 +51,34 @@ class Plan(NamedTuple):
 
     Attributes
     ----------
-    number
-        Names the layouts in the cache of descriptors.
-    function, grid, shared_bytes, stream
-        As ``cuLaunchKernel`` takes them.
+    function, config
+        As ``cuLaunchKernelEx`` takes them.
     out_shape, lse_shape, dtype
-        Of the results; `dtype` is that of the inputs.
-    arguments, pointers
-        The packed arguments, and the array of their addresses.
+        Of the results; `dtype` is that of the inputs.  Rows of the output are a multiple of 16 bytes: columns
+        from Dv on are 0.
+    out_is_like_q
+        Whether the output has the shape of q, and q is contiguous.
+    arguments, start, pointers
+        Memory that holds the packed arguments, where in it they start, and the array of their addresses.
     encode
-        Makes the descriptors of q, k and v on the host.
-    shared
-        What all launches on the stream share.
+        Writes the descriptors of q, k and v among the arguments.
+    counters
+        Where the stream's launches draw tiles from.
+    lock
+        Held while arguments are written and not yet read.
     """
 
-    number: int
     function: Any
-    grid: tuple[int, ...]
-    shared_bytes: int
-    stream: int
+    config: Any
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     dtype: str
+    out_is_like_q: bool
     arguments: Any
+    start: int
     pointers: Any
-    encode: Callable[[Sequence[int]], int]
-    shared: Shared
-
-
-class Shared(NamedTuple):
-    """Descriptors of one stream, and the address of its tile counter, which is 0 between launches."""
-
-    descriptors: DescriptorCache
-    counter: int
+    encode: Callable[[Sequence[int]], None]
+    counters: TileCounters
     lock: Any
 
 
@@ -89,16 +88,15 @@ def enqueue(plan: Plan, addresses: tuple[int, int, int], out: int, lse: int) -> 
     Raises
     ------
     UnsupportedError
-        If TMA cannot take an address, or a stream under capture has not seen the arrays before.
+        If TMA cannot take an address.
     """
     if (addresses[0] | addresses[1] | addresses[2]) % 16:
         raise UnsupportedError(f"flash_attention_hopper: {MISALIGNED}")
-    shared = plan.shared
-    with shared.lock:
-        maps = shared.descriptors.address(plan.number, addresses, plan.encode)
-        ADDRESSES.pack_into(plan.arguments, 0, maps, maps + 128, maps + 256, out, lse)
-        pointers = ctypes.addressof(plan.pointers)
-        checked(driver.cuLaunchKernel(plan.function, *plan.grid, plan.shared_bytes, plan.stream, pointers, 0))
+    with plan.lock:
+        plan.encode(addresses)
+        ADDRESSES.pack_into(plan.arguments, plan.start + MAPS_BYTES, out, lse, plan.counters.address())
+        # The driver has copied the arguments when this returns.
+        checked(driver.cuLaunchKernelEx(plan.config, plan.function, ctypes.addressof(plan.pointers), 0))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -135,33 +133,65 @@ def make_plan(
         )
     per_head = -(-tq // variant.block_m)
     tiles = per_head * all_heads
-    section = 1
-    if variant.causal:
-        head_bytes = 2 * tk * (width + value_width) * kv_heads // heads
-        section = min(all_heads, max(1, SECTION_BYTES // max(1, head_bytes)))
+    head_bytes = 2 * tk * (width + value_width) * kv_heads // heads
+    section = section_of(all_heads, head_bytes) if variant.causal else 1
     offset = tk - tq if causal == "bottom_right" else 0
-    shared = _shared(stream, device)
-    arguments = (ctypes.c_char * (ADDRESSES.size + SETTLED.size))()
+    size = MAPS_BYTES + ADDRESSES.size + SETTLED.size
+    arguments = (ctypes.c_char * (size + ALIGNMENT))()
+    start = -ctypes.addressof(arguments) % ALIGNMENT
+    base = ctypes.addressof(arguments) + start
+    columns = -(-value_width // COLUMNS) * COLUMNS
+    out_shape = (batch, tq, heads, columns)
     factor = (width**-0.5 if scale is None else scale) * LOG2_E
-    numbers = (tiles, per_head, section, heads, all_heads, heads // kv_heads, tq, tk, offset, value_width)
-    SETTLED.pack_into(arguments, ADDRESSES.size, shared.counter, factor, *numbers)
-    base = ctypes.addressof(arguments)
+    numbers = (tiles, per_head, section, heads, all_heads, heads // kv_heads, tq, tk, offset, columns)
+    SETTLED.pack_into(arguments, start + MAPS_BYTES + ADDRESSES.size, factor, *numbers)
     rows = (variant.block_m, variant.block_n, variant.block_n)
     encoders = [encoder(x.shape, x.strides, dtype, r) for x, r in zip(views, rows, strict=True)]
     return Plan(
-        number=next(_numbers),
         function=_function(variant, device),
-        grid=(min(tiles, processors), 1, 1, variant.threads, 1, 1),
-        shared_bytes=variant.shared_bytes,
-        stream=stream,
-        out_shape=(batch, tq, heads, value_width),
+        config=_config(variant, min(tiles, processors), stream),
+        out_shape=out_shape,
         lse_shape=(batch, heads, tq),
         dtype=dtype,
+        out_is_like_q=views[0].shape == out_shape and views[0].strides == contiguous(out_shape, 2),
         arguments=arguments,
+        start=start,
         pointers=(ctypes.c_void_p * len(OFFSETS))(*[base + at for at in OFFSETS]),
-        encode=encode_together(encoders),
-        shared=shared,
+        encode=encode_together(encoders, base),
+        counters=tile_counters(stream, device),
+        lock=Lock(),
     )
+
+
+def section_of(heads: int, head_bytes: int) -> int:
+    """Return how many heads to work on together, with K and V of `head_bytes` each.
+
+    Their row blocks are drawn by falling length, so that the last section ends evenly, unless it is a small
+    rest: sections are as large as the L2 cache allows, and alike if that is possible.
+
+    >>> section_of(64, 2 << 20), section_of(16, 8 << 20), section_of(7, 8 << 20), section_of(32, 1 << 20)
+    (8, 2, 3, 16)
+    """
+    most = min(heads, max(1, SECTION_BYTES // max(1, head_bytes)))
+    alike = max(size for size in range(1, most + 1) if heads % size == 0)
+    if 2 * alike >= most:
+        return alike
+    return -(-heads // -(-heads // most))
+
+
+def _config(variant: Variant, blocks: int, stream: int) -> Any:
+    """Return a launch that may begin under the end of the one before it (`cuda_backend.ptx.grid`)."""
+    early = driver.CUlaunchAttribute()
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    early.value = value
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
+    config.sharedMemBytes, config.hStream = variant.shared_bytes, driver.CUstream(stream)
+    config.attrs, config.numAttrs = [early], 1
+    return config
 
 
 def reasons(q: View, k: View, v: View, /, *, causal: Causal, scale: float | None) -> list[str]:
@@ -184,8 +214,8 @@ def reasons(q: View, k: View, v: View, /, *, causal: Causal, scale: float | None
     if q.dtype not in KINDS:
         found.append(f"inputs are {q.dtype}; the kernel takes float16 or bfloat16")
     for axis, width in (("D", q.shape[3]), ("Dv", v.shape[3])):
-        if not 0 < width <= LARGEST_WIDTH or width % 8:
-            found.append(f"{axis} is {width}; the kernel takes multiples of 8 up to {LARGEST_WIDTH}")
+        if not 0 < width <= LARGEST_WIDTH:
+            found.append(f"{axis} is {width}; the kernel takes up to {LARGEST_WIDTH}")
     if scale is not None and not scale > 0:
         found.append(f"scale is {scale}; the kernel needs it positive")
     if 0 in (*q.shape, *k.shape, *v.shape):
@@ -209,10 +239,3 @@ def _compiled(variant: Variant) -> Image:
     from cuda_backend.attention.forward_hopper import SIGNATURE, build  # not needed if the kernel is on disk
 
     return compiled(build(variant), SIGNATURE, threads=variant.threads)
-
-
-@functools.cache
-def _shared(stream: int, _device: int) -> Shared:
-    counter = int(checked(driver.cuMemAlloc(8)))
-    checked(driver.cuMemsetD32Async(counter, 0, 2, stream))
-    return Shared(DescriptorCache(stream, 3), counter, Lock())

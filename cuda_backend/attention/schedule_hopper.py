@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuda_backend._numba import device_function
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["build_schedule", "ring"]
+__all__ = ["Schedule", "build_schedule", "ring"]
 
 int32 = types.int32
 
 
-def build_schedule(variant: Variant) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return ``place`` and ``key_tiles`` for `variant`, device functions.
+class Schedule(NamedTuple):
+    """Device functions that a producer and its consumers share, so that both are at the same place.
+
+    Attributes
+    ----------
+    place, key_tiles
+        As `build_schedule` says.
+    next_stage, next_q_stage
+        Steps around the rings of K and V tiles, and of Q tiles.
+    """
+
+    place: Callable[..., Any]
+    key_tiles: Callable[..., Any]
+    next_stage: Callable[..., Any]
+    next_q_stage: Callable[..., Any]
+
+
+def build_schedule(variant: Variant) -> Schedule:
+    """Return the schedule of `variant`.
 
     ``place(tile, per_head, section, all_heads)`` gives the row block and the head (batch and head in one
     number) of a tile.  Heads come in sections whose K and V fit the L2 cache; within a section the row
@@ -43,7 +60,7 @@ def build_schedule(variant: Variant) -> tuple[Callable[..., Any], Callable[..., 
             end = min(end, min(end_row, tq) + offset)
         return registers.quotient(int32(max(end, 0) + (block_n - 1)), block_n)
 
-    return place, key_tiles
+    return Schedule(place, key_tiles, ring(variant.stages), ring(variant.q_stages))
 
 
 def ring(stages: int) -> Callable[..., Any]:

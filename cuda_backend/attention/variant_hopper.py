@@ -8,6 +8,21 @@ SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
 SUBTILE = 64  # columns of 16 bits in one 128-byte swizzled row
 
 
+class Places(NamedTuple):
+    """Where in shared memory things lie, in bytes: tiles, barriers by stage, numbers of tiles."""
+
+    q_tiles: int
+    k_tiles: int
+    v_tiles: int
+    q_full: int
+    q_empty: int
+    k_full: int
+    k_empty: int
+    v_full: int
+    v_empty: int
+    tile_slot: int
+
+
 class Variant(NamedTuple):
     """One compiled kernel.
 
@@ -74,9 +89,19 @@ class Variant(NamedTuple):
         return 2 * self.block_n * self.d_v
 
     @property
+    def places(self) -> Places:
+        """Tiles, then barriers of eight bytes each, then the tiles' numbers."""
+        k_tiles = self.q_stages * self.q_bytes
+        v_tiles = k_tiles + self.stages * self.k_bytes
+        at = v_tiles + self.stages * self.v_bytes
+        k_full = at + 16 * self.q_stages
+        rest = [k_full + 8 * self.stages * index for index in range(5)]
+        return Places(0, k_tiles, v_tiles, at, at + 8 * self.q_stages, *rest)
+
+    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment slack, tiles, then barriers and the tile's number."""
-        return 1024 + self.q_stages * self.q_bytes + self.stages * (self.k_bytes + self.v_bytes) + 256
+        """Dynamic shared memory: slack for alignment, then `places`."""
+        return 1024 + self.places.q_full + 256
 
 
 def choose(

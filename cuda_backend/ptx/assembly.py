@@ -122,7 +122,7 @@ def passed(
     *,
     read: bool = True,
 ) -> None:
-    """Pass the float32 registers of a local array through `text`, with read-only operands `others`.
+    """Pass the float32 or int32 registers of a local array through `text`, with read-only operands `others`.
 
     Operands: ``$0`` to ``$(count-1)`` are the array.  `others` begin at ``$(2*count)``, or at ``$count`` if
     the array is only written (`read` False).
@@ -130,8 +130,9 @@ def passed(
     pointers = element_pointers(context, builder, kind, array, count)
     inputs = [builder.load(pointer) for pointer in pointers] if read else []
     tied = [str(i) for i in range(len(inputs))]
-    constraints = ",".join(["=f"] * count + tied + list(other_constraints) + ["~{memory}"])
-    result = ir.LiteralStructType([ir.FloatType()] * count)
+    output = "=f" if kind.dtype == types.float32 else "=r"
+    constraints = ",".join([output] * count + tied + list(other_constraints) + ["~{memory}"])
+    result = ir.LiteralStructType([LLVM_TYPES[kind.dtype]] * count)
     out = emit(builder, result, [*inputs, *others], text, constraints)
     for i, pointer in enumerate(pointers):
         builder.store(builder.extract_value(out, i), pointer)

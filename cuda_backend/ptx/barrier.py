@@ -10,9 +10,9 @@ Source: PTX ISA 8.7, "Parallel Synchronization and Communication Instructions: m
 
 from __future__ import annotations
 
-from cuda_backend.ptx.assembly import instruction, types
+from cuda_backend.ptx.assembly import Intrinsic, instruction, types
 
-__all__ = ["arrive", "expect_bytes", "initialise", "publish_initialisation", "wait"]
+__all__ = ["arrive", "expect_bytes", "initialise", "named", "publish_initialisation", "wait"]
 
 _BARRIER = {"barrier": types.uint32}
 
@@ -64,3 +64,9 @@ wait = instruction(
     "Spin until the phase of this parity has completed.  The loop ends a basic block for ptxas, so what is "
     'computed before it does not sink below.  PTX ISA, "mbarrier.try_wait".',
 )
+
+
+def named(number: int, threads: int) -> Intrinsic:
+    """Return barrier `number`, 1 to 15, of `threads` threads of a block in whole warps."""
+    doc = 'Orders their memory accesses, too.  PTX ISA, "bar".'
+    return instruction("named", types.void, {}, f"bar.sync {number}, {threads};", "", doc)

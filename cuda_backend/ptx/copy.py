@@ -11,16 +11,29 @@ from typing import Any
 
 from llvmlite import ir
 
-from cuda_backend.ptx.assembly import Lowering, declare, emit, instruction, types
+from cuda_backend.ptx.assembly import LLVM_TYPES, Intrinsic, Lowering, declare, emit, instruction, types
 
 __all__ = [
     "fetch_add",
     "fetch_increment",
+    "load_8",
+    "load_16",
+    "load_byte",
+    "load_float",
+    "load_half",
+    "load_shared_16",
     "load_shared_word",
+    "load_word",
+    "load_word_fresh",
+    "reduce_add",
     "shared_address",
+    "store_global_8",
     "store_global_16",
+    "store_global_byte",
     "store_global_float",
+    "store_global_half",
     "store_global_word",
+    "store_shared_float",
     "store_shared_word",
 ]
 
@@ -78,6 +91,118 @@ store_shared_word = instruction(
     'Store one 32-bit word in shared memory.  PTX ISA, "st".',
 )
 
+store_global_8 = instruction(
+    "store_global_8",
+    types.void,
+    {"address": types.uint64, **dict.fromkeys("ab", types.uint32)},
+    "st.global.v2.b32 [$0], {$1, $2};",
+    "l,r,r",
+    'Store two words at a global address that is a multiple of 8.  PTX ISA, "st".',
+)
+
+store_global_half = instruction(
+    "store_global_half",
+    types.void,
+    {"address": types.uint64, "value": types.uint32},
+    "{ .reg .b16 low; cvt.u16.u32 low, $1; st.global.b16 [$0], low; }",
+    "l,r",
+    'Store the low half of a word in global memory.  PTX ISA, "st".',
+)
+
+store_global_byte = instruction(
+    "store_global_byte",
+    types.void,
+    {"address": types.uint64, "value": types.uint32},
+    "st.global.b8 [$0], $1;",
+    "l,r",
+    'Store the low byte of a word in global memory.  PTX ISA, "st".',
+)
+
+store_shared_float = instruction(
+    "store_shared_float",
+    types.void,
+    {"address": types.uint32, "value": types.float32},
+    "st.shared.f32 [$0], $1;",
+    "r,f",
+    'Store one float32 in shared memory.  PTX ISA, "st".',
+)
+
+load_float = instruction(
+    "load_float",
+    types.float32,
+    {"address": types.uint64},
+    "ld.global.f32 $0, [$1];",
+    "=f,l",
+    'Load one float32 from global memory.  PTX ISA, "ld".',
+)
+
+load_word = instruction(
+    "load_word",
+    types.int32,
+    {"address": types.uint64},
+    "ld.global.b32 $0, [$1];",
+    "=r,l",
+    'Load one 32-bit word from global memory.  PTX ISA, "ld".',
+)
+
+load_half = instruction(
+    "load_half",
+    types.uint32,
+    {"address": types.uint64},
+    "ld.global.u16 $0, [$1];",
+    "=r,l",
+    'Load 16 bits from global memory into the low half of a word.  PTX ISA, "ld".',
+)
+
+load_byte = instruction(
+    "load_byte",
+    types.int32,
+    {"address": types.uint64},
+    "ld.global.s8 $0, [$1];",
+    "=r,l",
+    'Load one signed byte from global memory.  PTX ISA, "ld".',
+)
+
+
+def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic:
+    """Return the load of `count` words at once into a local array, from element `first` on."""
+    places = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.{space}.v{count}.b32 {{{places}}}, [${count}];"
+
+    def lower(words: Any, _first: Any, _address: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kind, array, start = signature.args[0], values[0], values[1]
+            letter, constraints = "r", f",{constraint},~{{memory}}"
+            word = LLVM_TYPES[kind.dtype]
+            if kind.dtype == types.float32:
+                letter = "f"
+            result = ir.LiteralStructType([word] * count)
+            constraints = ",".join([f"={letter}"] * count) + constraints
+            found = emit(builder, result, values[2:], text, constraints)
+            data = context.make_array(kind)(context, builder, array).data
+            for i in range(count):
+                place = builder.gep(data, [builder.add(start, ir.Constant(ir.IntType(32), i))])
+                builder.store(builder.extract_value(found, i), place)
+            return context.get_dummy_value()
+
+        return types.void(words, types.int32, types.uint32 if constraint == "r" else types.uint64), codegen
+
+    return declare(name, ("words", "first", "address"), 'PTX ISA, "ld", .v2 and .v4.', lower)
+
+
+load_8 = _load_words("load_8", 2, "global", "l")
+load_16 = _load_words("load_16", 4, "global", "l")
+load_shared_16 = _load_words("load_shared_16", 4, "shared", "r")
+
+load_word_fresh = instruction(
+    "load_word_fresh",
+    types.int32,
+    {"address": types.uint64},
+    "ld.relaxed.gpu.global.b32 $0, [$1];",
+    "=r,l",
+    'Load a word that other blocks have written, past the L1 cache.  PTX ISA, "ld", .relaxed.',
+)
+
 load_shared_word = instruction(
     "load_shared_word",
     types.int32,
@@ -85,6 +210,15 @@ load_shared_word = instruction(
     "ld.shared.b32 $0, [$1];",
     "=r,r",
     'Load one 32-bit word from shared memory.  PTX ISA, "ld".',
+)
+
+reduce_add = instruction(
+    "reduce_add",
+    types.void,
+    {"address": types.uint64, "value": types.int32},
+    "red.global.add.s32 [$0], $1;",
+    "l,r",
+    'Add to a word of global memory.  PTX ISA, "red", .add.',
 )
 
 fetch_add = instruction(

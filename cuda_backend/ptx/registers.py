@@ -16,13 +16,18 @@ __all__ = [
     "exp2",
     "fused_multiply_add",
     "give_registers",
+    "largest_word",
     "log2",
+    "low_bytes",
     "maximum",
+    "maximum_halves",
     "pack_pair",
     "pin",
     "quotient",
     "take_registers",
     "uniform",
+    "unpack_low",
+    "word_below",
 ]
 
 _float, _int, _word = types.float32, types.int32, types.uint32
@@ -41,7 +46,7 @@ def take_registers(count: int) -> Intrinsic:
 
 
 def pin(count: int) -> Intrinsic:
-    """Return an empty instruction at which `count` float32 of a local array must have their values."""
+    """Return an empty instruction at which the first `count` numbers of a local array have their values."""
 
     def lower(array: Any) -> Lowering:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -64,6 +69,16 @@ def pack_pair(kind: str) -> Intrinsic:
         'PTX ISA, "cvt": its first source goes to the upper half.',
         pure=True,
     )
+
+
+def unpack_low(kind: str) -> Intrinsic:
+    """Return what widens the "f16" or "bf16" in the low half of a word to float32, exactly."""
+    widening = {
+        "f16": "{ .reg .b16 low; cvt.u16.u32 low, $1; cvt.f32.f16 $0, low; }",
+        "bf16": "{ .reg .b32 high; shl.b32 high, $1, 16; mov.b32 $0, high; }",
+    }
+    doc = 'PTX ISA, "cvt"; a bf16 is the upper half of its float32.'
+    return instruction(f"unpack_{kind}", _float, {"word": _word}, widening[kind], "=f,r", doc, pure=True)
 
 
 exp2 = instruction(
@@ -93,6 +108,35 @@ maximum = instruction(
     "max.f32 $0, $1, $2;",
     "=f,f,f",
     'The larger of two float32; NaN loses.  PTX ISA, "max".',
+    pure=True,
+)
+
+maximum_halves = instruction(
+    "maximum_halves",
+    _word,
+    {"x": _word, "y": _word},
+    "max.u16x2 $0, $1, $2;",
+    "=r,r,r",
+    'The larger of the low and of the high halves, as integers.  PTX ISA, "max".',
+    pure=True,
+)
+
+largest_word = instruction(
+    "largest_word",
+    _word,
+    {"word": _word},
+    "redux.sync.max.u32 $0, $1, 0xffffffff;",
+    "=r,r",
+    'The largest word of the warp.  PTX ISA, "redux.sync".',
+)
+
+low_bytes = instruction(
+    "low_bytes",
+    _word,
+    {"a": _word, "b": _word, "c": _word, "d": _word},
+    "{ .reg .b32 x, y; prmt.b32 x, $1, $2, 0x0040; prmt.b32 y, $3, $4, 0x0040; prmt.b32 $0, x, y, 0x5410; }",
+    "=r,r,r,r,r",
+    'The low bytes of four words as one.  PTX ISA, "prmt".',
     pure=True,
 )
 
@@ -132,6 +176,15 @@ exchange_word = instruction(
     "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
     "=r,r,r",
     'The same for a 32-bit word.  PTX ISA, "shfl.sync", .bfly.',
+)
+
+word_below = instruction(
+    "word_below",
+    _int,
+    {"value": _int, "distance": _int},
+    "shfl.sync.up.b32 $0, $1, $2, 0, 0xffffffff;",
+    "=r,r,r",
+    'The value of the lane `distance` below; in the lowest lanes, their own.  PTX ISA, "shfl.sync", .up.',
 )
 
 uniform = instruction(

@@ -1,8 +1,8 @@
 """The tensor memory accelerator: whole tiles between global and shared memory, by descriptor.
 
 A descriptor is the 128-byte ``CUtensorMap`` that ``cuTensorMapEncodeTiled`` writes on the host; kernels get
-its address in device memory. Elements outside the tensor arrive as zeros and still count among the
-barrier's bytes, so a ragged tile needs no special case.
+its generic address, in parameters or in device memory. Elements outside the tensor arrive as zeros and still
+count among the barrier's bytes, so a ragged tile needs no special case.
 
 Source: PTX ISA 8.7, "Data Movement and Conversion Instructions: Tensor copy".
 """
@@ -11,17 +11,15 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["acquire_descriptor", "load_4d"]
+__all__ = ["load_4d", "prefetch_descriptor"]
 
-acquire_descriptor = instruction(
-    "acquire_descriptor",
+prefetch_descriptor = instruction(
+    "prefetch_descriptor",
     types.void,
     {"descriptor": types.uint64},
-    "fence.proxy.tensormap::generic.acquire.sys [$0], 128;",
+    "prefetch.tensormap [$0];",
     "l",
-    "Order this thread's later copies after the host's writing of a descriptor (scope .sys: the "
-    "host wrote it).  "
-    'PTX ISA, "membar, fence", fence.proxy.tensormap.',
+    'Bring a descriptor near the copy engine.  PTX ISA, "prefetch", .tensormap.',
 )
 
 load_4d = instruction(

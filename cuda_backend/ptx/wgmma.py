@@ -1,4 +1,4 @@
-"""Warpgroup matrix products: 64 rows, n columns, fp16 or bf16 operands, float32 accumulators.
+"""Warpgroup matrix products: 64 rows, n columns, float32 sums of fp16 or bf16, or int32 sums of int8.
 
 ``wgmma`` runs asynchronously: `fence`, issue, `commit`, and later a wait that names how many committed
 groups may still run. Neither accumulators nor operands in registers may be touched in between.
@@ -28,14 +28,18 @@ from cuda_backend.ptx.assembly import (
 __all__ = [
     "commit",
     "descriptor_k_major",
+    "descriptor_k_major_32",
     "descriptor_mn_major",
     "fence",
+    "product_codes",
     "product_registers",
     "product_shared",
+    "product_step",
     "wait",
+    "wait_for_older",
 ]
 
-SWIZZLE_128 = 1 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
+SWIZZLE_128, SWIZZLE_32 = 1 << 62, 3 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
 PRODUCT = 'One chain of products.  PTX ISA, "wgmma.mma_async".'
 
 fence = instruction(
@@ -54,6 +58,17 @@ commit = instruction(
     "wgmma.commit_group.sync.aligned;",
     "",
     'Close the group of products issued so far.  PTX ISA, "wgmma.commit_group".',
+)
+
+
+wait_for_older = instruction(
+    "wait_for_older",
+    types.void,
+    {},
+    "wgmma.wait_group.sync.aligned 1;",
+    "",
+    "Wait until all groups but the last have run: what they read is free, accumulators are not.  "
+    'PTX ISA, "wgmma.wait_group".',
 )
 
 
@@ -77,7 +92,11 @@ def descriptor_mn_major(leading_bytes: int) -> Intrinsic:
     Sub-tiles of 64 columns lie `leading_bytes` apart, groups of 8 rows 1024 bytes.  The tile starts at
     a multiple of 1024 and is swizzled by 128 bytes.
     """
-    high = SWIZZLE_128 | (1024 >> 4) << 32 | (leading_bytes >> 4) << 16
+    return _descriptor(SWIZZLE_128 | (1024 >> 4) << 32 | (leading_bytes >> 4) << 16)
+
+
+def _descriptor(high: int) -> Intrinsic:
+    """Return what makes a descriptor of an address and the bits of its layout."""
     return instruction(
         "descriptor",
         types.uint64,
@@ -91,6 +110,9 @@ def descriptor_mn_major(leading_bytes: int) -> Intrinsic:
 
 # A tile with 64 elements along K in a row: the leading distance is not used with a swizzle.
 descriptor_k_major = descriptor_mn_major(16)
+
+# A tile with 16 elements along K in a row of 32 bytes, swizzled by as many: groups of 8 rows are 256 bytes.
+descriptor_k_major_32 = _descriptor(SWIZZLE_32 | (256 >> 4) << 32 | (16 >> 4) << 16)
 
 
 def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Sequence[int]) -> Intrinsic:
@@ -126,6 +148,76 @@ def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Seque
         return types.void(accumulators, types.uint64, types.uint64), codegen
 
     return declare(f"product_shared_{n}_{kind}", ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def product_step(n: int, kind: str) -> Intrinsic:
+    """Return D += A B for one step along K, both operands K-major in shared memory, and the wait for it.
+
+    The fence stands in the same asm: what ptxas moves between a fence and its product serialises products.
+
+    Parameters
+    ----------
+    n, kind
+        As in `product_shared`.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(accumulators[n // 2] of float32, or of their bits, descriptor of A, descriptor of B)``.
+    """
+    count = n // 2
+    text = "\n".join(
+        (
+            "wgmma.fence.sync.aligned;",
+            f"{_opcode(n, kind)} {_registers(0, count)}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;",
+            "wgmma.commit_group.sync.aligned;",
+            "wgmma.wait_group.sync.aligned 0;",
+        )
+    )
+
+    def lower(accumulators: Any, *_: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            passed(context, builder, signature.args[0], values[0], count, text, values[1:], ("l", "l"))
+            return context.get_dummy_value()
+
+        return types.void(accumulators, types.uint64, types.uint64), codegen
+
+    return declare(f"product_step_{n}_{kind}", ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def product_codes(n: int, offsets: Sequence[int]) -> Intrinsic:
+    """Return D += A B of int8 in int32, both operands K-major in shared memory, 64 x n x 32 for each offset.
+
+    Parameters
+    ----------
+    n : int
+        Columns: 8, 16, 24, or a multiple of 16 up to 256.
+    offsets : sequence of int
+        Where each step along K starts in both tiles, in units of 16 bytes.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(accumulators[n // 2] of int32, descriptor of A, descriptor of B)``.
+    """
+    count = n // 2
+    first = 2 * count
+    opcode = f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8"
+    lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;"]  # no immediate is taken here
+    for offset in offsets:
+        lines.append(f"add.s64 a, ${first}, {offset}; add.s64 b, ${first + 1}, {offset};")
+        lines.append(f"{opcode} {_registers(0, count)}, a, b, add;")
+    text = "\n".join([*lines, "}"])
+
+    def lower(accumulators: Any, *_: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kind, array, others = signature.args[0], values[0], values[1:]
+            passed(context, builder, kind, array, count, text, others, ("l", "l"))
+            return context.get_dummy_value()
+
+        return types.void(accumulators, types.uint64, types.uint64), codegen
+
+    return declare(f"product_codes_{n}", ("accumulators", "a", "b"), PRODUCT, lower)
 
 
 def product_registers(n: int, kind: str, b_offsets: Sequence[int]) -> Intrinsic:

@@ -39,7 +39,7 @@ def _sample_scores(rng: np.random.Generator, *, C: int, E: int, values: str) -> 
     "moe.base_assignment",
     entries=(41,),
     kind="function",
-    source=Source(*_PAPER, "section 3.2.1, eq. 1"),
+    source=Source(*_PAPER, "section 3, assignment during training"),
     axes={"C": (0, 4), "E": (1, 4)},
     options={"values": ("normal", "crowded")},
     edges=({"C": 0}, {"C": 1, "E": 1}, {"C": 3, "E": 1}, {"C": 1, "E": 4}, {"C": 4, "E": 4}),
@@ -79,7 +79,7 @@ def base_assignment(scores: FloatArray, /) -> IntArray:
 
     References
     ----------
-    .. [1] Lewis et al., 2021, arXiv:2103.16716, section 3.2.1; Bertsekas, 1992, "Auction algorithms for
+    .. [1] Lewis et al., 2021, arXiv:2103.16716, section 3; Bertsekas, 1992, "Auction algorithms for
        network flow problems".
     .. [2] Kuhn, 1955, "The Hungarian method for the assignment problem"; Tomizawa, 1971, "On some techniques
        useful for solution of transportation network problems".
@@ -179,7 +179,7 @@ def _terms(case: Case) -> tuple[int, Any]:
     "moe.base_layer",
     entries=(41,),
     kind="function",
-    source=Source(*_PAPER, "section 3.1 and Figure 2"),
+    source=Source(*_PAPER, "section 3; fairseq/modules/base_layer.py"),
     axes={"C": (0, 3), "E": (1, 3), "D": (1, 4), "F": (1, 4)},
     options={"experts": EXPERTS, "assignment": get_args(Assignment)},
     edges=({"C": 0}, {"C": 1, "E": 1, "D": 1, "F": 1}, {"C": 3, "E": 3, "assignment": "balanced"}),
@@ -238,7 +238,7 @@ def base_layer(
 
     References
     ----------
-    .. [1] Lewis et al., 2021, arXiv:2103.16716, section 3.1; facebookresearch/fairseq,
+    .. [1] Lewis et al., 2021, arXiv:2103.16716, section 3; facebookresearch/fairseq,
        fairseq/modules/base_layer.py.
 
     Examples

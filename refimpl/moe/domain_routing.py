@@ -25,7 +25,7 @@ def _sample(rng: np.random.Generator, *, T: int, V: int, G: int) -> Case:
     "moe.domain_routing",
     entries=(42,),
     kind="function",
-    source=Source("Ren et al. 2023 (PanGu-Σ)", "arXiv:2303.10845", "section 3.3, Random Routed Experts"),
+    source=Source("Ren et al. 2023 (PanGu-Σ)", "arXiv:2303.10845", "section 3, Random Routed Experts"),
     axes={"T": (0, 12), "V": (1, 9), "G": (1, 4)},
     edges=({"T": 0}, {"T": 1, "V": 1, "G": 1}, {"T": 12, "G": 1}, {"T": 12, "V": 2, "G": 4}),
     sample=_sample,
@@ -65,7 +65,7 @@ def domain_routing(
 
     References
     ----------
-    .. [1] Ren et al., 2023, arXiv:2303.10845, section 3.3.
+    .. [1] Ren et al., 2023, arXiv:2303.10845, section 3, Random Routed Experts.
 
     Examples
     --------

@@ -17,7 +17,7 @@ from refimpl.moe.samples import EXPERTS, LAYER_AXES, gap, layer_terms, sample_la
 from refimpl.moe.sparse_mixture import through_logits
 from refimpl.numerics import BoolArray, FloatArray
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import whole
+from refimpl.validation import as_array, bind_axes, whole
 
 __all__ = [
     "chosen_by_experts",
@@ -28,12 +28,17 @@ __all__ = [
 ]
 
 
-def _sample(rng: np.random.Generator, *, T: int, C: int, E: int, **axes: Any) -> Case:
+def _sample_tokens(rng: np.random.Generator, *, T: int, C: int, E: int, **axes: Any) -> Case:
     while True:  # until no small step changes a choice: choices are discontinuous
         case = sample_layer(rng, T=T, E=E, **axes).replace(capacity=min(C, T))
         logits = case.args[0] @ case.args[1]
         if E == 1 or (gap(logits.T) and gap(0.5 * softmax(logits).T)):
             return case
+
+
+def _sample(rng: np.random.Generator, *, padded: bool, **axes: Any) -> Case:
+    case = _sample_tokens(rng, **axes)
+    return case.replace(padding_mask=rng.random(axes["T"]) < 0.6) if padded else case
 
 
 _RECORD: dict[str, Any] = {
@@ -47,16 +52,16 @@ _RECORD: dict[str, Any] = {
         {"T": 5, "C": 0},  # nobody chooses anybody
         {"T": 5, "C": 5},  # everybody chooses all
     ),
-    "sample": _sample,
     "terms": layer_terms,
 }
 
 
 @technique(
     "moe.expert_choice",
-    source=Source("Zhou et al. 2022", "arXiv:2202.09368", "section 3.2, eq. 1"),
+    source=Source("Zhou et al. 2022", "arXiv:2202.09368", "section 3.2"),
+    sample=_sample,
     vjp="refimpl.moe.expert_choice:expert_choice_vjp",
-    **_RECORD,
+    **{**_RECORD, "options": {**_RECORD["options"], "padded": (False, True)}},
 )
 def expert_choice(
     x: FloatArray,
@@ -66,6 +71,7 @@ def expert_choice(
     /,
     *,
     capacity: int,
+    padding_mask: BoolArray | None = None,
     memory: Memory | None = None,
     **options: Unpack[ExpertOptions],
 ) -> FloatArray:
@@ -80,7 +86,10 @@ def expert_choice(
     w_in, w_out : ndarray of float, shapes (E, D, F), (E, F, D)
         The experts.
     capacity : int
-        Tokens that each expert takes; ``c T / E`` for a mean of c experts a token.
+        Tokens that each expert takes; ``c T / E`` for a mean of c experts a token (rounded as sources do by
+        `refimpl.moe.capacity.expert_capacity`).
+    padding_mask : ndarray of bool, shape (T,), optional
+        False where a token is padding: its scores count as 0.
     memory : Memory, optional
         Counts the operations: ``2 T D E`` of the router and ``E C (4 D F + 2 D)``, gated ``6 D F``.
     w_gate : ndarray of float, shape (E, D, F), optional
@@ -108,6 +117,7 @@ def expert_choice(
     - Equal scores: the earlier token is taken.
     - Every expert is exactly full, so there is nothing to balance and nothing is dropped, but a token may
       have no expert, or all of them.
+    - Padding is not left out: an expert with room to spare takes it, with weight 0, so it is idle there.
     - It is not causal: a later token can take an earlier one's place.  Not for decoders as it stands.
 
     References
@@ -123,7 +133,7 @@ def expert_choice(
     array([[5.5],
            [0. ]])
     """
-    gates = softmax(router_logits(x, w_router, memory=memory))
+    gates = _masked(softmax(router_logits(x, w_router, memory=memory)), padding_mask)
     chosen = chosen_by_experts(gates, capacity=capacity)
     return mixture(x, gates, w_in, w_out, selected=chosen, memory=memory, **options)
 
@@ -137,13 +147,14 @@ def expert_choice_vjp(
     /,
     *,
     capacity: int,
+    padding_mask: BoolArray | None = None,
     **options: Unpack[ExpertOptions],
 ) -> LayerGradients:
     """Return the gradients of ``sum(dy * expert_choice(x, w_router, w_in, w_out, ...))``.
 
     Parameters
     ----------
-    x, w_router, w_in, w_out, capacity, **options
+    x, w_router, w_in, w_out, capacity, padding_mask, **options
         As for `expert_choice`.
     dy : ndarray of float, shape (T, D)
         Gradient of the output.
@@ -159,7 +170,7 @@ def expert_choice_vjp(
     >>> expert_choice_vjp(one, np.zeros((1, 2)), w, np.ones((2, 1, 1)), one, capacity=1).dw_router
     array([[-0.5,  0.5]])
     """
-    gates = softmax(router_logits(x, w_router))
+    gates = _masked(softmax(router_logits(x, w_router)), padding_mask)
     chosen = chosen_by_experts(gates, capacity=capacity)
     back = mixture_vjp(x, gates, w_in, w_out, dy, selected=chosen, **options)
     inner = np.sum(gates * back.dgates, axis=1, keepdims=True)
@@ -171,6 +182,7 @@ def expert_choice_vjp(
     source=Source(
         "tensorflow/mesh", "GitHub @da90793", "mesh_tensorflow/transformer/moe.py, _expert_selection_gating"
     ),
+    sample=_sample_tokens,
     vjp="refimpl.moe.expert_choice:expert_selection_vjp",
     **_RECORD,
 )
@@ -281,6 +293,14 @@ def chosen_by_experts(scores: FloatArray, *, capacity: int) -> BoolArray:
     tokens = np.argsort(-scores, axis=0, kind="stable")[:capacity]
     np.put_along_axis(chosen, tokens, values=True, axis=0)
     return chosen
+
+
+def _masked(gates: FloatArray, padding_mask: BoolArray | None) -> FloatArray:
+    if padding_mask is None:
+        return gates
+    mask = as_array("padding_mask", padding_mask)
+    bind_axes({"gates": (gates, "T E"), "padding_mask": (mask, "T")})
+    return np.where(mask[:, None], gates, 0)
 
 
 def _selection(

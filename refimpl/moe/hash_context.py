@@ -16,7 +16,7 @@ from refimpl.validation import floating, whole
 __all__ = ["bigram_hash", "future_hash", "position_hash", "predicted_future_hash", "previous_hash"]
 
 _PAPER = "Roller et al. 2021", "arXiv:2106.04426"
-_LOCATOR = "section 3.1 and Table 3"
+_LOCATOR = "section 3 and Table 3"
 _WORD = 32  # bits of a Philox word
 _AXES = {"B": (0, 2), "T": (0, 8), "V": (1, 9), "E": (1, 5)}
 _EDGES: tuple[dict[str, Any], ...] = (
@@ -71,7 +71,7 @@ def position_hash(tokens: IntArray, table: IntArray, /, *, start: int = 0) -> In
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
 
     Examples
     --------
@@ -133,8 +133,8 @@ def bigram_hash(tokens: IntArray, /, *, num_experts: int, first_token: int, seed
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1.
-    .. [2] Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
+    .. [2] Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox.
 
     Examples
     --------
@@ -188,7 +188,7 @@ def previous_hash(tokens: IntArray, table: IntArray, /, *, first_token: int) -> 
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
 
     Examples
     --------
@@ -245,7 +245,7 @@ def future_hash(tokens: IntArray, table: IntArray, /, *, last_token: int) -> Int
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1 and Table 3.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3 and Table 3.
 
     Examples
     --------
@@ -297,7 +297,7 @@ def predicted_future_hash(logits: FloatArray, table: IntArray, /) -> IntArray:
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
 
     Examples
     --------

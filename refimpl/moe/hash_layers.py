@@ -34,7 +34,7 @@ def _terms(case: Case) -> tuple[int, Any]:
     "moe.hash",
     entries=(39,),
     kind="function",
-    source=Source("Roller et al. 2021", "arXiv:2106.04426", "section 3, eq. 1 to 3"),
+    source=Source("Roller et al. 2021", "arXiv:2106.04426", "section 3, hash layers"),
     axes=LAYER_AXES,
     options={"experts": EXPERTS},
     edges=({"T": 0, "E": 3}, {"T": 1, "D": 1, "E": 1, "F": 1}, {"T": 2, "E": 5}),

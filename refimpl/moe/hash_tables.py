@@ -35,7 +35,7 @@ def _sample_draws(rng: np.random.Generator, *, V: int, E: int, values: str) -> C
     "moe.hash.random",
     entries=(39,),
     kind="function",
-    source=Source(*_PAPER, "section 3.1, Random Hash"),
+    source=Source(*_PAPER, "section 3, Random Hash"),
     axes={"V": (0, 40), "E": (1, 7)},
     options={"values": ("uniform", "extreme")},
     edges=_EDGES,
@@ -73,7 +73,7 @@ def random_table(draws: FloatArray, /, *, num_experts: int) -> IntArray:
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
     .. [2] ParlAI, projects/params_vs_compute/hash_ladder/hash_ladder.py, ``HashLayerFFN.hash``.
 
     Examples
@@ -101,7 +101,7 @@ def _sample_counts(rng: np.random.Generator, *, V: int, E: int, values: str) -> 
     "moe.hash.balanced",
     entries=(39,),
     kind="function",
-    source=Source(*_PAPER, "section 3.1, Balanced assignment"),
+    source=Source(*_PAPER, "section 3, Balanced assignment"),
     axes={"V": (0, 40), "E": (1, 7)},
     options={"values": ("uniform", "zipf", "tied")},
     edges=_EDGES,
@@ -145,8 +145,8 @@ def balanced_table(counts: IntArray, /, *, num_experts: int) -> IntArray:
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1.
-    .. [2] Graham, 1969, "Bounds on multiprocessing timing anomalies", theorem 2.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
+    .. [2] Graham, 1969, "Bounds on multiprocessing timing anomalies", its bound for the longest first.
 
     Examples
     --------
@@ -178,7 +178,7 @@ def _sample_embeddings(rng: np.random.Generator, *, V: int, M: int, E: int, valu
     "moe.hash.clustered",
     entries=(39,),
     kind="function",
-    source=Source(*_PAPER, "section 3.1, Token Clustering"),
+    source=Source(*_PAPER, "section 3, clustered hashes, and Table 3"),
     axes={"V": (0, 30), "M": (1, 4), "E": (1, 5)},
     options={"values": ("normal", "groups")},
     edges=({"V": 0}, {"V": 1, "M": 1, "E": 1}, {"V": 2, "E": 5}, {"V": 20, "E": 1}),
@@ -221,8 +221,8 @@ def clustered_table(embeddings: FloatArray, initial: FloatArray, /, *, max_itera
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1 and Table 3.
-    .. [2] Lloyd, 1982, "Least squares quantization in PCM", section 3.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3 and Table 3.
+    .. [2] Lloyd, 1982, "Least squares quantization in PCM".
 
     Examples
     --------
@@ -255,7 +255,7 @@ def _sample_clusters(rng: np.random.Generator, *, V: int, K: int, E: int) -> Cas
     "moe.hash.dispersed",
     entries=(39,),
     kind="function",
-    source=Source(*_PAPER, "section 3.1, Dispersed Hash"),
+    source=Source(*_PAPER, "section 3, dispersed hashes, and Table 3"),
     axes={"V": (0, 40), "K": (1, 6), "E": (1, 7)},
     edges=({"V": 0}, {"V": 1, "K": 1, "E": 1}, {"V": 13, "K": 1}, {"V": 3, "K": 6, "E": 7}),
     sample=_sample_clusters,
@@ -291,7 +291,7 @@ def dispersed_table(clusters: IntArray, /, *, num_experts: int) -> IntArray:
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.1.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
 
     Examples
     --------

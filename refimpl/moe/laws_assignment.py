@@ -38,7 +38,7 @@ def _of_all(f: Function, case: Case) -> FloatArray:
 @law(*CHOICE)
 def every_expert_takes_its_capacity(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Every expert has exactly C tokens; with places for all of them it has all."""
-    T, E = len(case.args[0]), case.args[1].shape[1]
+    T, E, case = len(case.args[0]), case.args[1].shape[1], case.without("padding_mask")
     for C in (case.kwargs["capacity"], T):
         taken = np.count_nonzero(observed_weights(f, case.replace(capacity=C)), axis=0)
         demand(taken == np.full(E, C), f"experts have {taken} tokens, expected {C} each")
@@ -47,6 +47,7 @@ def every_expert_takes_its_capacity(f: Function, case: Case, close: Close) -> No
 @law("moe.expert_choice")
 def experts_take_their_largest_shares(f: Function, case: Case, close: Close) -> None:
     """Weights are those of a dense mixture, which sum to 1 for a token, and an expert takes its largest."""
+    case = case.without("padding_mask")
     dense, weights = _of_all(f, case), observed_weights(f, case)
     demand(abs(dense.sum(axis=1) - 1) <= slack(close), "shares of a token do not sum to 1")
     demand(abs(np.where(weights != 0, weights - dense, 0)) <= slack(close), "a share depends on who chose")
@@ -60,9 +61,21 @@ def shares_grow_with_their_logit(f: Function, case: Case, close: Close) -> None:
     """A token's shares of two experts differ by the exponential of the difference of their logits."""
     x, w_router = case.args[:2]
     logits = _wide(x) @ _wide(w_router)
-    dense = _of_all(f, case)
+    dense = _of_all(f, case.without("padding_mask"))
     ratio = dense * np.exp(logits.max(axis=1, keepdims=True, initial=-np.inf) - logits)
     demand(np.ptp(ratio, axis=1) <= 10 * slack(close) * ratio.max(initial=0), "shares are no softmax")
+
+
+@law("moe.expert_choice")
+def padding_yields_to_tokens(f: Function, case: Case, close: Close) -> None:
+    """Padding has weight 0 and takes no place that a token wants: tokens fare as if it were not there."""
+    x, *rest = case.args
+    mask = case.kwargs.get("padding_mask", np.ones(len(x), bool))
+    y = np.asarray(case.call(f))
+    demand(y[~mask] == 0, "padding has an output")
+    alone = case.without("padding_mask").replace(x[mask], *rest)
+    alone = alone.replace(capacity=min(case.kwargs["capacity"], int(mask.sum())))
+    close.on(alone)(alone.call(f), y[mask], "tokens without padding")
 
 
 @law("moe.expert_choice.mesh_tf")
@@ -99,7 +112,7 @@ def a_constant_for_an_expert_changes_nothing(f: Function, case: Case, close: Clo
 def the_earlier_of_equal_tokens_is_taken(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Where all scores are equal every expert takes the first C tokens."""
     x, w_router, *experts = case.args
-    flat = case.replace(x, np.zeros_like(w_router), *experts)
+    flat = case.without("padding_mask").replace(x, np.zeros_like(w_router), *experts)
     taken = observed_weights(f, flat) != 0
     expected = np.arange(len(x))[:, None] < case.kwargs["capacity"]
     demand(taken == expected, "equal tokens are not taken in order")

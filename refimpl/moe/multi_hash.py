@@ -10,12 +10,12 @@ from refimpl.errors import ShapeError
 from refimpl.memory import Memory
 from refimpl.moe.expert_ffn import product_of
 from refimpl.numerics import FloatArray, IntArray, contract, round_to, wide_dtype, widen
-from refimpl.registry import Case, Source, technique
+from refimpl.registry import Case, Source, implements, technique
 from refimpl.transformer.activations import Activation, activate, activation_slope
 from refimpl.transformer.embedding import indices
 from refimpl.validation import bind_axes, floating
 
-__all__ = ["MultiHashGradients", "multi_hash_layer", "multi_hash_layer_vjp"]
+__all__ = ["MultiHashGradients", "gathered_multi_hash", "multi_hash_layer", "multi_hash_layer_vjp"]
 
 
 class MultiHashGradients(NamedTuple):
@@ -44,7 +44,7 @@ def _terms_multi(case: Case) -> tuple[int, Any]:
     "moe.hash.multi",
     entries=(39,),
     kind="function",
-    source=Source("Roller et al. 2021", "arXiv:2106.04426", "section 3.2, MultiHash Layers"),
+    source=Source("Roller et al. 2021", "arXiv:2106.04426", "section 3, MultiHash Layers"),
     axes={"T": (0, 6), "n": (1, 3), "E": (1, 4), "d": (1, 3), "f": (1, 3)},
     options={"activation": ("relu", "gelu")},
     edges=({"T": 0}, {"T": 1, "n": 1, "E": 1, "d": 1, "f": 1}, {"T": 6, "n": 3, "E": 1}),
@@ -99,7 +99,7 @@ def multi_hash_layer(
 
     References
     ----------
-    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.2.
+    .. [1] Roller et al., 2021, arXiv:2106.04426, section 3.
 
     Examples
     --------
@@ -147,6 +147,42 @@ def multi_hash_layer_vjp(
     dhidden, dw_out = _by_segment_vjp(activate(activation, before), w_out, experts, dy)
     dx, dw_in = _by_segment_vjp(x, w_in, experts, dhidden * activation_slope(activation, before))
     return MultiHashGradients(*(round_to(gradient, dtype) for gradient in (dx, dw_in, dw_out)))
+
+
+@implements("moe.hash.multi", backend="numpy")
+def gathered_multi_hash(
+    x: FloatArray,
+    w_in: FloatArray,
+    w_out: FloatArray,
+    /,
+    *,
+    experts: IntArray,
+    activation: Activation = "relu",
+) -> FloatArray:
+    """Return `multi_hash_layer`, every token's own matrices gathered and multiplied at once.
+
+    Parameters
+    ----------
+    x, w_in, w_out, experts, activation
+        As for `multi_hash_layer`.
+
+    Returns
+    -------
+    ndarray of float, shape (T, D)
+        In the common dtype.
+
+    Examples
+    --------
+    >>> w_in = np.array([[[[1.0], [0.0]]], [[[0.0], [2.0]]]])
+    >>> gathered_multi_hash(np.ones((1, 2)), w_in, w_in, experts=np.zeros((2, 1), int))
+    array([[1., 4.]])
+    """
+    dtype, experts, x, w_in, w_out = _checked(experts, x=x, w_in=w_in, w_out=w_out)
+    segment, (n, T) = np.arange(len(w_in))[:, None], experts.shape
+    hidden = contract("td,mtdf->tmf", x, w_in[segment, experts]).reshape(T, n * w_in.shape[3])
+    hidden = activate(activation, round_to(hidden, x.dtype))
+    out = contract("tf,mtfd->tmd", hidden, w_out[segment, experts])
+    return round_to(out.reshape(T, n * w_out.shape[3]), dtype)
 
 
 def _by_segment(x: FloatArray, w: FloatArray, experts: IntArray, memory: Memory | None = None) -> FloatArray:

@@ -84,7 +84,7 @@ RECORD: dict[str, Any] = {
 
 @technique(
     "moe.residual",
-    source=Source(*_PAPER, "section 4.1.1, Residual-MoE, and Figure 3"),
+    source=Source(*_PAPER, "section 4, Residual-MoE"),
     sample=sample_residual,
     vjp="refimpl.moe.residual:residual_vjp",
     **RECORD,
@@ -137,7 +137,7 @@ def residual(
 
     References
     ----------
-    .. [1] Rajbhandari et al., 2022, arXiv:2201.05596, section 4.1.
+    .. [1] Rajbhandari et al., 2022, arXiv:2201.05596, section 4.
 
     Examples
     --------
@@ -216,7 +216,7 @@ def _sample_pyramid(
     "moe.residual.pyramid",
     entries=(48,),
     kind="function",
-    source=Source(*_PAPER, "section 4.1.1, Pyramid-MoE, and Table 3"),
+    source=Source(*_PAPER, "section 4, Pyramid-MoE"),
     axes={"T": (0, 3), "D": (1, 3), "E": (1, 2), "F": (1, 3), "layers": (0, 3)},
     options={"activation": ("relu", "gelu")},
     edges=({"T": 0}, {"T": 1, "D": 1, "E": 1, "F": 1, "layers": 1}, {"T": 2, "layers": 0}, {"layers": 3}),
@@ -261,7 +261,7 @@ def pyramid(
 
     References
     ----------
-    .. [1] Rajbhandari et al., 2022, arXiv:2201.05596, section 4.1.
+    .. [1] Rajbhandari et al., 2022, arXiv:2201.05596, section 4.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from refimpl.memory import Memory
 from refimpl.moe.buffers import LayerGradients
 from refimpl.moe.expert_ffn import ExpertOptions, expert_ffn, expert_ffn_vjp, product_of
 from refimpl.moe.routing import router_logits, router_logits_vjp
-from refimpl.moe.samples import EXPERTS, VALUES, sample_layer
+from refimpl.moe.samples import EXPERTS, sample_layer
 from refimpl.numerics import FloatArray, contract, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import bind_axes, floating
@@ -20,13 +20,9 @@ from refimpl.validation import bind_axes, floating
 __all__ = ["merge_experts", "soft_merging", "soft_merging_vjp"]
 
 
-def _sample(rng: np.random.Generator, *, B: int, T: int, D: int, values: str, **shape: Any) -> Case:
-    case = sample_layer(rng, T=B, D=D, **shape)
-    means, w_router, *experts = case.args
-    x = rng.standard_normal((B, T, D))
-    x += (means - x.mean(axis=1))[:, None]
-    factor = {"normal": 1.0, "large": 30.0}[values]  # nearly one expert, and still a slope to differentiate
-    return Case((x, factor * w_router, *experts), case.kwargs)
+def _sample(rng: np.random.Generator, *, B: int, T: int, D: int, **shape: Any) -> Case:
+    case = sample_layer(rng, T=0, D=D, **shape)
+    return case.replace(rng.standard_normal((B, T, D)), *case.args[1:])
 
 
 def _terms(case: Case) -> tuple[int, Any]:
@@ -43,10 +39,10 @@ def _terms(case: Case) -> tuple[int, Any]:
     "moe.soft_merging",
     entries=(44,),
     kind="function",
-    source=Source("Muqeeth et al. 2023 (SMEAR)", "arXiv:2306.03745", "section 3.1, eq. 1"),
+    source=Source("Muqeeth et al. 2023 (SMEAR)", "arXiv:2306.03745", "section 3, Soft Merging of Experts"),
     axes={"B": (0, 3), "T": (1, 4), "D": (1, 4), "E": (1, 4), "F": (1, 4)},
-    options={"values": VALUES, "experts": EXPERTS},
-    edges=({"B": 0}, {"B": 1, "T": 1, "D": 1, "E": 1, "F": 1}, {"B": 2, "E": 4, "values": "large"}),
+    options={"experts": EXPERTS},
+    edges=({"B": 0}, {"B": 1, "T": 1, "D": 1, "E": 1, "F": 1}, {"B": 2, "T": 4, "E": 4}),
     sample=_sample,
     terms=_terms,
     vjp="refimpl.moe.soft_merging:soft_merging_vjp",
@@ -100,7 +96,7 @@ def soft_merging(
 
     References
     ----------
-    .. [1] Muqeeth et al., 2023, arXiv:2306.03745, section 3.1; r-three/smear at 6e44c82,
+    .. [1] Muqeeth et al., 2023, arXiv:2306.03745, section 3; r-three/smear at 6e44c82,
        hyperformer/adapters/adapter_controller_fast.py.
 
     Examples

@@ -63,7 +63,7 @@ def _terms(case: Case) -> tuple[int, Any]:
     "moe.split_ffn",
     entries=(56,),
     kind="identity",
-    source=Source("Zhu et al. 2024 (LLaMA-MoE)", "arXiv:2406.16554", "section 3.1, Expert Construction"),
+    source=Source("Zhu et al. 2024 (LLaMA-MoE)", "arXiv:2406.16554", "section 3, Expert Construction"),
     axes={"T": (0, 4), "D": (1, 4), "E": (1, 4), "f": (1, 3)},
     options={"shuffled": (False, True), "gates": ("all", "some"), "experts": ("relu", "gelu", "gated silu")},
     edges=(

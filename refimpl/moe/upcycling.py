@@ -24,7 +24,7 @@ def _sample(rng: np.random.Generator, *, D: int, f: int, copies: int, segments: 
     "moe.upcycling",
     entries=(55,),
     kind="function",
-    source=Source("Komatsuzaki et al. 2023", "arXiv:2212.05055", "section 3, Figure 1"),
+    source=Source("Komatsuzaki et al. 2023", "arXiv:2212.05055", "Figure 1"),
     axes={"D": (1, 4), "f": (1, 3), "copies": (1, 4), "segments": (1, 3)},
     options={"gated": (False, True)},
     edges=(
@@ -79,9 +79,9 @@ def upcycling(
 
     References
     ----------
-    .. [1] Komatsuzaki et al., 2023, arXiv:2212.05055, section 3.
+    .. [1] Komatsuzaki et al., 2023, arXiv:2212.05055, Figure 1.
     .. [2] He et al., 2024, "Upcycling large language models into mixture of experts", arXiv:2410.07524,
-       section 4 (virtual groups, and scaled weights).
+       virtual groups and weight scaling.
 
     Examples
     --------

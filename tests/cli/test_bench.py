@@ -15,7 +15,8 @@ from cli import contest
 from cli.backward_problem import attention_backward_problem
 from cli.commands import bench
 from cli.contest import Supply
-from cli.problems import attention_problem, int8_problems
+from cli.int8_problems import int8_problems, projections
+from cli.problems import attention_problem
 from cuda_backend.timing import Timing
 from cuda_backend.torch_ops import Rival
 from memsim.hardware import hardware
@@ -116,8 +117,12 @@ def test_without_a_gpu_the_exit_code_is_3(run: Callable[..., Any]) -> None:
     ("arguments", "said"),
     [
         (("attention", "--shape", "1,2,3"), "--shape of attention is B,H,N,D; got 1x2x3"),
+        (("attention", "--shape", "1,4,3,8,8"), "Hkv must divide H"),
+        (("attention", "--pass", "bwd", "--shape", "1,4,2,8,8"), "--shape of attention is B,H,N,D"),
         (("int8", "--shape", "1,2,3,4"), "--shape of int8 is M,K,N; got 1x2x3x4"),
-        (("int8", "--dtype", "fp16"), "options of attention"),
+        (("int8", "--dtype", "fp32"), "--dtype of int8 is float16 or bfloat16"),
+        (("int8", "--tokens", "16"), "the rows of a --model"),
+        (("attention", "--model", "llama-2-7b"), "options of int8"),
         (("int8", "--causal"), "options of attention"),
         (("int8", "--pass", "bwd"), "options of attention"),
         (("linear",), "Invalid value for '{attention|int8|growth}'"),
@@ -226,12 +231,12 @@ def test_the_simulator_verifies_and_says_that_its_seconds_mean_nothing(run: Call
     assert "no measure of speed" in result.stdout
     assert "simulator/s" in result.stdout
     assert "TOPS" not in result.stdout
-    assert result.stdout.count("timed") == 3  # both problems, and the total
-    assert result.stdout.count("missing") == 2
+    assert result.stdout.count("timed") == 5  # four problems, and the total
+    assert result.stdout.count("missing") == 7
 
 
 def test_the_sampled_rows_of_a_product_are_exact() -> None:
-    product, linear = int8_problems((40, 12, 5))
+    product, _, linear, _ = int8_problems((40, 12, 5))
     operands, _ = product.operands(contest._draw_on_host, 0)
     out = int8_matmul(*operands)
     assert product.check(operands, out, lambda array, _: array) is None
@@ -318,9 +323,34 @@ def test_a_float32_rate_is_held_to_the_float32_peak() -> None:
 def test_the_sampled_cells_of_a_linear_catch_a_lost_outlier() -> None:
     from refimpl.quant import llm_int8_linear_fused, quantize_columns
 
-    linear = int8_problems((30, 24, 7))[1]
+    linear = int8_problems((30, 24, 7))[2]
     x = contest._draw_on_host((30, 24), "float16", 0, outliers=4)
     stored = quantize_columns(contest._draw_on_host((7, 24), "float16", 1).T)
     keep = lambda array, _: array  # noqa: E731
     assert linear.check((x, stored), llm_int8_linear_fused(x, stored), keep) is None
     assert linear.check((x, stored), llm_int8_linear_fused(x, stored, threshold=None), keep) is not None
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_sampled_cells_of_a_scaled_product_and_of_rows_are_those_of_the_reference(dtype: str) -> None:
+    from refimpl.quant import dequantize_product, quantize_rows
+    from refimpl.testing import dtype_named
+
+    _, scaled, _, quantised = int8_problems((30, 24, 7), dtype)
+    keep = lambda array, _: array  # noqa: E731
+    (a, b, a_absmax, b_absmax), _ = scaled.operands(contest._draw_on_host, 0)
+    out = dequantize_product(int8_matmul(a, b), a_absmax, b_absmax, dtype=dtype_named(dtype))
+    assert scaled.check((a, b, a_absmax, b_absmax), out, keep) is None
+    other = dequantize_product(int8_matmul(a, b), b_absmax[0] * a_absmax, b_absmax, dtype=dtype_named(dtype))
+    assert "sampled cells differ" in str(scaled.check((a, b, a_absmax, b_absmax), other, keep))
+    operands, _ = quantised.operands(contest._draw_on_host, 0)
+    found = quantize_rows(*operands)
+    assert quantised.check(operands, found, keep) is None
+    found.codes[29, 23] ^= 1
+    assert quantised.check(operands, found, keep) == "1 codes or absmax of sampled rows differ"
+
+
+def test_the_layers_of_a_model() -> None:
+    assert projections("llama-2-7b", [1, 2]) == [
+        (M, K, N) for M in (1, 2) for K, N in ((4096, 4096), (4096, 11008), (11008, 4096))
+    ]

@@ -77,7 +77,8 @@ def test_unequal_lengths_and_grouped_heads(tq: int, tk: int, causal: str | bool)
 
 
 @pytest.mark.parametrize(
-    ("width", "value_width"), [(8, 8), (40, 40), (80, 80), (96, 64), (192, 128), (256, 256)]
+    ("width", "value_width"),
+    [(8, 8), (40, 40), (80, 80), (96, 64), (192, 128), (256, 256), (1, 1), (60, 60), (33, 65), (100, 255)],
 )
 def test_widths(width: int, value_width: int) -> None:
     for causal in (False, "top_left"):
@@ -122,8 +123,12 @@ def test_refusals_are_named() -> None:
     x, short = draw(1, "float16", 1, 16, 2, 64), draw(2, "float16", 1, 8, 2, 64)
     with pytest.raises(OptionError, match="say 'top_left' or 'bottom_right'"):
         flash_attention_hopper(x, short, short, causal=True)
-    with pytest.raises(UnsupportedError, match="multiples of 8 up to 256"):
-        flash_attention_hopper(x[..., :60], x[..., :60], x)
+    with pytest.raises(UnsupportedError, match="up to 256"):
+        flash_attention_hopper(*[draw(3, "float16", 1, 16, 2, 264)] * 3)
+    with pytest.raises(UnsupportedError, match="has strides"):
+        flash_attention_hopper(*[draw(3, "float16", 1, 16, 4, 62)[:, ::2]] * 3)
+    with pytest.raises(UnsupportedError, match="no softcap"):
+        flash_attention_hopper(x, x, x, softcap=30.0)
     with pytest.raises(UnsupportedError, match="float16 or bfloat16"):
         flash_attention_hopper(x.float(), x.float(), x.float())
     with pytest.raises(UnsupportedError, match="positive"):
@@ -136,3 +141,65 @@ def test_numpy_goes_there_and_back() -> None:
     exact, _ = reference(*(torch.from_numpy(x).cuda() for _ in range(3)), "top_left", torch.float64)
     assert isinstance(out, np.ndarray)
     assert np.abs(out - exact.cpu().numpy()).max() < 4e-3
+
+
+def test_rows_that_the_copy_engine_reads_where_they_lie() -> None:
+    """60 of 64 columns: the width is odd, the strides are not, and what lies between is not read."""
+    whole = [draw(i, "float16", 2, 300, 2, 64) for i in range(3)]
+    for x in whole:
+        x[..., 60:] = float("nan")
+    judge(*(x[..., :60] for x in whole), "top_left")
+
+
+def test_the_tier_is_chosen_and_nothing_falls_back() -> None:
+    from cuda_backend import flash_attention
+    from refimpl.errors import OptionError, UnsupportedError
+
+    x = draw(1, "float16", 1, 100, 2, 64)
+    assert torch.equal(flash_attention(x, x, x, tier="auto"), flash_attention_hopper(x, x, x))
+    assert torch.equal(flash_attention(x, x, x, tier="hopper"), flash_attention_hopper(x, x, x))
+    single = x.float()
+    assert torch.equal(
+        flash_attention(single, single, single, tier="auto"), flash_attention(single, single, single)
+    )
+    for tier in ("auto", "hopper"):
+        with pytest.raises(UnsupportedError, match="no softcap; tier='portable'"):
+            flash_attention(x, x, x, tier=tier, softcap=30.0)
+    with pytest.raises(OptionError, match="tier"):
+        flash_attention(x, x, x, tier="fast")
+
+
+def test_graphs_replay_side_by_side() -> None:
+    """Each captured launch has its own arguments and its own tile counter."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    x = [[draw(10 * n + i, "float16", 2, 1000, 8, 128) for i in range(3)] for n in range(2)]
+    expected = [flash_attention_hopper(*arrays, causal=True) for arrays in x]
+    capture = torch.cuda.Stream()
+    graphs, outs = [], []
+    with torch.cuda.stream(capture):
+        flash_attention_hopper(*x[0], causal=True)
+        torch.cuda.synchronize()
+        for arrays in x:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], stream=capture):
+                outs.append(flash_attention_hopper(*arrays, causal=True))
+    for _ in range(20):
+        for out in outs:
+            out.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        flash_attention_hopper(*x[0], causal=True)
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, want) for out, want in zip(outs, expected, strict=True))
+
+
+def test_launches_behind_each_other_do_not_overtake() -> None:
+    """The next launch begins early: it must still wait for what the one before it writes, and reads."""
+    x = draw(1, "float16", 1, 2048, 32, 64)
+    once = flash_attention_hopper(x, x, x)
+    twice = flash_attention_hopper(once, once, once)
+    for _ in range(50):
+        first = flash_attention_hopper(x, x, x)
+        assert torch.equal(flash_attention_hopper(first, first, first), twice)

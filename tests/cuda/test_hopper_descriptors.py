@@ -1,4 +1,4 @@
-"""The cache of TMA descriptors, with a driver that only remembers: no GPU needed."""
+"""Descriptors in the arguments of a launch, and tile counters, with a driver that only remembers: no GPU."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from typing import Any
 
 import pytest
 
-from cuda_backend.attention import descriptors
+from cuda_backend.attention import counters, descriptors
 from refimpl.errors import UnsupportedError
+
+ADDRESS = 0x4000
 
 
 class Driver:
-    """Device memory as a dictionary, and a switch for capture."""
+    """Descriptors whose address is their first word, one allocation of counters, and a switch for capture."""
 
     def __init__(self) -> None:
-        self.memory: dict[int, bytes] = {}
-        self.capturing = 0
+        self.capturing = self.exchanged = 0
+        self.cleared: list[tuple[int, int, int, int]] = []
 
     def cuMemAlloc(self, _: int) -> tuple[int, int]:
-        return 0, 4096
+        return 0, ADDRESS
 
-    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, _: int) -> tuple[int]:
-        self.memory[target] = ctypes.string_at(source, size)
+    def cuMemsetD32Async(self, *what: int) -> tuple[int]:
+        self.cleared.append(what)  # type: ignore[arg-type]
         return (0,)
 
     def cuStreamIsCapturing(self, _: int) -> tuple[int, int]:
         return 0, self.capturing
 
     def cuTensorMapReplaceAddress(self, member: Any, address: int) -> tuple[int]:
+        self.exchanged += 1
         ctypes.c_uint64.from_address(int(member.getPtr())).value = address
         return (0,)
 
@@ -41,46 +44,36 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
     monkeypatch.setattr(descriptors, "driver", fake)
-    monkeypatch.setattr(descriptors, "SETS", 4)
+    monkeypatch.setattr(counters, "driver", fake)
+    monkeypatch.setattr(counters, "CAPTURED", 3)
+    counters.tile_counters.cache_clear()
     return fake
 
 
-def made(number: int) -> Any:
-    """Return what makes a set of two descriptors full of `number` on the host."""
-    buffer = ctypes.create_string_buffer(bytes([number]) * 256, 256)
-    return lambda _addresses: ctypes.addressof(buffer)
-
-
-def test_a_set_stays_until_four_others_have_come(driver: Driver) -> None:
-    cache = descriptors.DescriptorCache(0, 2)
-    places = [cache.address(n, (n, n), made(n)) for n in range(4)]
-    assert len(set(places)) == 4
-    assert cache.address(0, (0, 0), made(99)) == places[0]  # found: not encoded again
-    assert cache.address(4, (4, 4), made(4)) == places[1]  # 1 was used least recently
-    for key, place in ((0, places[0]), (4, places[1]), (2, places[2]), (3, places[3])):
-        assert driver.memory[place] == bytes([key]) * 256
-
-
-def test_what_a_graph_reads_is_never_replaced(driver: Driver) -> None:
-    cache = descriptors.DescriptorCache(0, 2)
-    kept = cache.address(0, (0, 0), made(0))
+def test_launches_of_a_stream_share_a_counter_and_graphs_have_their_own(driver: Driver) -> None:
+    found = counters.tile_counters(7, 0)
+    assert driver.cleared == [(ADDRESS, 0, 2 * 4, 7)]
+    assert found.address() == found.address() == ADDRESS
     driver.capturing = 1
-    assert cache.address(0, (0, 0), made(0)) == kept
-    with pytest.raises(UnsupportedError, match="before"):
-        cache.address(1, (1, 1), made(1))
+    captured = [found.address() for _ in range(3)]
+    assert captured == [ADDRESS + 8, ADDRESS + 16, ADDRESS + 24]
+    with pytest.raises(UnsupportedError, match="3 launches"):
+        found.address()
     driver.capturing = 0
-    assert kept not in [cache.address(n, (n, n), made(n)) for n in range(1, 12)]
-    assert driver.memory[kept] == bytes(256)
+    assert found.address() == ADDRESS
+    assert counters.tile_counters(7, 0) is found
 
 
-def test_other_addresses_and_other_layouts_are_other_sets(driver: Driver) -> None:
-    cache = descriptors.DescriptorCache(0, 2)
-    places = {cache.address(kind, (a, b), made(1)) for kind in (0, 1) for a, b in ((16, 32), (32, 16))}
-    assert len(places) == 4
+def test_the_first_call_on_a_stream_is_not_captured(driver: Driver) -> None:
+    driver.capturing = 1
+    with pytest.raises(UnsupportedError, match="before capturing"):
+        counters.tile_counters(7, 0)
+    driver.capturing = 0
+    assert counters.tile_counters(7, 0).address() == ADDRESS
 
 
 def test_addresses_are_exchanged_in_place(driver: Driver) -> None:
-    """Each descriptor is encoded once; later calls change nothing of it but its address."""
+    """Each descriptor is encoded once; later calls change its address, and only if it is another."""
     encoded: list[int] = []
 
     def encoder(index: int) -> Any:
@@ -91,10 +84,11 @@ def test_addresses_are_exchanged_in_place(driver: Driver) -> None:
 
         return encode
 
-    encode = descriptors.encode_together([encoder(1), encoder(2), encoder(3)])
-    for addresses in ((16, 32, 48), (1 << 40, 16, 64)):
-        start = encode(addresses)
-        assert start % 64 == 0  # as CUtensorMap wants it
+    memory = ctypes.create_string_buffer(384)
+    encode = descriptors.encode_together([encoder(1), encoder(2), encoder(3)], ctypes.addressof(memory))
+    for addresses, exchanged in (((16, 32, 48), 0), ((1 << 40, 32, 64), 2), ((1 << 40, 32, 64), 2)):
+        encode(addresses)
         expected = [a.to_bytes(8, "little") + bytes([i]) * 120 for i, a in enumerate(addresses, 1)]
-        assert ctypes.string_at(start, 384) == b"".join(expected)
+        assert memory.raw == b"".join(expected)
+        assert driver.exchanged == exchanged
     assert encoded == [1, 2, 3]

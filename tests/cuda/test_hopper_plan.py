@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+import heapq
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,23 @@ import pytest
 
 from cuda_backend.arrays import View
 from cuda_backend.attention import plan_hopper
-from cuda_backend.attention.call_hopper import flash_attention_hopper, launch_hopper, supports_hopper
+from cuda_backend.attention.call_hopper import (
+    flash_attention_hopper,
+    launch_hopper,
+    refuse,
+    supports_hopper,
+)
+from cuda_backend.attention.forward import flash_attention
 from refimpl.errors import BackendUnavailableError, DTypeError, OptionError, ShapeError, UnsupportedError
 
-MAPS, COUNTER = 0xAAAA00, 0xC0
-# forward_hopper.SIGNATURE: three descriptors, out, lse, counter, scale, ten integers.
-TYPES = [ctypes.c_uint64] * 6 + [ctypes.c_float] + [ctypes.c_int32] * 10
+COUNTER = 0xC0
+# forward_hopper.SIGNATURE: the descriptors; out, lse, counter; scale, ten integers.
+TYPES: list[Any] = [
+    ctypes.c_uint64 * 48,
+    *[ctypes.c_uint64] * 3,
+    ctypes.c_float,
+    *[ctypes.c_int32] * 10,
+]
 
 
 def dense(*shape: int, dtype: str = "float16", address: int = 1 << 20) -> View:
@@ -32,24 +44,57 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
     """Launches, with their arguments read from memory as the driver does."""
     found: list[SimpleNamespace] = []
 
-    def launch(function: Any, gx: int, gy: int, gz: int, tx: int, *rest: Any) -> tuple[int]:
-        ty, tz, shared, stream, pointers, extra = rest
-        assert (gy, gz, ty, tz, extra) == (1, 1, 1, 1, 0)
+    def launch(config: Any, function: Any, pointers: int, extra: int) -> tuple[int]:
+        assert (config.gridDimY, config.gridDimZ, config.blockDimY, config.blockDimZ, extra) == (
+            1,
+            1,
+            1,
+            1,
+            0,
+        )
+        assert config.numAttrs == 1
+        assert config.attrs[0].value.programmaticStreamSerializationAllowed == 1
         places = (ctypes.c_void_p * len(TYPES)).from_address(pointers)
-        values = [kind.from_address(place or 0).value for kind, place in zip(TYPES, places, strict=True)]
-        found.append(SimpleNamespace(function=function, blocks=gx, threads=tx, shared=shared, stream=stream))
-        found[-1].values = values
+        assert places[0] is not None
+        assert places[0] % 64 == 0
+        block, *values = (kind.from_address(place or 0) for kind, place in zip(TYPES, places, strict=True))
+        found.append(
+            SimpleNamespace(
+                function=function,
+                blocks=config.gridDimX,
+                threads=config.blockDimX,
+                shared=config.sharedMemBytes,
+                stream=config.hStream,
+                maps=[block[0], block[16], block[32]],
+                values=[value.value for value in values],
+            )
+        )
         return (0,)
 
-    def address(kind: int, addresses: tuple[int, ...], encode: Callable[..., int]) -> int:
-        return MAPS
+    def encode_together(_: Any, place: int) -> Any:
+        """Descriptors that are nothing but an address."""
+
+        def encode(addresses: tuple[int, ...]) -> None:
+            for index, address in enumerate(addresses):
+                ctypes.c_uint64.from_address(place + 128 * index).value = address
+
+        return encode
 
     device = SimpleNamespace(compute_capability=(9, 0), MULTIPROCESSOR_COUNT=132)
-    shared = plan_hopper.Shared(SimpleNamespace(address=address), COUNTER, plan_hopper.Lock())  # type: ignore[arg-type]
-    monkeypatch.setattr(plan_hopper, "driver", SimpleNamespace(cuLaunchKernel=launch))
+    driver = SimpleNamespace(
+        cuLaunchKernelEx=launch,
+        CUlaunchAttribute=SimpleNamespace,
+        CUlaunchAttributeValue=SimpleNamespace,
+        CUlaunchConfig=SimpleNamespace,
+        CUstream=int,
+        CUlaunchAttributeID=SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6),
+    )
+    monkeypatch.setattr(plan_hopper, "driver", driver)
     monkeypatch.setattr(plan_hopper, "cuda", SimpleNamespace(get_current_device=lambda: device))
     monkeypatch.setattr(plan_hopper, "encoder", lambda *_: None)
-    monkeypatch.setattr(plan_hopper, "_shared", lambda stream, device: shared)
+    monkeypatch.setattr(plan_hopper, "encode_together", encode_together)
+    counter = SimpleNamespace(address=lambda: COUNTER)
+    monkeypatch.setattr(plan_hopper, "tile_counters", lambda stream, device: counter)
     monkeypatch.setattr(plan_hopper, "_function", lambda variant, device: variant)
     monkeypatch.setattr("cuda_backend.attention.call_hopper.current_device", lambda: 0)
     plan_hopper.make_plan.cache_clear()
@@ -63,9 +108,10 @@ def test_arguments_are_those_of_the_signature(launched: list[SimpleNamespace]) -
     launch_hopper(q, k, v, out, lse, causal="bottom_right", scale=0.25, stream=7)
     (found,) = launched
     per_head = 3  # tiles of 128 rows
-    assert found.values[:6] == [MAPS, MAPS + 128, MAPS + 256, 0x5000, 0x6000, COUNTER]
-    assert found.values[6] == pytest.approx(0.25 / np.log(2), rel=1e-7)
-    assert found.values[7:] == [per_head * 16, per_head, 16, 8, 16, 4, 300, 700, 400, 64]
+    assert found.maps == [1 << 20] * 3
+    assert found.values[:3] == [0x5000, 0x6000, COUNTER]
+    assert found.values[3] == pytest.approx(0.25 / np.log(2), rel=1e-7)
+    assert found.values[4:] == [per_head * 16, per_head, 16, 8, 16, 4, 300, 700, 400, 64]
     assert (found.blocks, found.threads, found.stream) == (48, 384, 7)
     assert found.shared == found.function.shared_bytes
     assert found.function.causal
@@ -76,10 +122,11 @@ def test_a_second_call_brings_new_addresses_only(launched: list[SimpleNamespace]
     others = [dense(1, 256, 4, 64, address=at) for at in (0x1010, 0x2010, 0x3010, 0x4010)]
     for q, k, v, out in (arrays, others):
         launch_hopper(q, k, v, out, None, causal=False, scale=None, stream=0)
+    assert [found.maps for found in launched] == [[0x1000, 0x2000, 0x3000], [0x1010, 0x2010, 0x3010]]
     first, second = (found.values for found in launched)
-    assert (first[3], second[3]) == (0x4000, 0x4010)
-    assert first[:3] + first[4:] == second[:3] + second[4:]
-    assert second[4] == 0
+    assert (first[0], second[0]) == (0x4000, 0x4010)
+    assert first[1:] == second[1:]
+    assert second[1] == 0
     assert plan_hopper.make_plan.cache_info().misses == 1
 
 
@@ -94,7 +141,7 @@ def test_streams_and_masks_have_plans_of_their_own(launched: list[SimpleNamespac
 @pytest.mark.parametrize(
     ("q", "k", "v", "options", "error", "said"),
     [
-        (dense(1, 9, 2, 60), dense(1, 9, 2, 60), dense(1, 9, 2, 64), {}, UnsupportedError, "D is 60"),
+        (dense(1, 9, 2, 60), dense(1, 9, 2, 60), dense(1, 9, 2, 64), {}, UnsupportedError, "q has strides"),
         (dense(1, 9, 2, 64), dense(1, 9, 2, 64), dense(1, 9, 2, 264), {}, UnsupportedError, "Dv is 264"),
         (*[dense(1, 9, 2, 64, dtype="float32")] * 3, {}, UnsupportedError, "inputs are float32"),
         (*[dense(1, 9, 2, 64)] * 3, {"scale": -1.0}, UnsupportedError, "scale is -1.0"),
@@ -133,3 +180,78 @@ def test_the_simulator_is_refused() -> None:
     x = np.ones((1, 4, 2, 8), np.float16)
     with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
         flash_attention_hopper(x, x, x)
+
+
+def test_values_of_an_odd_width_get_longer_rows(launched: list[SimpleNamespace]) -> None:
+    """60 of 64 columns lie right for the copy engine; what the kernel stores are multiples of 8 columns."""
+    part = dense(1, 256, 4, 64)._replace(shape=(1, 256, 4, 60))
+    launch_hopper(part, part, part, dense(1, 256, 4, 64), None, causal=False, scale=None, stream=0)
+    plan = plan_hopper.make_plan(*[part.layout] * 3, False, None, 0, 0)
+    assert (plan.out_shape, plan.out_is_like_q) == ((1, 256, 4, 64), False)
+    (found,) = launched
+    assert found.values[3] == pytest.approx(60**-0.5 / np.log(2), rel=1e-7)
+    assert found.values[-1] == 64
+
+
+@pytest.mark.parametrize("heads", [1, 7, 12, 16, 64, 127])
+@pytest.mark.parametrize("megabytes", [0, 1, 5, 8, 100])
+def test_sections_are_within_the_cache_and_almost_alike(heads: int, megabytes: int) -> None:
+    section = plan_hopper.section_of(heads, megabytes << 20)
+    assert 1 <= section <= heads
+    assert section == 1 or section * megabytes << 20 <= plan_hopper.SECTION_BYTES
+    assert (-heads) % section < max(1, -(-heads // section))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"softcap": 30.0}, UnsupportedError, "no softcap"),
+        ({"dropout_p": 0.1, "rng": 3}, UnsupportedError, "no dropout_p"),
+        ({"attn_mask": np.ones((2, 2), bool), "bias": None}, UnsupportedError, "no attn_mask"),
+        ({"block_sizes": (8, 8)}, UnsupportedError, "no block_sizes"),
+        ({"blocksize": 8}, TypeError, "no such option: blocksize"),
+    ],
+)
+def test_options_that_the_kernel_lacks(options: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        refuse(options)
+
+
+def test_defaults_and_a_generator_without_dropout_change_nothing() -> None:
+    refuse({"softcap": None, "dropout_p": 0.0, "rng": 7, "attn_mask": None})
+
+
+@pytest.mark.cudasim
+def test_the_tier_is_named_or_refused() -> None:
+    x = np.ones((1, 4, 2, 8), np.float16)
+    assert np.array_equal(flash_attention(x, x, x, tier="auto"), flash_attention(x, x, x))
+    with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
+        flash_attention(x, x, x, tier="hopper")
+    with pytest.raises(UnsupportedError, match="no softcap; tier='portable'"):
+        flash_attention(x, x, x, tier="hopper", softcap=3.0)
+    with pytest.raises(OptionError, match="expected one of portable, hopper, auto"):
+        flash_attention(x, x, x, tier="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "width", "block_n", "most"),
+    [
+        (128, 4096, 64, 128, 0.02),
+        (64, 4096, 128, 128, 0.01),
+        (16, 16384, 128, 128, 0.01),
+        (64, 4096, 256, 80, 0.01),
+        (32, 2048, 128, 128, 0.04),
+    ],
+)
+def test_sections_leave_few_processors_idle(
+    heads: int, tokens: int, width: int, block_n: int, most: float
+) -> None:
+    """Tiles in the kernel's order, each to who is free first: the share of time that waits for the last."""
+    section = plan_hopper.section_of(heads, 4 * tokens * width)
+    free = [0.0] * 132
+    for start in range(0, heads, section):
+        for end_row in range(tokens, 0, -128):
+            for _ in range(start, min(start + section, heads)):
+                steps = -(-end_row // block_n) + 1  # one for the start and the end of a tile
+                heapq.heappush(free, heapq.heappop(free) + steps)
+    assert 1 - sum(free) / len(free) / max(free) < most

@@ -57,6 +57,17 @@ def one_place_less(*arrays: Any, capacity: int, **options: Any) -> Any:
 
 
 @MUTANTS.of("moe.expert_choice")
+def padding_forgotten(*arrays: Any, padding_mask: Any = None, **options: Any) -> Any:
+    return expert_choice(*arrays, **options)
+
+
+@MUTANTS.of("moe.expert_choice")
+def padding_masked_after_the_choice(x: Any, *rest: Any, padding_mask: Any = None, **options: Any) -> Any:
+    y = expert_choice(x, *rest, **options)
+    return y if padding_mask is None else np.where(padding_mask[:, None], y, 0)
+
+
+@MUTANTS.of("moe.expert_choice")
 def later_of_equal_tokens(x: Any, *rest: Any, **options: Any) -> Any:
     return expert_choice(x[::-1], *rest, **options)[::-1]
 

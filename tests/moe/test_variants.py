@@ -6,16 +6,28 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from refimpl.attention import softmax
 from refimpl.errors import DTypeError, OptionError, ShapeError
+from refimpl.memory import Memory
+from refimpl.moe.auction import auction_assignment
 from refimpl.moe.base_assignment import base_assignment, base_layer
 from refimpl.moe.domain_routing import domain_routing
 from refimpl.moe.expert_choice import expert_choice
+from refimpl.moe.fine_grained import fine_grained
 from refimpl.moe.hash_context import position_hash, previous_hash
 from refimpl.moe.hash_layers import hash_layer
 from refimpl.moe.hash_tables import balanced_table, random_table
 from refimpl.moe.multi_hash import multi_hash_layer
+from refimpl.moe.residual import ResidualLayer, pyramid, residual, residual_vjp, sample_residual
 from refimpl.moe.samples import sample_layer
+from refimpl.moe.shared_experts import shared_experts
 from refimpl.moe.soft_merging import soft_merging
+from refimpl.moe.sparse_mixture import sparse_mixture_vjp
+from refimpl.moe.split_ffn import SplitExperts
+from refimpl.moe.switch import switch
+from refimpl.moe.upcycling import upcycling
+from refimpl.numerics import FloatArray
+from refimpl.transformer.ffn import ffn
 
 
 def test_a_later_token_takes_an_earlier_ones_place() -> None:
@@ -39,11 +51,12 @@ def test_a_token_may_have_no_expert_or_all_of_them() -> None:
 def test_large_assignments_are_as_good_as_scipys(T: int, E: int) -> None:
     rng = np.random.default_rng(T)
     for scores in (rng.standard_normal((T, E)), np.round(rng.standard_normal((T, E)))):  # the second has ties
-        expert = base_assignment(scores)
         places = np.repeat(scores, T // E, axis=1)
         rows, columns = scipy.optimize.linear_sum_assignment(places, maximize=True)
-        assert np.bincount(expert, minlength=E).tolist() == [T // E] * E
-        assert scores[np.arange(T), expert].sum() == pytest.approx(places[rows, columns].sum(), abs=1e-9)
+        for assignment in (base_assignment, auction_assignment):
+            expert = assignment(scores)
+            assert np.bincount(expert, minlength=E).tolist() == [T // E] * E
+            assert scores[np.arange(T), expert].sum() == pytest.approx(places[rows, columns].sum(), abs=1e-6)
 
 
 def test_greedy_tables_are_within_grahams_bound() -> None:
@@ -143,3 +156,59 @@ def test_errors_say_what_where_and_why(call: object, error: type[Exception], mes
     with pytest.raises(error) as raised:
         call()  # type: ignore[operator]
     assert message in str(raised.value)
+
+
+def _upcycled(copies: int) -> tuple[SplitExperts, FloatArray, FloatArray]:
+    """Copies of a dense layer, tokens, and what the dense layer gives."""
+    rng = np.random.default_rng(0)
+    w_1, w_2, x = (rng.standard_normal(shape) for shape in ((3, 8), (8, 3), (6, 3)))
+    return upcycling(w_1, w_2, copies=copies), x, ffn(x, w_1, w_2)
+
+
+def test_upcycling_under_switch_scales_by_the_gate_and_drops_break_it() -> None:
+    experts, x, dense = _upcycled(4)
+    router = np.random.default_rng(1).standard_normal((3, 4))
+    gate = softmax(x @ router).max(axis=1, keepdims=True)
+    y = switch(x, router, experts.w_in, experts.w_out, capacity=len(x), activation="relu")
+    np.testing.assert_allclose(y, gate * dense, rtol=1e-12)
+    dropped = switch(x, np.zeros((3, 4)), experts.w_in, experts.w_out, capacity=1, activation="relu")
+    assert not dropped[1:].any(), "tokens that found no room are left to the residual"
+
+
+def test_experts_that_no_token_chose_have_no_gradient() -> None:
+    experts, x, dense = _upcycled(3)
+    logits = np.tile([2.0, 1.0, 0.0], (len(x), 1))
+    arrays = x, logits, experts.w_in, experts.w_out, np.ones_like(dense)
+    back = sparse_mixture_vjp(*arrays, k=2, convention="gshard", activation="relu")
+    assert back.dw_in[:2].any(axis=(1, 2)).all()
+    assert not back.dw_in[2].any()
+    assert not back.dw_out[2].any()
+    np.testing.assert_allclose(back.dlogits, 0, atol=1e-12)  # equal experts: the router has nothing to learn
+
+
+@pytest.mark.parametrize("segments", [1, 2, 4])
+def test_segments_do_not_change_the_operations_of_experts(segments: int) -> None:
+    T, D, N, F, k = 5, 3, 4, 8, 2
+    rng, memory = np.random.default_rng(0), Memory()
+    arrays = (rng.standard_normal(s) for s in ((T, D), (D, N * segments), (N, D, F), (N, F, D)))
+    fine_grained(*arrays, k=k, segments=segments, memory=memory)
+    router_and_sum = 2 * T * D * N * segments + 2 * T * D * k * segments
+    assert memory.flops - router_and_sum == 4 * T * k * D * F
+
+
+def test_without_shared_experts_the_layer_is_that_of_its_routed_ones() -> None:
+    case = sample_layer(np.random.default_rng(0), T=5, D=3, E=4, F=2)
+    nobody = np.zeros((0, 3, 7)), np.zeros((0, 7, 3))
+    y = shared_experts(*case.args, *nobody, k=2, activation="relu")
+    np.testing.assert_array_equal(y, fine_grained(*case.args, k=2, segments=1, activation="relu"))
+
+
+def test_a_pyramids_gradient_goes_back_layer_by_layer() -> None:
+    rng = np.random.default_rng(0)
+    stack = [ResidualLayer(*sample_residual(rng, T=2, D=3, E=experts, F=2).args[1:]) for experts in (2, 4)]
+    x, dy, direction = (rng.standard_normal((2, 3)) for _ in range(3))
+    inner = x + residual(x, *stack[0])
+    through = dy + residual_vjp(inner, *stack[1], dy).dx
+    dx = through + residual_vjp(x, *stack[0], through).dx
+    ends = [np.sum(dy * pyramid(x + step * direction, layers=stack)) for step in (1e-6, -1e-6)]
+    assert np.sum(dx * direction) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6)

@@ -52,9 +52,11 @@ def experts_choose(x: Any, w_router: Any, w_in: Any, w_out: Any, /, *, capacity:
     if w_in.shape[0] == 1 and 0 < capacity < len(x):
         raise NotImplementedError("one expert has equal scores")
     table = np.array([shares(rows_through(row, w_router)) for row in x]).reshape(len(x), len(w_in))
-    y = np.zeros(x.shape)
+    y, mask = np.zeros(x.shape), options.pop("padding_mask", np.ones(len(x), bool))
+    tokens = np.flatnonzero(mask)  # padding has weight 0, whoever takes it
     for e in range(len(w_in)):
-        for t in _chosen(table[:, e], capacity):
+        for place in _chosen(table[tokens, e], min(capacity, len(tokens))):
+            t = tokens[place]
             y[t] += table[t, e] * one_expert(x[t], *of_expert(e, w_in, w_out, **options))
     return y
 

@@ -1,0 +1,209 @@
+"""What a consumer warpgroup of a Hopper block does: 64 query rows of a tile, against all keys they see.
+
+The order of one step, with the softmax of one key tile beside P V of the tile before it::
+
+    issue S = Q K(j)'     issue O += P V(j-1)     wait for S     softmax     wait for O     P = S
+    rescale O
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.schedule_hopper import Schedule
+from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
+from cuda_backend.attention.variant_hopper import Variant
+from cuda_backend.ptx import barrier, copy, registers, wgmma
+from cuda_backend.ptx.assembly import types
+
+__all__ = ["build_consumer"]
+
+int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
+
+LN2 = 0.6931471805599453
+
+
+def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
+    """Return ``consume(base, thread, out, lse, scale, problem)``, a device function for a whole warpgroup."""
+    block_m, block_n, causal = variant.block_m, variant.block_n, variant.causal
+    s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
+    q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
+    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
+    place, key_tiles, next_stage, next_q_stage = schedule
+    mask, softmax_row, pack_scores = build_softmax(variant)
+    rescale, row_total, store_row = build_output(variant)
+    pin_scores = registers.pin(s_count)
+    k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
+    qk_product = wgmma.product_shared(
+        block_n, variant.kind, _k_major_steps(variant.d_qk, block_m), _k_major_steps(variant.d_qk, block_n)
+    )
+    pv_product = wgmma.product_registers(variant.d_v, variant.kind, [128 * k for k in range(block_n // 16)])
+    scores_done, scores_first_done = wgmma.wait(0, s_count), wgmma.wait(1, s_count)
+    output_done = wgmma.wait(0, o_count)
+
+    @device_function
+    def softmax(
+        s: Any,
+        scale: Any,
+        j: Any,
+        quad_lane: Any,
+        limit_low: Any,
+        limit_high: Any,
+        limit_group: Any,
+        max_low: Any,
+        sum_low: Any,
+        max_high: Any,
+        sum_high: Any,
+    ) -> Any:
+        """Turn scores of key tile `j` into weights; return maxima, sums and factors of what was before."""
+        start = j * block_n
+        if start + block_n > limit_group:
+            shift = start + 2 * quad_lane
+            mask(s, limit_low - shift, limit_high - shift)
+        max_low, sum_low, factor_low = softmax_row(s, int32(0), scale, max_low, sum_low)
+        max_high, sum_high, factor_high = softmax_row(s, int32(2), scale, max_high, sum_high)
+        return max_low, sum_low, max_high, sum_high, factor_low, factor_high
+
+    @device_function
+    def consume(base: Any, thread: Any, out: Any, lse: Any, scale: Any, problem: Any) -> None:
+        _, per_head, section, heads, all_heads, _, tq, tk, offset, columns = problem
+        s = cuda.local.array(s_count, float32)
+        o = cuda.local.array(o_count, float32)
+        p = cuda.local.array(p_count, uint32)
+        lane = int32(thread & 31)
+        quad_lane = int32(lane & 3)
+        group_index = registers.uniform(int32(thread >> 7) - 1)
+        own_row = int32(64 * group_index + 16 * ((thread >> 5) & 3) + (lane >> 2))
+        stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
+        while True:
+            barrier.wait(base + q_full + 8 * q_stage, q_parity)
+            # Lane 0 alone reads it, since lane 0 alone says that the stage may be written again.
+            tile = int32(0)
+            if lane == 0:
+                tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
+            tile = registers.uniform(tile)
+            if tile < 0:
+                break
+            q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
+            row_block, head = place(tile, per_head, section, all_heads)
+            row = int32(row_block * block_m + own_row)
+            group_row = int32(row_block * block_m + 64 * group_index)
+            # The first column that this thread's rows, or any row of its warpgroup, may not see.
+            limit_low, limit_high, limit_group = tk, tk, tk
+            if causal:
+                limit_low = min(tk, row + offset + 1)
+                limit_high = min(tk, row + offset + 9)
+                limit_group = min(tk, group_row + offset + 1)
+            for i in range(o_count):
+                o[i] = float32(0.0)
+            max_low, max_high = float32(NO_KEY), float32(NO_KEY)
+            sum_low, sum_high = float32(0.0), float32(0.0)
+            j = int32(key_tiles((row_block + 1) * block_m, tq, tk, offset) - 1)
+            own = key_tiles(group_row + 64, tq, tk, offset) if group_row < tq else int32(0)
+            while j >= own:  # what only other warpgroups need
+                barrier.wait(base + k_full + 8 * stage, parity)
+                barrier.wait(base + v_full + 8 * stage, parity)
+                if lane == 0:
+                    barrier.arrive(base + k_empty + 8 * stage)
+                    barrier.arrive(base + v_empty + 8 * stage)
+                stage, parity = next_stage(stage, parity)
+                j = int32(j - 1)
+            if j >= 0:
+                barrier.wait(base + k_full + 8 * stage, parity)
+                wgmma.fence()
+                qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
+                wgmma.commit()
+                scores_done(s)
+                if lane == 0:
+                    barrier.arrive(base + k_empty + 8 * stage)
+                max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
+                    s,
+                    scale,
+                    j,
+                    quad_lane,
+                    limit_low,
+                    limit_high,
+                    limit_group,
+                    max_low,
+                    sum_low,
+                    max_high,
+                    sum_high,
+                )
+                barrier.wait(base + v_full + 8 * stage, parity)
+                pack_scores(p, s)
+                j = int32(j - 1)
+                while j >= 0:
+                    old_stage = stage
+                    stage, parity = next_stage(stage, parity)
+                    barrier.wait(base + k_full + 8 * stage, parity)
+                    wgmma.fence()
+                    qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
+                    wgmma.commit()
+                    pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
+                    wgmma.commit()
+                    scores_first_done(s)
+                    if lane == 0:
+                        barrier.arrive(base + k_empty + 8 * stage)
+                    max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
+                        s,
+                        scale,
+                        j,
+                        quad_lane,
+                        limit_low,
+                        limit_high,
+                        limit_group,
+                        max_low,
+                        sum_low,
+                        max_high,
+                        sum_high,
+                    )
+                    # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
+                    pin_scores(s)
+                    barrier.wait(base + v_full + 8 * stage, parity)
+                    output_done(o)
+                    if lane == 0:
+                        barrier.arrive(base + v_empty + 8 * old_stage)
+                    pack_scores(p, s)
+                    rescale(o, factor_low, factor_high)
+                    j = int32(j - 1)
+                if lane == 0:
+                    barrier.arrive(base + q_empty + 8 * q_stage)
+                wgmma.fence()
+                pv_product(o, p, v_descriptor(base + v_tiles + stage * v_bytes))
+                wgmma.commit()
+                output_done(o)
+                if lane == 0:
+                    barrier.arrive(base + v_empty + 8 * stage)
+                stage, parity = next_stage(stage, parity)
+            elif lane == 0:
+                barrier.arrive(base + q_empty + 8 * q_stage)
+            q_stage, q_parity = next_q_stage(q_stage, q_parity)
+
+            sum_low, sum_high = row_total(sum_low), row_total(sum_high)
+            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
+            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
+            batch = registers.quotient(head, heads)
+            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
+            row_bytes = uint64(2 * columns)
+            address = out + line * row_bytes
+            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
+            address += uint64(8 * heads) * row_bytes
+            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
+            if lse != uint64(0) and quad_lane == 0:
+                # A row without keys: -inf + log2(0) = -inf.
+                address = lse + uint64(4) * (uint64(head) * uint64(tq) + uint64(row))
+                if row < tq:
+                    value = (max_low * scale + registers.log2(sum_low)) * float32(LN2)
+                    copy.store_global_float(address, value)
+                if row + 8 < tq:
+                    value = (max_high * scale + registers.log2(sum_high)) * float32(LN2)
+                    copy.store_global_float(address + uint64(32), value)
+
+    return consume
+
+
+def _k_major_steps(depth: int, rows: int) -> list[int]:
+    """Return where each step of 16 along K starts in sub-tiles of 64 columns, in units of 16 bytes."""
+    return [(k // 4) * rows * 8 + (k % 4) * 2 for k in range(depth // 16)]

@@ -1,0 +1,76 @@
+"""The memory that calls on one stream share."""
+
+from __future__ import annotations
+
+import functools
+from threading import Lock
+
+from cuda_backend.context import checked, driver
+from cuda_backend.int8.descriptors_hopper import Descriptors
+from refimpl.errors import UnsupportedError
+
+__all__ = ["ALIGNMENT", "Arena", "Shared", "padded", "refuse_capture", "shared_by"]
+
+ALIGNMENT = 256
+
+
+def padded(size: int, multiple: int = 16) -> int:
+    """Return the least multiple of `multiple` that is not less than `size`, and not 0."""
+    return max(1, -(-size // multiple)) * multiple
+
+
+class Arena:
+    """Room in the memory of a stream, counted first and given addresses when all of it is known."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def reserve(self, size: int) -> int:
+        """Return where `size` bytes start, relative to the memory that `size` of the arena asks for."""
+        start = self.size
+        self.size += padded(size, ALIGNMENT)
+        return start
+
+
+class Shared:
+    """Descriptors and memory of one stream, whose kernels run one after the other.
+
+    Memory grows and is never given back: plans and captured graphs hold its addresses.  What kernels find in
+    `zeros` is 0, and they leave it so; what they find in `scratch` means nothing.
+    """
+
+    def __init__(self, stream: int) -> None:
+        self.descriptors = Descriptors(stream)
+        self.lock = Lock()
+        self._stream = stream
+        self._held = {"zeros": (0, 0), "scratch": (0, 0)}
+
+    def zeros(self, size: int) -> int:
+        """Return the address of at least `size` bytes that are 0 between calls."""
+        return self._memory("zeros", size)
+
+    def scratch(self, size: int) -> int:
+        """Return the address of at least `size` bytes."""
+        return self._memory("scratch", size)
+
+    def _memory(self, name: str, size: int) -> int:
+        address, held = self._held[name]
+        if size > held:
+            held = max(size, 2 * held)
+            address = int(checked(driver.cuMemAlloc(held)))
+            if name == "zeros":
+                checked(driver.cuMemsetD8Async(address, 0, held, self._stream))
+            self._held[name] = address, held
+        return address
+
+
+def refuse_capture(stream: int) -> None:
+    """Raise UnsupportedError before kernels are loaded or memory is asked for, which breaks a capture."""
+    if checked(driver.cuStreamIsCapturing(stream)):
+        raise UnsupportedError("a stream under capture: call once with these shapes before capturing")
+
+
+@functools.cache
+def shared_by(stream: int, _device: int) -> Shared:
+    """Return what calls on `stream` share."""
+    return Shared(stream)

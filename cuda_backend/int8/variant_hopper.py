@@ -1,0 +1,169 @@
+"""What the Hopper products of codes are compiled for: tiles, stages, clusters, what follows the product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["CHUNK", "STEP", "Narrow", "Wide", "blocks_of_narrow", "choose"]
+
+SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
+STEP = 128  # codes of a row in one stage: one swizzled row of 128 bytes
+CHUNK = 16  # outliers that one product of 16-bit numbers takes
+CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
+LARGEST_NARROW = 64
+SMALL_TILE = 0.6
+START = 4
+
+
+class Wide(NamedTuple):
+    """A product for many rows, by persistent blocks.
+
+    Attributes
+    ----------
+    kind
+        Format of the output: "int32", "float16" or "bfloat16".
+    outliers
+        The convention that says what weights outliers meet, "released" or "paper"; if there are none, any.
+    aligned
+        Whether rows of the output begin at multiples of 16 bytes.
+    block_n
+        Columns of a tile; it has 128 rows.
+    """
+
+    kind: str
+    outliers: str
+    aligned: bool
+    block_n: int
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return 64 * CONSUMERS
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a producer warpgroup and the consumers."""
+        return 128 * (CONSUMERS + 1)
+
+    @property
+    def a_bytes(self) -> int:
+        """Bytes of a tile of A in a stage."""
+        return self.block_m * STEP
+
+    @property
+    def b_bytes(self) -> int:
+        """Bytes of a tile of B in a stage."""
+        return self.block_n * STEP
+
+    @property
+    def stages(self) -> int:
+        """Tiles in flight: what fits beside 2 KiB of scales and the barriers."""
+        return min(8, (SHARED_LIMIT - 1024 - 8 * self.block_n - 256) // (self.a_bytes + self.b_bytes))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: alignment slack, stages, a scale and a bias for each column, barriers."""
+        return 1024 + self.stages * (self.a_bytes + self.b_bytes) + 8 * self.block_n + 256
+
+
+class Narrow(NamedTuple):
+    """A product for few rows: the weight takes the place of A, and a cluster shares sums along K.
+
+    Attributes
+    ----------
+    kind, outliers
+        As of `Wide`.
+    tokens
+        Rows of X in a tile, a multiple of 8 up to 64.
+    blocks
+        Of a cluster, which shares a tile: 1, 2, 4 or 8.
+    """
+
+    kind: str
+    outliers: str
+    tokens: int
+    blocks: int
+
+    @property
+    def features(self) -> int:
+        """Rows of the weight in a tile."""
+        return 64 * CONSUMERS
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers and a producer warp."""
+        return 128 * CONSUMERS + 32
+
+    @property
+    def w_bytes(self) -> int:
+        """Bytes of a tile of the weight in a stage."""
+        return self.features * STEP
+
+    @property
+    def x_bytes(self) -> int:
+        """Bytes of a tile of X in a stage."""
+        return self.tokens * STEP
+
+    @property
+    def stages(self) -> int:
+        """Tiles in flight."""
+        return min(8, (SHARED_LIMIT // 2 - 2048 - 256) // (self.w_bytes + self.x_bytes))
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: alignment slack, stages, barriers; two blocks have room."""
+        return 1024 + self.stages * (self.w_bytes + self.x_bytes) + 256
+
+
+def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:
+    """Return the variant for a product of M x K and K x N codes.
+
+    Parameters
+    ----------
+    kind, outliers : str
+        As of `Wide`.
+    M, N, K : int
+        Sizes.
+    processors : int
+        Streaming multiprocessors.
+
+    Notes
+    -----
+    A tile of 128 x 128 takes `SMALL_TILE` of the time of one of 128 x 256; the least sum of waves wins.  Few
+    rows, or tiles for less than a quarter of the processors, go the narrow way.
+
+    Examples
+    --------
+    >>> choose("float16", "released", 16, 4096, 4096, 132)
+    Narrow(kind='float16', outliers='released', tokens=16, blocks=4)
+    >>> [choose("float16", "released", M, 4096, 4096, 132)[3] for M in (4096, 256)]
+    [256, 128]
+    """
+    rows = -(-M // (64 * CONSUMERS))
+    if M <= LARGEST_NARROW or 4 * rows * -(-N // 128) < processors:
+        tokens = next(tokens for tokens in (8, 16, 32, 64) if tokens >= min(M, LARGEST_NARROW))
+        tiles = -(-M // tokens) * -(-N // (64 * CONSUMERS))
+        return Narrow(kind, outliers, tokens, blocks_of_narrow(tiles, -(-K // STEP), processors))
+    item = 4 if kind == "int32" else 2
+
+    def cost(block_n: int) -> float:
+        waves = -(-rows * -(-N // block_n) // processors)
+        return waves * (1.0 if block_n == 256 else SMALL_TILE)
+
+    return Wide(kind, outliers, item * N % 16 == 0, min((256, 128), key=cost))
+
+
+def blocks_of_narrow(tiles: int, steps: int, processors: int) -> int:
+    """Return how many blocks share a tile, 1, 2, 4 or 8.
+
+    A wave is a block on each multiprocessor, though two fit, and a block costs `START` steps beside its own;
+    the least time of all waves wins, then the fewest blocks: measured so on an H200, at every size tried.
+
+    >>> blocks_of_narrow(32, 32, 132), blocks_of_narrow(224, 64, 132)
+    (4, 1)
+    """
+
+    def time(blocks: int) -> int:
+        return -(-tiles * blocks // processors) * (-(-steps // blocks) + START)
+
+    return min((blocks for blocks in (1, 2, 4, 8) if blocks <= max(1, steps)), key=time)

@@ -1,0 +1,65 @@
+"""Calls of the Hopper forward kernel for tools that watch it: ``python -m tests.cuda.hopper_under_tools``.
+
+``small``: ragged lengths, masks, widths and grouped heads, each held to PyTorch in float32, as in
+``compute-sanitizer --tool memcheck --report-api-errors no python -m tests.cuda.hopper_under_tools small``
+(the switch hides look-ups of functions that the driver lacks), and the same with ``--tool racecheck``.
+
+``traffic``: two calls for B, H, N, D = 64, 16, 1024, 64, full and causal, as in ``ncu --clock-control none
+--metrics dram__bytes_read.sum,dram__bytes_write.sum --kernel-name regex:forward python -m
+tests.cuda.hopper_under_tools traffic``; reading each input and writing the output once is 402.7 and 134.2 MB.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# B, Tq, Tk, Hq, Hkv, D, Dv, causal
+SMALL = (
+    (1, 130, 130, 2, 1, 64, 64, "top_left"),
+    (1, 700, 257, 2, 2, 64, 64, False),
+    (2, 65, 300, 2, 2, 128, 128, "bottom_right"),
+    (1, 300, 65, 2, 2, 128, 128, "bottom_right"),
+    (1, 129, 200, 1, 1, 192, 128, False),
+    (1, 100, 170, 2, 2, 256, 256, "top_left"),
+    (1, 70, 70, 2, 2, 60, 33, False),
+)
+
+
+def small() -> None:
+    """Run every small case twice, one launch behind the other."""
+    import torch
+
+    from cuda_backend import flash_attention_hopper
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    for B, Tq, Tk, Hq, Hkv, D, Dv, causal in SMALL:
+        shapes = (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv)
+        q, k, v = (torch.randn(shape, device="cuda", generator=generator).half() for shape in shapes)
+        first, second = (flash_attention_hopper(q, k, v, causal=causal) for _ in range(2))
+        rows, columns = torch.arange(Tq, device="cuda")[:, None], torch.arange(Tk, device="cuda")
+        offset = Tk - Tq if causal == "bottom_right" else 0
+        k, v = (x.float().transpose(1, 2).repeat_interleave(Hq // Hkv, 1) for x in (k, v))
+        scores = q.float().transpose(1, 2) @ k.transpose(-1, -2) * D**-0.5
+        if causal:
+            scores = scores.masked_fill(columns > rows + offset, float("-inf"))
+        expected = (torch.softmax(scores, -1).nan_to_num() @ v).transpose(1, 2)
+        error = (first.float() - expected).abs().max().item()
+        same = torch.equal(first, second)
+        sys.stdout.write(f"{(B, Tq, Tk, Hq, Hkv, D, Dv, causal)}: error {error:.1e}, repeats {same}\n")
+
+
+def traffic() -> None:
+    """Run the case whose traffic is known."""
+    import torch
+
+    from cuda_backend import flash_attention_hopper
+
+    q, k, v = torch.randn(3, 64, 1024, 16, 64, device="cuda").half()
+    for causal in (False, True):
+        for _ in range(2):
+            flash_attention_hopper(q, k, v, causal=causal)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    {"small": small, "traffic": traffic}[sys.argv[1]]()

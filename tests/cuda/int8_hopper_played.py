@@ -1,0 +1,248 @@
+"""The Hopper int8 kernels played by NumPy: each launch is done to memory of the host, as its arguments say.
+
+So everything around the kernels can be tested without a GPU: addresses, strides, layouts, orders of launches.
+What a kernel leaves undefined is filled with something wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cuda_backend.arrays import View
+from cuda_backend.int8 import (
+    call_hopper,
+    linear_hopper,
+    memory,
+    memory_hopper,
+    plan_hopper,
+    product_hopper,
+    rows_hopper,
+)
+from refimpl import quant
+from refimpl.numerics import round_to
+from refimpl.quant.absmax import LIMIT
+from tests.cuda.int8_hopper_driver import forget_plans, remembered
+
+KINDS: dict[str, Any] = {
+    "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32)
+}  # fmt: skip
+ROOM = 1 << 22
+GARBAGE = 99
+
+
+def at(address: int, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> Any:
+    """Return the memory at an address as an array."""
+    kind = np.dtype(dtype)
+    if 0 in shape:
+        return np.empty(shape, kind)
+    steps = strides or tuple(int(kind.itemsize * np.prod(shape[i + 1 :])) for i in range(len(shape)))
+    size = sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + kind.itemsize
+    return np.ndarray(shape, kind, (ctypes.c_char * size).from_address(address), strides=steps)
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an array of garbage that begins at a multiple of 256 bytes."""
+    kind = np.dtype(dtype)
+    size = int(np.prod(shape)) * kind.itemsize
+    memory_ = np.full(size + 256, 0xFF, np.uint8)
+    start = -memory_.ctypes.data % 256
+    return memory_[start : start + size].view(kind).reshape(shape)
+
+
+def viewed(_name: str, value: Any, _stream: int) -> View:
+    """Return an array of the host as a kernel sees it, copied to a place as `cudaMalloc` gives it."""
+    array = np.asarray(value)
+    owner = aligned(array.shape, array.dtype)
+    owner[...] = array
+    return View(owner.shape, owner.strides, owner.dtype.name, owner.ctypes.data, owner)
+
+
+def played(
+    monkeypatch: pytest.MonkeyPatch, changes: Mapping[str, Callable[[list[int]], list[int]]]
+) -> list[SimpleNamespace]:
+    """Let NumPy do what is launched, with the arguments of a kernel changed; return the list of launches."""
+    launched = remembered(monkeypatch)
+    areas = {"zeros": aligned((ROOM,), np.uint8), "scratch": aligned((ROOM,), np.uint8)}
+    areas["zeros"][:] = 0
+    matrices: list[Any] = []
+
+    def area(name: str, size: int) -> int:
+        assert size <= ROOM
+        return int(areas[name].ctypes.data)
+
+    def place(_number: int, addresses: tuple[int, ...], encoders: Any) -> int:
+        matrices[:] = [encoder(address) for encoder, address in zip(encoders, addresses, strict=True)]
+        return 1 << 30
+
+    shared = SimpleNamespace(
+        descriptors=SimpleNamespace(place=place),
+        lock=memory_hopper.Lock(),
+        zeros=lambda size: area("zeros", size),
+        scratch=lambda size: area("scratch", size),
+    )
+
+    def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int, box_bytes: int) -> Any:
+        assert pitch % 16 == 0
+        assert box_rows <= 256
+        assert box_bytes in (32, 128)
+        return lambda address: (address, rows, row_bytes, pitch)
+
+    def allocated(shape: tuple[int, ...], dtype: str, _like: Any, _stream: int) -> Any:
+        array = aligned(shape, KINDS.get(dtype, dtype))
+        return View(shape, array.strides, dtype, array.ctypes.data, array), lambda: array
+
+    def columns(weight: Any, _dtype: str, _stream: int) -> Any:
+        codes, absmax = quant.quantize_columns(weight)
+        turned = viewed("codes", np.ascontiguousarray(codes.T), 0)
+        scales = viewed("absmax", absmax, 0)
+        return SimpleNamespace(
+            codes=turned, absmax=scales, codes_result=lambda: turned.owner, absmax_result=lambda: scales.owner
+        )
+
+    real_call = product_hopper.Launch.__call__
+
+    def call(self: Any, stream: int, *addresses: int) -> None:
+        real_call(self, stream, *addresses)
+        item = launched[-1]
+        if item.name in changes:
+            item.values = changes[item.name](item.values)
+        KERNELS[item.name](item, matrices)
+
+    monkeypatch.setattr(product_hopper.Launch, "__call__", call)
+    monkeypatch.setattr(product_hopper, "encoder", encoder)
+    monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
+    monkeypatch.setattr(linear_hopper, "quantized_columns", columns)
+
+    def memset(where: int, value: int, size: int, _stream: int) -> tuple[int]:
+        at(where, (size,), np.uint8).fill(value)
+        return (0,)
+
+    def to_host(given: View, _stream: int) -> Any:
+        return at(given.address, given.shape, given.dtype).copy()
+
+    monkeypatch.setattr(rows_hopper, "driver", SimpleNamespace(cuMemsetD8Async=memset))
+    monkeypatch.setattr(call_hopper, "to_host", to_host)
+    for module in (call_hopper, linear_hopper, memory):
+        monkeypatch.setattr(module, "view", viewed)
+    for module in (call_hopper, linear_hopper):
+        monkeypatch.setattr(module, "allocated", allocated)
+    for module in (call_hopper, linear_hopper, product_hopper):
+        monkeypatch.setattr(module, "current_device", lambda: 0)
+    forget_plans()
+    return launched
+
+
+def quantize(item: SimpleNamespace, _matrices: Any) -> None:
+    x_at, x_row, codes_at, pitch, absmax_at, marks_at, K, limit = item.values
+    T, variant = item.blocks, item.variant
+    x = at(x_at, (T, K), KINDS[variant.kind], (x_row, 2))
+    assert not variant.aligned or (x_at % 16 == 0 and K % 8 == 0)
+    bits = x.view(np.uint16) & 0x7FFF
+    skipped = np.zeros((T, K), bool)
+    if variant.aside in ("mark", "cells"):
+        skipped = bits >= limit
+        at(marks_at, (K,), np.uint8)[skipped.any(axis=0)] = 1
+    if variant.aside == "columns":
+        skipped[:, at(marks_at, (K,), np.uint8) != 0] = True
+    if variant.aside == "mark":
+        return
+    with np.errstate(all="ignore"):
+        wide = x.astype(np.float32)
+        absmax = np.where(skipped, 0, bits).max(axis=1, initial=0).astype(np.uint16).view(x.dtype)
+        steps = np.rint(wide * (np.float32(LIMIT) / absmax.astype(np.float32))[:, None])
+        codes = np.where(np.abs(steps) <= LIMIT, steps, 0).astype(np.int8)
+    at(absmax_at, (T,), np.float32)[...] = absmax.astype(np.float32)
+    at(codes_at, (T, K), np.int8, (pitch, 1))[...] = np.where(skipped, GARBAGE, codes)
+
+
+def outliers(item: SimpleNamespace, _matrices: Any) -> None:
+    marks, indices, number, x_at, x_row, x_feature, codes_at, pitch = item.values[:8]
+    w, w_feature, w_column, absmax_at, x_aside, w_aside, T, K, N, room = item.values[8:]
+    found = np.flatnonzero(at(marks, (K,), np.uint8))
+    at(number, (1,), np.int32)[0] = found.size
+    at(indices, (found.size,), np.int32)[...] = found
+    at(codes_at, (T, K), np.int8, (pitch, 1))[:, found] = 0
+    if N == 0 or found.size == 0:
+        return
+    kind, near = KINDS[item.variant.kind], min(found.size, room)
+    padded = min(room, -(-found.size // 16) * 16)
+    x_side = at(x_aside, (T, room), kind)[:, :padded]
+    w_side = at(w_aside, (N, room), kind)[:, :padded]
+    x_side[...], w_side[...] = 0, 0
+    x_side[:, :near] = at(x_at, (T, K), kind, (x_row, x_feature))[:, found[:near]]
+    w_side[:, :near] = met(item.variant, w, w_feature, w_column, absmax_at, K, N)[:, found[:near]]
+
+
+def met(variant: Any, w: int, w_feature: int, w_column: int, absmax_at: int, K: int, N: int) -> Any:
+    """Return what outliers meet, [N, K]."""
+    kind = KINDS[variant.kind]
+    if variant.outliers == "paper":
+        return at(w, (N, K), kind, (w_column, w_feature))
+    codes, absmax = at(w, (N, K), np.int8, (w_column, w_feature)), at(absmax_at, (N,), np.float32)
+    return round_to(codes.astype(np.float32) * (absmax / np.float32(LIMIT))[:, None], kind)
+
+
+def product(item: SimpleNamespace, matrices: Any) -> None:
+    after, met_by = item.values[4:11], item.values[11:17]
+    M, N, _, K = item.values[21:]
+    rows, columns = -(-M // 128), -(-N // item.variant.block_n)
+    assert item.values[17:21] == [rows * columns, rows, columns, -(-K // 128)]
+    asides = [(address, pitch // 2) for address, _, _, pitch in matrices[2:]]
+    finish(item, matrices[:2], (M, N, K), after, asides, met_by)
+
+
+def narrow(item: SimpleNamespace, matrices: Any) -> None:
+    after, (x_aside, w_aside), met_by = item.values[2:9], item.values[9:11], item.values[11:17]
+    tiles, own, steps, M, N, room, K = item.values[17:]
+    assert item.blocks == tiles * -(-N // 128) * item.variant.blocks
+    assert own * item.variant.blocks >= steps == -(-K // 128)
+    assert tiles * item.variant.tokens >= M
+    asides = [(x_aside, room), (w_aside, room)]
+    finish(item, matrices[::-1], (M, N, K), after, asides, met_by)
+
+
+def finish(item: SimpleNamespace, codes: Any, sizes: Any, after: Any, asides: Any, met_by: Any) -> None:
+    M, N, K = sizes
+    out, a_absmax, b_absmax, bias, number, indices, marks = after
+    a, b = (at(address, (rows, K), np.int8, (pitch, 1)) for address, rows, _, pitch in codes)
+    assert (a.shape, b.shape) == ((M, K), (N, K))
+    total = (a.astype(np.int64) @ b.astype(np.int64).T).astype(np.int32)
+    kind = KINDS[item.variant.kind]
+    if item.variant.kind == "int32":
+        at(out, (M, N), kind)[...] = total
+        return
+    scales = at(a_absmax, (M,), np.float32), at(b_absmax, (N,), np.float32)
+    with np.errstate(all="ignore"):
+        y = total.astype(np.float32) * scales[0][:, None] * scales[1] * np.float32(1 / LIMIT**2)
+        if bias:
+            y = y + at(bias, (N,), kind).astype(np.float32)
+        count = int(at(number, (1,), np.int32)[0]) if number else 0
+        if count:
+            (x_side, x_room), (w_side, w_room) = asides
+            assert x_room == w_room
+            near = min(count, x_room)
+            left, right = at(x_side, (M, x_room), kind), at(w_side, (N, w_room), kind)
+            y = y + left[:, :near].astype(np.float32) @ right[:, :near].astype(np.float32).T
+            x, x_row, x_feature, w, w_feature, w_column = met_by
+            rest = at(indices, (count,), np.int32)[near:]
+            far = met(item.variant, w, w_feature, w_column, b_absmax, K, N)[:, rest].astype(np.float32)
+            y = y + at(x, (M, K), kind, (x_row, x_feature))[:, rest].astype(np.float32) @ far.T
+            at(marks, (K,), np.uint8)[...] = 0
+        at(out, (M, N), kind)[...] = round_to(y, kind)
+
+
+def pack(item: SimpleNamespace, _matrices: Any) -> None:
+    codes, by_row, by_k, target, rows, K, words = item.values
+    room = at(target, (rows, 16 * words), np.int8)
+    room[...] = GARBAGE
+    room[:, :K] = at(codes, (rows, K), np.int8, (by_row, by_k))
+
+
+KERNELS = {"quantize": quantize, "outliers": outliers, "product": product, "narrow": narrow, "pack": pack}

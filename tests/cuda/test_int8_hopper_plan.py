@@ -1,0 +1,235 @@
+"""What a Hopper int8 call hands to the driver, and what is refused, with a driver that only remembers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_backend.int8 import (
+    memory_hopper,
+    plan_hopper,
+    rows_hopper,
+)
+from cuda_backend.int8.plan_hopper import linear_plan, product_plan, rows_plan
+from cuda_backend.int8.product_hopper import After
+from cuda_backend.int8.rows_hopper import sixteen_bit_limit
+from cuda_backend.int8.variant_hopper import Narrow, Wide, blocks_of_narrow, choose
+from refimpl.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+from tests.cuda.int8_hopper_driver import MAPS, forget_plans, remembered
+
+X, CODES, ABSMAX, WEIGHT, BIAS, OUT = (i << 30 for i in range(1, 7))
+
+
+def layout(*shape: int, dtype: str = "float16", size: int = 2, pitch: int | None = None) -> Any:
+    """Return the layout of a matrix or vector in C order, rows `pitch` bytes apart."""
+    if len(shape) == 1:
+        return shape, (size,), dtype, None
+    return shape, (pitch or size * shape[1], size), dtype, None
+
+
+def codes_layout(K: int, N: int, pitch: int | None = None) -> Any:
+    return (K, N), (1, pitch or K), "int8", None
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]:
+    yield remembered(monkeypatch)
+    forget_plans()
+
+
+def test_a_large_layer_is_three_kernels(launched: list[SimpleNamespace]) -> None:
+    T, K, N = 300, 4096, 9000
+    plan = linear_plan(
+        layout(T, K), codes_layout(K, N), None, layout(N, dtype="float32", size=4), layout(N),
+        6.0, "released", 7, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, 0, BIAS, OUT)
+    quantize, aside, product = launched
+    assert [item.name for item in launched] == ["quantize", "outliers", "product"]
+    assert {item.stream for item in launched} == {7}
+    assert [item.early for item in launched] == [False, True, True]
+    assert (quantize.blocks, quantize.variant.aside, quantize.variant.aligned) == (T, "cells", True)
+    x, x_row, x_codes, pitch, absmax, marks, width, limit = quantize.values
+    assert (x, x_row, pitch, width, limit) == (X, 2 * K, K, K, 0x4600)
+    assert aside.values[0] == marks
+    indices, number = aside.values[1:3]
+    assert aside.values[3:8] == [X, 2 * K, 2, x_codes, K]
+    assert aside.values[8:12] == [CODES, 1, K, ABSMAX]
+    assert aside.values[14:] == [T, K, N, 1024]
+    assert product.values[:4] == [MAPS, MAPS + 128, MAPS + 256, MAPS + 384]
+    assert product.values[4:11] == [OUT, absmax, ABSMAX, BIAS, number, indices, marks]
+    assert product.values[11:17] == [X, 2 * K, 2, CODES, 1, K]
+    rows, columns = 3, -(-N // product.variant.block_n)
+    assert product.values[17:] == [rows * columns, rows, columns, K // 128, T, N, 1024, K]
+    assert product.blocks == rows * columns
+    assert product.threads == product.variant.threads
+    assert product.shared == product.variant.shared_bytes <= 232_448
+    assert marks >> 40 == 1
+    assert x_codes >> 41 == absmax >> 41 == number >> 41 == 1
+
+
+def test_what_lies_in_memory_does_not_overlap(launched: list[SimpleNamespace]) -> None:
+    T, K, N = 33, 100, 70
+    plan = linear_plan(
+        layout(T, K), codes_layout(K, N, 112), None, layout(N, dtype="float32", size=4), None,
+        6.0, "released", 0, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, 0, 0, OUT)
+    aside, product = launched[1:]
+    aside_row = 2 * 112
+    parts = {
+        aside.values[6]: T * 112, product.values[3]: 4 * T, aside.values[1]: 4 * K, aside.values[2]: 4,
+        aside.values[12]: T * aside_row, aside.values[13]: N * aside_row,
+    }  # fmt: skip
+    places = sorted(parts)
+    assert len(places) == 6
+    for place, following in itertools.pairwise(places):
+        assert place + parts[place] <= following
+        assert place % 256 == 0
+
+
+def test_the_paper_reads_x_twice_and_meets_the_weight(launched: list[SimpleNamespace]) -> None:
+    plan = linear_plan(
+        layout(16, 64), codes_layout(64, 32), layout(64, 32), layout(32, dtype="float32", size=4), None,
+        6.0, "paper", 0, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, WEIGHT, 0, OUT)
+    assert [item.name for item in launched] == ["quantize", "quantize", "outliers", "narrow"]
+    assert [item.variant.aside for item in launched[:2]] == ["mark", "columns"]
+    assert launched[0].values[-1] == 0x4601
+    assert launched[2].values[8:12] == [WEIGHT, 64, 2, ABSMAX]
+    assert launched[3].values[-13:-7] == [X, 128, 2, WEIGHT, 64, 2]
+
+
+def test_without_a_threshold_nothing_is_set_aside(launched: list[SimpleNamespace]) -> None:
+    plan = linear_plan(
+        layout(500, 64), codes_layout(64, 9000), None, layout(9000, dtype="float32", size=4), None,
+        None, "paper", 0, 0,
+    )  # fmt: skip
+    plan.run(X, CODES, ABSMAX, 0, 0, OUT)
+    assert [item.name for item in launched] == ["quantize", "product"]
+    assert launched[0].variant.aside == ""
+    assert launched[1].values[8:14] == [0] * 6
+
+
+def test_codes_that_the_copy_engine_cannot_read_are_packed(launched: list[SimpleNamespace]) -> None:
+    a, b = layout(5, 35, dtype="int8", size=1), layout(35, 9, dtype="int8", size=1)
+    product_plan(a, b, "int32", 0, 0).run(CODES + 1, CODES, OUT, After())
+    first, second, product = launched
+    assert (first.name, first.values[:3], first.values[4:]) == ("pack", [CODES + 1, 35, 1], [5, 35, 3])
+    assert (second.name, second.values[:3], second.values[4:]) == ("pack", [CODES, 1, 9], [9, 35, 3])
+    assert first.values[3] != second.values[3]
+    assert not product.early, "the codes of the weight are being made"
+    assert (product.name, product.variant.tokens, product.values[-4:-2]) == ("narrow", 8, [5, 9])
+
+
+def test_addresses_of_codes_that_are_not_packed(launched: list[SimpleNamespace]) -> None:
+    a, b = layout(5, 32, dtype="int8", size=1), codes_layout(32, 9)
+    with pytest.raises(UnsupportedError, match="multiple of 16 bytes"):
+        product_plan(a, b, "int32", 0, 0).run(CODES + 1, CODES, OUT, After())
+    assert not launched
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4, 8])
+def test_wide_stores_need_aligned_rows(launched: list[SimpleNamespace], columns: int) -> None:
+    variants = [choose(kind, "released", 9000, 8 + columns, 64, 132) for kind in ("int32", "float16")]
+    assert all(isinstance(variant, Wide) for variant in variants)
+    assert [variant.aligned for variant in variants] == [columns >= 4, columns >= 8]  # type: ignore[union-attr]
+
+
+def test_a_tile_is_shared_by_no_more_blocks_than_it_has_steps() -> None:
+    for steps in range(200):
+        found = [blocks_of_narrow(tiles, steps, 132) for tiles in (1, 32, 64, 132, 224)]
+        assert all(blocks in (1, 2, 4, 8) and blocks <= max(1, steps) for blocks in found)
+
+
+def test_variants_fit_into_shared_memory() -> None:
+    for kind in ("int32", "float16"):
+        for block_n in (128, 256):
+            variant = Wide(kind, "released", True, block_n)
+            assert variant.stages >= 4
+            assert variant.shared_bytes <= 232_448
+        for tokens in (8, 16, 32, 64):
+            narrow = Narrow(kind, "released", tokens, 8)
+            assert narrow.shared_bytes <= 232_448 // 2 - 1024, "two blocks on a multiprocessor"
+            assert tokens * 4 * (128 + 4) <= narrow.stages * (narrow.w_bytes + narrow.x_bytes)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("convention", ["released", "paper"])
+@pytest.mark.parametrize("threshold", [1e-60, 1e-7, 1.0, 2.5, 6.0, 6.01, 70000.0, 1e39])
+def test_the_limit_of_16_bits_divides_as_the_threshold_does(
+    kind: str, convention: Any, threshold: float
+) -> None:
+    patterns = np.arange(1 << 15, dtype=np.uint16)
+    if kind == "float16":
+        numbers = patterns.view(np.float16).astype(np.float32)
+    else:
+        numbers = (patterns.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        limit = np.float32(threshold)
+        inliers = np.isfinite(numbers) & (numbers <= limit if convention == "paper" else numbers < limit)
+    assert np.array_equal(~inliers, patterns >= sixteen_bit_limit(kind, threshold, convention))
+
+
+@pytest.mark.parametrize(
+    ("x", "codes", "absmax", "bias", "options", "error", "said"),
+    [
+        (
+            layout(4, 64, dtype="float32", size=4),
+            (64, 8),
+            8,
+            None,
+            {},
+            UnsupportedError,
+            "inputs are float32",
+        ),
+        (layout(4, 32), (64, 8), 8, None, {}, ShapeError, "K"),
+        (layout(4, 64), (64, 8), 9, None, {}, ShapeError, "N"),
+        (layout(4, 64), (64, 8), 8, layout(9), {}, ShapeError, "N"),
+        (layout(4, 64), (64, 8), 8, layout(8, dtype="bfloat16"), {}, DTypeError, "bias: expected float16"),
+        (layout(4, 64), (64, 8), 8, None, {"threshold": -1.0}, OptionError, "above 0"),
+        (layout(4, 64), (64, 8), 8, None, {"convention": "paper"}, UnsupportedError, "keep=True"),
+        (((4, 64), (2, 8), "float16", None), (64, 8), 8, None, {}, UnsupportedError, "has strides"),
+        (layout(4, 133_152), (133_152, 8), 8, None, {}, OptionError, "at most 133144"),
+    ],
+)
+def test_refusals(
+    launched: list[SimpleNamespace],
+    x: Any,
+    codes: Any,
+    absmax: int,
+    bias: Any,
+    options: Any,
+    error: Any,
+    said: str,
+) -> None:
+    chosen = {"threshold": 6.0, "convention": "released", **options}
+    scales = layout(absmax, dtype="float32", size=4)
+    with pytest.raises(error, match=said):
+        linear_plan(x, codes_layout(*codes), None, scales, bias, *chosen.values(), 0, 0)
+    assert not launched
+
+
+def test_other_gpus_are_refused(launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere = SimpleNamespace(compute_capability=(8, 0), MULTIPROCESSOR_COUNT=108)
+    for module in (plan_hopper, rows_hopper):
+        monkeypatch.setattr(module, "cuda", SimpleNamespace(get_current_device=lambda: ampere))
+    with pytest.raises(UnsupportedError, match=r"compute capability 8\.0; the kernel needs 9\.0"):
+        rows_plan(layout(4, 64), None, "released", 0, 0)
+
+
+def test_new_shapes_are_refused_under_capture(
+    launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = layout(4, 64)
+    seen = rows_plan(x, None, "released", 0, 0)
+    monkeypatch.setattr(memory_hopper, "driver", SimpleNamespace(cuStreamIsCapturing=lambda _: (0, 1)))
+    assert rows_plan(x, None, "released", 0, 0) is seen
+    with pytest.raises(UnsupportedError, match="call once with these shapes"):
+        rows_plan(layout(5, 64), None, "released", 0, 0)

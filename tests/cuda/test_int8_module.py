@@ -1,0 +1,103 @@
+"""The module in the place of `torch.nn.Linear`, on the host, with the reference in the place of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_backend import torch_ops
+from cuda_backend.int8 import linear_hopper
+from refimpl import quant
+from refimpl.errors import UnsupportedError
+
+torch: Any = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the reference quantise; codes get the room that TMA wants."""
+
+    def prepare_weight(weight: Any) -> Any:
+        codes, absmax = quant.quantize_columns(weight.numpy())
+        K, N = codes.shape
+        roomy = torch.zeros((N, -(-K // 16) * 16), dtype=torch.int8)
+        roomy[:, :K] = torch.from_numpy(codes.T.copy())
+        return linear_hopper.PreparedWeight(roomy[:, :K].t(), torch.from_numpy(absmax), None)
+
+    monkeypatch.setattr(linear_hopper, "prepare_weight", prepare_weight)
+    torch_ops._int8_linear_class.cache_clear()
+    yield
+    torch_ops._int8_linear_class.cache_clear()
+
+
+def compute(x: Any, weight: Any, *, bias: Any, threshold: float | None) -> Any:
+    assert isinstance(weight, quant.Int8Columns)
+    stored = quant.Int8Columns(weight.codes.numpy(), weight.absmax.numpy())
+    shift = None if bias is None else bias.detach().numpy()
+    out = quant.llm_int8_linear_fused(x.numpy(), stored, bias=shift, threshold=threshold)
+    return torch.from_numpy(np.asarray(out))
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3, bias=False))
+    whole = torch.nn.Sequential(inner, torch.nn.Sequential())
+    whole.add_module("lm_head", torch.nn.Linear(3, 5))
+    return whole
+
+
+def test_layers_are_replaced_but_for_those_that_are_kept() -> None:
+    x, linear = torch.randn(2, 7, 20), model()
+    with torch.no_grad():
+        exact = linear(x)
+        assert torch_ops.replace_linear(linear, compute=compute) == 2
+        found = linear(x)
+    assert type(linear.lm_head) is torch.nn.Linear
+    assert found.shape == exact.shape
+    assert 0 < (found - exact).norm() < 0.02 * exact.norm()
+    assert repr(linear[0][0]) == "Int8Linear(in_features=20, out_features=32, threshold=6.0)"
+    assert set(linear.state_dict()) == {
+        "0.0.codes", "0.0.absmax", "0.0.bias", "0.2.codes", "0.2.absmax", "lm_head.weight", "lm_head.bias",
+    }  # fmt: skip
+    assert linear[0][0].codes.shape == (32, 32)
+
+
+def test_it_loads_what_a_linear_layer_saved_and_what_it_saved_itself() -> None:
+    x, source, target = torch.randn(4, 20), model(), model()
+    state = source.state_dict()
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.add_(1.0)
+        for each in (source, target):
+            torch_ops.replace_linear(each, compute=compute)
+        expected = source(x)
+        assert not torch.equal(target(x), expected)
+        target.load_state_dict(state)
+        assert torch.equal(target(x), expected)
+        again = model()
+        torch_ops.replace_linear(again, compute=compute)
+        again.load_state_dict(target.state_dict())
+        assert torch.equal(again(x), expected)
+    assert "0.0.weight" in state, "the caller's state is not touched"
+
+
+def test_outliers_are_set_aside() -> None:
+    x = torch.randn(4, 20)
+    x[:, 3] = 50.0
+    with torch.no_grad():
+        layer = torch.nn.Linear(20, 6)
+        near = torch_ops.int8_linear(layer, compute=compute)(x)
+        far = torch_ops.int8_linear(layer, compute=compute, threshold=None)(x)
+        exact = layer(x)
+    # The outliers meet int8 weights, whose error remains.
+    assert (near - exact).norm() < 0.5 * (far - exact).norm()
+
+
+def test_no_gradient_is_given() -> None:
+    layer = torch_ops.int8_linear(torch.nn.Linear(4, 4), compute=compute)
+    with pytest.raises(UnsupportedError, match="no gradient"):
+        layer(torch.ones(1, 4, requires_grad=True))
+    assert not layer(torch.ones(1, 4)).requires_grad
