@@ -44,7 +44,8 @@ def _sample(rng: np.random.Generator, *, k: int, values: str = "normal", **shape
     ),
     axes={**ROUTED_AXES, "k": (1, 3)},
     options=ROUTED_OPTIONS,
-    edges=ROUTED_EDGES,
+    # With two choices a token, who comes first is decided by the surest gate, not by the sum of both.
+    edges=(*ROUTED_EDGES, {"T": 6, "E": 4, "k": 2, "capacity": 1, "groups": 1, "values": "normal"}),
     sample=_sample,
     terms=layer_terms,
     vjp="refimpl.moe.batch_priority:batch_priority_vjp",
