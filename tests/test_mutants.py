@@ -203,6 +203,26 @@ def test_changed_options_are_noticed() -> None:
     assert "it changed its arguments" in {outcome.detail for outcome in report.failed}
 
 
+def test_an_option_at_its_default_is_not_asked_for() -> None:
+    """A z-loss without options is held to the cases that need none, and overflows in some."""
+
+    def plain(logits: Any, /) -> float:
+        with np.errstate(all="ignore"):
+            return float(np.mean(np.log(np.exp(logits).sum(axis=-1)) ** 2)) if len(logits) else 0.0
+
+    report = check("moe.z_loss", plain, examples=30)
+    assert report.counts()["refused"] > 0
+    assert all("finite" in outcome.detail for outcome in report.failed if outcome.check == "reference")
+    assert report.failed, "no case has logits that overflow"
+    small = check("moe.z_loss", plain, axes={"values": "normal", "padded": False, "padding": "excluded"})
+    assert small.ok
+
+
+def test_a_case_without_floats_is_as_exact_in_every_format() -> None:
+    for dtype in ("float64", "float16"):
+        assert check("attention.rapid_mixing", examples=4, dtypes=[dtype]).ok
+
+
 def test_refusing_all_but_empty_cases_is_not_ok() -> None:
     def only_empty(q: Any, k: Any, v: Any, /) -> Any:
         if min(q.size, k.size):

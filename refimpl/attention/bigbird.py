@@ -118,6 +118,8 @@ def bigbird_attention(
     - A block that is in the window, global and in the plan, or two of these, counts once.  So block 1 and the
       last but one, whose window holds a global block, see a block less.
     - Without window, global blocks and plan nothing is seen, and the output is 0.
+    - The authors' dense mask (``full_bigbird_mask``) marks the last block of 4096 tokens and is then cut, so
+      shorter sequences have no global last block there; their blocked code, and this, do have one.
 
     References
     ----------

@@ -59,7 +59,8 @@ def bigbird_plan(
     Notes
     -----
     The released plan draws per head once, when the model is built [2]_, so it is an argument of the attention
-    here and not drawn by it.
+    here and not drawn by it.  For 1024, 3072 and 4096 tokens the released code draws among the first 1024
+    only; other lengths have a plan of parts; and transformers, in evaluation, takes block 0 for every draw.
 
     References
     ----------

@@ -57,7 +57,7 @@ def logsumexp(logits: FloatArray) -> FloatArray:
         {"T": 0, "E": 4},
         {"T": 3, "E": 1},
         {"T": 1, "E": 6, "padded": True},
-        {"T": 5, "E": 4, "values": "large"},
+        {"T": 5, "E": 4, "values": "large", "padded": False, "padding": "excluded"},
         {"T": 5, "E": 4, "values": "equal", "padded": True, "padding": "flaxformer"},
     ),
     terms=logit_terms,

@@ -9,6 +9,7 @@ import scipy.optimize
 from refimpl.attention import softmax
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.memory import Memory
+from refimpl.moe.attention_router import attention_routed
 from refimpl.moe.auction import auction_assignment
 from refimpl.moe.base_assignment import base_assignment, base_layer
 from refimpl.moe.domain_routing import domain_routing
@@ -76,6 +77,14 @@ def test_merging_parameters_is_not_mixing_outputs() -> None:
     w = np.stack([np.eye(1), 3 * np.eye(1)])
     merged = soft_merging(np.ones((1, 1, 1)), np.zeros((1, 2)), w, w)
     assert merged.item() == 4.0  # (1 + 3) / 2 in both matrices; a mixture gives (1 + 9) / 2
+
+
+def test_yuan_renormalizes_unless_told_otherwise() -> None:
+    """Equal scores of four experts: two of them get a half each, as in the model, not a quarter."""
+    w = np.ones((4, 1, 1))
+    zero = np.zeros((1, 4))
+    assert attention_routed(np.ones((1, 1)), zero, zero, zero, w, w).item() == 1.0
+    assert attention_routed(np.ones((1, 1)), zero, zero, zero, w, w, convention="switch").item() == 0.5
 
 
 def test_hash_layers_of_one_table_hash_alike_and_of_their_own_draws_do_not() -> None:
