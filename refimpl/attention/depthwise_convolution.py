@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.attention.online_softmax import softmax
-from refimpl.errors import ShapeError
+from refimpl.errors import OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, contract, wide_dtype, widen
 from refimpl.registry import Case, Option
@@ -163,6 +163,8 @@ def convolved_vjp(
 
 def _before(K: int, causal: bool) -> int:
     """Return how many tokens before its own a kernel begins."""
+    if not isinstance(causal, bool | np.bool_):
+        raise OptionError(f"causal: expected True or False, got {causal!r}")
     return K - 1 if causal else (K - 1) // 2
 
 

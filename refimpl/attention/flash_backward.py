@@ -15,7 +15,7 @@ from refimpl.attention.scores import AttentionOptions, ScoreRule, backward_rule,
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, contract, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import as_array, bind_axes, floating
+from refimpl.validation import bind_axes, floating
 
 __all__ = ["flash_attention_recomputed_vjp", "flash_attention_vjp"]
 
@@ -110,12 +110,12 @@ def flash_attention_vjp(
     q, k, v, o, do = floating(q=q, k=k, v=v, o=o, do=do)
     dtype = q.dtype
     axes = {"q": (q, "B Tq Hq D"), "v": (v, "B Tk Hkv Dv"), "o": (o, "B Tq Hq Dv"), "do": (do, "B Tq Hq Dv")}
-    bind_axes({**axes, "lse": (as_array("lse", lse), "B Hq Tq")})
+    bind_axes({**axes, "lse": (floating(lse=lse)[0], "B Hq Tq")})
     rule = backward_rule(q, k, v, **options)
     Br, Bc = chosen_blocks(block_sizes, sram, rule.shape.D)
     hbm = memory or Memory()
     wide = wide_dtype(q.dtype)
-    lse = widen(as_array("lse", lse)).astype(wide, copy=False)
+    lse = widen(floating(lse=lse)[0]).astype(wide, copy=False)
     # Query heads share the gradient of their key head, so it is summed over them in the wide dtype.
     dq, dk, dv = np.zeros(q.shape, q.dtype), np.zeros(k.shape, wide), np.zeros(v.shape, wide)
     bias = options.get("bias")

@@ -79,6 +79,8 @@ def _without_causal(options: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         If padding could move the alignment "bottom_right".
     """
     causal = options.get("causal", False)
+    if not isinstance(causal, bool | np.bool_) and causal not in ("top_left", "bottom_right"):
+        raise OptionError(f"causal: expected False, True, 'top_left' or 'bottom_right', got {causal!r}")
     padded = options.get("q_lengths") is not None or options.get("k_lengths") is not None
     if causal == "bottom_right" and padded:
         raise OptionError(

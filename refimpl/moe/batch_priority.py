@@ -16,6 +16,7 @@ from refimpl.moe.token_choice import Chosen, token_choice
 from refimpl.numerics import FloatArray, IntArray
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
+from refimpl.validation import whole
 
 __all__ = ["batch_priority", "batch_priority_routing", "batch_priority_vjp"]
 
@@ -183,6 +184,7 @@ def _route(
     **options: Unpack[CapacityOptions],
 ) -> Chosen:
     factor = options.get("capacity_factor", 1.25)
+    k = whole("k", k)
     sized: CapacityOptions = {"rounding": "vmoe", **options, "capacity_factor": k * factor}
     return token_choice(x, w_router, k=k, convention="switch", order=_surest_first, memory=memory, **sized)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Unpack
 
 import numpy as np
 
+from refimpl.errors import ShapeError
 from refimpl.memory import Memory
 from refimpl.moe.expert_ffn import ExpertOptions, expert_ffn, expert_ffn_vjp, product_of
 from refimpl.moe.routing import Convention, Routing, gate_weights_vjp, router_logits_vjp
@@ -49,18 +50,18 @@ class LayerGradients(NamedTuple):
     dw_gate: FloatArray | None = None
 
 
-def to_buffers(x: FloatArray, routing: Routing, experts: int) -> FloatArray:
+def to_buffers(x: FloatArray, routing: Routing) -> FloatArray:
     """Return the buffers of all experts, shape (E, C, D), each kept token copied to its place.
 
     Examples
     --------
     >>> from refimpl.moe.routing import assign_slots
     >>> routing = assign_slots(np.array([[1], [1]]), np.ones((2, 1)), experts=2, capacity=1)
-    >>> to_buffers(np.array([[5.0], [6.0]]), routing, 2)[..., 0]
+    >>> to_buffers(np.array([[5.0], [6.0]]), routing)[..., 0]
     array([[0.],
            [5.]])
     """
-    buffers = np.zeros((experts, routing.capacity, x.shape[1]), x.dtype)
+    buffers = np.zeros((routing.experts, routing.capacity, x.shape[1]), x.dtype)
     token, choice = np.nonzero(routing.kept)
     buffers[routing.expert[token, choice], routing.slot[token, choice]] = x[token]
     return buffers
@@ -172,8 +173,18 @@ def routed(
     """
     x, w_in, w_out = floating(x=x, w_in=w_in, w_out=w_out)
     bind_axes({"x": (x, "T D"), "routing.expert": (routing.expert, "T k")})
-    out = expert_ffn(to_buffers(x, routing, len(w_in)), w_in, w_out, memory=memory, **options)
+    _as_many_experts(routing, w_in)
+    out = expert_ffn(to_buffers(x, routing), w_in, w_out, memory=memory, **options)
     return weighted(out, routing, memory=memory)
+
+
+def _as_many_experts(routing: Routing, w_in: FloatArray) -> None:
+    """Refuse a router of more experts, or fewer, than have weights."""
+    if bind_axes({"w_in": (w_in, "E D F")})["E"] != routing.experts:
+        raise ShapeError(
+            f"w_in: axis E must equal the router's; got {len(w_in)}, expected {routing.experts} "
+            f"(w_in has shape {w_in.shape})"
+        )
 
 
 def routed_vjp(
@@ -197,7 +208,8 @@ def routed_vjp(
     """
     x, w_in, w_out, dy = floating(x=x, w_in=w_in, w_out=w_out, dy=dy)
     bind_axes({"x": (x, "T D"), "dy": (dy, "T D")})
-    buffers = to_buffers(x, routing, len(w_in))
+    _as_many_experts(routing, w_in)
+    buffers = to_buffers(x, routing)
     dout, dweight = weighted_vjp(expert_ffn(buffers, w_in, w_out, **options), routing, dy)
     back = expert_ffn_vjp(buffers, w_in, w_out, dout, **options)
     dx = to_buffers_vjp(back.dx, routing)

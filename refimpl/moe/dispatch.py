@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refimpl.errors import OptionError
+from refimpl.errors import DTypeError, OptionError
 from refimpl.memory import Memory
 from refimpl.moe.expert_ffn import expert_ffn, expert_ffn_vjp, product_of
 from refimpl.moe.samples import EXPERTS
@@ -291,7 +291,9 @@ def _checked(
     x, w_in, w_out = floating(x=x, w_in=w_in, w_out=w_out)
     (combine,) = floating(combine=combine)
     weights = widen(combine)
-    taken = weights != 0 if mask is None else as_array("dispatch_mask", mask).astype(bool, copy=False)
+    taken = weights != 0 if mask is None else as_array("dispatch_mask", mask)
+    if taken.dtype != np.bool_:
+        raise DTypeError(f"dispatch_mask: expected bool, True = taken, got {taken.dtype}")
     bind_axes(
         {
             "x": (x, "G S D"),

@@ -264,5 +264,6 @@ def _route(
         np.where(kept, placed.slot, -1),
         kept,
         placed.capacity,
+        placed.experts,
     )
     return Chosen(routing, logits)

@@ -144,7 +144,7 @@ def bigram_hash(tokens: IntArray, /, *, num_experts: int, first_token: int, seed
     experts = whole("num_experts", num_experts)
     tokens = _tokens("tokens", tokens)
     before = _shifted(tokens, whole("first_token", first_token, 0))
-    word = philox4x32(before, tokens, 0, 0, seed)[..., 0].astype(np.uint64)
+    word = philox4x32(before, tokens, 0, 0, whole("seed", seed, 0))[..., 0].astype(np.uint64)
     return np.asarray((word * np.uint64(experts)) >> np.uint64(_WORD)).astype(np.int64)
 
 

@@ -100,8 +100,10 @@ def hash_layer(
            [ 1.]])
     """
     x, w_in, w_out = floating(x=x, w_in=w_in, w_out=w_out)
-    bind_axes({"x": (x, "T D"), "w_in": (w_in, "E D F")})
-    chosen, w_gate = _chosen(experts, x, w_in), options.get("w_gate")
+    w_gate = options.get("w_gate")
+    axes = {"x": (x, "T D"), "w_in": (w_in, "E D F"), "w_out": (w_out, "E F D")}
+    bind_axes(axes if w_gate is None else {**axes, "w_gate": (np.asarray(w_gate), "E D F")})
+    chosen = _chosen(experts, x, w_in)
     y = np.zeros_like(x)
     for e, rows in enumerate(chosen.T):
         one = options if w_gate is None else {**options, "w_gate": np.asarray(w_gate)[e : e + 1]}

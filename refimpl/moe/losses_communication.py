@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from refimpl.errors import OptionError
 from refimpl.moe.losses_balance import ProbabilityGradient, assignment
 from refimpl.moe.losses_device_balance import Balance, placement
 from refimpl.moe.losses_samples import device_terms, sample_devices
 from refimpl.numerics import FloatArray, IntArray
 from refimpl.registry import Source, technique
+from refimpl.validation import whole
 
 __all__ = ["communication_balance_loss", "communication_balance_loss_vjp"]
 
@@ -113,8 +113,7 @@ def communication_balance_loss_vjp(
 def _by_reception(scores: FloatArray, selected: IntArray, device_of: IntArray, device_limit: int) -> Balance:
     given, chosen = assignment(scores, selected)
     index, devices = placement(device_of, given.shape[1])
-    if device_limit < 1:
-        raise OptionError(f"device_limit: expected at least 1, got {device_limit}")
+    device_limit = whole("device_limit", device_limit)
     sent = np.zeros((len(given), devices), bool)
     np.put_along_axis(sent, index[chosen], True, axis=1)
     received = devices * sent.sum(axis=0) / (device_limit * max(len(given), 1))

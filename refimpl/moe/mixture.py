@@ -61,7 +61,7 @@ def mixture(
     >>> mixture(np.ones((1, 1)), np.array([[0.5, 0.5]]), w, np.ones((2, 1, 1)))
     array([[2.]])
     """
-    x, gates, w_in, w_out, chosen = _checked(x, gates, w_in, w_out, selected)
+    x, gates, w_in, w_out, chosen = _checked(x, gates, w_in, w_out, options.get("w_gate"), selected)
     wide, product = wide_dtype(x.dtype), product_of(memory)
     total = np.zeros(x.shape, wide)
     for e, rows in enumerate(chosen):
@@ -101,7 +101,7 @@ def mixture_vjp(
     >>> mixture_vjp(np.ones((1, 1)), np.array([[0.5, 0.5]]), w, np.ones((2, 1, 1)), np.ones((1, 1))).dgates
     array([[1., 3.]])
     """
-    x, gates, w_in, w_out, chosen = _checked(x, gates, w_in, w_out, selected)
+    x, gates, w_in, w_out, chosen = _checked(x, gates, w_in, w_out, options.get("w_gate"), selected)
     (dy,) = floating(dy=dy)
     bind_axes({"x": (x, "T D"), "dy": (dy, "T D")})
     wide = wide_dtype(x.dtype)
@@ -123,12 +123,19 @@ def mixture_vjp(
 
 
 def _checked(
-    x: FloatArray, gates: FloatArray, w_in: FloatArray, w_out: FloatArray, selected: BoolArray | None
+    x: FloatArray,
+    gates: FloatArray,
+    w_in: FloatArray,
+    w_out: FloatArray,
+    w_gate: FloatArray | None,
+    selected: BoolArray | None,
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, list[Any]]:
     x, w_in, w_out = floating(x=x, w_in=w_in, w_out=w_out)
     (gates,) = floating(gates=gates)
     mask = np.ones(gates.shape, bool) if selected is None else as_array("selected", selected)
-    bind_axes({"x": (x, "T D"), "gates": (gates, "T E"), "w_in": (w_in, "E D F"), "selected": (mask, "T E")})
+    axes = {"x": (x, "T D"), "gates": (gates, "T E"), "w_in": (w_in, "E D F"), "w_out": (w_out, "E F D")}
+    axes |= {} if w_gate is None else {"w_gate": (as_array("w_gate", w_gate), "E D F")}
+    bind_axes({**axes, "selected": (mask, "T E")})
     return x, widen(gates), w_in, w_out, [np.flatnonzero(column) for column in mask.T]
 
 

@@ -145,7 +145,7 @@ def rank_forward(
     """
     chosen = token_choice(x, w_router, k=k, convention=convention, **options)
     with comm.phase("dispatch"):
-        rows = to_experts(comm, to_buffers(x, chosen.routing, w_router.shape[1]))
+        rows = to_experts(comm, to_buffers(x, chosen.routing))
     out = expert_ffn(rows, w_in, w_out, **(experts or {}))
     with comm.phase("combine"):
         buffers = from_experts(comm, out)

@@ -14,7 +14,7 @@ from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation
 from refimpl.transformer.ffn import ffn, ffn_vjp
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import as_array, bind_axes, floating
 
 __all__ = ["CoefficientGradients", "residual_coefficients", "residual_coefficients_vjp"]
 
@@ -160,6 +160,8 @@ def _parts(
     """Return what the expert gives, what the dense layer gives, and the two coefficients."""
     scores = router_logits(x, w_coefficient)
     bind_axes({"w_coefficient": (np.asarray(w_coefficient), "D 2"), "pair": (np.zeros(2), "2")})
+    dense = {"x": (as_array("x", x), "T D"), "w_1": (as_array("w_1", w_1), "D F")}
+    bind_axes({**dense, "w_2": (as_array("w_2", w_2), "F D")})
     logits = router_logits(x, w_router)
     routed = sparse_mixture(x, logits, w_in, w_out, k=1, convention="switch", activation=activation)
     return routed, ffn(x, w_1, w_2, activation=activation), softmax(scores)

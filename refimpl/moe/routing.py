@@ -47,6 +47,8 @@ class Routing(NamedTuple):
         Whether the choice found room.
     capacity : int
         Places in the buffer of each expert.
+    experts : int
+        How many there are.
     """
 
     expert: IntArray
@@ -54,6 +56,7 @@ class Routing(NamedTuple):
     slot: IntArray
     kept: BoolArray
     capacity: int
+    experts: int
 
 
 def router_logits(x: FloatArray, w_router: FloatArray, *, memory: Memory | None = None) -> FloatArray:
@@ -250,7 +253,7 @@ def assign_slots(
         slot[tokens, choice] = np.where(place < capacity, group[tokens] * capacity + place, -1)
         taken = np.minimum(taken + np.bincount(buffer, minlength=groups * experts), capacity)
     kept = slot >= 0
-    return Routing(expert, np.where(kept, weight, 0), slot, kept, groups * capacity)
+    return Routing(expert, np.where(kept, weight, 0), slot, kept, groups * capacity, experts)
 
 
 def _arrivals_before(buffer: IntArray, buffers: int) -> IntArray:

@@ -14,7 +14,7 @@ from refimpl.moe.samples import EXPERTS, layer_terms, sample_layer
 from refimpl.moe.sparse_mixture import sparse_mixture, sparse_mixture_vjp, through_logits
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import as_array, bind_axes, floating
 
 __all__ = ["SharedGradients", "sample_shared", "shared_experts", "shared_experts_vjp"]
 
@@ -225,14 +225,13 @@ def _shared_weights(
     x: FloatArray, shared_in: FloatArray, shared_router: FloatArray | None, memory: Memory | None = None
 ) -> FloatArray:
     """Return how much each shared expert counts, shape (T, S), in the wide dtype."""
+    axes = {"shared_in": (as_array("shared_in", shared_in), "S D F")}
     if shared_router is None:
-        return np.ones((len(x), len(shared_in)))
+        return np.ones((len(x), bind_axes(axes)["S"]))
     from scipy.special import expit
 
     scores = router_logits(x, shared_router, memory=memory)
-    bind_axes(
-        {"shared_in": (np.asarray(shared_in), "S D F"), "shared_router": (np.asarray(shared_router), "D S")}
-    )
+    bind_axes({**axes, "shared_router": (np.asarray(shared_router), "D S")})
     return np.asarray(expit(scores))
 
 

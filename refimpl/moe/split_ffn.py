@@ -218,7 +218,8 @@ def split_weights(
     """
     whole("num_experts", num_experts)
     units = np.arange(w_2.shape[0]) if order is None else as_array("order", order)
-    if not np.array_equal(np.sort(units), np.arange(w_2.shape[0])):
+    permutation = np.issubdtype(units.dtype, np.integer) and units.ndim == 1
+    if not (permutation and np.array_equal(np.sort(units), np.arange(w_2.shape[0]))):
         raise OptionError(f"order: expected a permutation of the {w_2.shape[0]} hidden units")
     cut = [
         segment_columns(w[None, :, units], num_experts, name=name)

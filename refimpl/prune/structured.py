@@ -9,7 +9,7 @@ from refimpl.numerics import Array, BoolArray, FloatArray, round_to, widen
 from refimpl.registry import Case, Source, implements, technique
 from refimpl.transformer.activations import Activation
 from refimpl.transformer.ffn import FFNGradients, ffn, ffn_vjp
-from refimpl.validation import as_array, floating
+from refimpl.validation import as_array, bind_axes, floating
 
 __all__ = ["compacted_ffn", "kept_units", "masked_ffn", "masked_ffn_vjp", "sample_mask"]
 
@@ -196,5 +196,6 @@ def compacted_ffn(
 def _masked(w: FloatArray, keep: BoolArray) -> FloatArray:
     """Return a matrix with the rows of removed units set to 0."""
     (w,) = floating(w_2=w)
+    bind_axes({"w_2": (w, "F M")})
     wide = widen(w)
     return round_to(wide * kept_units(keep, w.shape[0])[:, None].astype(wide.dtype), w.dtype)

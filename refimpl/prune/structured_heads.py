@@ -13,7 +13,7 @@ from refimpl.errors import ShapeError
 from refimpl.numerics import BoolArray, FloatArray, round_to, widen
 from refimpl.prune.structured import kept_units, sample_mask
 from refimpl.registry import Case, Source, implements, technique
-from refimpl.validation import floating
+from refimpl.validation import bind_axes, floating
 
 __all__ = ["compacted_heads", "masked_heads", "masked_heads_vjp"]
 
@@ -184,6 +184,7 @@ def _masked(w_o: FloatArray, keep: BoolArray) -> FloatArray:
 
 def _rows(w_o: FloatArray, keep: BoolArray) -> BoolArray:
     """Return which rows of W_o belong to heads that stay."""
+    bind_axes({"w_o": (np.asarray(w_o), "H*Dv M")})
     keep = kept_units(keep, np.size(keep))
     if not keep.size or np.shape(w_o)[0] % keep.size:
         raise ShapeError(f"keep: expected a divisor of w_o's {np.shape(w_o)[0]} rows, got {keep.size} heads")

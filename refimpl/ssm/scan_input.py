@@ -124,7 +124,8 @@ def scan_input(
         "C": (C, "B T N"), "D": (D, "Din"), "z": (z, "B T Din"), "delta_bias": (delta_bias, "Din"),
         "initial_state": (initial_state, "B Din N"),
     }  # fmt: skip
-    names = [name for name, (array, _) in axes.items() if array is not None]
+    needed = ("u", "delta", "A", "B", "C")
+    names = [name for name, (array, _) in axes.items() if array is not None or name in needed]
     state_dtype = None if initial_state is None else np.asarray(initial_state).dtype
     # A state is in the wide dtype, which must not widen the rest.
     plain = [name for name in names if name != "initial_state"]

@@ -11,7 +11,7 @@ from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation, activate
 from refimpl.transformer.ffn import sample_ffn
 from refimpl.transformer.linear import linear
-from refimpl.validation import floating, whole
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = ["ffn_decomposition", "ffn_terms"]
 
@@ -83,6 +83,7 @@ def ffn_decomposition(
     total = ffn_terms(x, w_1, w_2, parts=parts, b_1=b_1, activation=activation).sum(axis=0)
     if b_2 is not None:
         (b_2,) = floating(b_2=b_2)
+        bind_axes({"w_2": (np.asarray(w_2), "F N"), "b_2": (b_2, "N")})
         total = total + widen(b_2).astype(total.dtype)
     return round_to(total, x.dtype)
 
@@ -119,6 +120,7 @@ def ffn_terms(
     whole("parts", parts)
     given = {"x": x, "w_1": w_1, "w_2": w_2} | ({} if b_1 is None else {"b_1": b_1})
     arrays = {name: widen(a) for name, a in zip(given, floating(**given), strict=True)}
+    bind_axes({"w_1": (arrays["w_1"], "M F"), "w_2": (arrays["w_2"], "F N")})
     hidden = activate(activation, linear(arrays["x"], arrays["w_1"], arrays.get("b_1"), name="w_1"))
     # Each group by itself: its columns of W_1 and its rows of W_2.
     ends = np.cumsum([len(group) for group in np.array_split(np.arange(hidden.shape[-1]), parts)])[:-1]

@@ -10,7 +10,7 @@ from refimpl.numerics import FloatArray, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.activations import Activation, activate, activation_slope
 from refimpl.transformer.linear import linear, linear_vjp
-from refimpl.validation import floating
+from refimpl.validation import bind_axes, floating
 
 __all__ = ["FFNGradients", "GatedFFNGradients", "ffn", "ffn_vjp", "gated_ffn", "gated_ffn_vjp", "sample_ffn"]
 
@@ -247,7 +247,7 @@ def gated_ffn(
     >>> gated_ffn(np.array([[2.0, -1.0]]), np.eye(2), np.eye(2), np.eye(2), activation="relu")
     array([[4., 0.]])
     """
-    given = _named(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
+    given = _gated(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down)
     a = {name: widen(array) for name, array in given.items()}
     gate, up = linear(a["x"], a["w_gate"], name="w_gate"), linear(a["x"], a["w_up"], name="w_up")
     return round_to(linear(activate(activation, gate) * up, a["w_down"], name="w_down"), given["x"].dtype)
@@ -283,7 +283,7 @@ def gated_ffn_vjp(
     >>> gated_ffn_vjp(x, eye, eye, eye, np.ones((1, 2)), activation="relu").dx
     array([[4., 0.]])
     """
-    given = _named(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, dy=dy)
+    given = _gated(x=x, w_gate=w_gate, w_up=w_up, w_down=w_down, dy=dy)
     a = {name: widen(array) for name, array in given.items()}
     gate, up = linear(a["x"], a["w_gate"], name="w_gate"), linear(a["x"], a["w_up"], name="w_up")
     gated = activate(activation, gate)
@@ -294,9 +294,16 @@ def gated_ffn_vjp(
     return GatedFFNGradients(*_rounded(found, given["x"]))
 
 
+def _gated(**arrays: FloatArray) -> dict[str, FloatArray]:
+    """Return the arrays of a gated layer in one dtype; its first two matrices are of one shape."""
+    given = _named(**arrays)
+    bind_axes({name: (given[name], "M F") for name in ("w_gate", "w_up")})
+    return given
+
+
 def _named(**arrays: FloatArray | None) -> dict[str, FloatArray]:
-    """Return the arrays that were given, in one dtype."""
-    given = {name: array for name, array in arrays.items() if array is not None}
+    """Return the arrays in one dtype; a bias may be missing."""
+    given = {name: array for name, array in arrays.items() if array is not None or not name.startswith("b_")}
     return dict(zip(given, floating(**given), strict=True))
 
 

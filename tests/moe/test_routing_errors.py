@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from refimpl.errors import DTypeError, OptionError, ShapeError
+from refimpl.moe.batch_priority import batch_priority
 from refimpl.moe.capacity import expert_capacity
 from refimpl.moe.dispatch import dispatch
 from refimpl.moe.expert_parallel import expert_parallel
@@ -29,6 +30,13 @@ TWO_IN_ONE = np.ones((1, 4, 3, 1))
         (switch, (X, ROUTER, np.ones((3, 4, 5)), LAYER[3]), {}, ShapeError, "w_in: axis D must equal"),
         (switch, (*LAYER[:3], np.ones((3, 4, 2))), {}, ShapeError, "w_out: axis F must equal that of w_in"),
         (switch, (X, ROUTER, LAYER[2][0], LAYER[3]), {}, ShapeError, "w_in: expected 3 axes"),
+        (switch, (X, np.zeros((2, 6)), *LAYER[2:]), {}, ShapeError, "w_in: axis E must equal the router's"),
+        (gshard_as_coded, (X, ROUTER[:, :2], *LAYER[2:]), {}, ShapeError, "w_in: axis E must equal"),
+        (batch_priority, (X, np.zeros((2, 6)), *LAYER[2:]), {}, ShapeError, "w_in: axis E must equal"),
+        (batch_priority, LAYER, {"k": "two"}, DTypeError, "k: expected a whole number"),
+        (dense_mixture, (*LAYER[:3], np.ones((4, 5, 2))), {}, ShapeError, "w_out: axis E must equal"),
+        (dense_mixture, LAYER, {"w_gate": np.ones((4, 2, 5))}, ShapeError, "w_gate: axis E must equal"),
+        (dispatch, (X[None], TWO_IN_ONE, *LAYER[2:]), {"dispatch_mask": TWO_IN_ONE}, DTypeError, "bool"),
         (switch, (X.astype(complex), *LAYER[1:]), {}, DTypeError, "x: expected float64"),
         (switch, LAYER, {"groups": 3}, ShapeError, "tokens that divide into 3 groups, got 4"),
         (switch, LAYER, {"groups": 0}, OptionError, "groups: expected at least 1"),
