@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from refimpl.attention import (
 from refimpl.attention.lsra import sample_long_short
 from refimpl.errors import DTypeError, ShapeError
 from refimpl.memory import Memory
-from tests.survivors import laws_that_catch
+from tests.survivors import Mutants
 
 registry.load()
 
@@ -98,15 +97,8 @@ def test_lsra_refuses(error: type[Exception], index: Any, shape: tuple[int, ...]
         long_short_range_attention(*args, **options)
 
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(technique: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (technique, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 LIGHT, DYNAMIC, LSRA = (
@@ -248,5 +240,4 @@ def scaled_by_the_width_of_all_heads(x: Any, *weights: Any, num_heads: int, **op
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    assert laws_that_catch(technique, f)
+    MUTANTS.assert_caught(name)

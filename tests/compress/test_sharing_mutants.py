@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,13 @@ from refimpl import registry
 from refimpl.compress.layer_sharing import shared_layers, shared_layers_vjp
 from refimpl.compress.tucker import tucker, tucker_factors, tucker_parameters
 from refimpl.errors import OptionError
-from refimpl.testing import check
 from refimpl.transformer.blocks import encoder, encoder_vjp
+from tests.survivors import Mutants
 
 registry.load()
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (name, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("compress.layer_sharing")
@@ -69,9 +61,7 @@ def outputs_and_inputs_exchanged(blocks: Any, /, *, ranks: Any) -> Any:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=16).failed}
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 def test_gradients_add_over_uses() -> None:

@@ -11,18 +11,11 @@ from scipy.stats import chisquare
 
 from refimpl.decoding.sampling import autoregressive, inverse_cdf, sampling, sampling_law
 from refimpl.errors import DTypeError, OptionError, ShapeError
-from refimpl.testing import check
+from tests.survivors import Mutants
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
 LAW, DRAW = "decoding.sampling.law", "decoding.sampling"
-
-
-def mutant(technique: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (technique, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 def _filtered(logits: Any, keep: Any) -> Any:
@@ -112,9 +105,7 @@ def draws_turned_around(logits: Any, /, *, uniforms: Any, **options: Any) -> Any
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=12).failed}
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 LOGITS = np.log(np.array([0.35, 0.05, 0.2, 0.3, 0.1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,12 @@ from refimpl.distill import (
     tinybert_layer_loss,
 )
 from refimpl.errors import OptionError, ShapeError
-from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (name, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("distill.soft_targets")
@@ -162,9 +154,7 @@ def fillers_drawn_too(tokens: Any, candidates: Any, u: Any, v: Any, /, *, probab
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=16).failed}
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 def test_hot_soft_targets_match_logits() -> None:

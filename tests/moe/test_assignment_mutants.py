@@ -15,7 +15,7 @@ from refimpl.moe.domain_routing import domain_routing
 from refimpl.moe.expert_choice import chosen_by_experts, expert_choice, expert_selection
 from refimpl.moe.mixture import mixture
 from refimpl.moe.soft_merging import soft_merging
-from tests.moe.mutation import Mutants
+from tests.survivors import Mutants
 
 registry.load()
 

@@ -17,7 +17,7 @@ from refimpl.moe.shared_experts import shared_experts
 from refimpl.moe.sparse_mixture import sparse_mixture
 from refimpl.moe.split_ffn import SplitExperts, split_ffn
 from refimpl.moe.upcycling import upcycling
-from tests.moe.mutation import Mutants
+from tests.survivors import Mutants
 
 registry.load()
 

@@ -18,7 +18,7 @@ from refimpl.moe.hash_context import (
 from refimpl.moe.hash_layers import hash_layer
 from refimpl.moe.hash_tables import balanced_table, clustered_table, random_table
 from refimpl.moe.multi_hash import multi_hash_layer
-from tests.moe.mutation import Mutants
+from tests.survivors import Mutants
 
 registry.load()
 

@@ -13,20 +13,13 @@ from refimpl.errors import LawViolation
 from refimpl.moe.errata_losses import one_coefficient_for_all, shazeers_coefficients_for_vision
 from refimpl.registry import Case
 from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
 Function = Callable[..., Any]
-MUTANTS: dict[str, tuple[str, Function]] = {}
-
-
-def mutant(*techniques: str) -> Callable[[Function], Function]:
-    def register(f: Function) -> Function:
-        for technique in techniques:
-            MUTANTS[f"{technique}-{f.__name__}"] = (technique, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("moe.importance_loss")
@@ -311,13 +304,7 @@ def shares_of_the_whole(gates: Any, /) -> Any:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed: set[str] = set()
-    for seed in range(0, 40, 4):  # stop at the first that catches it
-        failed |= {outcome.check for outcome in check(technique, f, seed=seed, examples=4).failed}
-        if failed - {"reference"}:
-            return
-    raise AssertionError(f"{name} survived the laws; failed: {failed}")
+    MUTANTS.assert_caught(name)
 
 
 def test_the_lectures_one_coefficient_breaks_its_law() -> None:

@@ -22,22 +22,14 @@ from refimpl.moe.mixture import mixture
 from refimpl.moe.noisy_gating import noisy_top_k_gates, vmoe_noisy_gates
 from refimpl.moe.switch import switch, switch_routing
 from refimpl.moe.token_choice import token_choice
-from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
 Function = Callable[..., Any]
-MUTANTS: dict[str, tuple[str, Function]] = {}
 CAPACITY = ("capacity", "capacity_factor", "rounding", "min_capacity", "groups")
-
-
-def mutant(*techniques: str) -> Callable[[Function], Function]:
-    def register(f: Function) -> Function:
-        for technique in techniques:
-            MUTANTS[f"{technique}-{f.__name__}"] = (technique, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("moe.dense_mixture")
@@ -349,11 +341,4 @@ def dropped_tokens_count(x: Any, w: Any, w_in: Any, w_out: Any, dy: Any, **optio
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed: set[str] = set()
-    for seed in range(0, 40, 4):  # stop at the first that catches it
-        report = check(technique, f, seed=seed, examples=4)
-        failed |= {item.check for item in report.failed if not item.detail.startswith("raised")}
-        if failed - {"reference", "coverage"}:
-            return
-    raise AssertionError(f"{name} survived the laws; failed: {failed}")
+    MUTANTS.assert_caught(name)

@@ -22,7 +22,7 @@ from refimpl.objectives import (
     ranked_pairs,
     standard_error,
 )
-from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
@@ -117,15 +117,8 @@ def test_errors(call: Callable[[], Any], error: type[Exception], message: str) -
         call()
 
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (name, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("objectives.bradley_terry")
@@ -201,6 +194,4 @@ def one_pass(values: Any, /) -> Any:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=16).failed}
-    assert failed - {"reference"}, f"{name} survived the laws"
+    MUTANTS.assert_caught(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,19 +29,12 @@ from refimpl.peft import (
     soft_prompt,
     soft_prompt_labels,
 )
-from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (name, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("peft.full")
@@ -196,9 +188,7 @@ def own_module_kept(query: Any, keys: Any, /, *, k: int, excluded: Any = None) -
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=12).failed}
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 def test_the_first_step_moves_b_alone() -> None:

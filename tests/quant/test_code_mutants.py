@@ -21,19 +21,12 @@ from refimpl.quant.nf4 import (
     unpack_nibbles,
 )
 from refimpl.quant.qlora import qlora_linear
-from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (name, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 def _with_codes(x: Any, block_size: int, change: Callable[[Any, Any], Any]) -> Any:
@@ -170,9 +163,7 @@ def copies_counted_once(x: Any, /, *, k: int) -> Any:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=12).failed}
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 def test_the_published_levels() -> None:

@@ -15,18 +15,12 @@ from refimpl.errors import OptionError, ShapeError
 from refimpl.quant.gptq import GPTQ, gptq, hessian
 from refimpl.quant.qmoe import QMoE, Ternary, qmoe, qmoe_decode, ternary
 from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (name, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 def _gptq(weight: Any, x: Any, bits: int, damping: float, wrong: str) -> Any:
@@ -100,9 +94,7 @@ def odd_weight_lost(weights: Any, /, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=12).failed}
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 @pytest.mark.parametrize("wrong", ["inverse", "diagonal", "sign", "scale moves"])

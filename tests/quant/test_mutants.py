@@ -13,18 +13,12 @@ from refimpl.quant import Quantized, dequantize_columns, int8_matmul, quantize_c
 from refimpl.quant.blocks import block_sizes
 from refimpl.quant.llm_int8 import llm_int8_linear
 from refimpl.testing import check
+from tests.survivors import Mutants
 
 registry.load()
 
-MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
-
-
-def mutant(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(f: Callable[..., Any]) -> Callable[..., Any]:
-        MUTANTS[f.__name__] = (name, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("quant.uniform")
@@ -150,9 +144,7 @@ def linear_with(wrong: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = {outcome.check for outcome in check(technique, f, examples=12).failed}
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 @pytest.mark.parametrize("wrong", MISTAKES)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from refimpl import registry
-from refimpl.testing import check
 from refimpl.transformer import alibi_slopes, layer_norm, output_head, rms_norm, sinusoidal_positions
 from refimpl.transformer.activations import activate, gelu
 from refimpl.transformer.blocks import decoder, encoder
@@ -18,20 +17,13 @@ from refimpl.transformer.embedding import embedding
 from refimpl.transformer.ffn import ffn, gated_ffn
 from refimpl.transformer.positions import learned_positions
 from refimpl.transformer.rotary import rotary
+from tests.survivors import Mutants
 
 registry.load()
 
 Function = Callable[..., Any]
-MUTANTS: dict[str, tuple[str, Function]] = {}
-
-
-def mutant(*techniques: str) -> Callable[[Function], Function]:
-    def register(f: Function) -> Function:
-        for technique in techniques:
-            MUTANTS[f"{technique}-{f.__name__}"] = (technique, f)
-        return f
-
-    return register
+MUTANTS = Mutants()
+mutant = MUTANTS.of
 
 
 @mutant("transformer.gelu")
@@ -264,10 +256,4 @@ def cross_norm_exchanged(x: Any, /, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed: set[str] = set()
-    for seed in range(0, 40, 4):  # stop at the first that catches it
-        failed |= {outcome.check for outcome in check(technique, f, seed=seed, examples=4).failed}
-        if failed - {"reference"}:
-            return
-    raise AssertionError(f"{name} survived the laws; failed: {failed}")
+    MUTANTS.assert_caught(name)
