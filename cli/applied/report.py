@@ -68,6 +68,7 @@ def apply_all(
     whole = checkpoint.model.cost(lengths)
     totals = {
         "layers": len(checkpoint.model.layers),
+        "dtype": next(iter(checkpoint.model.tables.values())).dtype.name,
         "judged_sentences": len(judged), "judged_tokens": sum(lengths),
         "calibration_sentences": len(calibration), "calibration_tokens": sum(map(len, calibration)),
         "model_parameters": whole.parameters, "model_bytes": whole.nbytes, "model_flops": whole.flops,
@@ -155,7 +156,8 @@ def _details(totals: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str
     """Return what the tables do not say: of what the shares are, what was judged, what a saving takes."""
     blocks, tables = totals["model_bytes"] - totals["table_bytes"], totals["table_bytes"]
     lines = [
-        f"the model: {totals['layers']} blocks, {bytes_text(blocks)}, and tables of {bytes_text(tables)}, "
+        f"the model: {totals['layers']} blocks, {bytes_text(blocks)} in {totals['dtype']}, and tables of "
+        f"{bytes_text(tables)}, "
         f"which no technique here touches; {flop_text(totals['model_flops'])} on the judged sentences",
         f"judged: sentences 1, 3, 5, ..., {totals['judged_sentences']} of {totals['judged_tokens']} tokens; "
         f"for calibration: the others, {totals['calibration_tokens']} tokens",

@@ -48,7 +48,7 @@ Examples:
 )
 @output_options(plot=True)
 def command(name: str | None, all_: bool, model: str, sentences: str | None, save_to: str | None) -> Result:
-    r"""Apply a technique to the blocks of an encoder: bytes and operations saved, and at what cost.
+    """Apply a technique to the blocks of an encoder: bytes and operations saved, and at what cost.
 
     The cost is how far the model moves on sentences: the cosine of each embedding before and after, the
     relative error of the states after each layer, and Spearman's correlation of the similarities of all
@@ -58,7 +58,6 @@ def command(name: str | None, all_: bool, model: str, sentences: str | None, sav
     Bytes are those that are stored: codes, scales, masks, offsets.  --save writes weights dequantised, in
     the checkpoint's own number format, and refuses where no checkpoint can hold the result.
 
-    \b
     NAME is a technique of `frugal list`, or short: int8, llm_int8, nf4, codebook, gptq, magnitude, 2:4,
     heads, neurons, svd, sharing, window, lora.
     """
