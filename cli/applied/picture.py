@@ -37,7 +37,7 @@ def draw(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     top = max(2.0, *(10 ** (height + ROW) for height in heights))
     axes.plot([], [], "o", color="tab:blue", label="bytes")
     axes.plot([], [], "s", color="tab:orange", label="operations")
-    axes.legend(title="what it saves most of", loc="lower center", fontsize=8)
+    axes.legend(title="what it saves most of", loc="center", bbox_to_anchor=(0.25, 0.32), fontsize=8)
     axes.set(xlim=(-2, 100), yscale="log", ylim=(FLOOR * 0.8, top), xlabel="saved, %")
     axes.set_ylabel("relative error of the last states")
     axes.grid(visible=True, alpha=0.3)
