@@ -24,7 +24,7 @@ from refimpl.quant.absmax import Int8Columns, dequantize_columns, quantize_colum
 from refimpl.quant.llm_int8 import llm_int8_linear
 
 __all__ = [
-    "adapted", "fewer_heads", "fewer_neurons", "inputs_of", "int8_products", "merged", "shared", "windowed",
+    "RADIUS", "RANK", "adapted", "fewer_heads", "fewer_neurons", "inputs_of", "int8_products", "merged", "shared", "windowed",
 ]  # fmt: skip
 
 KEPT = 0.75  # share of heads and of neurons that stay

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from cli.applied.model import Layer, Model
 from cli.applied.structure import (
+    RADIUS,
+    RANK,
     adapted,
     fewer_heads,
     fewer_neurons,
@@ -20,7 +22,19 @@ from cli.applied.structure import (
     shared,
     windowed,
 )
-from cli.applied.weights import OnMatrix, codebook16, gptq4, half_rank, int8, largest_half, nf4, two_of_four
+from cli.applied.weights import (
+    CENTROIDS,
+    GPTQ_BITS,
+    GPTQ_DAMPING,
+    OnMatrix,
+    codebook16,
+    gptq4,
+    half_rank,
+    int8,
+    largest_half,
+    nf4,
+    two_of_four,
+)
 from refimpl.errors import UnknownNameError
 from refimpl.numerics import IntArray
 
@@ -103,8 +117,14 @@ APPLICABLE = (
         _matrices(nf4),
         with_=("quant.double",),
     ),
-    Applicable("quant.codebook", ("codebook",), "16 centroids a matrix", _matrices(codebook16)),
-    Applicable("quant.gptq", ("gptq",), "4 bits, a scale a column, damping 1", _gptq, calibrated=True),
+    Applicable("quant.codebook", ("codebook",), f"{CENTROIDS} centroids a matrix", _matrices(codebook16)),
+    Applicable(
+        "quant.gptq",
+        ("gptq",),
+        f"{GPTQ_BITS} bits, a scale a column, damping {GPTQ_DAMPING:g}",
+        _gptq,
+        calibrated=True,
+    ),
     Applicable(
         "prune.magnitude", ("magnitude",), "half of each matrix", _matrices(largest_half), needs=SPARSE_KERNEL
     ),
@@ -135,14 +155,14 @@ APPLICABLE = (
     Applicable(
         "attention.sliding_window",
         ("window",),
-        "4 tokens on each side",
+        f"{RADIUS} tokens on each side",
         _whole(windowed),
         unsaveable="a BERT's config.json has no place for a window",
     ),
     Applicable(
         "peft.lora.merge",
         ("lora",),
-        "rank 8 on Q and V, drawn; before: unmerged",
+        f"rank {RANK} on Q and V, drawn; before: unmerged",
         lambda model, _: (adapted(model), merged(model)),
     ),
 )

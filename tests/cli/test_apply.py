@@ -83,6 +83,15 @@ def test_the_first_third_and_fifth_are_judged(model: str) -> None:
         report.apply_all([find("int8")], model, SENTENCES[:1])
 
 
+def test_two_sentences_have_no_order(run: Any, rows: Any, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "two.txt"
+    file.write_text("\ufeffThe cat.\n\nA dog.\n", encoding="utf-8")
+    (row,) = rows("apply", "int8", "--model", model, "--sentences", str(file))["rows"]
+    assert row["rank_correlation"] is None
+    assert row["cosine_least"] == row["cosine_mean"] > 0.99
+    assert "quant.uniform" in run("apply", "int8", "--model", model, "--sentences", str(file)).stdout
+
+
 def test_a_picture(run: Any, model: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "apply.svg"
