@@ -24,8 +24,17 @@ from refimpl.quant.absmax import Int8Columns, dequantize_columns, quantize_colum
 from refimpl.quant.llm_int8 import llm_int8_linear
 
 __all__ = [
-    "RADIUS", "RANK", "adapted", "fewer_heads", "fewer_neurons", "inputs_of", "int8_products", "merged", "shared", "windowed",
-]  # fmt: skip
+    "RADIUS",
+    "RANK",
+    "adapted",
+    "fewer_heads",
+    "fewer_neurons",
+    "inputs_of",
+    "int8_products",
+    "merged",
+    "shared",
+    "windowed",
+]
 
 KEPT = 0.75  # share of heads and of neurons that stay
 RADIUS = 4  # tokens seen on each side

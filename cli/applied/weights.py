@@ -24,8 +24,18 @@ from refimpl.quant.qlora import qlora_dequantize, qlora_quantize
 from refimpl.quant.uniform import uniform
 
 __all__ = [
-    "CENTROIDS", "GPTQ_BITS", "GPTQ_DAMPING", "OnMatrix", "codebook16", "gptq4", "half_rank", "int8", "largest_half", "nf4", "two_of_four",
-]  # fmt: skip
+    "CENTROIDS",
+    "GPTQ_BITS",
+    "GPTQ_DAMPING",
+    "OnMatrix",
+    "codebook16",
+    "gptq4",
+    "half_rank",
+    "int8",
+    "largest_half",
+    "nf4",
+    "two_of_four",
+]
 
 OnMatrix = Callable[[FloatArray], Stored]
 
