@@ -266,11 +266,26 @@ def test_errors_are_relative_to_all_tokens() -> None:
     assert moved.cosine_mean == pytest.approx(1.0)
 
 
+def test_cosines_are_of_the_embeddings_of_each_text() -> None:
+    other = fewer_heads(model(), TEXTS)
+
+    def embedding(given: Model, ids: Any) -> Any:
+        total = sum(given.states(ids)[-1])  # over the tokens
+        return total / np.sqrt(total @ total)
+
+    cosines = [float(embedding(model(), ids) @ embedding(other, ids)) for ids in TEXTS]
+    moved = compare(model(), other, TEXTS)
+    assert moved.cosine_mean == pytest.approx(sum(cosines) / len(cosines))
+    assert moved.cosine_least == pytest.approx(min(cosines))
+    assert moved.cosine_least < moved.cosine_mean - 1e-3
+
+
 def test_rank_correlation_by_hand() -> None:
-    """Similarities 0.8, 0.6, 0 (ranks 3, 2, 1) against 0, 0.8, 0.6 (1, 3, 2): 1 - 6 (4 + 1 + 1) / 24."""
-    old = np.array([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])  # 0.8, 0.6, 0.96
-    new = old[[1, 2, 0]]  # 0.96, 0.8, 0.6
-    assert rank_correlation(old, new) == pytest.approx(1 - 6 * (1 + 1 + 4) / 24)
+    """Similarities 0.8, 0.6, 0.96 (ranks 2, 1, 3) against cos 10, 90, 80 degrees (ranks 3, 1, 2)."""
+    old = np.array([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8]])
+    angles = np.radians([0, 10, 90])
+    new = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert rank_correlation(old, new) == pytest.approx(1 - 6 * (1 + 0 + 1) / (3 * 8))
     assert rank_correlation(old[:2], new[:2]) is None
 
 
