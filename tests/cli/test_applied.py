@@ -277,7 +277,7 @@ def test_cosines_are_of_the_embeddings_of_each_text() -> None:
     moved = compare(model(), other, TEXTS)
     assert moved.cosine_mean == pytest.approx(sum(cosines) / len(cosines))
     assert moved.cosine_least == pytest.approx(min(cosines))
-    assert moved.cosine_least < moved.cosine_mean - 1e-3
+    assert moved.cosine_least < moved.cosine_mean - 1e-5  # texts differ
 
 
 def test_rank_correlation_by_hand() -> None:
