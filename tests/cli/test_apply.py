@@ -179,3 +179,22 @@ def test_refusals(arguments: list[str], message: str, run: Any, model: str, tmp_
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_points_stand_where_their_numbers_say() -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    from cli.applied.picture import FLOOR, draw
+
+    def row(name: str, of_bytes: float, of_flops: float, error: float) -> dict[str, Any]:
+        return {
+            "technique": name, "bytes_share": of_bytes, "flops_share": of_flops, "relative_error_last": error
+        }  # fmt: skip
+
+    axes = figures.Figure().add_subplot()
+    draw(axes, [row("a", 0.25, 1.0, 0.3), row("b", 0.9, 0.6, 5.0), row("c", 0.99, 1.0, 1e-7)])
+    points = [(line.get_xdata(), line.get_ydata(), line.get_marker()) for line in axes.lines[:3]]
+    assert [(float(x[0]), float(y[0]), marker) for x, y, marker in points] == [
+        (75.0, 0.3, "o"), (pytest.approx(40.0), 5.0, "s"), (pytest.approx(1.0), FLOOR, "v")
+    ]  # fmt: skip
+    assert [text.get_text() for text in axes.texts] == ["a", "b", "c (error 1e-07)"]
+    assert axes.get_ylim()[1] > 5
