@@ -33,6 +33,7 @@ COMMANDS = (
     "parallel",
     "speculate",
     "redundancy",
+    "apply",
     "env",
 )
 

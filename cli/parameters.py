@@ -17,6 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 __all__ = [
+    "APPLICABLE",
     "AXES",
     "BYTES",
     "COUNT",
@@ -204,6 +205,12 @@ def _technique_names() -> list[str]:
     return sorted(registry.TECHNIQUES)
 
 
+def _applicable_names() -> list[str]:
+    from cli.applied.techniques import APPLICABLE
+
+    return [name for one in APPLICABLE for name in (one.name, *one.aliases)]
+
+
 def _hardware_names() -> list[str]:
     from memsim.hardware import hardware_names
 
@@ -224,5 +231,6 @@ SIZES: ListOf[int] = ListOf(BYTES)
 AXES = _Axes()
 DTYPES: ListOf[str] = ListOf(_Dtype())
 TECHNIQUE = _Named("name", _technique_names)
+APPLICABLE = _Named("name", _applicable_names)
 HARDWARE = _Named("hardware", _hardware_names)
 MODEL = _Named("model", _model_names)

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "refimpl": {"refimpl", "numpy", "scipy"},
     "cuda_backend": {"refimpl", "cuda_backend", "numpy", "numba", "llvmlite", "cuda"},
     "memsim": {"refimpl", "memsim", "numpy", "scipy", "numba"},
-    "cli": {"refimpl", "cuda_backend", "memsim", "cli", "numpy", "click", "rich", "matplotlib"},
+    "cli": {"refimpl", "cuda_backend", "memsim", "cli", "numpy", "scipy", "click", "rich", "matplotlib"},
 }
 # Exactly one file may name each optional dependency.
 ONE_DOOR = {

@@ -10,6 +10,7 @@ from refimpl.peft.composition import (
     gated_lora,
     gated_lora_vjp,
 )
+from refimpl.peft.expert_tuning import ExpertTuningGradients, expert_tuning, expert_tuning_vjp
 from refimpl.peft.fusion import FusionGradients, adapter_fusion, adapter_fusion_vjp
 from refimpl.peft.lora import (
     FullGradients,
@@ -38,6 +39,7 @@ from refimpl.peft.soft_prompt import soft_prompt, soft_prompt_labels, soft_promp
 
 __all__ = [
     "AdapterGradients",
+    "ExpertTuningGradients",
     "FullGradients",
     "FusionGradients",
     "GatedGradients",
@@ -52,6 +54,8 @@ __all__ = [
     "composed_factors_vjp",
     "composed_update",
     "composed_update_vjp",
+    "expert_tuning",
+    "expert_tuning_vjp",
     "full_linear",
     "full_linear_vjp",
     "gated_lora",

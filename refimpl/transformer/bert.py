@@ -29,6 +29,7 @@ __all__ = [
     "bert_config",
     "bert_encoder",
     "bert_params",
+    "bert_tensors",
     "bert_traces",
     "sentence_embeddings",
 ]
@@ -159,15 +160,8 @@ def bert_params(tensors: Mapping[str, Array], config: BertConfig, /) -> dict[str
         "embedding": (config.vocabulary, M), "positions": (config.max_length, M), "types": (config.types, M),
         "w_1": (F, M), "w_2": (M, F), "b_1": (F,), **dict.fromkeys(("w_q", "w_k", "w_v", "w_o"), (M, M)),
     }  # fmt: skip
-    before = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
-    places = {name: before + theirs for name, theirs in _EMBEDDINGS.items()}
-    for layer in range(config.layers):
-        at = f"{before}encoder.layer.{layer}."
-        places |= {f"layers.{layer}.{name}": at + theirs for name, theirs in _LAYER.items()}
-        if places[f"layers.{layer}.w_q"] not in tensors:
-            break  # said below, without going through as many layers as a config.json may claim
     found: dict[str, FloatArray] = {}
-    for name, place in places.items():
+    for name, place in _places(tensors, config).items():
         array = tensors.get(place, tensors.get(_older(place)))
         if array is None:
             raise CheckpointError(f"there is no tensor {place!r}, which config.json speaks of")
@@ -179,6 +173,42 @@ def bert_params(tensors: Mapping[str, Array], config: BertConfig, /) -> dict[str
             )
         wide = array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
         found[name] = wide.T if last.startswith("w_") else wide
+    return found
+
+
+def bert_tensors(
+    params: Mapping[str, FloatArray], tensors: Mapping[str, Array], config: BertConfig, /
+) -> dict[str, Array]:
+    """Return a checkpoint's tensors with other parameters in them: `bert_params` turned back.
+
+    Parameters
+    ----------
+    params : mapping of str to ndarray
+        As from `bert_params`, perhaps with another number of hidden units.
+    tensors : mapping of str to ndarray
+        The checkpoint that they came from: it gives names, and the dtype that each is rounded to.
+    config : BertConfig
+        The make of that checkpoint.
+
+    Returns
+    -------
+    dict of str to ndarray
+        What is not part of the encoder stays as it is.
+
+    Raises
+    ------
+    CheckpointError
+        If a parameter has no place in the checkpoint.
+    """
+    found = dict(tensors)
+    places = _places(tensors, config)
+    for name, array in params.items():
+        place = places.get(name, "")
+        place = place if place in tensors else _older(place)
+        if place not in tensors:
+            raise CheckpointError(f"params: the checkpoint has no place for {name!r}")
+        turned = array.T if name.rpartition(".")[2].startswith("w_") else array
+        found[place] = np.ascontiguousarray(turned, tensors[place].dtype)
     return found
 
 
@@ -328,6 +358,18 @@ def _start(
 def _layers(params: Mapping[str, FloatArray], config: BertConfig) -> Iterator[dict[str, Any]]:
     for layer in range(config.layers):
         yield {name: params[f"layers.{layer}.{name}"] for name in _LAYER}
+
+
+def _places(tensors: Mapping[str, Array], config: BertConfig) -> dict[str, str]:
+    """Return what the checkpoint calls each parameter."""
+    before = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
+    places = {name: before + theirs for name, theirs in _EMBEDDINGS.items()}
+    for layer in range(config.layers):
+        at = f"{before}encoder.layer.{layer}."
+        places |= {f"layers.{layer}.{name}": at + theirs for name, theirs in _LAYER.items()}
+        if places[f"layers.{layer}.w_q"] not in tensors:
+            break  # said by `bert_params`, without going through as many layers as a config.json may claim
+    return places
 
 
 def _older(place: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.registry import oracle
-from tests.oracles import library
+from tests.oracles import library, moe
 
 GELU_CUBIC = 0.044715
 
@@ -267,3 +267,32 @@ def cosines_by_loops(query: Any, keys: Any, /, *, k: int, excluded: Any = None) 
     scores = {i: cosine(keys[same[i]]) for i in allowed}  # equal keys have equal cosines to the last bit
     best = sorted(allowed, key=lambda i: (-scores[i], i))[:k]
     return np.array(best, np.int64), np.array([scores[i] for i in best])
+
+
+@oracle("peft.expert_tuning")
+def tuned_experts_by_loops(
+    x: Any, delta_in: Any, delta_out: Any, w_router: Any, w_in: Any, w_out: Any, /, *, trained: Any, k: int,
+    convention: str, router_bias: Any = None, w_gate: Any = None, delta_gate: Any = None, activation: str,
+) -> Any:  # fmt: skip
+    """Token by token over the open experts alone."""
+    E, y = w_router.shape[1], np.zeros(x.shape)
+    is_open = [e for e in range(E) if router_bias is None or router_bias[e] > -math.inf]
+    after = []
+    for w, delta in ((w_in, delta_in), (w_out, delta_out), (w_gate, delta_gate)):
+        whole = None if w is None else np.array(w, np.float64)
+        for e in range(E):
+            if whole is not None and delta is not None and trained[e]:
+                whole[e] = w[e] + delta[e]
+        after.append(whole)
+    for t, row in enumerate(x):
+        z = moe.logits_of(row, w_router)
+        z = [z[e] + (0.0 if router_bias is None else float(router_bias[e])) for e in is_open]
+        chosen = moe.best(z, min(k, len(z)))
+        shares = moe.softmax(z)
+        kept = [shares[e] for e in chosen]
+        if convention != "switch":
+            kept = moe.softmax([z[e] for e in chosen])
+        for e, share in zip(chosen, kept, strict=True):
+            out = moe.expert(row, is_open[e], after[0], after[1], activation=activation, w_gate=after[2])
+            y[t] += share * out
+    return y

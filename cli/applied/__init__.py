@@ -1,0 +1,1 @@
+"""``frugal apply``: techniques on a real encoder, what they save there and what they cost."""
