@@ -63,23 +63,56 @@ def states_do_not_grow(f: Block, case: Case, close: Close) -> None:  # noqa: ARG
 @law(BLOCK)
 def an_unread_state_leaves_convolution_skip_and_gate(f: Block, case: Case, close: Close) -> None:
     """With C = 0 the output is ``(D silu(conv(x)) silu(z)) w_out``, the convolution from left to right."""
-    weights = {name: widen(value).astype(np.float64) for name, value in case.kwargs.items()
-               if isinstance(value, np.ndarray)}  # fmt: skip
-    (x,) = case.args
-    Din, k = weights["w_conv"].shape
+    weights = _wide_weights(case)
     w_x = case.kwargs["w_x"].copy()
     w_x[:, w_x.shape[1] - weights["A_log"].shape[1] :] = 0
     unread = case.replace(w_x=w_x)
+    u, gate = _convolved_and_gate(case, weights)
+    y = weights["D"] * u * gate
+    expected = y @ weights["w_out"] + weights.get("b_out", 0.0)
+    close.on(unread)(_out(unread, f).astype(np.float64), expected, "without the state", factor=4.0)
+
+
+def _wide_weights(case: Case) -> dict[str, Array]:
+    """Return weights and given states in float64."""
+    arrays = {name: value for name, value in case.kwargs.items() if isinstance(value, np.ndarray)}
+    return {name: widen(value).astype(np.float64) for name, value in arrays.items()}
+
+
+def _convolved_and_gate(case: Case, weights: dict[str, Array]) -> tuple[Array, Array]:
+    """Return what the scan is given, ``silu(conv(x))`` from left to right, and ``silu(z)``."""
+    (x,) = case.args
+    Din, k = weights["w_conv"].shape
     projected = widen(x).astype(np.float64) @ weights["w_in"] + weights.get("b_in", 0.0)
     past = weights.get("conv_state", np.zeros((len(x), k - 1, Din)))
     tokens = np.concatenate([past, projected[..., :Din]], axis=1)
     conv = np.zeros_like(projected[..., :Din])
     for t in range(x.shape[1]):
         conv[:, t] = sum(weights["w_conv"][:, j] * tokens[:, t + j] for j in range(k))
-    u = activate("silu", conv + weights.get("b_conv", 0.0))
-    y = weights["D"] * u * activate("silu", projected[..., Din:])
-    expected = y @ weights["w_out"] + weights.get("b_out", 0.0)
-    close.on(unread)(_out(unread, f).astype(np.float64), expected, "without the state", factor=4.0)
+    return activate("silu", conv + weights.get("b_conv", 0.0)), activate("silu", projected[..., Din:])
+
+
+@law(BLOCK)
+def one_token_moves_the_state_by_its_step(f: Block, case: Case, close: Close) -> None:
+    """Over one token h becomes ``exp(Δ A) h + gain B u``, ``A = -exp(A_log)``; Δ has its bias in softplus."""
+    x = case.args[0][:, :1]
+    if not x.size:
+        return
+    weights, one = _wide_weights(case), case.replace(x)
+    Din, N = weights["A_log"].shape
+    R = weights["w_dt"].shape[0]
+    before = np.random.default_rng(0).standard_normal((len(x), Din, N))
+    one = one.replace(scan_state=before.astype(np.float32 if x.dtype != np.float64 else np.float64))
+    u, _ = _convolved_and_gate(one, weights)
+    made = u @ weights["w_x"]
+    step = np.logaddexp(0, made[..., :R] @ weights["w_dt"] + weights["b_dt"])[:, 0, :, None]
+    exponent = -step * np.exp(weights["A_log"])
+    gain = step * np.expm1(exponent) / exponent if case.kwargs.get("discretization") == "zoh" else step
+    entering = gain * made[:, 0, None, R : R + N] * u[:, 0, :, None]
+    expected = np.exp(exponent) * widen(one.kwargs["scan_state"]) + entering
+    state = one.replace(return_state=True).call(f)[2]
+    limits = close.on(one.replace(return_state=True))
+    limits(widen(np.asarray(state)).astype(np.float64), expected, "the state", factor=4.0, of="scan_state")
 
 
 @law(BLOCK)

@@ -13,25 +13,16 @@ from refimpl.registry import Case
 from refimpl.ssm import mamba_block, selective_scan, selective_scan_chunked
 from refimpl.ssm.samples import sample_scan
 from refimpl.ssm.selective_scan import ScanOutput
-from refimpl.testing import check
+from tests.survivors import Mutants, laws_that_catch
 
 registry.load()
 
 Function = Callable[..., Any]
-MUTANTS: dict[str, tuple[str, Function]] = {}
+MUTANTS = Mutants()
 OTHER = {"euler": "zoh", "zoh": "euler"}
 
-
-def mutant(technique: str) -> Callable[[Function], Function]:
-    def register(f: Function) -> Function:
-        MUTANTS[f"{technique}-{f.__name__}"] = (technique, f)
-        return f
-
-    return register
-
-
-scan = mutant("ssm.selective_scan")
-block = mutant("ssm.mamba_block")
+scan = MUTANTS.of("ssm.selective_scan")
+block = MUTANTS.of("ssm.mamba_block")
 
 
 @scan
@@ -232,20 +223,9 @@ def sequences_mixed(x: Any, **options: Any) -> Any:
     return mamba_block(x + 0.01 * x.mean(axis=0, keepdims=True) if len(x) else x, **options)
 
 
-def _failures(technique: str, f: Function) -> set[str]:
-    failed: set[str] = set()
-    for seed in range(0, 40, 4):  # stop at the first that catches it
-        failed |= {outcome.check for outcome in check(technique, f, seed=seed, examples=4).failed}
-        if failed - {"reference"}:
-            break
-    return failed
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught_by_laws(name: str) -> None:
-    technique, f = MUTANTS[name]
-    failed = _failures(technique, f)
-    assert failed - {"reference"}, f"{name} survived the laws; failed: {failed}"
+    MUTANTS.assert_caught(name)
 
 
 @pytest.mark.parametrize("name", [name for name in MUTANTS if name.startswith("ssm.selective_scan")])
@@ -270,4 +250,4 @@ def test_mutant_is_caught_by_the_scalar_oracle(name: str) -> None:
 def test_the_lecture_is_caught() -> None:
     (erratum,) = [item for item in registry.ERRATA if item.technique == "ssm.selective_scan"]
     assert erratum.mutant is not None
-    assert erratum.breaks in _failures("ssm.selective_scan", erratum.mutant)
+    assert erratum.breaks in laws_that_catch("ssm.selective_scan", erratum.mutant)
