@@ -35,6 +35,7 @@ MODULES = (
     "scaling_laws",
     "sparse_attention_prices",
     "speculative",
+    "tensor_prices",
     "training_memory",
     "zero",
     "zero_r",
