@@ -11,7 +11,15 @@ from memsim.collectives import sent_by_rank
 from refimpl.parallel.comm import Sent
 from refimpl.registry import Case, prices
 
-__all__ = ["block_phases", "named", "phases_total", "ring"]
+__all__ = [
+    "Phases",
+    "block_phases",
+    "named",
+    "phases_total",
+    "replicated_sizes",
+    "ring",
+    "vocabulary_phases",
+]
 
 Phases = dict[str, Sent]
 
@@ -125,5 +133,34 @@ def _block(case: Case) -> dict[str, int]:
     return named([phases] * ranks)
 
 
-for _name in ("parallel.tensor", "parallel.tensor.backward"):
-    prices(_name, counts="comm")(_block)
+def vocabulary_phases(*, tokens: int, itemsize: int, ranks: int) -> Phases:
+    """Return what a rank sends for the losses of `tokens`: their largest logits, then two sums of each.
+
+    >>> vocabulary_phases(tokens=3, itemsize=8, ranks=2)
+    {'vocabulary all-reduce': Sent(messages=4, bytes=80)}
+    """
+    numbers = (ring("all_reduce", elements=n * tokens, itemsize=itemsize, ranks=ranks) for n in (1, 2))
+    return phases_total(("vocabulary all-reduce", sent) for sent in numbers)
+
+
+def _embedding(case: Case) -> dict[str, int]:
+    table, tokens = (np.asarray(array) for array in case.args)
+    ranks, size = int(case.kwargs["ranks"]), max(table.dtype.itemsize, 4)
+    sent = ring("all_reduce", elements=tokens.size * table.shape[1], itemsize=size, ranks=ranks)
+    return named([{"tensor all-reduce": sent}] * ranks)
+
+
+def _loss(case: Case) -> dict[str, int]:
+    hidden, _, targets = (np.asarray(array) for array in case.args)
+    ranks, size = int(case.kwargs["ranks"]), max(hidden.dtype.itemsize, 4)
+    return named([vocabulary_phases(tokens=targets.size, itemsize=size, ranks=ranks)] * ranks)
+
+
+MODELS = {
+    "parallel.tensor": _block,
+    "parallel.tensor.backward": _block,
+    "parallel.tensor.embedding": _embedding,
+    "parallel.tensor.cross_entropy": _loss,
+}
+for _name, _model in MODELS.items():
+    prices(_name, counts="comm")(_model)

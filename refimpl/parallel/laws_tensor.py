@@ -92,3 +92,51 @@ def heads_may_change_ranks(f: Function, case: Case, close: Close) -> None:
 def _reversed_heads(array: Any, axis: int, heads: int) -> Any:
     parts = np.split(array, heads, axis=axis)
     return np.concatenate(parts[::-1], axis=axis)
+
+
+# Vocabulary over ranks (parallel.tensor.embedding, parallel.tensor.cross_entropy)
+
+EMBEDDING, LOSS = "parallel.tensor.embedding", "parallel.tensor.cross_entropy"
+
+
+@law(EMBEDDING)
+def rows_of_ranks_add_up_to_the_table(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
+    """A token's row comes from the one rank that has it, unchanged: sums with zeros are exact."""
+    table, tokens = case.args
+    expected = table[tokens] * case.kwargs["scale"]
+    require(np.array_equal(case.call(f), expected), "rows of the table: not what one device looks up")
+
+
+@law(EMBEDDING)
+def one_all_reduce_of_embeddings(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
+    """A rank sends 2 (p-1)/p B T M elements, however large the vocabulary."""
+    (table, tokens), p = case.args, case.kwargs["ranks"]
+    expected = [2 * (p - 1) * -(-tokens.size * table.shape[1] // p) * table.dtype.itemsize] * p
+    require(sent_bytes(f, case, TENSOR_PHASES) == expected, f"bytes: expected {expected}")
+
+
+@law(LOSS)
+def the_split_loss_is_the_unsplit_one(f: Function, case: Case, close: Close) -> None:
+    """On any number of ranks the loss is that of one rank."""
+    close(case.call(f), case.replace(ranks=1).call(f), "loss on one rank", factor=4.0)
+
+
+@law(LOSS)
+def logits_never_travel(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
+    """A rank sends 3 numbers a token, all-reduced: one and two together, each padded to the ranks."""
+    hidden, _, targets = case.args
+    p, n = case.kwargs["ranks"], targets.size
+    expected = [2 * (p - 1) * (-(-n // p) + -(-2 * n // p)) * hidden.dtype.itemsize] * p
+    traffic = Traffic()
+    case.replace(traffic=traffic).call(f)
+    found = [traffic.sent(rank).bytes for rank in range(p)]
+    require(found == expected, f"bytes: expected {expected}, got {found}")
+
+
+@law(LOSS)
+def probabilities_sum_to_one(f: Function, case: Case, close: Close) -> None:
+    """Over all targets exp(-loss) sums to 1."""
+    hidden, table, targets = case.args
+    each = [np.exp(-case.replace(hidden, table, np.full_like(targets, v)).call(f)) for v in range(len(table))]
+    total = np.sum(each, axis=0)
+    close(total, np.ones_like(total), "probabilities", factor=4.0 * len(table))

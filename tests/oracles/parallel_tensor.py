@@ -54,3 +54,16 @@ def unsplit_autograd(x: Any, dy: Any, /, **given: Any) -> Any:
         "beta_2",
     )
     return {f"d{name}": tensors[name].grad.numpy() for name in names if name in tensors}
+
+
+@oracle("parallel.tensor.embedding")
+def embedding_of_torch(table: Any, tokens: Any, *, ranks: int, scale: float) -> Any:
+    torch = torch_library()
+    return (torch.nn.functional.embedding(torch.tensor(tokens), torch.tensor(table)) * scale).numpy()
+
+
+@oracle("parallel.tensor.cross_entropy")
+def cross_entropy_of_torch(hidden: Any, table: Any, targets: Any, *, ranks: int) -> Any:
+    torch = torch_library()
+    logits = (torch.tensor(hidden) @ torch.tensor(table).T).transpose(1, 2)
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none").numpy()
