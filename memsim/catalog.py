@@ -33,6 +33,7 @@ MODULES = (
     "moe_prices",
     "parallelism",
     "pipeline",
+    "pipeline_prices",
     "parameters",
     "scaling_laws",
     "sparse_attention_prices",

@@ -9,6 +9,7 @@ import numpy as np
 
 from refimpl.registry import oracle
 from tests.oracles import library
+from tests.oracles.torch_decoder import leaves, loss_sum, torch_library
 
 
 @oracle("parallel.pipeline.schedule")
@@ -104,3 +105,59 @@ def held_while_ticking(*, schedule: str, ranks: int, micro_batches: int, chunks:
         return {"1": np.asarray(most, dtype=object)}
     _, _, most_of = ticking(schedule, ranks, micro_batches, 1, 2)
     return {"1": np.asarray(most_of[rank], dtype=object)}
+
+
+def named_parameters(parameters: Any, config: Any) -> dict[str, Any]:
+    """Return the parts of a flat vector by name, in the order in which a decoder uses them."""
+    M, D = config.width, config.head_width or config.width // config.num_heads
+    q, kv = config.num_heads * D, (config.num_kv_heads or config.num_heads) * D
+    gains = ["gamma", "beta"] if config.norm == "layer_norm" else ["gamma"]
+    layer: list[tuple[str, tuple[int, ...]]] = [("w_q", (M, q)), ("w_k", (M, kv)), ("w_v", (M, kv))]
+    layer += [("w_o", (q, M))]
+    if config.biases:
+        layer += [("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)), ("b_o", (M,))]
+    F = config.hidden
+    if config.gated:
+        layer += [("w_gate", (M, F)), ("w_up", (M, F)), ("w_down", (F, M))]
+    else:
+        layer += [("w_1", (M, F)), ("w_2", (F, M))]
+        layer += [("b_1", (F,)), ("b_2", (M,))] if config.biases else []
+    layer += [(f"{gain}_{n}", (M,)) for n in (1, 2) for gain in gains]
+    names: list[tuple[str, tuple[int, ...]]] = [("embedding", (config.vocabulary, M))]
+    if config.positions == "learned":
+        names.append(("positions", (config.max_length, M)))
+    names += [(f"layers.{i}.{name}", shape) for i in range(config.layers) for name, shape in layer]
+    if config.order == "pre":
+        names += [(gain, (M,)) for gain in gains]
+    if not config.tied:
+        names.append(("head", (config.vocabulary, M)))
+    found, at = {}, 0
+    for name, shape in names:
+        size = int(np.prod(shape))
+        found[name] = parameters[at : at + size].reshape(shape)
+        at += size
+    if at != len(parameters):
+        raise ValueError(f"{at} parameters named, {len(parameters)} given")
+    return found
+
+
+@oracle("parallel.pipeline")
+def autograd_of_one_device(
+    parameters: Any, tokens: Any, mask: Any, /, *, config: Any, ranks: int, schedule: str, **options: Any
+) -> Any:
+    """Autograd on all micro-batches at once; and what greedy ranks hold."""
+    torch = torch_library()
+    if schedule == "interleaved" or not mask.size:
+        raise NotImplementedError("greedy ranks have one stage each; torch has no empty batches")
+    weights = leaves(torch, named_parameters(parameters, config))
+    words, counts = tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1])
+    loss = loss_sum(torch, weights, words, counts, config) / max(int(mask.sum()), 1)
+    loss.backward()
+    gradients = [w.grad.numpy().ravel() if w.grad is not None else w.detach().numpy().ravel() * 0
+                 for w in weights.values()]  # fmt: skip
+    _, _, most = ticking(schedule, ranks, len(tokens), 1, 2)
+    return {
+        "dparameters": np.concatenate(gradients),
+        "loss": loss.detach().numpy(),
+        "in_flight": np.array(most),
+    }
