@@ -26,6 +26,7 @@ MODULES = (
     "linear_attention_prices",
     "linear_io",
     "low_rank_prices",
+    "mesh_prices",
     "model_flops",
     "moe",
     "moe_exchange",

@@ -161,3 +161,37 @@ def autograd_of_one_device(
         "loss": loss.detach().numpy(),
         "in_flight": np.array(most),
     }
+
+
+@oracle("parallel.mesh")
+def adamw_of_torch(
+    parameters: Any, tokens: Any, mask: Any, /, *, config: Any, optimizer: Any, max_norm: Any = None, **_: Any
+) -> Any:
+    """Autograd and PyTorch's AdamW on one device, all sequences of a step in one batch."""
+    torch = torch_library()
+    if not mask.size:
+        raise NotImplementedError("torch has no empty batches")
+    weights = leaves(torch, named_parameters(parameters, config))
+    adamw = torch.optim.AdamW(
+        list(weights.values()),
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+    losses = []
+    for words, counts in zip(tokens, mask, strict=True):
+        words, counts = (array.reshape(-1, array.shape[-1]) for array in (words, counts))
+        loss = loss_sum(torch, weights, words, counts, config) / max(int(counts.sum()), 1)
+        adamw.zero_grad()
+        loss.backward()
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if max_norm is not None:
+            norm = torch.sqrt(sum((weight.grad**2).sum() for weight in weights.values()))
+            for weight in weights.values():
+                weight.grad *= min(1.0, float(max_norm / norm)) if norm > 0 else 1.0
+        adamw.step()
+        losses.append(float(loss.detach()))
+    trained = np.concatenate([weight.detach().numpy().ravel() for weight in weights.values()])
+    return {"parameters": trained, "losses": np.array(losses)}
