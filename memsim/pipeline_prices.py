@@ -56,4 +56,5 @@ def pipeline(case: Case) -> dict[str, int]:
     return named(found)
 
 
-prices("parallel.pipeline", counts="comm")(pipeline)
+for _name in ("parallel.pipeline", "parallel.pipeline.pipedream"):
+    prices(_name, counts="comm")(pipeline)

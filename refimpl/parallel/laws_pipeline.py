@@ -77,3 +77,42 @@ def each_boundary_is_crossed_once_each_way(f: Function, case: Case, close: Close
         found = sum(sent_bytes(f, case, (phase,)))
         expected = crossed * parameters.dtype.itemsize
         require(found == expected, f"bytes of {phase}: expected {expected}, got {found}")
+
+
+# Weights of different ages (parallel.pipeline.pipedream)
+
+STALE = "parallel.pipeline.pipedream"
+
+
+def sgd_on_one_device(case: Case) -> FloatArray:
+    """Return the parameters after one step of SGD a micro-batch, each with the newest weights."""
+    parameters, tokens, mask = case.args
+    for words, counts in zip(tokens, mask, strict=True):
+        gradient, _ = on_one_device(case.replace(parameters, words[None], counts[None]))
+        parameters = parameters - case.kwargs["lr"] * gradient
+    newest: FloatArray = parameters
+    return newest
+
+
+@law(STALE)
+def on_one_rank_nothing_is_stale(f: Function, case: Case, close: Close) -> None:
+    """One rank runs SGD."""
+    found = case.replace(ranks=1).call(f)[0]
+    close(found, sgd_on_one_device(case), "SGD", of="parameters", factor=8.0)
+
+
+@law(STALE)
+def a_rank_is_behind_by_the_ranks_after_it(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
+    """Rank r sends micro-batch t forward through the weights of max(0, t - (p-1-r)) updates."""
+    p, m = case.kwargs["ranks"], len(case.args[1])
+    expected = np.maximum(np.arange(m) - (p - 1 - np.arange(p))[:, None], 0)
+    found = case.call(f)[1]
+    require(np.array_equal(found, expected), f"updates seen: expected {expected.tolist()}, got {found}")
+
+
+@law(STALE)
+def the_first_micro_batch_is_never_stale(f: Function, case: Case, close: Close) -> None:
+    """One micro-batch alone is a step of SGD on any number of ranks."""
+    parameters, tokens, mask = case.args
+    one = case.replace(parameters, tokens[:1], mask[:1])
+    close(one.call(f)[0], sgd_on_one_device(one), "a step of SGD", of="parameters", factor=8.0)

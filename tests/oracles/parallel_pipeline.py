@@ -195,3 +195,30 @@ def adamw_of_torch(
         losses.append(float(loss.detach()))
     trained = np.concatenate([weight.detach().numpy().ravel() for weight in weights.values()])
     return {"parameters": trained, "losses": np.array(losses)}
+
+
+@oracle("parallel.pipeline.pipedream")
+def old_weights_by_autograd(
+    parameters: Any, tokens: Any, mask: Any, /, *, config: Any, ranks: int, lr: float
+) -> Any:
+    """The recurrence of the paper: each rank's weights of their own age, one micro-batch after the other."""
+    torch = torch_library()
+    history = [named_parameters(parameters, config)]
+    layers = [part.tolist() for part in np.array_split(np.arange(config.layers), ranks)]
+
+    def rank_of(name: str) -> int:
+        if name.startswith("layers."):
+            return next(r for r, own in enumerate(layers) if int(name.split(".")[1]) in own)
+        return 0 if name == "embedding" else ranks - 1
+
+    versions = np.zeros((ranks, len(tokens)), int)
+    for t, (words, counts) in enumerate(zip(tokens, mask, strict=True)):
+        for rank in range(ranks):
+            versions[rank, t] = max(0, t - (ranks - 1 - rank))
+        old = {name: history[versions[rank_of(name), t]][name] for name in history[0]}
+        weights = leaves(torch, old)
+        loss = loss_sum(torch, weights, words, counts, config) / max(int(counts.sum()), 1)
+        loss.backward()
+        moved = {name: array - lr * weights[name].grad.numpy() for name, array in history[-1].items()}
+        history.append(moved)
+    return {"parameters": np.concatenate([a.ravel() for a in history[-1].values()]), "versions": versions}
