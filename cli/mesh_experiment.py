@@ -1,0 +1,180 @@
+"""A small decoder trained on one device and on a mesh of ranks: what they hold and send; the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from memsim.mesh_prices import mesh_phases, rank_sizes
+from memsim.pipeline import pipeline_in_flight
+from memsim.zero import partitioned_memory
+from refimpl.parallel.adam import AdamW
+from refimpl.parallel.comm import Launch, Sent, Traffic
+from refimpl.parallel.decoder_stages import decoder_params, decoder_vector
+from refimpl.parallel.mesh import Mesh
+from refimpl.parallel.mesh_training import MeshTraining, mesh_training
+from refimpl.parallel.mixed_precision import LossScale, initial_state, optimizer_step
+from refimpl.parallel.network import cross_entropy
+from refimpl.registry import Case
+from refimpl.transformer.config import DecoderConfig, initial_decoder
+from refimpl.transformer.model import decoder_logits, decoder_logits_vjp
+
+if TYPE_CHECKING:
+    from refimpl.numerics import BoolArray, FloatArray, IntArray
+
+__all__ = ["TOLERANCE", "MeshExperiment"]
+
+TOLERANCE = 1e-10  # of parameters in float64: Adam turns rounding of a gradient near 0 into part of a step
+
+
+@dataclass(frozen=True)
+class MeshExperiment:
+    """What is trained: a decoder with a tied table, grouped heads, rotary positions and gated layers.
+
+    Attributes
+    ----------
+    steps, sequences, length : int
+        Steps, and sequences of a step, on all ranks together, of so many tokens.
+    seed : int
+        Of parameters and tokens.
+    """
+
+    steps: int = 10
+    sequences: int = 12
+    length: int = 8
+    seed: int = 0
+    optimizer: AdamW = field(default_factory=lambda: AdamW(lr=0.01, weight_decay=0.01))
+    config: DecoderConfig = field(
+        default_factory=lambda: DecoderConfig(
+            vocabulary=32, width=16, layers=4, num_heads=4, num_kv_heads=4, hidden=24
+        )
+    )
+
+    @cached_property
+    def start(self) -> FloatArray:
+        """Initial parameters, float64."""
+        return decoder_vector(self.config, initial_decoder(self.config, np.random.default_rng(self.seed)))
+
+    @cached_property
+    def batch(self) -> tuple[IntArray, BoolArray]:
+        """Tokens of a step (sequences, length + 1), the same in every step, and which predictions count."""
+        rng = np.random.default_rng(self.seed + 1)
+        tokens = rng.integers(0, self.config.vocabulary, (self.sequences, self.length + 1))
+        return tokens, rng.random((self.sequences, self.length)) < 0.8
+
+    def dealt(self, micro: int, data: int) -> tuple[IntArray, BoolArray]:
+        """Return tokens and masks of all steps, dealt to micro-batches and ranks; gaps are masked."""
+        share = -(-self.sequences // (micro * data))
+
+        def deal(x: Any) -> Any:
+            whole = np.zeros((micro * data * share, x.shape[1]), x.dtype)
+            whole[: len(x)] = x
+            return np.broadcast_to(
+                whole.reshape(micro, data, share, -1), (self.steps, micro, data, share, x.shape[1])
+            )
+
+        tokens, mask = self.batch
+        return deal(tokens), deal(mask)
+
+    @cached_property
+    def on_one_device(self) -> tuple[FloatArray, list[float]]:
+        """Parameters and losses after all steps of plain AdamW on whole batches."""
+        tokens, mask = self.batch
+        counted = max(int(mask.sum()), 1)
+        state, losses = initial_state(self.start, LossScale(1.0)), []
+        for _ in range(self.steps):
+            params = decoder_params(self.config, state.master)
+            logits = decoder_logits(params, tokens[:, :-1], config=self.config)
+            loss, dlogits = cross_entropy(logits, tokens[:, 1:], mask)
+            gradients = decoder_logits_vjp(params, tokens[:, :-1], dlogits / counted, config=self.config)
+            gradient = decoder_vector(self.config, gradients)
+            state = optimizer_step(state, gradient, optimizer=self.optimizer)
+            losses.append(loss / counted)
+        return state.master, losses
+
+    def run(self, mesh: Mesh, launch: Launch, *, micro: int, **options: Any) -> list[dict[str, Any]]:
+        """Train on a mesh; return a row for each label under which ranks sent something.
+
+        Parameters
+        ----------
+        mesh : Mesh
+            The ranks.
+        launch : callable
+            Starts them.
+        micro : int
+            Micro-batches of a step on each data-parallel rank.
+        **options
+            ``stage``, ``schedule``, ``chunks``, ``recompute``, ``sequence_parallel`` of `mesh_training`.
+        """
+        traffic = Traffic()
+        arrays = (self.start, *self.dealt(micro, mesh.data))
+        case = Case(arrays, {"config": self.config, "mesh": mesh, **options})
+        settings: dict[str, Any] = {"optimizer": self.optimizer, "traffic": traffic, "launch": launch}
+        trained: MeshTraining = case.replace(**settings).call(mesh_training)
+        expected, losses = self.on_one_device
+        difference = float(np.max(np.abs(trained.parameters - expected)))
+        held = [self._held(mesh, rank, options) for rank in range(mesh.size)]
+        in_flight = [
+            int(
+                pipeline_in_flight(
+                    schedule=options["schedule"],
+                    ranks=mesh.pipeline,
+                    micro_batches=micro,
+                    chunks=options["chunks"],
+                    rank=mesh.place(rank).pipeline,
+                ).total
+            )
+            for rank in range(mesh.size)
+        ]
+        model = mesh_phases(case)
+        summary: dict[str, Any] = {
+            **mesh._asdict(),
+            "ranks": mesh.size,
+            "micro_batches": micro,
+            **options,
+            "steps": self.steps,
+            "difference": difference,
+            "copies_differ": float(trained.spread),
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "held_bytes": trained.held_bytes.tolist(),
+            "model_held_bytes": held,
+            "one_device_bytes": 5 * self.start.nbytes,
+            "in_flight": trained.in_flight.tolist(),
+            "model_in_flight": in_flight,
+        }
+        agrees = (
+            difference <= TOLERANCE
+            and not summary["copies_differ"]
+            and summary["held_bytes"] == held
+            and summary["in_flight"] == in_flight
+            and np.allclose(trained.losses, losses, rtol=0, atol=TOLERANCE)
+        )
+        rows = []
+        for label in sorted({*traffic.phases, *(name for phases in model for name in phases)}):
+            counted = [traffic.sent(rank, label) for rank in range(mesh.size)]
+            priced = [phases.get(label, Sent(0, 0)) for phases in model]
+            row = {
+                "collective": label,
+                "sent_bytes": [sent.bytes for sent in counted],
+                "model_sent_bytes": [sent.bytes for sent in priced],
+                "sent_messages": [sent.messages for sent in counted],
+                "model_sent_messages": [sent.messages for sent in priced],
+            }
+            rows.append({**summary, **row, "agrees": bool(agrees and counted == priced)})
+        return rows or [{**summary, "collective": "none", "agrees": bool(agrees)}]
+
+    def _held(self, mesh: Mesh, rank: int, options: dict[str, Any]) -> int:
+        """Return the bytes of model states that a rank holds by the formula of ZeRO, of its own units."""
+        sizes = rank_sizes(self.config, mesh, options["chunks"], mesh.place(rank).pipeline).values()
+        memory = partitioned_memory(
+            units=[size for size, _ in sizes],
+            ranks=mesh.data,
+            stage=options["stage"],
+            model_itemsize=8,
+            state_itemsize=8,
+        )
+        return int(memory.total)
