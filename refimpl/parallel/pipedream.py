@@ -28,6 +28,11 @@ from refimpl.validation import bind_axes, positive, whole
 __all__ = ["StaleTraining", "pipedream"]
 
 
+def stashed(weights: Weights) -> Weights:
+    """Return the weights of this moment, which later updates do not change."""
+    return dict(weights)
+
+
 class StaleTraining(NamedTuple):
     """Parameters after all micro-batches, (n,), and how many updates each had seen on each rank, (p, m)."""
 
@@ -137,7 +142,7 @@ def pipedream(
         versions, updates = [0] * len(tokens), 0
 
         def forward(step: Step, x: FloatArray | None) -> tuple[FloatArray, GoBack]:
-            batch, stash = Batch(tokens[step.micro], mask[step.micro]), dict(own)
+            batch, stash = Batch(tokens[step.micro], mask[step.micro]), stashed(own)
             versions[step.micro] = updates
             y, backs = np.zeros(0) if x is None else x, []
             for unit in units:
