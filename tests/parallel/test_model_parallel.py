@@ -141,8 +141,7 @@ def test_executed_schedules_have_the_bubble_and_the_activations_of_the_formulas(
     assert line.makespan == 3 * (micro + Fraction(ranks - 1, chunks)) == pipeline_time(**shape).total
     held = [int(pipeline_in_flight(**shape, rank=rank).total) for rank in range(ranks)]
     assert found.in_flight.tolist() == line.in_flight == held
-    if chunks == 1:
-        assert line.idle_share == pipeline_bubble(stages=ranks, microbatches=micro).total
+    assert line.idle_share == pipeline_bubble(stages=ranks, microbatches=micro, chunks=chunks).total
 
 
 def test_unequal_stages_and_slow_links_cost_what_the_slowest_costs() -> None:
