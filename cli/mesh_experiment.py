@@ -169,12 +169,13 @@ class MeshExperiment:
 
     def _held(self, mesh: Mesh, rank: int, options: dict[str, Any]) -> int:
         """Return the bytes of model states that a rank holds by the formula of ZeRO, of its own units."""
-        sizes = rank_sizes(self.config, mesh, options["chunks"], mesh.place(rank).pipeline).values()
-        memory = partitioned_memory(
-            units=[size for size, _ in sizes],
-            ranks=mesh.data,
-            stage=options["stage"],
-            model_itemsize=8,
-            state_itemsize=8,
-        )
-        return int(memory.total)
+        sizes = rank_sizes(self.config, mesh, options["chunks"], mesh.place(rank).pipeline)
+        total = 0
+        for owners, experts in ((mesh.data, False), (1, True)):  # an expert is one rank's alone
+            units = [size for key, (size, _) in sizes.items() if key.endswith("experts") == experts]
+            if units:
+                memory = partitioned_memory(
+                    units=units, ranks=owners, stage=options["stage"], model_itemsize=8, state_itemsize=8
+                )
+                total += int(memory.total)
+        return total

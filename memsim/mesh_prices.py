@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from memsim.moe_exchange import moe_all_to_all
 from memsim.pipeline_prices import boundary_phases
 from memsim.tensor_prices import (
     Phases,
@@ -20,19 +21,22 @@ from memsim.tensor_prices import (
 )
 from refimpl.parallel.comm import Sent
 from refimpl.parallel.mesh import Mesh, Place
+from refimpl.parallel.mixture import EXPERTS, MixtureConfig, model_shapes
 from refimpl.registry import Case, prices
-from refimpl.transformer.config import DecoderConfig, decoder_shapes
+from refimpl.transformer.config import DecoderConfig
 
 __all__ = ["mesh_phases", "rank_sizes"]
 
 _COLUMNS_OR_ROWS = {
     "w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "w_o", "w_1", "b_1", "w_2", "w_gate", "w_up", "w_down",
-    "embedding", "head",
+    "embedding", "head", "experts_in", "experts_gate", "experts_out",
 }  # fmt: skip
 
 
 def rank_sizes(config: DecoderConfig, mesh: Mesh, chunks: int, pipeline: int) -> dict[str, list[int]]:
     """Return for each unit of a rank its size, and how many stages use it: a tied table on one rank has two.
+
+    Experts of a layer are units by themselves, with "experts" behind the layer's key.
 
     >>> config = DecoderConfig(vocabulary=4, width=2, num_heads=2, layers=1, hidden=2)
     >>> rank_sizes(config, Mesh(tensor=2), chunks=1, pipeline=0)["embedding"]
@@ -42,7 +46,7 @@ def rank_sizes(config: DecoderConfig, mesh: Mesh, chunks: int, pipeline: int) ->
     per, more = divmod(config.layers, stages)
     owner = [stage for stage in range(stages) for _ in range(per + (stage < more))]
     found: dict[str, list[int]] = {}
-    for name, shape in decoder_shapes(config).items():
+    for name, shape in model_shapes(config).items():
         prefix, _, last = name.rpartition(".")
         homes = [stages - 1]
         if prefix:
@@ -55,6 +59,8 @@ def rank_sizes(config: DecoderConfig, mesh: Mesh, chunks: int, pipeline: int) ->
         if uses:
             size = math.prod(shape) // (mesh.tensor if last in _COLUMNS_OR_ROWS else 1)
             key = prefix or ("gamma" if name == "beta" else name)
+            if last in EXPERTS:
+                key, size = f"{prefix} experts", size // mesh.data
             found[key] = [found.get(key, [0])[0] + size, uses]
     return found
 
@@ -92,7 +98,9 @@ def _parts_of_a_step(case: Case, mesh: Mesh, place: Place) -> Iterator[tuple[str
         yield label, Sent(micro * sent.messages, micro * sent.bytes)
     sizes = rank_sizes(config, mesh, options["chunks"], place.pipeline)
     stage = options["stage"]
-    for elements, uses in sizes.values():
+    for key, (elements, uses) in sizes.items():
+        if key.endswith("experts"):
+            continue  # no other rank has them
         one: dict[str, Any] = {"elements": elements, "itemsize": size, "ranks": mesh.data}
         scatters, gathers = micro * uses if stage > 1 else 1, 2 * micro * uses if stage == 3 else 1
         yield "gradients", ring("reduce_scatter", times=scatters, **one)
@@ -107,10 +115,12 @@ def _tensor_parts(
 ) -> Iterator[tuple[str, Sent]]:
     """Yield what a rank sends to those that share its layers, for one micro-batch."""
     config, sequence = options["config"], options["sequence_parallel"]
-    names = decoder_shapes(config)
+    names = model_shapes(config)
     keys = rank_sizes(config, mesh, options["chunks"], place.pipeline)
     for key in keys:
-        if key.startswith("layers."):
+        if key.endswith("experts"):
+            yield from _exchange(config, mesh, tokens, itemsize, recompute=bool(options.get("recompute")))
+        elif key.startswith("layers."):
             own = [name.rpartition(".")[2] for name in names if name.startswith(f"{key}.")]
             yield from block_phases(
                 tokens=tokens,
@@ -135,6 +145,31 @@ def _tensor_parts(
         yield "tensor all-reduce", ring("all_reduce", elements=tokens * config.width, times=ends, **both)
     if place.pipeline == mesh.pipeline - 1:
         yield from vocabulary_phases(tokens=tokens, **both).items()
+
+
+def _exchange(
+    config: MixtureConfig, mesh: Mesh, tokens: int, itemsize: int, *, recompute: bool
+) -> Iterator[tuple[str, Sent]]:
+    """Yield what a rank sends for one mixture: all-to-alls of buffers with a place for each of its tokens."""
+    if mesh.data > 1 and tokens:
+        sent = moe_all_to_all(
+            experts=config.experts,
+            capacity=tokens,
+            width=config.width,
+            ranks=mesh.data,
+            itemsize=itemsize,
+            direction="both",
+        )
+        for way, times, gradients in (("forward", 1 + recompute, ""), ("backward", 1, " gradients")):
+            for name in ("dispatch", "combine"):
+                one = Sent(mesh.data - 1, int(sent[f"{way}, {name}"]))
+                yield name + gradients, Sent(times * one.messages, times * one.bytes)
+    elif mesh.data > 1:  # buffers without places travel too
+        for name, times in (("dispatch", 1 + recompute), ("combine", 1 + recompute)):
+            yield name, Sent(times * (mesh.data - 1), 0)
+            yield f"{name} gradients", Sent(mesh.data - 1, 0)
+    size = config.width * config.experts
+    yield "router gradient", ring("all_reduce", elements=size, itemsize=itemsize, ranks=mesh.tensor)
 
 
 def _mesh(case: Case) -> dict[str, int]:

@@ -16,11 +16,13 @@ import numpy as np
 from refimpl.errors import ShapeError
 from refimpl.numerics import FloatArray
 from refimpl.parallel.comm import Comm
+from refimpl.parallel.mesh import Axes
+from refimpl.parallel.mixture import EXPERTS, MixtureConfig, experts_part, model_shapes
 from refimpl.parallel.network import Batch
 from refimpl.parallel.passes import Back, Part, Weights, in_sequence, local, recomputed
 from refimpl.parallel.tensor_layers import SPLIT, gradients_summed, tensor_block
 from refimpl.parallel.vocabulary_layers import embedding_part, loss_part
-from refimpl.transformer.config import DecoderConfig, decoder_shapes
+from refimpl.transformer.config import DecoderConfig
 from refimpl.transformer.layers import Gradients, Layer, norm_layer
 from refimpl.transformer.positions import (
     alibi_slopes,
@@ -43,12 +45,12 @@ __all__ = [
 class StageUnit(NamedTuple):
     """A part of a stage, its key among the units of a model, and the names of its weights.
 
-    ``part_of(comm, batch)`` returns it as a rank of a tensor-parallel group runs it on a micro-batch.
+    ``part_of(axes, batch)`` returns it as a rank with these groups runs it on a micro-batch.
     """
 
     key: str
     names: tuple[str, ...]
-    part_of: Callable[[Comm, Batch], Part]
+    part_of: Callable[[Axes, Batch], Part]
 
 
 def decoder_params(config: DecoderConfig, flat: FloatArray) -> dict[str, FloatArray]:
@@ -65,7 +67,7 @@ def decoder_params(config: DecoderConfig, flat: FloatArray) -> dict[str, FloatAr
     >>> decoder_params(config, np.arange(6.0))["gamma"]
     array([4., 5.])
     """
-    shapes = decoder_shapes(config)
+    shapes = model_shapes(config)
     sizes = [math.prod(shape) for shape in shapes.values()]
     if flat.shape != (sum(sizes),):
         raise ShapeError(f"parameters: expected shape ({sum(sizes)},), got {flat.shape}")
@@ -82,22 +84,25 @@ def decoder_vector(config: DecoderConfig, params: Mapping[str, FloatArray]) -> F
     >>> decoder_vector(config, decoder_params(config, np.arange(6.0)))
     array([0., 1., 2., 3., 4., 5.])
     """
-    return np.concatenate([params[name].ravel() for name in decoder_shapes(config)])
+    return np.concatenate([params[name].ravel() for name in model_shapes(config)])
 
 
-def own_shapes(config: DecoderConfig, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a decoder's parameters as one of `ranks` tensor-parallel ranks has them.
+def own_shapes(config: DecoderConfig, tensor: int, data: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a decoder's parameters as a rank has them: split by tensor, experts by data.
 
     Examples
     --------
     >>> config = DecoderConfig(vocabulary=4, width=2, num_heads=2, layers=0, hidden=1)
-    >>> own_shapes(config, 2)
+    >>> own_shapes(config, tensor=2, data=3)
     {'embedding': (2, 2), 'gamma': (2,)}
     """
     shapes = {}
-    for name, shape in decoder_shapes(config).items():
-        axis = SPLIT.get(name.rpartition(".")[2])
-        shapes[name] = tuple(n // ranks if place == axis else n for place, n in enumerate(shape))
+    for name, shape in model_shapes(config).items():
+        last = name.rpartition(".")[2]
+        cuts = {0: data} if last in EXPERTS else {}
+        if last in SPLIT:
+            cuts[SPLIT[last]] = tensor
+        shapes[name] = tuple(n // cuts.get(place, 1) for place, n in enumerate(shape))
     return shapes
 
 
@@ -145,7 +150,7 @@ def stage_units(
     >>> [[unit.key for unit in stage_units(config, stage, 2)] for stage in (0, 1)]
     [['embedding', 'layers.0', 'layers.1'], ['layers.2', 'gamma', 'embedding']]
     """
-    shapes = decoder_shapes(config)
+    shapes = model_shapes(config)
     units = []
     if stage == 0:
         units += _first_units(config, sequence_parallel)
@@ -163,7 +168,8 @@ def _first_units(config: DecoderConfig, sequence_parallel: bool) -> list[StageUn
         positions = np.arange(batch.tokens.shape[1] - 1)
         return np.split(positions, comm.size)[comm.rank] if sequence_parallel else positions
 
-    def embed(comm: Comm, batch: Batch) -> Part:
+    def embed(axes: Axes, batch: Batch) -> Part:
+        comm = axes.tensor
         part = embedding_part(
             comm, batch.tokens[:, :-1], scale=config.embedding_scale, sequence_parallel=sequence_parallel
         )
@@ -172,7 +178,8 @@ def _first_units(config: DecoderConfig, sequence_parallel: bool) -> list[StageUn
         waves = sinusoidal_positions(own_positions(comm, batch), width=config.width)
         return in_sequence(part, local(lambda _: Layer(lambda x: x + waves, lambda _, dx: (dx, {}))))
 
-    def place(comm: Comm, batch: Batch) -> Part:
+    def place(axes: Axes, batch: Batch) -> Part:
+        comm = axes.tensor
         positions = own_positions(comm, batch)
 
         def layer_of(weights: Weights) -> Layer:
@@ -192,12 +199,15 @@ def _first_units(config: DecoderConfig, sequence_parallel: bool) -> list[StageUn
 
 def _layer(
     config: DecoderConfig, prefix: str, recompute: bool, sequence_parallel: bool
-) -> Callable[[Comm, Batch], Part]:
+) -> Callable[[Axes, Batch], Part]:
     slopes = alibi_slopes(num_heads=config.num_heads) if config.positions == "alibi" else None
 
-    def part_of(comm: Comm, _: Batch) -> Part:
+    def part_of(axes: Axes, _: Batch) -> Part:
+        mixture = None
+        if isinstance(config, MixtureConfig):
+            mixture = experts_part(axes.data, axes.tensor, config)
         block = tensor_block(
-            comm,
+            axes.tensor,
             num_heads=config.num_heads,
             num_kv_heads=config.kv_heads,
             order=config.order,
@@ -207,6 +217,7 @@ def _layer(
             rope=config.positions if isinstance(config.positions, Rope) else None,
             alibi_slopes=slopes,
             sequence_parallel=sequence_parallel,
+            mixture=mixture,
         )
         return _prefixed(recomputed(block) if recompute else block, prefix)
 
@@ -216,12 +227,12 @@ def _layer(
 def _last_units(config: DecoderConfig, sequence_parallel: bool) -> list[StageUnit]:
     table = "embedding" if config.tied else "head"
 
-    def normalise(comm: Comm, _: Batch) -> Part:
+    def normalise(axes: Axes, _: Batch) -> Part:
         part = local(lambda weights: norm_layer(weights, "gamma", "beta", config.norm, config.eps))
-        return gradients_summed(comm, part) if sequence_parallel else part
+        return gradients_summed(axes.tensor, part) if sequence_parallel else part
 
-    def lose(comm: Comm, batch: Batch) -> Part:
-        return loss_part(comm, batch.tokens[:, 1:], table=table, sequence_parallel=sequence_parallel)
+    def lose(axes: Axes, batch: Batch) -> Part:
+        return loss_part(axes.tensor, batch.tokens[:, 1:], table=table, sequence_parallel=sequence_parallel)
 
     head = StageUnit(table, (table,), lose)
     if config.order != "pre":

@@ -1,7 +1,8 @@
 """One rank of a mesh that trains a decoder: its share of the weights, and a step.
 
 A rank has a part of some layers (`refimpl.parallel.decoder_stages`, `tensor_layers`); of that part's model
-states the ranks along the data dimension have a chunk each (`refimpl.parallel.zero`).
+states the ranks along the data dimension have a chunk each (`refimpl.parallel.zero`), but of experts, which
+they have spread among them (`refimpl.parallel.mixture`), each has its own whole.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,18 +20,20 @@ from refimpl.parallel.adam import AdamW
 from refimpl.parallel.comm import Comm
 from refimpl.parallel.data import add_gradient, sum_over_ranks
 from refimpl.parallel.decoder_stages import own_shapes, stage_units
+from refimpl.parallel.groups import group
 from refimpl.parallel.mesh import Mesh, Place
+from refimpl.parallel.mixture import EXPERTS, own_experts
 from refimpl.parallel.network import Batch
 from refimpl.parallel.passes import Weights
 from refimpl.parallel.pipeline_program import run_stages, sum_of_both_ends
 from refimpl.parallel.schedules import Schedule, pipeline_schedule, steps_of
 from refimpl.parallel.sharding import shard_vector
 from refimpl.parallel.tensor_layers import SPLIT, own_weights
-from refimpl.parallel.zero import ZeroState, gather_unit, reduce_gradient, zero_initial, zero_update
+from refimpl.parallel.zero import gather_unit, reduce_gradient, zero_initial, zero_update
 from refimpl.transformer.config import DecoderConfig
 from refimpl.transformer.layers import Gradients
 
-__all__ = ["MeshPlan", "RankUnit", "TrainedRank", "rank_units", "train_rank"]
+__all__ = ["MeshPlan", "RankUnit", "Share", "TrainedRank", "rank_units", "train_rank"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class MeshPlan:
 
 
 class RankUnit(NamedTuple):
-    """A unit's weights as one rank has them: names and shapes."""
+    """Weights of a unit as one rank has them, names and shapes: all but experts, or experts alone."""
 
     key: str
     shapes: Mapping[str, tuple[int, ...]]
@@ -79,28 +83,74 @@ class RankUnit(NamedTuple):
         return {name: part.reshape(shape) for (name, shape), part in parts}
 
 
-def rank_units(plan: MeshPlan, place: Place) -> list[RankUnit]:
-    """Return the units that a rank has, a tied table once.
+def rank_units(plan: MeshPlan, place: Place) -> tuple[list[RankUnit], list[RankUnit]]:
+    """Return the units that a rank has, a tied table once: all but experts, and experts.
 
     Examples
     --------
     >>> config = DecoderConfig(vocabulary=4, width=2, num_heads=2, layers=1, hidden=2)
     >>> plan = MeshPlan(config, Mesh(tensor=2, pipeline=2))
-    >>> [(unit.key, unit.size) for unit in rank_units(plan, Place(0, 1, 0))]
-    [('gamma', 2), ('embedding', 4)]
+    >>> [[(unit.key, unit.size) for unit in units] for units in rank_units(plan, Place(0, 1, 0))]
+    [[('gamma', 2), ('embedding', 4)], []]
     """
-    shapes = own_shapes(plan.config, plan.mesh.tensor)
-    own: dict[str, RankUnit] = {}
+    shapes = own_shapes(plan.config, plan.mesh.tensor, plan.mesh.data)
+    dense: dict[str, RankUnit] = {}
+    experts: dict[str, RankUnit] = {}
     for stage in range(place.pipeline, plan.stages, plan.mesh.pipeline):
         for unit in stage_units(plan.config, stage, plan.stages):
-            own.setdefault(unit.key, RankUnit(unit.key, {name: shapes[name] for name in unit.names}))
-    return list(own.values())
+            for kind, wanted in ((dense, False), (experts, True)):
+                names = [n for n in unit.names if (n.rpartition(".")[2] in EXPERTS) == wanted]
+                if names:
+                    kind.setdefault(unit.key, RankUnit(unit.key, {name: shapes[name] for name in names}))
+    return list(dense.values()), list(experts.values())
+
+
+class Share:
+    """Units whose model states the ranks of `comm` divide, this rank's part of them, and a step's gradients.
+
+    Experts are a share of one rank: no other has them.
+    """
+
+    def __init__(self, comm: Comm, units: Sequence[RankUnit], own: Weights, stage: int) -> None:
+        self.comm = comm
+        self.units = units
+        self.index = {unit.key: number for number, unit in enumerate(units)}
+        flat = np.concatenate([unit.flat(own) for unit in units])
+        self.state = zero_initial(comm, units, flat, stage=stage)
+        self.held: dict[int, FloatArray] = {}
+
+    def weights(self, key: str) -> dict[str, FloatArray]:
+        """Return a unit's weights, whole; gathered in stage 3."""
+        if key not in self.index:
+            return {}
+        unit, kept = self.units[self.index[key]], self.state.parameters[self.index[key]]
+        return unit.weights(gather_unit(self.comm, unit, kept) if self.state.stage == 3 else kept)
+
+    def take(self, key: str, found: Gradients) -> None:
+        """Add a unit's gradients of a micro-batch to those before."""
+        if key in self.index:
+            number = self.index[key]
+            gradient = self.units[number].flat(found)
+            whole = self.state.stage == 1
+            add_gradient(self.held, number, gradient if whole else reduce_gradient(self.comm, gradient))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of model states and gradients held now."""
+        return self.state.nbytes + sum(gradient.nbytes for gradient in self.held.values())
+
+    def reduced(self) -> list[FloatArray]:
+        """Return this rank's chunks of the gradients, and forget them."""
+        held, self.held = self.held, {}
+        whole = self.state.stage == 1
+        numbers = range(len(self.units))
+        return [reduce_gradient(self.comm, held[n]) if whole else held[n] for n in numbers]
 
 
 class TrainedRank(NamedTuple):
-    """What a rank ends with: parameters of its units, losses, most bytes of states, most activations."""
+    """What a rank ends with: parameters by share and unit, losses, most bytes of states, most activations."""
 
-    parameters: list[FloatArray]
+    parameters: list[list[FloatArray]]
     losses: list[float]
     held_bytes: int
     in_flight: int
@@ -125,77 +175,83 @@ def train_rank(comm: Comm, plan: MeshPlan, params: Weights, tokens: IntArray, ma
     TrainedRank
         Parameters are whole units of this rank's part, or its chunks of them in stage 3.
     """
-    place = plan.mesh.place(comm.rank)
-    own = own_weights(params, place.tensor, plan.mesh.tensor)
-    units = rank_units(plan, place)
-    flat = np.concatenate([unit.flat(own) for unit in units])
-    data = plan.mesh.axes(comm).data
-    state = zero_initial(data, units, flat, stage=plan.stage)
-    losses, most_bytes, most_held = [], state.nbytes, 0
+    place, data = plan.mesh.place(comm.rank), plan.mesh.axes(comm).data
+    own = own_weights(own_experts(params, place.data, plan.mesh.data), place.tensor, plan.mesh.tensor)
+    owners = (data, group(comm, [comm.rank]))
+    shares = [
+        Share(owner, units, own, plan.stage)
+        for owner, units in zip(owners, rank_units(plan, place), strict=True)
+        if units
+    ]
+    losses: list[float] = []
+    most_bytes, most_held = sum(share.nbytes for share in shares), 0
     for words, counts in zip(tokens, mask, strict=True):
         batches = [Batch(*pair) for pair in zip(words[:, place.data], counts[:, place.data], strict=True)]
-        state, loss, nbytes, held = _train_step(comm, plan, units, state, batches)
+        loss, nbytes, held = _train_step(comm, plan, shares, batches)
         losses.append(loss)
         most_bytes, most_held = max(most_bytes, nbytes), max(most_held, held)
-    return TrainedRank(state.parameters, losses, most_bytes, most_held)
+    return TrainedRank([share.state.parameters for share in shares], losses, most_bytes, most_held)
 
 
 def _train_step(
-    comm: Comm, plan: MeshPlan, units: Sequence[RankUnit], state: ZeroState, batches: Sequence[Batch]
-) -> tuple[ZeroState, float, int, int]:
-    """Train one step; return the state, the loss a token, bytes of states and activations held."""
+    comm: Comm, plan: MeshPlan, shares: Sequence[Share], batches: Sequence[Batch]
+) -> tuple[float, int, int]:
+    """Train one step; return the loss a token, bytes of states and activations held."""
     place, axes = plan.mesh.place(comm.rank), plan.mesh.axes(comm)
-    index = {unit.key: number for number, unit in enumerate(units)}
     counted = max(sum_over_ranks(axes.data, float(sum(np.sum(batch.mask) for batch in batches))), 1.0)
-    held: dict[int, FloatArray] = {}
 
     def weights_of(key: str) -> Weights:
-        unit, kept = units[index[key]], state.parameters[index[key]]
-        return unit.weights(gather_unit(axes.data, unit, kept) if state.stage == 3 else kept)
+        return {name: array for share in shares for name, array in share.weights(key).items()}
 
     def take(key: str, found: Gradients) -> None:
-        gradient = units[index[key]].flat(found)
-        add_gradient(held, index[key], gradient if state.stage == 1 else reduce_gradient(axes.data, gradient))
+        for share in shares:
+            share.take(key, found)
 
-    plan_of_steps = pipeline_schedule(
+    schedule = pipeline_schedule(
         schedule=plan.schedule,
         ranks=plan.mesh.pipeline,
         micro_batches=len(batches),
         chunks=plan.chunks,
     )
+    scale = shares[0].state.optimizer.loss_scale.scale
     loss, most = run_stages(
-        axes.pipeline,
-        axes.tensor,
+        axes,
         plan.config,
-        steps=steps_of(plan_of_steps[place.pipeline]),
+        steps=steps_of(schedule[place.pipeline]),
         stages=plan.stages,
         batches=batches,
-        factor=state.optimizer.loss_scale.scale / counted,
+        factor=scale / counted,
         weights_of=weights_of,
         take=take,
         recompute=plan.recompute,
         sequence_parallel=plan.sequence_parallel,
     )
-    nbytes = state.nbytes + sum(gradient.nbytes for gradient in held.values())
-    shards = [
-        reduce_gradient(axes.data, held[number]) if state.stage == 1 else held[number]
-        for number in range(len(units))
-    ]
+    nbytes = sum(share.nbytes for share in shares)
+    gradients = [share.reduced() for share in shares]
     if plan.shares_table(place):
         # After the reduce-scatter: of its chunk alone, a rank sends a share of what it would before.
-        shards[index["embedding"]] = sum_of_both_ends(axes.pipeline, shards[index["embedding"]])
-    once = shard_vector(units, _counted_here(plan, place, units), axes.data.rank, axes.data.size)
-    squares = float(np.sum(np.square(once * np.concatenate(shards) / state.optimizer.loss_scale.scale)))
-    after = zero_update(
-        axes.data,
-        units,
-        state,
-        shards,
-        optimizer=plan.optimizer,
-        max_norm=plan.max_norm,
-        sum_over_shards=lambda _: sum_over_ranks(comm, squares),
+        number = shares[0].index["embedding"]
+        gradients[0][number] = sum_of_both_ends(axes.pipeline, gradients[0][number])
+    squares = sum_over_ranks(comm, sum(map(partial(_squares, plan, place), shares, gradients)) / scale**2)
+    for share, chunks in zip(shares, gradients, strict=True):
+        share.state = zero_update(
+            share.comm,
+            share.units,
+            share.state,
+            chunks,
+            optimizer=plan.optimizer,
+            max_norm=plan.max_norm,
+            sum_over_shards=lambda _: squares,
+        )
+    return sum_over_ranks(axes.data, loss) / counted, nbytes, most
+
+
+def _squares(plan: MeshPlan, place: Place, share: Share, chunks: Sequence[FloatArray]) -> float:
+    """Return this rank's part of the squared norm of the gradient, in which each parameter counts once."""
+    once = shard_vector(
+        share.units, _counted_here(plan, place, share.units), share.comm.rank, share.comm.size
     )
-    return after, sum_over_ranks(axes.data, loss) / counted, nbytes, most
+    return float(np.sum(np.square(once * np.concatenate(chunks))))
 
 
 def _counted_here(plan: MeshPlan, place: Place, units: Sequence[RankUnit]) -> FloatArray:

@@ -100,7 +100,7 @@ _EDGE: dict[str, Any] = {"steps": 1, "micro": 2, "B": 1, "tokens": 2, "extra": "
         "tokens": (1, 2),
     },
     options={
-        "make": ("llama", "gpt2", "post"),
+        "make": ("llama", "gpt2", "post", "mixture"),
         "schedule": SCHEDULES,
         "stage": (1, 2, 3),
         "split": ("tensor", "sequence"),
@@ -112,6 +112,8 @@ _EDGE: dict[str, Any] = {"steps": 1, "micro": 2, "B": 1, "tokens": 2, "extra": "
         {**_EDGE, "tensor": 1, "pipeline": 2, "data": 3, "make": "gpt2", "schedule": "interleaved"},
         {**_EDGE, "tensor": 2, "pipeline": 1, "data": 2, "extra": "clip", "split": "sequence"},
         {**_EDGE, "tensor": 1, "pipeline": 3, "data": 1, "B": 0, "schedule": "gpipe"},
+        {**_EDGE, "tensor": 2, "pipeline": 1, "data": 2, "extra": "clip", "make": "mixture", "stage": 2},
+        {**_EDGE, "tensor": 1, "pipeline": 2, "data": 4, "make": "mixture", "split": "tensor", "stage": 3},
     ),
     sample=sample_mesh,
 )
@@ -138,17 +140,19 @@ def mesh_training(
     Parameters
     ----------
     parameters : ndarray of float, shape (n,)
-        Initial ones, in the order of `refimpl.transformer.config.decoder_shapes`.
+        Initial ones, in the order of `refimpl.parallel.mixture.model_shapes`.
     tokens : ndarray of int, shape (steps, m, D, B, T + 1)
         For each step and micro-batch what each of D data-parallel ranks trains on.
     mask : ndarray of bool, shape (steps, m, D, B, T)
         True: predicting ``tokens[..., t + 1]`` counts in the loss.
-    config : DecoderConfig
-        The make; heads, hidden units and vocabulary divide by the tensor-parallel ranks.
+    config : DecoderConfig or MixtureConfig
+        The make; heads, hidden units and vocabulary divide by the tensor-parallel ranks, and the experts of
+        a mixture by the data-parallel ranks, over which they are spread.
     mesh : Mesh
         Ranks along each dimension.
     stage : {1, 2, 3}
-        Of ZeRO along the data dimension: optimizer states, gradients too, parameters too are divided.
+        Of ZeRO along the data dimension: optimizer states, gradients too, parameters too are divided.  An
+        expert's are not: one rank along the data has it.
     schedule, chunks
         As for `refimpl.parallel.schedules.pipeline_schedule`.
     recompute : bool
@@ -238,13 +242,17 @@ def _put_together(plan: MeshPlan, ranks: Sequence[TrainedRank]) -> tuple[dict[st
         for pipeline in range(mesh.pipeline):
             places = [Place(tensor, pipeline, data) for data in range(mesh.data)]
             held = [ranks[mesh.rank(place)].parameters for place in places]
-            for number, unit in enumerate(rank_units(plan, places[0])):
-                chunks = [parameters[number] for parameters in held]
+            dense, experts = rank_units(plan, places[0])
+            for number, unit in enumerate(dense):
+                chunks = [shares[0][number] for shares in held]
                 copies = [np.concatenate(chunks)[: unit.size]] if plan.stage == 3 else chunks
                 for copy in copies:
                     for name, array in unit.weights(copy).items():
                         known = parts[tensor].setdefault(name, array)
                         spread = max(spread, _difference(known, array))
+            for number, unit in enumerate(experts):
+                own = [unit.weights(shares[1][number]) for shares in held]
+                parts[tensor] |= {name: np.concatenate([part[name] for part in own]) for name in unit.shapes}
     whole = joined_weights(parts)
     for part in parts[1:]:
         for name, array in part.items():

@@ -16,6 +16,7 @@ from refimpl.numerics import BoolArray, FloatArray, IntArray, round_to
 from refimpl.parallel.comm import Comm, Launch, Traffic, run_ranks
 from refimpl.parallel.decoder_stages import decoder_vector, stage_units
 from refimpl.parallel.groups import group
+from refimpl.parallel.mesh import Axes
 from refimpl.parallel.network import Batch
 from refimpl.parallel.passes import Weights
 from refimpl.parallel.pipeline import sample_pipeline, training_input
@@ -82,7 +83,7 @@ def pipedream(
     Parameters
     ----------
     parameters : ndarray of float, shape (n,)
-        Initial ones, in the order of `refimpl.transformer.config.decoder_shapes`.
+        Initial ones, in the order of `refimpl.parallel.mixture.model_shapes`.
     tokens : ndarray of int, shape (m, B, T + 1)
         Micro-batches.
     mask : ndarray of bool, shape (m, B, T)
@@ -139,6 +140,7 @@ def pipedream(
         units = stage_units(config, comm.rank, ranks)
         own = {name: params[name] for unit in units for name in unit.names}
         alone = group(comm, [comm.rank])
+        axes = Axes(tensor=alone, pipeline=comm, data=alone)
         versions, updates = [0] * len(tokens), 0
 
         def forward(step: Step, x: FloatArray | None) -> tuple[FloatArray, GoBack]:
@@ -146,7 +148,7 @@ def pipedream(
             versions[step.micro] = updates
             y, backs = np.zeros(0) if x is None else x, []
             for unit in units:
-                y, back = unit.part_of(alone, batch)({name: stash[name] for name in unit.names}, y)
+                y, back = unit.part_of(axes, batch)({name: stash[name] for name in unit.names}, y)
                 backs.append((unit, back))
 
             def go_back(dy: FloatArray | None) -> FloatArray:

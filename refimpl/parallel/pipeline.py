@@ -15,12 +15,14 @@ from refimpl.numerics import BoolArray, FloatArray, IntArray, round_to, widen
 from refimpl.parallel.comm import Comm, Launch, Traffic, run_ranks
 from refimpl.parallel.decoder_stages import decoder_params, decoder_vector, stage_units
 from refimpl.parallel.groups import group
+from refimpl.parallel.mesh import Axes
+from refimpl.parallel.mixture import MixtureConfig, model_shapes
 from refimpl.parallel.network import Batch
 from refimpl.parallel.passes import Weights
 from refimpl.parallel.pipeline_program import run_stages, sum_of_both_ends
 from refimpl.parallel.schedules import SCHEDULES, Schedule, pipeline_schedule, steps_of
 from refimpl.registry import Case, Source, technique
-from refimpl.transformer.config import DecoderConfig, decoder_shapes
+from refimpl.transformer.config import DecoderConfig
 from refimpl.transformer.embedding import indices
 from refimpl.transformer.layers import Gradients
 from refimpl.validation import as_array, bind_axes, floating, whole
@@ -53,9 +55,10 @@ def small_decoder(rng: np.random.Generator, make: str, *, layers: int, heads: in
     (148,)
     """
     sizes = {"vocabulary": 6, "width": 4, "num_heads": heads, "head_width": 2, "hidden": 4}
-    config = DecoderConfig(layers=layers, **{**sizes, **MAKES[make]})
+    kind = MixtureConfig if make == "mixture" else DecoderConfig
+    config = kind(layers=layers, **{**sizes, **MAKES.get(make, {})})
     drawn = []
-    for name, shape in decoder_shapes(config).items():
+    for name, shape in model_shapes(config).items():
         gain = name.rpartition(".")[2].startswith("gamma")
         drawn.append((1.0 if gain else 0.0) + rng.standard_normal(int(np.prod(shape))) / (3 if gain else 2))
     return config, np.concatenate(drawn)
@@ -119,7 +122,7 @@ def pipeline_parallel(
     Parameters
     ----------
     parameters : ndarray of float, shape (n,)
-        Of the decoder, in the order of `refimpl.transformer.config.decoder_shapes`.
+        Of the decoder, in the order of `refimpl.parallel.mixture.model_shapes`.
     tokens : ndarray of int, shape (m, B, T + 1)
         Micro-batches.
     mask : ndarray of bool, shape (m, B, T)
@@ -167,7 +170,7 @@ def pipeline_parallel(
     Examples
     --------
     >>> config = DecoderConfig(vocabulary=3, width=2, num_heads=1, layers=2, hidden=2)
-    >>> start = np.zeros(sum(np.prod(shape) for shape in decoder_shapes(config).values()))
+    >>> start = np.zeros(sum(np.prod(shape) for shape in model_shapes(config).values()))
     >>> tokens = np.array([[[0, 1, 2]]] * 4)
     >>> found = pipeline_parallel(start, tokens, tokens[..., 1:] >= 0, config=config, ranks=2)
     >>> float(found.loss.round(4)), found.in_flight  # log 3
@@ -190,9 +193,9 @@ def pipeline_parallel(
         def weights_of(key: str) -> Weights:
             return {name: params[name] for name in names[key]}
 
+        alone = group(comm, [comm.rank])
         loss, most = run_stages(
-            comm,
-            group(comm, [comm.rank]),
+            Axes(tensor=alone, pipeline=comm, data=alone),
             config,
             steps=steps_of(plan[comm.rank]),
             stages=stages,

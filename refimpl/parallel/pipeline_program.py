@@ -11,6 +11,7 @@ from refimpl.parallel.collectives import ring_all_reduce
 from refimpl.parallel.comm import Comm
 from refimpl.parallel.decoder_stages import stage_units
 from refimpl.parallel.groups import group
+from refimpl.parallel.mesh import Axes
 from refimpl.parallel.network import Batch
 from refimpl.parallel.passes import Back, Weights
 from refimpl.parallel.schedules import Step
@@ -80,8 +81,7 @@ def _tag(step: Step, stage: int, stages: int) -> int:
 
 
 def run_stages(
-    pipe: Comm,
-    tensor: Comm,
+    axes: Axes,
     config: DecoderConfig,
     *,
     steps: Sequence[Step],
@@ -97,8 +97,8 @@ def run_stages(
 
     Parameters
     ----------
-    pipe, tensor : Comm
-        This rank among those that share the layers, and among those that share each layer.
+    axes : Axes
+        This rank's groups: those that share the depth, those that share each layer, those that share experts.
     config : DecoderConfig
         The make.
     steps, stages
@@ -122,7 +122,8 @@ def run_stages(
         activations held.
     """
     options = {"recompute": recompute, "sequence_parallel": sequence_parallel}
-    units = {s: stage_units(config, s, stages, **options) for s in range(pipe.rank, stages, pipe.size)}
+    own = range(axes.pipeline.rank, stages, axes.pipeline.size)
+    units = {stage: stage_units(config, stage, stages, **options) for stage in own}
     loss = 0.0
 
     def forward(step: Step, x: FloatArray | None) -> tuple[FloatArray, GoBack]:
@@ -131,7 +132,7 @@ def run_stages(
         backs: list[tuple[str, Back]] = []
         y = np.zeros(0) if x is None else x
         for unit in units[step.stage]:
-            y, back = unit.part_of(tensor, batch)(weights_of(unit.key), y)
+            y, back = unit.part_of(axes, batch)(weights_of(unit.key), y)
             backs.append((unit.key, back))
         if step.stage == stages - 1:
             loss += float(np.sum(np.where(batch.mask, y, 0)))
@@ -145,7 +146,7 @@ def run_stages(
 
         return y, go_back
 
-    most = execute(pipe, steps, stages, forward)
+    most = execute(axes.pipeline, steps, stages, forward)
     return loss, most
 
 

@@ -116,8 +116,12 @@ def named_parameters(parameters: Any, config: Any) -> dict[str, Any]:
     layer += [("w_o", (q, M))]
     if config.biases:
         layer += [("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)), ("b_o", (M,))]
-    F = config.hidden
-    if config.gated:
+    F, E = config.hidden, getattr(config, "experts", 0)
+    if E:
+        layer += [("w_router", (M, E)), ("experts_in", (E, M, F))]
+        layer += [("experts_gate", (E, M, F))] if config.gated else []
+        layer += [("experts_out", (E, F, M))]
+    elif config.gated:
         layer += [("w_gate", (M, F)), ("w_up", (M, F)), ("w_down", (F, M))]
     else:
         layer += [("w_1", (M, F)), ("w_2", (F, M))]
