@@ -17,6 +17,7 @@ from refimpl.parallel.decoder_stages import decoder_params, decoder_vector
 from refimpl.parallel.mesh import Mesh
 from refimpl.parallel.mesh_training import MeshTraining, mesh_training
 from refimpl.parallel.mixed_precision import LossScale, initial_state, optimizer_step
+from refimpl.parallel.mixture import MixtureConfig, model_shapes
 from refimpl.parallel.network import cross_entropy
 from refimpl.registry import Case
 from refimpl.transformer.config import DecoderConfig, initial_decoder
@@ -32,7 +33,7 @@ TOLERANCE = 1e-10  # of parameters in float64: Adam turns rounding of a gradient
 
 @dataclass(frozen=True)
 class MeshExperiment:
-    """What is trained: a decoder with a tied table, grouped heads, rotary positions and gated layers.
+    """What is trained: a decoder with a tied table, rotary positions, and gated layers or mixtures of them.
 
     Attributes
     ----------
@@ -40,23 +41,37 @@ class MeshExperiment:
         Steps, and sequences of a step, on all ranks together, of so many tokens.
     seed : int
         Of parameters and tokens.
+    experts : int
+        Of each layer, of which a token goes to 2; 0: feed-forward layers are no mixtures.
     """
 
     steps: int = 10
     sequences: int = 12
     length: int = 8
     seed: int = 0
+    experts: int = 0
     optimizer: AdamW = field(default_factory=lambda: AdamW(lr=0.01, weight_decay=0.01))
-    config: DecoderConfig = field(
-        default_factory=lambda: DecoderConfig(
-            vocabulary=32, width=16, layers=4, num_heads=4, num_kv_heads=4, hidden=24
-        )
-    )
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        """Four layers; heads, hidden units and vocabulary divide by 4."""
+        sizes: dict[str, Any] = {"vocabulary": 32, "width": 16, "layers": 4, "num_heads": 4, "hidden": 24}
+        if self.experts:
+            return MixtureConfig(**sizes, experts=self.experts, k=min(2, self.experts))
+        return DecoderConfig(**sizes)
 
     @cached_property
     def start(self) -> FloatArray:
-        """Initial parameters, float64."""
-        return decoder_vector(self.config, initial_decoder(self.config, np.random.default_rng(self.seed)))
+        """Initial parameters, float64: matrices normal with variance 1 / rows, gains 1."""
+        rng = np.random.default_rng(self.seed)
+        if not self.experts:
+            return decoder_vector(self.config, initial_decoder(self.config, rng))
+        return np.concatenate(
+            [
+                np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape).ravel() / shape[-2] ** 0.5
+                for shape in model_shapes(self.config).values()
+            ]
+        )
 
     @cached_property
     def batch(self) -> tuple[IntArray, BoolArray]:
@@ -81,8 +96,13 @@ class MeshExperiment:
 
     @cached_property
     def on_one_device(self) -> tuple[FloatArray, list[float]]:
-        """Parameters and losses after all steps of plain AdamW on whole batches."""
+        """Parameters and losses after all steps of plain AdamW on whole batches; of mixtures, on one rank."""
         tokens, mask = self.batch
+        if self.experts:
+            alone = mesh_training(
+                self.start, *self.dealt(1, 1), config=self.config, mesh=Mesh(), optimizer=self.optimizer
+            )
+            return alone.parameters, alone.losses.tolist()
         counted = max(int(mask.sum()), 1)
         state, losses = initial_state(self.start, LossScale(1.0)), []
         for _ in range(self.steps):

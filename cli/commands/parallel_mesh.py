@@ -65,6 +65,7 @@ SENT_COLUMNS = (
 Examples:
   frugal parallel mesh --tp 2 --pp 2 --dp 2 --stage 1,2,3
   frugal parallel mesh --tp 1 --pp 2 --schedule interleaved --micro 4 --recompute
+  frugal parallel mesh --tp 2 --pp 2 --dp 2 --experts 4 --stage 3
   mpiexec -n 4 frugal parallel mesh --tp 2 --pp 1 --dp 2 --backend mpi""",
     short_help="Train a decoder by tensor, pipeline and data parallelism at once.",
 )
@@ -84,6 +85,7 @@ Examples:
 )
 @click.option("--chunks", type=COUNT, default=2, show_default=True, help="Stages a rank, if interleaved.")
 @click.option("--micro", type=COUNT, default=4, show_default=True, help="Micro-batches a step and rank.")
+@click.option("--experts", type=COUNT, help="Make feed-forward layers mixtures, experts spread over --dp.")
 @click.option("--sequence-parallel", is_flag=True, help="Split tokens too, outside of sublayers.")
 @click.option("--recompute", is_flag=True, help="Run layers once more on the way back.")
 @click.option("--steps", type=COUNT, default=10, show_default=True, help="Steps.")
@@ -111,6 +113,7 @@ def mesh(
     schedules: tuple[str, ...],
     chunks: int,
     micro: int,
+    experts: int | None,
     sequence_parallel: bool,
     recompute: bool,
     steps: int,
@@ -143,7 +146,7 @@ def mesh(
 
             start = mpi.run_ranks
         launch = partial(start, timeout=timeout)
-        experiment = MeshExperiment(steps=steps, seed=seed)
+        experiment = MeshExperiment(steps=steps, seed=seed, experts=experts or 0)
         jobs = list(itertools.product(tp, pp, dp, map(int, stages), schedules))
         for tensor, depth, data, stage, schedule in progress(
             jobs, "train", lambda job: " x ".join(map(str, job))

@@ -27,6 +27,14 @@ def test_a_mesh_agrees_with_one_device_and_with_the_models(rows):
     assert sent["activations"] == [2 * 4 * 2 * 4 * 16 * 8] * 4 + [0] * 4
 
 
+def test_a_mesh_with_experts_agrees(rows):
+    document = rows("parallel", "mesh", "--tp", "1", "--experts", "4", "--steps", "2", "--stage", "2")
+    assert document["totals"]["disagree"] == 0
+    sent = {row["collective"]: row["sent_bytes"] for row in document["rows"]}
+    # 2 steps of 4 micro-batches, 2 layers a stage, 2 of 4 experts away, 2 sequences of 8 places, width 16.
+    assert sent["dispatch"] == sent["combine gradients"] == [2 * 4 * 2 * 2 * 16 * 16 * 8] * 4
+
+
 def test_a_mesh_that_differs_is_seen(run):
     with mock.patch.object(mesh_program, "sum_of_both_ends", lambda pipe, gradient: gradient):
         done = run("parallel", "mesh", "--tp", "1", "--dp", "1", "--steps", "2", code=1)

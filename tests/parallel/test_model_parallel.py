@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -18,6 +19,7 @@ from refimpl.parallel.decoder_stages import decoder_vector
 from refimpl.parallel.groups import group
 from refimpl.parallel.mesh import Mesh
 from refimpl.parallel.mesh_training import mesh_training
+from refimpl.parallel.mixture import MixtureConfig, model_shapes
 from refimpl.parallel.pipedream import pipedream
 from refimpl.parallel.pipeline import pipeline_parallel, small_decoder
 from refimpl.parallel.schedules import (
@@ -85,6 +87,33 @@ def test_ten_steps_on_eight_ranks_are_those_of_one_device(
     priced = mesh_phases(case)
     for rank in range(mesh.size):
         assert traffic.counts[rank] == priced[rank], f"bytes and messages of rank {rank}, by collective"
+
+
+def test_ten_steps_of_a_mixture_on_eight_ranks_are_those_of_one_device() -> None:
+    """Tensor 2, pipeline 2, experts on 2: each has half of the experts, and no other rank their states."""
+    pytest.importorskip("torch")
+    config = MixtureConfig(vocabulary=32, width=16, layers=2, num_heads=4, hidden=8, experts=4, k=2)
+    shapes = model_shapes(config)
+    start = np.random.default_rng(0).standard_normal(sum(map(math.prod, shapes.values()))) / 4
+    mesh, traffic = Mesh(2, 2, 2), Traffic()
+    case = training(2, config=config, mesh=mesh, stage=2)
+    case = case.replace(start, *case.args[1:])
+    expected = case.call(adamw_of_torch)
+    found = case.replace(traffic=traffic).call(mesh_training)
+    np.testing.assert_allclose(found.parameters, expected["parameters"], rtol=0, atol=1e-10)
+    assert found.spread == 0
+    priced = mesh_phases(case)
+    assert [traffic.counts[rank] for rank in range(8)] == priced
+    # 4 micro-batches of 2 sequences of 8 tokens: 2 of 4 experts are away, with a place of width 16 for each.
+    buffers = STEPS * MICRO * 2 * (2 * LENGTH) * 16 * 8
+    assert {traffic.sent(rank, "dispatch").bytes for rank in range(8)} == {buffers}
+    experts = sum(math.prod(shape) for name, shape in shapes.items() if "experts" in name)
+    rest = [sum(size for key, (size, _) in rank_sizes(config, mesh, 1, p).items() if "experts" not in key)
+            for p in (0, 1)]  # fmt: skip
+    own = experts // 8  # a layer a stage, half of its experts, half of their hidden units
+    assert found.held_bytes.tolist() == [
+        8 * (5 * own + rest[p] + 4 * (rest[p] // 2)) for p in (0,) * 4 + (1,) * 4
+    ]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from refimpl import registry
-from refimpl.parallel import mesh_program, pipeline_program, schedules, tensor_layers, vocabulary_layers
+from refimpl.parallel import (
+    mesh_program,
+    mixture,
+    pipeline_program,
+    schedules,
+    tensor_layers,
+    vocabulary_layers,
+)
 from refimpl.parallel import pipedream as pipedream_module
 from refimpl.parallel import pipeline as pipeline_module
 from refimpl.parallel.collectives import ring_all_reduce, sum_pair
@@ -158,6 +165,14 @@ def micro_batches_averaged(comm: Any, value: float) -> float:
     return value * comm.size
 
 
+def first_experts_everywhere(weights: Any, rank: int, ranks: int) -> Any:
+    return mixture.own_experts(weights, 0, ranks)
+
+
+def own_part_alone(comm: Any, x: Any) -> Any:
+    return x
+
+
 TENSOR = {"ranks": 2, "B": 1, "tokens": 2, "M": 8, "heads": 1, "group": 1, "units": 2, "extra": "none"}
 TOKENS = {**TENSOR, "split": "tensor", "make": "gpt2"}
 SEQUENCE = {**TENSOR, "split": "sequence", "make": "gpt2"}
@@ -170,6 +185,7 @@ MESH = {
     "tensor": 2, "pipeline": 2, "data": 2, "steps": 2, "micro": 1, "B": 2, "tokens": 2, "make": "llama",
     "schedule": "1f1b", "stage": 1, "split": "tensor", "extra": "none",
 }  # fmt: skip
+MIXTURE = {**MESH, "make": "mixture", "pipeline": 1}
 PLAN = {"ranks": 4, "rounds": 2, "rest": 2, "chunks": 2, "schedule": "1f1b"}
 STALE = {"ranks": 3, "micro": 4, "layers": 3, "B": 1, "T": 2}
 MUTANTS: dict[str, tuple[str, Function, dict[str, Any]]] = {
@@ -261,6 +277,12 @@ MUTANTS: dict[str, tuple[str, Function, dict[str, Any]]] = {
     ),
     "a mean over ranks": (
         "parallel.mesh", changed(mesh_training, mesh_program, sum_over_ranks=micro_batches_averaged), MESH
+    ),
+    "the first experts everywhere": (
+        "parallel.mesh", changed(mesh_training, mesh_program, own_experts=first_experts_everywhere), MIXTURE
+    ),
+    "router's gradient of half the units": (
+        "parallel.mesh", changed(mesh_training, mixture, ring_all_reduce=own_part_alone), MIXTURE
     ),
     "copies count again in the norm": (
         "parallel.mesh", changed(mesh_training, mesh_program, _counted_here=copies_count_again),
