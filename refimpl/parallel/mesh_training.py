@@ -183,7 +183,7 @@ def mesh_training(
     References
     ----------
     .. [1] Narayanan et al., 2021, arXiv:2104.04473, section 2.
-    .. [2] Rajbhandari et al., 2020, arXiv:1910.02054, sections 5 and 10.1 (ZeRO with model parallelism).
+    .. [2] Rajbhandari et al., 2020, arXiv:1910.02054, sections 1 ("ZeRO and MP") and 5.
 
     Examples
     --------

@@ -129,8 +129,8 @@ def experts_part(data: Comm, tensor: Comm, config: MixtureConfig) -> Part:
 
     References
     ----------
-    .. [1] Lepikhin et al., 2020, arXiv:2006.16668, section 3.2; Rajbhandari et al., 2022,
-       arXiv:2201.05596, section 5 (experts along the data dimension).
+    .. [1] Lepikhin et al., 2020, arXiv:2006.16668, section 3.2.
+    .. [2] Fedus et al., 2022, arXiv:2101.03961, section 5.5 (expert, model and data parallelism).
     """
     # Not above: refimpl.moe itself runs on ranks, and imports refimpl.parallel.
     from refimpl.moe.buffers import (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +16,7 @@ from memsim.parallelism import crossover_batch, pipeline_bubble
 from memsim.pipeline import pipeline_in_flight, pipeline_time
 from memsim.timeline import replay
 from refimpl.errors import OptionError, ShapeError
-from refimpl.parallel import AdamW, Traffic, pipeline_program, run_ranks
+from refimpl.parallel import AdamW, Traffic, mesh_program, pipeline_program, run_ranks
 from refimpl.parallel.decoder_stages import decoder_vector
 from refimpl.parallel.groups import group
 from refimpl.parallel.mesh import Mesh
@@ -131,6 +133,24 @@ def test_a_rank_holds_its_share_alone(stage: int) -> None:
     total = 8 * 8 * (replicated * per_rank + (5 - replicated) * per_rank / 2)
     assert found.held_bytes.sum() == total
     assert found.held_bytes.max() < 5 * start.nbytes / (7 if stage == 3 else 4)
+
+
+def test_stage_three_has_one_whole_unit_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered for a unit is dropped before the next one: what goes back keeps no weights."""
+    gather, rank, alive = mesh_program.gather_unit, threading.local(), []
+
+    def watched(comm: Any, unit: Any, chunk: Any) -> Any:
+        before = [ref for ref in vars(rank).get("refs", []) if ref() is not None]
+        alive.append(len(before))
+        whole = gather(comm, unit, chunk)
+        rank.refs = [*before, weakref.ref(whole)]
+        return whole
+
+    monkeypatch.setattr(mesh_program, "gather_unit", watched)
+    case = training(2, mesh=Mesh(1, 2, 2), stage=3)
+    case.replace(case.args[0], *(array[:1] for array in case.args[1:])).call(mesh_training)
+    # Two layers and the embedding, on the last ranks the norm too; forward and back, 4 micro-batches.
+    assert (len(alive), max(alive)) == (2 * (3 + 4) * 2 * MICRO, 0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
