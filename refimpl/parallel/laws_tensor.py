@@ -134,9 +134,13 @@ def logits_never_travel(f: Function, case: Case, close: Close) -> None:  # noqa:
 
 
 @law(LOSS)
-def probabilities_sum_to_one(f: Function, case: Case, close: Close) -> None:
+def probabilities_sum_to_one(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Over all targets exp(-loss) sums to 1."""
     hidden, table, targets = case.args
-    each = [np.exp(-case.replace(hidden, table, np.full_like(targets, v)).call(f)) for v in range(len(table))]
-    total = np.sum(each, axis=0)
-    close(total, np.ones_like(total), "probabilities", factor=4.0 * len(table))
+    V = len(table)
+    each = np.array([case.replace(hidden, table, np.full_like(targets, v)).call(f) for v in range(V)])
+    # A loss is a difference of logits, whose rounding is the relative error of the probability.
+    logits = float(np.max(np.sum(np.abs(hidden), axis=-1), initial=0) * np.max(np.abs(table)))
+    room = 8 * V * np.finfo(each.dtype).eps * (1 + logits)
+    worst = float(np.max(np.abs(np.exp(-each).sum(axis=0) - 1), initial=0))
+    require(worst <= room, f"probabilities sum to 1 but for {worst}; expected at most {room}")
