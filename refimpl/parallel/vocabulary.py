@@ -51,10 +51,16 @@ def sample_embedding(
 def sample_loss(
     rng: np.random.Generator, *, ranks: int, B: int, T: int, rows: int, M: int, size: str
 ) -> Case:
-    """Return one call of `vocabulary_loss`; with "large" logits an exponential would overflow."""
-    hidden, table = rng.standard_normal((B, T, M)), rng.standard_normal((ranks * rows, M))
-    factor = {"small": 1.0, "large": 1000.0}[size]
-    return Case((hidden, factor * table, rng.integers(0, ranks * rows, (B, T))), {"ranks": ranks})
+    """Return one call of `vocabulary_loss`; with "large" logits an exponential would overflow.
+
+    Those are far from each other, so that finite differences see no curvature.
+    """
+    V = ranks * rows
+    hidden, table = rng.standard_normal((B, T, M)), rng.standard_normal((V, M))
+    if size == "large":
+        hidden = np.sign(hidden[..., :1]) * (1 + np.abs(hidden))
+        table = table + 1000 * (1 + rng.permutation(V)[:, None])
+    return Case((hidden, table, rng.integers(0, V, (B, T))), {"ranks": ranks})
 
 
 _SOURCE = Source("Shoeybi et al. 2019", "arXiv:1909.08053", "section 3, embedding and cross-entropy")
