@@ -90,6 +90,10 @@ def largest_of_its_own(comm: Any, x: Any, combine: Any = sum_pair) -> Any:
     return x if combine is np.maximum else ring_all_reduce(comm, x, combine)
 
 
+def nothing_subtracted(comm: Any, x: Any, combine: Any = sum_pair) -> Any:
+    return np.zeros_like(x) if combine is np.maximum else ring_all_reduce(comm, x, combine)
+
+
 # Pipelines
 
 
@@ -227,6 +231,11 @@ MUTANTS: dict[str, tuple[str, Function, dict[str, Any]]] = {
         "parallel.tensor.cross_entropy",
         changed(vocabulary_loss, vocabulary_layers, ring_all_reduce=largest_of_its_own),
         {**VOCABULARY, "size": "small"},
+    ),
+    "exponentials overflow": (
+        "parallel.tensor.cross_entropy",
+        changed(vocabulary_loss, vocabulary_layers, ring_all_reduce=nothing_subtracted),
+        {**VOCABULARY, "size": "large"},
     ),
     "wrong micro-batch order": (
         "parallel.pipeline",
