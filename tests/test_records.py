@@ -36,6 +36,20 @@ MODELS_WITH_NUMBERS = {
 DONE = set(range(1, 110)) - {67, 93, 94}
 # Entries of the lecture, every one of which has a record.
 ENTRIES = set(range(1, 110))
+DONE = {
+    *range(1, 25),
+    *range(27, 39),
+    45,
+    *range(49, 55),
+    57,
+    58,
+    68,
+    69,
+    71,
+    72,
+    83,
+    *range(90, 109),
+}
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)

@@ -116,7 +116,10 @@ from refimpl.testing import check
 registry.load()
 lines = []
 shape = {"ranks": 3, "steps": 1, "micro": 1, "B": 1, "T": 3, "width": 2, "extra": "clip"}
+mesh = {"tensor": 2, "pipeline": 1, "data": 2, "steps": 1, "micro": 2, "B": 1, "tokens": 2}
+mesh |= {"make": "mixture", "schedule": "1f1b", "stage": 3, "split": "sequence", "extra": "clip"}
 named = {"parallel.collectives": None, "parallel.data": shape, "parallel.zero": {**shape, "stage": 3}}
+named |= {"parallel.mesh": mesh}
 for name, axes in named.items():
     (item,) = [item for item in registry.implementations_of(name) if "mpi" in item.backends]
     report = check(name, item.load(), backend="mpi", dtypes=("float64",), examples=2, axes=axes)
@@ -211,6 +214,25 @@ def test_ten_steps_of_zero_on_four_processes_from_the_command() -> None:
 
 
 @needs_mpi
+@pytest.mark.parametrize(
+    "options",
+    [["--tp", "2", "--pp", "1", "--dp", "2", "--stage", "1,3"], ["--tp", "1", "--pp", "2", "--dp", "2"]],
+)
+def test_ten_steps_of_a_mesh_on_four_processes_from_the_command(options: list[str]) -> None:
+    command = ["-m", "cli.main", "parallel", "mesh", *options, "--backend", "mpi", "--json"]
+    done = launch(*command, ranks=4)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]  # one process speaks
+    assert {row["steps"] for row in rows} == {10}
+    for row in rows:
+        assert row["difference"] <= 1e-10
+        assert row["copies_differ"] == 0
+        assert row["last_loss"] < row["first_loss"]
+        for name in ("held_bytes", "in_flight", "sent_bytes", "sent_messages"):
+            assert row[name] == row[f"model_{name}"], (row["collective"], name)
+
+
+@needs_mpi
 def test_states_saved_by_processes_are_resumed_by_others(tmp_path: Path) -> None:
     folder = str(tmp_path / "states")
     options = ["-m", "cli.main", "parallel", "train", "--backend", "mpi", "--stage", "2"]
@@ -233,7 +255,8 @@ def test_what_fails_on_all_processes_is_said_once() -> None:
 def test_records_hold_on_processes() -> None:
     done = start(VERIFY)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "parallel.collectives True; parallel.data True; parallel.zero True"
+    names = ("collectives", "data", "zero", "mesh")
+    assert done.stdout.strip() == "; ".join(f"parallel.{name} True" for name in names)
 
 
 def test_without_mpi4py_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
