@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from memsim.moe_exchange import moe_all_to_all
+from memsim.moe_communication import moe_all_to_all
 from memsim.pipeline_prices import boundary_phases
 from memsim.tensor_prices import (
     Phases,
