@@ -155,7 +155,7 @@ def experts_part(data: Comm, tensor: Comm, config: MixtureConfig) -> Part:
             tokens, weights["w_router"], k=config.k, convention="mixtral", capacity=len(tokens)
         )
         with data.phase("dispatch"):
-            rows = to_experts(data, to_buffers(tokens, routing, config.experts))
+            rows = to_experts(data, to_buffers(tokens, routing))
         w_in, w_out, options = split(weights)
         made = expert_ffn(rows, w_in, w_out, **options)
         with data.phase("combine"):
