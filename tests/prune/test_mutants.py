@@ -16,6 +16,7 @@ from refimpl.prune import (
     dynamic_batch_loading_released,
     evaluation_mask,
     hard_concrete,
+    hard_concrete_vjp,
     magnitude,
     magnitude_global,
     masked_ffn,
@@ -207,6 +208,25 @@ def test_the_lagrangian_meets_its_target() -> None:
     assert np.all(p[:2] > 0.9)
     assert np.all(p[2:] < 0.1)
     assert list(evaluation_mask(log_alpha, closed=2) > 0) == [True, True, False, False]
+
+
+def test_a_clamped_mask_can_come_back() -> None:
+    """The released code clamps log alpha in place; autograd has a slope at the limit that it is left at."""
+    torch = pytest.importorskip("torch")
+    parameter = torch.tensor([5.0, -7.0, 1.0], dtype=torch.float64, requires_grad=True)
+    parameter.data.clamp_(min=np.log(1e-2), max=np.log(1e2))
+    edge = np.log(0.1 / 1.2) - np.log(1.1 / 1.2)
+    closed = torch.sigmoid(edge * (2 / 3) - parameter)
+    (1 - closed).sum().backward()
+    clamped = parameter.detach().numpy()
+    ours = open_probability_vjp(clamped, np.ones(3), convention="released").log_alpha
+    assert np.all(ours > 0)
+    np.testing.assert_allclose(ours, parameter.grad.numpy(), rtol=1e-12)
+    beyond = open_probability_vjp(np.array([5.0]), np.ones(1), convention="released").log_alpha
+    assert beyond == 0
+    u = np.array([0.004, 0.996])
+    z = hard_concrete_vjp(clamped[:2], u, np.ones(2), convention="released").log_alpha
+    assert np.all(z > 0)
 
 
 def test_global_pruning_looks_across_layers() -> None:
