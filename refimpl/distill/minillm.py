@@ -101,11 +101,16 @@ def minillm_gradient(
     Notes
     -----
     The -1 of R_t - 1 changes no expectation.  The first two are unbiased, the third is not: it is what keeps
-    long sequences from being given up.  The released code adds PPO's clipping and a loss on plain text.
+    long sequences from being given up.
+
+    The released code differs: it averages R_t, the current step included, over the steps from t on, although
+    the closed form has that step too; whitens these averages over the batch; weighs them, and not the closed
+    form, by q / p̃ of the one token; and adds PPO's clipping and a loss on plain text.
 
     References
     ----------
     .. [1] Gu et al., 2023, arXiv:2306.08543, section 2.2, eq. 2 to 7.
+    .. [2] microsoft/LMOps @7b14bef, minillm/minillm/losses.py, ``_get_advantages_and_returns``, ``ppo_loss``.
 
     Examples
     --------
