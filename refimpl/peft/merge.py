@@ -189,7 +189,10 @@ def lora_merge_vjp(
     [3.0, 2.0, 1.0]
     """
     lora_a, lora_b, weight, dweight = floating(lora_a=lora_a, lora_b=lora_b, weight=weight, dweight=dweight)
-    bind_axes({"lora_a": (lora_a, "K R"), "lora_b": (lora_b, "R N"), "dweight": (dweight, "K N")})
+    bind_axes(
+        {"weight": (weight, "K N"), "lora_a": (lora_a, "K R"), "lora_b": (lora_b, "R N"),
+         "dweight": (dweight, "K N")}
+    )  # fmt: skip
     dtype = weight.dtype
     a, b, wide = (widen(array) for array in (lora_a, lora_b, dweight))
     factor = scaling(lora_alpha, a.shape[1])

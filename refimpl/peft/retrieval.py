@@ -85,7 +85,7 @@ def retrieve(
     ShapeError, DTypeError
         If the arrays do not fit, are not real, or `excluded` is not boolean.
     OptionError
-        If fewer than k modules may be chosen, or k is negative.
+        If fewer than k modules may be chosen, k is negative, or a number is NaN or infinite.
 
     Notes
     -----
@@ -113,6 +113,8 @@ def retrieve(
         allowed = ~excluded
     if k > allowed.sum():
         raise OptionError(f"k: expected at most the {allowed.sum()} modules that may be chosen, got {k}")
+    if not (np.isfinite(widen(query)).all() and np.isfinite(widen(keys)).all()):
+        raise OptionError("query, keys: expected finite numbers, got NaN or infinity")
     wide = wide_dtype(query.dtype)
     direction, directions = (_unit(widen(array).astype(wide, copy=False)) for array in (query, keys))
     scores = directions @ direction

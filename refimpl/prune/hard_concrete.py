@@ -98,7 +98,7 @@ def hard_concrete(log_alpha: FloatArray, u: FloatArray, /, *, convention: Conven
     ShapeError, DTypeError
         If the arrays do not fit or are not real.
     OptionError
-        If a draw is not in [0, 1), or `convention` unknown.
+        If log alpha is NaN or infinite, a draw not in [0, 1), or `convention` unknown.
 
     Notes
     -----
@@ -146,6 +146,7 @@ def hard_concrete_vjp(
     """
     (log_alpha, _), s = _concrete(log_alpha, u, convention)
     (dz,) = floating(dz=dz)
+    bind_axes({"log_alpha": (log_alpha, "n"), "dz": (dz, "n")})
     stretched = s * (ZETA - GAMMA) + GAMMA
     live = (stretched > 0) & (stretched < 1)
     if convention == "released":
@@ -219,6 +220,7 @@ def open_probability_vjp(
     array([0.25])
     """
     log_alpha, dp = floating(log_alpha=log_alpha, dp=dp)
+    bind_axes({"log_alpha": (log_alpha, "n"), "dp": (dp, "n")})
     p = _open(log_alpha, convention)
     slope = p * (1 - p)
     if convention == "released":
@@ -260,9 +262,8 @@ def evaluation_mask(log_alpha: FloatArray, /, *, closed: int) -> FloatArray:
     whole("closed", closed, least=0)
     if closed > size["n"]:
         raise OptionError(f"closed: expected at most {size['n']} masks, got {closed}")
-    wide = widen(log_alpha).astype(wide_dtype(log_alpha.dtype), copy=False)
-    mask = _sigmoid(np.clip(wide, -LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT) * (EVALUATION_FACTOR / BETA))
-    mask[np.argsort(wide, kind="stable")[:closed]] = 0.0
+    mask = _sigmoid(_clamped(log_alpha, "released") * (EVALUATION_FACTOR / BETA))
+    mask[np.argsort(widen(log_alpha), kind="stable")[:closed]] = 0.0
     return round_to(mask, log_alpha.dtype)
 
 
@@ -293,6 +294,8 @@ def _clamped(log_alpha: FloatArray, convention: Convention) -> FloatArray:
     if convention not in ("paper", "released"):
         raise OptionError(f"convention: expected 'paper' or 'released', got {convention!r}")
     wide = widen(log_alpha).astype(wide_dtype(log_alpha.dtype), copy=False)
+    if not np.isfinite(wide).all():
+        raise OptionError("log_alpha: expected finite numbers, got NaN or infinity")
     return np.clip(wide, -LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT) if convention == "released" else wide
 
 

@@ -106,7 +106,7 @@ def masked_width(
     array([[1., 0.]])
     """
     x, gamma, weight, keep = _operands(x, gamma, weight, keep)
-    wide = (widen(x) * keep).astype(wide_dtype(x.dtype), copy=False)
+    wide = np.where(keep, widen(x), 0).astype(wide_dtype(x.dtype), copy=False)
     mean = np.sum(wide**2, axis=1, keepdims=True) / wide.dtype.type(keep.sum())
     normed = round_to(wide / np.sqrt(mean + wide.dtype.type(positive("eps", eps))) * widen(gamma), x.dtype)
     return round_to(product(widen(normed), widen(weight)), x.dtype)

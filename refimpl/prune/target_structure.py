@@ -117,7 +117,9 @@ def target_structure_vjp(
     PenaltyGradients(sparsity=array([4.]), first=array([0.25]), second=array([0.0625]))
     """
     sparsity, first, second, gap = _operands(sparsity, first, second, target)
-    d = widen(floating(dpenalty=dpenalty)[0])
+    (dpenalty,) = floating(dpenalty=dpenalty)
+    bind_axes({"sparsity": (sparsity, "n"), "dpenalty": (dpenalty, "n")})
+    d = widen(dpenalty)
     found = d * (widen(first) + 2 * widen(second) * gap), d * gap, d * gap**2
     return PenaltyGradients(*(round_to(gradient, sparsity.dtype) for gradient in found))
 

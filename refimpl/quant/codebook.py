@@ -8,8 +8,9 @@ import numpy as np
 
 from refimpl.errors import OptionError, ShapeError
 from refimpl.numerics import FloatArray, IntArray, round_to, wide_dtype, widen
+from refimpl.objectives.cross_entropy import token_ids
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import as_array, bind_axes, floating, whole
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = [
     "Codebook",
@@ -46,7 +47,7 @@ def linear_centroids(x: FloatArray, /, *, k: int) -> FloatArray:
     Raises
     ------
     DTypeError, OptionError
-        If `x` is not real or empty, or `k` is below 1.
+        If `x` is not real, empty, or holds NaN or infinity, or `k` is below 1.
 
     References
     ----------
@@ -62,8 +63,10 @@ def linear_centroids(x: FloatArray, /, *, k: int) -> FloatArray:
     if not x.size:
         raise OptionError("x: expected at least one number, got none")
     wide = widen(x)
-    low, high = wide.min(), wide.max()
-    steps = np.linspace(low, high, k) if k > 1 else np.asarray([(low + high) / 2])
+    if not np.isfinite(wide).all():
+        raise OptionError("x: expected finite numbers, got NaN or infinity")
+    place = np.linspace(0, 1, k) if k > 1 else np.asarray([0.5])
+    steps = wide.min() * (1 - place) + wide.max() * place
     return round_to(steps.astype(wide.dtype)[:, None], x.dtype)
 
 
@@ -158,6 +161,9 @@ def codebook(x: FloatArray, initial: FloatArray, /, *, iterations: int = 50) -> 
     centroids = widen(initial).astype(wide.dtype, copy=True)
     if not (np.isfinite(wide).all() and np.isfinite(centroids).all()):
         raise OptionError("x, initial: expected finite numbers, got NaN or infinity")
+    # Exactly, by a power of two: so that no square overflows or vanishes.
+    power = _power(wide, centroids)
+    wide, centroids = np.ldexp(wide, -power), np.ldexp(centroids, -power)
     codes = _nearest(wide, centroids)
     for _ in range(iterations):
         counts = np.bincount(codes, minlength=size["k"])
@@ -169,7 +175,7 @@ def codebook(x: FloatArray, initial: FloatArray, /, *, iterations: int = 50) -> 
         if np.array_equal(moved, codes):
             break
         codes = moved
-    return Codebook(codes, round_to(centroids, x.dtype))
+    return Codebook(codes, round_to(np.ldexp(centroids, power), x.dtype))
 
 
 def sample_numbers(rng: np.random.Generator, *, n: int, k: int, values: str) -> Case:
@@ -242,8 +248,9 @@ def optimal_codebook(x: FloatArray, /, *, k: int) -> FloatArray:
     wide = widen(x).astype(np.float64).reshape(-1)
     if not wide.size or not np.isfinite(wide).all():
         raise OptionError("x: expected finite numbers, and at least one")
-    values, weights = np.unique(wide, return_counts=True)
-    center = float(np.mean(wide))  # sums of squares about it lose least
+    power = _power(wide)
+    values, weights = np.unique(np.ldexp(wide, -power), return_counts=True)
+    center = float(np.average(values, weights=weights))  # sums of squares about it lose least
     n, clusters = values.size, min(k, values.size)
     moments = [np.concatenate([[0.0], np.cumsum(weights * (values - center) ** p)]) for p in range(3)]
 
@@ -271,7 +278,7 @@ def optimal_codebook(x: FloatArray, /, *, k: int) -> FloatArray:
         )
         end = start
     ascending = centroids[::-1] + [centroids[0]] * (k - clusters)
-    return round_to(np.asarray(ascending)[:, None], x.dtype)
+    return round_to(np.ldexp(np.asarray(ascending), power)[:, None], x.dtype)
 
 
 def codebook_dequantize(codes: IntArray, centroids: FloatArray, /) -> FloatArray:
@@ -298,7 +305,7 @@ def codebook_dequantize(codes: IntArray, centroids: FloatArray, /) -> FloatArray
     >>> codebook_dequantize(np.array([1, 0]), np.array([[0.5], [2.0]])).T
     array([[2. , 0.5]])
     """
-    codes, (centroids,) = as_array("codes", codes), floating(centroids=centroids)
+    codes, (centroids,) = token_ids("codes", codes), floating(centroids=centroids)
     size = bind_axes({"centroids": (centroids, "k d")})
     if codes.size and not 0 <= codes.min() <= codes.max() < size["k"]:
         raise ShapeError(f"codes: expected 0 to {size['k'] - 1}, got {codes.min()} to {codes.max()}")
@@ -319,12 +326,18 @@ def codebook_dequantize_vjp(codes: IntArray, centroids: FloatArray, dy: FloatArr
     array([[2., 4.]])
     """
     codebook_dequantize(codes, centroids)  # for what it refuses
-    (dy,) = floating(dy=dy)
+    codes, (centroids, dy) = token_ids("codes", codes), floating(centroids=centroids, dy=dy)
     if dy.shape != (*codes.shape, centroids.shape[1]):
         raise ShapeError(f"dy: expected shape {(*codes.shape, centroids.shape[1])}, got {dy.shape}")
     gradient = np.zeros(centroids.shape, wide_dtype(dy.dtype))
     np.add.at(gradient, codes, widen(dy))
     return round_to(gradient, dy.dtype)
+
+
+def _power(*arrays: FloatArray) -> int:
+    """Return the power of two just above the largest magnitude."""
+    largest = max((float(np.max(np.abs(array), initial=0.0)) for array in arrays), default=0.0)
+    return int(np.frexp(largest)[1])
 
 
 def _nearest(x: FloatArray, centroids: FloatArray) -> IntArray:

@@ -16,6 +16,7 @@ import numpy as np
 
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.numerics import FloatArray, IntArray, widen
+from refimpl.objectives.cross_entropy import token_ids
 from refimpl.quant.gptq import compensate, hessian, sample_layer
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, bind_axes, floating, whole
@@ -158,7 +159,7 @@ def qmoe(weights: IntArray, /, *, bits: int = 16, zeros: float = ZEROS, max_pair
     Returns
     -------
     QMoE
-        ``codewords`` uint16, ``row_starts`` int64.
+        ``codewords`` uint16, ``row_starts`` int32, as released: fewer than 2**31 codewords.
 
     Raises
     ------
@@ -178,7 +179,7 @@ def qmoe(weights: IntArray, /, *, bits: int = 16, zeros: float = ZEROS, max_pair
     --------
     >>> coded = qmoe(np.array([[0] * 28, [1, 0] * 14]))
     >>> np.diff(coded.row_starts)
-    array([1, 5])
+    array([1, 5], dtype=int32)
     """
     weights = as_array("weights", weights)
     bind_axes({"weights": (weights, "rows n")})
@@ -200,7 +201,7 @@ def qmoe(weights: IntArray, /, *, bits: int = 16, zeros: float = ZEROS, max_pair
             codewords.append(number[tuple(row[place : place + length])])
             place += length
         starts.append(len(codewords))
-    return QMoE(np.array(codewords, np.uint16), np.array(starts, np.int64))
+    return QMoE(np.array(codewords, np.uint16), np.array(starts, np.int32))
 
 
 def qmoe_decode(
@@ -230,8 +231,9 @@ def qmoe_decode(
 
     Raises
     ------
-    ShapeError
-        If a row's codewords stand for another number of weights, or a codeword for none.
+    ShapeError, DTypeError, OptionError
+        If a row's codewords stand for another number of weights, or a codeword for none; if the starts do not
+        frame the rows, or anything is no integer.
 
     Examples
     --------
@@ -240,8 +242,18 @@ def qmoe_decode(
            [ 1,  0,  0]], dtype=int8)
     """
     sequences, _ = pair_dictionary(bits, zeros, max_pairs)
-    if codewords.size and codewords.max() >= len(sequences):
-        raise ShapeError(f"codewords: expected less than {len(sequences)}, got {codewords.max()}")
+    codewords, row_starts = token_ids("codewords", codewords), token_ids("row_starts", row_starts)
+    bind_axes({"codewords": (codewords, "count"), "row_starts": (row_starts, "rows")})
+    whole("n", n, least=0)
+    if codewords.size and not 0 <= codewords.min() <= codewords.max() < len(sequences):
+        raise ShapeError(
+            f"codewords: expected 0 to {len(sequences) - 1}, got {codewords.min()} to {codewords.max()}"
+        )
+    ends = row_starts[[0, -1]].tolist() if row_starts.size else []
+    if ends != [0, codewords.size] or np.any(np.diff(row_starts) < 0):
+        raise ShapeError(
+            f"row_starts: expected to rise from 0 to {codewords.size}, got {row_starts.tolist()}"
+        )
     rows = np.zeros((len(row_starts) - 1, n), np.int8)
     for row, (start, end) in enumerate(itertools.pairwise(row_starts.tolist())):
         pairs = np.array([pair for code in codewords[start:end] for pair in sequences[code]], np.int64)

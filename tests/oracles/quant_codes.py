@@ -177,9 +177,10 @@ def _damped(x: Any, size: int, damping: float) -> Any:
     h = np.zeros((size, size))
     for row in x:
         h += np.outer(row, row)
+    added = damping * np.trace(h) / max(size, 1)
     for k in range(size):
-        h[k, k] = h[k, k] or 1.0
-    return h + damping * np.trace(h) / max(size, 1) * np.eye(size)
+        h[k, k] = h[k, k] or 1.0  # any number: a feature without inputs neither gives nor takes errors
+    return h + added * np.eye(size)
 
 
 @oracle("quant.gptq")
@@ -258,4 +259,4 @@ def qmoe_by_all_sequences(weights: Any, /, *, bits: int, max_pairs: int) -> Any:
             codes.append(dictionary.index(longest))
             left = left[len(longest) :]
         starts.append(len(codes))
-    return np.array(codes, np.uint16), np.array(starts, np.int64)
+    return np.array(codes, np.uint16), np.array(starts, np.int32)

@@ -11,6 +11,7 @@ import pytest
 from refimpl import registry
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.prune import (
+    compacted_heads,
     constrained,
     dynamic_batch_loading,
     dynamic_batch_loading_released,
@@ -277,3 +278,25 @@ def test_bad_input_is_refused() -> None:
         evaluation_mask(ones(1), closed=2)
     with pytest.raises(OptionError, match="weights: expected shares"):
         dynamic_batch_loading(np.zeros(2), ones(2), ones(2))
+    with pytest.raises(OptionError, match="weights: expected finite"):
+        constrained(np.array([np.inf, 1.0]), np.array([0.0, 1.0]), keep=1)
+    with pytest.raises(OptionError, match="log_alpha: expected finite"):
+        hard_concrete(np.array([np.nan]), np.array([0.5]))
+    with pytest.raises(ShapeError, match="dz: axis n must equal"):
+        hard_concrete_vjp(ones(1), np.array([0.5]), ones(2))
+    with pytest.raises(ShapeError, match="dpenalty: axis n must equal"):
+        target_structure_vjp(ones(1), ones(1), ones(1), ones(2), target=ones(1))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_no_size_of_weights_overflows_a_choice(size: float) -> None:
+    kept = constrained(size * np.array([1.0, 3.0, 2.0]), np.ones(3), keep=1)
+    assert kept.tolist() == [False, True, False]
+
+
+def test_what_a_removed_feature_holds_may_be_nan() -> None:
+    x, keep = np.array([[3.0, np.nan]]), np.array([True, False])
+    assert masked_width(x, np.ones(2), np.eye(2), keep)[0, 0] == pytest.approx(1.0)
+    weight = np.eye(2)
+    full = compacted_heads(np.ones((1, 1, 2)), weight, weight, weight, weight, [True, False])  # type: ignore[arg-type]
+    assert full.tolist() == [[[1.0, 0.0]]]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from refimpl import registry
-from refimpl.quant.codebook import codebook, linear_centroids, optimal_codebook
+from refimpl.errors import DTypeError, OptionError
+from refimpl.quant.codebook import codebook, codebook_dequantize, linear_centroids, optimal_codebook
 from refimpl.quant.double_quantization import double, dynamic_map
 from refimpl.quant.nf4 import (
     LEVELS,
@@ -191,3 +192,27 @@ def test_normal_weights_lose_less_than_on_a_uniform_grid() -> None:
     uniform = np.mean((np.rint(x * (7 / absmax)) * (absmax / 7) - x) ** 2)
     assert abs(error / 0.00845 - 1) < 0.02
     assert abs(uniform / 0.01158 - 1) < 0.02
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_no_size_of_numbers_overflows_a_codebook(size: float) -> None:
+    x = size * np.array([3.0, 1.0, -1.0, 2.9, -1.1, 1.1])
+    np.testing.assert_allclose(
+        optimal_codebook(x, k=3)[:, 0], size * np.array([-1.05, 1.05, 2.95]), rtol=1e-14
+    )
+    codes, centroids = codebook(x[:, None], linear_centroids(x, k=3))
+    assert codes.tolist() == [2, 1, 0, 2, 0, 1]
+    np.testing.assert_allclose(centroids[:, 0], size * np.array([-1.05, 1.05, 2.95]), rtol=1e-14)
+    widest = linear_centroids(np.array([-1.7e308, 1.7e308]), k=3)
+    assert widest[:, 0].tolist() == [-1.7e308, 0.0, 1.7e308]
+
+
+def test_codes_and_scales_that_fit_nothing_are_refused() -> None:
+    with pytest.raises(DTypeError, match="codes: expected integers"):
+        codebook_dequantize(np.array([0.5]), np.ones((2, 1)))
+    with pytest.raises(OptionError, match="x: expected finite"):
+        linear_centroids(np.array([np.inf]), k=2)
+    with pytest.raises(OptionError, match="sum of the scales overflows"):
+        double(np.full(3, 1e308))
+    with pytest.raises(DTypeError, match="offset: expected a number"):
+        normal_float_levels("a")  # type: ignore[arg-type]
