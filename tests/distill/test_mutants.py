@@ -243,3 +243,9 @@ def test_excluded_tokens_count_for_nothing() -> None:
     assert soft_target_loss(unsure, np.zeros((1, 2)), np.array([0]), weight=0.5) == np.inf
     with pytest.raises(ShapeError, match="at least one token"):
         reverse_kl(np.ones((3, 0)), np.ones((3, 0)))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_neighbors_at_any_size(size: float) -> None:
+    table = size * np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    assert nearest_embeddings(table, np.array([0]), k=2).tolist() == [[1, 2]]
