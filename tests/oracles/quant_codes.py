@@ -95,6 +95,27 @@ def double_number_by_number(absmax: Any, /, *, block_size: int = 256) -> Any:
     return np.array(codes, np.uint8), np.array(scales), np.array([offset])
 
 
+@oracle("quant.double")
+def bitsandbytes_blockwise(absmax: Any, /, *, block_size: int = 256) -> Any:
+    """What ``quantize_4bit`` does with its absmax to compress them: mean off, then 8 bits in blocks of 256."""
+    functional, torch = _bitsandbytes(), library("torch")
+    offset = np.array([math.fsum(absmax) / max(len(absmax), 1)])
+    centered = absmax - offset
+    if block_size != 256 or np.abs(centered).max(initial=0) < 1e-6 * offset[0] or not len(absmax):
+        raise NotImplementedError("blocks of 256; differences that are nothing but the rounding of the mean")
+    codes, state = functional.quantize_blockwise(torch.from_numpy(centered.astype(np.float32)), blocksize=256)
+    levels = state.code.double().numpy()
+    np.testing.assert_allclose(levels, _dynamic_map(), atol=6.1e-8)  # it is made in float32 throughout
+    scales = state.absmax.double().numpy()
+    scaled = centered / np.repeat(scales, 256)[: len(absmax)]
+    near = np.abs(scaled[:, None] - (levels[1:] + levels[:-1]) / 2).min()
+    if near < 2.0**-16:  # the step of the table in which its CPU kernel looks codes up
+        raise NotImplementedError("a number too near to the middle of two levels")
+    exact = [np.abs(centered[i : i + 256]).max() for i in range(0, len(absmax), 256)]
+    np.testing.assert_allclose(scales, exact, rtol=1e-6)
+    return codes.numpy().reshape(-1), np.array(exact), offset
+
+
 @oracle("quant.qlora")
 def qlora_with_a_dense_weight(
     x: Any, a: Any, b: Any, weight: Any, /, *, lora_alpha: float, block_size: int, scale_block_size: int

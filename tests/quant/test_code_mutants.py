@@ -10,7 +10,7 @@ import pytest
 
 from refimpl import registry
 from refimpl.errors import DTypeError, OptionError
-from refimpl.quant.codebook import codebook, codebook_dequantize, linear_centroids, optimal_codebook
+from refimpl.quant.codebook import codebook, codebook_dequantize, linear_centroids
 from refimpl.quant.double_quantization import double, dynamic_map
 from refimpl.quant.nf4 import (
     LEVELS,
@@ -21,6 +21,7 @@ from refimpl.quant.nf4 import (
     pack_nibbles,
     unpack_nibbles,
 )
+from refimpl.quant.optimal_codebook import optimal_codebook
 from refimpl.quant.qlora import qlora_linear
 from refimpl.testing import check
 

@@ -13,7 +13,8 @@ from scipy.linalg import cholesky
 from refimpl import registry
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.quant.gptq import GPTQ, gptq, hessian
-from refimpl.quant.qmoe import QMoE, Ternary, qmoe, qmoe_decode, ternary
+from refimpl.quant.qmoe import QMoE, qmoe, qmoe_decode
+from refimpl.quant.ternary import Ternary, ternary
 from refimpl.testing import check
 
 registry.load()
