@@ -97,23 +97,26 @@ def double_number_by_number(absmax: Any, /, *, block_size: int = 256) -> Any:
 
 @oracle("quant.double")
 def bitsandbytes_blockwise(absmax: Any, /, *, block_size: int = 256) -> Any:
-    """What ``quantize_4bit`` does with its absmax to compress them: mean off, then 8 bits in blocks of 256."""
+    """What ``quantize_4bit`` does with its absmax to compress them: mean off, then 8 bits in blocks."""
     functional, torch = _bitsandbytes(), library("torch")
     offset = np.array([math.fsum(absmax) / max(len(absmax), 1)])
     centered = absmax - offset
-    if block_size != 256 or np.abs(centered).max(initial=0) < 1e-6 * offset[0] or not len(absmax):
-        raise NotImplementedError("blocks of 256; differences that are nothing but the rounding of the mean")
-    codes, state = functional.quantize_blockwise(torch.from_numpy(centered.astype(np.float32)), blocksize=256)
+    blocks = [centered[i : i + block_size] for i in range(0, len(absmax), block_size)]
+    exact = np.array([np.abs(block).max() for block in blocks])
+    if not blocks or exact.min() < 1e-6 * offset[0]:
+        raise NotImplementedError("differences that are nothing but the rounding of the mean")
+    codes, state = functional.quantize_blockwise(
+        torch.from_numpy(centered.astype(np.float32)), blocksize=block_size
+    )
     levels = state.code.double().numpy()
     np.testing.assert_allclose(levels, _dynamic_map(), atol=6.1e-8)  # it is made in float32 throughout
     scales = state.absmax.double().numpy()
-    scaled = centered / np.repeat(scales, 256)[: len(absmax)]
+    scaled = centered / np.repeat(exact, block_size)[: len(absmax)]
     near = np.abs(scaled[:, None] - (levels[1:] + levels[:-1]) / 2).min()
     if near < 2.0**-16:  # the step of the table in which its CPU kernel looks codes up
         raise NotImplementedError("a number too near to the middle of two levels")
-    exact = [np.abs(centered[i : i + 256]).max() for i in range(0, len(absmax), 256)]
     np.testing.assert_allclose(scales, exact, rtol=1e-6)
-    return codes.numpy().reshape(-1), np.array(exact), offset
+    return codes.numpy().reshape(-1), exact, offset
 
 
 @oracle("quant.qlora")
