@@ -162,7 +162,7 @@ def tinybert_layer_loss(
     student_scores, teacher_scores : ndarray of float, shape (B, H, T, T)
         Attention scores *before* the softmax.
     student_hidden, teacher_hidden : ndarray of float, shapes (B, T, Ms) and (B, T, Mt)
-        Hidden states, or embeddings.
+        Hidden states, or embeddings; for these alone pass scores of no heads.
     projection : ndarray of float, shape (Ms, Mt)
         From the student's width to the teacher's.  The paper trains one for the embedding and one for the
         hidden states of all layers, the released code one for both.

@@ -156,6 +156,11 @@ def replaced_above(tokens: Any, candidates: Any, u: Any, v: Any, /, *, probabili
 
 
 @mutant("distill.augmentation")
+def replaced_up_to(tokens: Any, candidates: Any, u: Any, v: Any, /, *, probability: float) -> Any:
+    return augment(tokens, candidates, u, v, probability=min(probability + 1e-9, 1.0))
+
+
+@mutant("distill.augmentation")
 def fillers_drawn_too(tokens: Any, candidates: Any, u: Any, v: Any, /, *, probability: float) -> Any:
     return augment(tokens, np.abs(candidates), u, v, probability=probability)
 

@@ -300,3 +300,15 @@ def test_what_a_removed_feature_holds_may_be_nan() -> None:
     weight = np.eye(2)
     full = compacted_heads(np.ones((1, 1, 2)), weight, weight, weight, weight, [True, False])  # type: ignore[arg-type]
     assert full.tolist() == [[[1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("closed", [0, 2, 5])
+def test_the_evaluation_mask_of_the_released_code(closed: int) -> None:
+    """Its steps in PyTorch: a clamped parameter, a sigmoid, the smallest set to 0."""
+    torch = pytest.importorskip("torch")
+    log_alpha = np.array([6.0, -1.0, 0.3, -7.0, 2.0])
+    parameter = torch.from_numpy(log_alpha.copy()).clamp_(np.log(1e-2), np.log(1e2))
+    mask = torch.sigmoid(parameter / (2 / 3) * 0.8)
+    if closed:
+        mask[torch.topk(mask, k=closed, largest=False).indices] = 0.0
+    np.testing.assert_allclose(evaluation_mask(log_alpha, closed=closed), mask.numpy(), rtol=1e-14)
