@@ -254,3 +254,11 @@ def test_excluded_tokens_count_for_nothing() -> None:
 def test_neighbors_at_any_size(size: float) -> None:
     table = size * np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     assert nearest_embeddings(table, np.array([0]), k=2).tolist() == [[1, 2]]
+
+
+def test_a_score_of_minus_100_is_masked() -> None:
+    """The released comparison is ``<= -1e2``."""
+    zero, one = np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1))
+    given = (zero - 100, zero, one, one, one[0])
+    assert tinybert_layer_loss(*given, convention="released") == 0
+    assert tinybert_layer_loss(*given, convention="paper") == 1e4

@@ -274,3 +274,9 @@ def test_what_is_not_finite_or_does_not_fit_is_refused() -> None:
         lora_merge_vjp(ones((2, 1)), ones((1, 2)), ones((2, 2)), ones((2, 3)))
     labels = soft_prompt_labels(np.array([[7]], np.uint8), length=1)
     assert labels.tolist() == [[-100, 7]]
+
+
+def test_a_low_temperature_prefers_the_best_module() -> None:
+    scores = np.array([0.5, 0.25])
+    cold = np.exp(scores / 0.125) / np.exp(scores / 0.125).sum()
+    np.testing.assert_allclose(retrieved_weights(scores, temperature=0.125), cold, rtol=1e-14)

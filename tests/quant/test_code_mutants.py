@@ -261,3 +261,7 @@ def test_a_picture_in_sixteen_colors() -> None:
     assert best.codes.max() < 16
     packed = np.packbits(best.codes[:, None] >> np.arange(4) & 1)
     assert 8 * packed.nbytes == 4 * len(pixels)
+
+
+def test_spare_centroids_repeat_the_last() -> None:
+    assert optimal_codebook(np.array([3.0, 1.0, 3.0]), k=4)[:, 0].tolist() == [1.0, 3.0, 3.0, 3.0]
