@@ -30,8 +30,10 @@ def in_sixteen_colors(picture: Any) -> tuple[Any, Any]:
     pixels = picture.reshape(-1, 3)
     levels = [np.linspace(1, 2 * count - 1, count) / (2 * count) for count in (4, 2, 2)]
     grid = np.stack(np.meshgrid(*levels, indexing="ij"), axis=3).reshape(-1, 3)
-    found = [codebook(pixels, grid, iterations=rounds) for rounds in (0, 100)]
-    return tuple(codebook_dequantize(*one).reshape(picture.shape) for one in found)
+    start, best = (codebook(pixels, grid, iterations=rounds) for rounds in (0, 100))
+    return codebook_dequantize(*start).reshape(picture.shape), codebook_dequantize(*best).reshape(
+        picture.shape
+    )
 
 
 def main() -> None:
