@@ -12,8 +12,9 @@ from fractions import Fraction
 from memsim.estimate import Estimate, estimate, term
 from memsim.units import Quantity, exact
 from refimpl.errors import OptionError
+from refimpl.validation import whole
 
-__all__ = ["codebook_bits", "nf4_bits", "palette_bits", "ternary_bound"]
+__all__ = ["codebook_bits", "nf4_bits", "nf4_bytes", "palette_bits", "qmoe_bytes", "ternary_bound"]
 
 
 def nf4_bits(*, block_size: Quantity = 64, scale_block_size: Quantity = 256) -> Estimate:
@@ -47,6 +48,82 @@ def nf4_bits(*, block_size: Quantity = 64, scale_block_size: Quantity = 256) -> 
     parts = [("codes", "4"), ("codes of absmax", "8/B"), ("scales of those", "32/(B·C)")]
     terms = [term(name, formula, values, "1", source) for name, formula in parts]
     return estimate("bits a parameter", terms, leaves_out="one float32 offset a tensor")
+
+
+def nf4_bytes(*, n: Quantity, block_size: Quantity = 64, scale_block_size: Quantity = 256) -> Estimate:
+    """Return the bytes of one weight in NF4 with double quantisation, ragged last blocks and offset too.
+
+    Parameters
+    ----------
+    n : int
+        Numbers in the weight.
+    block_size, scale_block_size : int
+        As for `nf4_bits`.
+
+    Returns
+    -------
+    Estimate
+        What `refimpl.quant.qlora_quantize` stores of a float32 weight.
+
+    Raises
+    ------
+    OptionError
+        If a block is empty or `n` negative.
+
+    References
+    ----------
+    .. [1] Dettmers et al., 2023, arXiv:2305.14314, section 3.
+
+    Examples
+    --------
+    >>> [int(part.value) for part in nf4_bytes(n=4096 * 4096).terms]
+    [8388608, 262144, 4096, 4]
+    """
+    size = whole("n", n, least=0)
+    block, scales = whole("block_size", block_size), whole("scale_block_size", scale_block_size)
+    blocks = -(-size // block)
+    values = {"pairs": -(-size // 2), "blocks": blocks, "scales": -(-blocks // scales)}
+    parts = [
+        ("codes", "pairs"),
+        ("codes of absmax", "blocks"),
+        ("scales of those", "4*scales"),
+        ("offset", "4"),
+    ]
+    return estimate("bytes", [term(a, b, values, "B", "arXiv:2305.14314, section 3") for a, b in parts])
+
+
+def qmoe_bytes(*, codewords: Quantity, rows: Quantity) -> Estimate:
+    """Return the bytes of an expert's weight in QMoE's code; the dictionary is one for all.
+
+    Parameters
+    ----------
+    codewords : int
+        Of all rows: between one for 28 weights and one for two.
+    rows : int
+        Outputs.
+
+    Returns
+    -------
+    Estimate
+        Codewords of 16 bits, row starts of 32, and a least and a greatest number in bfloat16 for each row.
+
+    Raises
+    ------
+    OptionError
+        If a number is negative.
+
+    References
+    ----------
+    .. [1] IST-DASLab/qmoe, sub1.py, ``Sub1Linear``.
+
+    Examples
+    --------
+    >>> qmoe_bytes(codewords=1000, rows=10).total
+    2084
+    """
+    values = {"c": whole("codewords", codewords, least=0), "n": whole("rows", rows, least=0)}
+    parts = [("codewords", "2*c"), ("row starts", "4*(n + 1)"), ("levels", "4*n")]
+    return estimate("bytes", [term(a, b, values, "B", "IST-DASLab/qmoe, sub1.py") for a, b in parts])
 
 
 def codebook_bits(*, n: Quantity, k: Quantity, d: Quantity = 1, bits: Quantity = 32) -> Estimate:

@@ -90,11 +90,17 @@ def check_price(price: Price, technique: Technique, case: Case) -> str | None:
     """Return how a model's prediction differs from what its function counts as it runs; None if equal.
 
     The function is the reference, or the implementation that the price names: a definition by a mask computes
-    every score, and what is priced is the algorithm that does not.
+    every score, and what is priced is the algorithm that does not.  ``storage`` is
+    the bytes of the arrays that it returns.
     """
-    option, counter, read = _counter(price.counts)
-    case.replace(**{option: counter}).call(resolve(price.of) if price.of else technique.function)
-    predicted, counted = dict(price.function(case)), read()
+    function = resolve(price.of) if price.of else technique.function
+    predicted = dict(price.function(case))
+    if price.counts == "storage":
+        counted = {"bytes": sum(np.asarray(part).nbytes for part in outputs(case.call(function)).values())}
+    else:
+        option, counter, read = _counter(price.counts)
+        case.replace(**{option: counter}).call(function)
+        counted = read()
     if set(predicted) != set(counted):
         return f"the model predicts {sorted(predicted)}, counted are {sorted(counted)}"
     wrong = {key: (value, counted[key]) for key, value in predicted.items() if counted[key] != value}

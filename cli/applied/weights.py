@@ -17,9 +17,10 @@ from cli.applied.model import Stored, dense
 from refimpl.compress.factorization import break_even_rank, truncated_svd
 from refimpl.numerics import BoolArray, FloatArray
 from refimpl.prune.magnitude import magnitude, n_m
-from refimpl.quant.codebook import codebook, codebook_dequantize, optimal_codebook
+from refimpl.quant.codebook import codebook, codebook_dequantize
 from refimpl.quant.gptq import gptq_blocked
 from refimpl.quant.grid import dequantize
+from refimpl.quant.optimal_codebook import optimal_codebook
 from refimpl.quant.qlora import qlora_dequantize, qlora_quantize
 from refimpl.quant.uniform import uniform
 

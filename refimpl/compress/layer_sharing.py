@@ -10,7 +10,7 @@ from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.block_weights import BlockGradients
 from refimpl.transformer.blocks import encoder, encoder_vjp
-from refimpl.validation import floating, whole
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = ["shared_layers", "shared_layers_vjp"]
 
@@ -121,6 +121,7 @@ def shared_layers_vjp(x: FloatArray, dy: FloatArray, /, *, num_layers: int, **bl
     array([[[1., 1.]]])
     """
     x, dy = floating(x=x, dy=dy)
+    bind_axes({"x": (x, "B T M"), "dy": (dy, "B T M")})
     inputs = [x]
     for _ in range(whole("num_layers", num_layers, least=0) - 1):
         inputs.append(encoder(inputs[-1], **block))

@@ -93,7 +93,7 @@ def tucker(blocks: FloatArray, /, *, ranks: tuple[int, int, int]) -> FloatArray:
     ShapeError, DTypeError
         If `blocks` is not of three axes or not real.
     OptionError
-        If a rank is negative or larger than its axis, or a number is NaN or infinite.
+        If there are not three ranks, one is negative or larger than its axis, or a number is NaN or infinite.
 
     Notes
     -----
@@ -154,6 +154,8 @@ def tucker_factors(blocks: FloatArray, /, *, ranks: tuple[int, int, int]) -> Tuc
 def _factors(blocks: FloatArray, ranks: tuple[int, int, int]) -> Tucker:
     """Return the factors in the wide dtype."""
     bind_axes({"blocks": (blocks, "n K N")})
+    if len(ranks) != 3:
+        raise OptionError(f"ranks: expected three, got {ranks}")
     for axis, (size, rank) in enumerate(zip(blocks.shape, ranks, strict=True)):
         if whole(f"ranks[{axis}]", rank, least=0) > size:
             raise OptionError(f"ranks[{axis}]: expected at most {size}, got {rank}")

@@ -2,16 +2,14 @@
 
 from refimpl.distill.augmentation import augment, nearest_embeddings
 from refimpl.distill.minillm import minillm_gradient
+from refimpl.distill.prediction import PredictionGradients, prediction_loss, prediction_loss_vjp
 from refimpl.distill.reverse_kl import TreeGradients, reverse_kl, reverse_kl_vjp, sequence_probabilities
 from refimpl.distill.sequence_level import sequence_level_loss, sequence_level_loss_vjp
 from refimpl.distill.soft_targets import StudentGradients, soft_target_loss, soft_target_loss_vjp
 from refimpl.distill.tinybert import (
     LayerGradients,
     LayerMap,
-    PredictionGradients,
     layer_map,
-    prediction_loss,
-    prediction_loss_vjp,
     tinybert_layer_loss,
     tinybert_layer_loss_vjp,
 )

@@ -7,6 +7,7 @@ import numpy as np
 from refimpl.errors import OptionError
 from refimpl.numerics import FloatArray, IntArray, wide_dtype, widen
 from refimpl.objectives.cross_entropy import token_ids
+from refimpl.peft.retrieval import unit_vectors
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import bind_axes, finite, floating, whole
 
@@ -137,7 +138,8 @@ def nearest_embeddings(table: FloatArray, tokens: IntArray, /, *, k: int) -> Int
     Raises
     ------
     ShapeError, DTypeError, OptionError
-        If the arrays do not fit or are not of their kinds, a token is no row, or k is out of range.
+        If the arrays do not fit or are not of their kinds, a token is no row, a number is NaN or infinite, or
+        k is out of range.
 
     References
     ----------
@@ -157,8 +159,9 @@ def nearest_embeddings(table: FloatArray, tokens: IntArray, /, *, k: int) -> Int
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < size["V"]:
         raise OptionError(f"tokens: expected ids in [0, {size['V']}), got {tokens.min()} to {tokens.max()}")
     wide = widen(table).astype(wide_dtype(table.dtype), copy=False)
-    length = np.sqrt(np.sum(wide**2, axis=1, keepdims=True))
-    unit = wide / np.where(length > 0, length, 1)
+    if not np.isfinite(wide).all():
+        raise OptionError("table: expected finite numbers, got NaN or infinity")
+    unit = unit_vectors(wide)
     cosine = unit[tokens] @ unit.T
     cosine[np.arange(tokens.size), tokens] = -np.inf
     return np.argsort(-cosine, axis=1, kind="stable")[:, :k]

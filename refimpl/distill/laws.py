@@ -280,11 +280,12 @@ def later_rewards_are_averaged_if_asked(f: Function, case: Case, close: Close) -
 @law("distill.augmentation")
 def the_sentence_stays_first(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Row 0 is the sentence; with probability 0 all rows are, and lengths never change."""
-    tokens, _, u_replace, _ = case.args
+    tokens, candidates, u_replace, u_choice = case.args
     out = np.asarray(case.call(f))
     _require(out.shape == (1 + len(u_replace), len(tokens)), f"shape {out.shape}")
     _require(out[0] == tokens, "the sentence changed")
-    _require(np.asarray(case.replace(probability=0.0).call(f)) == tokens[None], "replaced at probability 0")
+    never = case.replace(tokens, candidates, u_replace * 0, u_choice, probability=0.0)  # also at a draw of 0
+    _require(np.asarray(never.call(f)) == tokens[None], "replaced at probability 0")
 
 
 @law("distill.augmentation")

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from refimpl.distill.reverse_kl import log_ratio
 from refimpl.errors import OptionError
 from refimpl.numerics import FloatArray, IntArray, round_to, wide_dtype, widen
 from refimpl.objectives.cross_entropy import log_softmax, token_ids
@@ -101,11 +102,18 @@ def minillm_gradient(
     Notes
     -----
     The -1 of R_t - 1 changes no expectation.  The first two are unbiased, the third is not: it is what keeps
-    long sequences from being given up.  The released code adds PPO's clipping and a loss on plain text.
+    long sequences from being given up.
+
+    A token that a top-k filter excludes has a logit of -inf and counts for nothing.
+
+    The released code differs: it averages R_t, the current step included, over the steps from t on, although
+    the closed form has that step too; whitens these averages over the batch; weighs them, and not the closed
+    form, by q / p̃ of the one token; and adds PPO's clipping and a loss on plain text.
 
     References
     ----------
     .. [1] Gu et al., 2023, arXiv:2306.08543, section 2.2, eq. 2 to 7.
+    .. [2] microsoft/LMOps @7b14bef, minillm/minillm/losses.py, ``_get_advantages_and_returns``, ``ppo_loss``.
 
     Examples
     --------
@@ -135,7 +143,8 @@ def minillm_gradient(
     q = np.exp(log_q)
     score = -q  # ∇ log q(y) = onehot(y) - q
     np.put_along_axis(score, tokens[..., None], np.take_along_axis(score, tokens[..., None], 2) + 1, axis=2)
-    reward = np.take_along_axis(log_p - log_q, tokens[..., None], axis=2)[..., 0]
+    ratio = -log_ratio(log_q, log_p)
+    reward = np.take_along_axis(ratio, tokens[..., None], axis=2)[..., 0]
     to_go = np.cumsum(reward[:, ::-1], axis=1)[:, ::-1]
     if estimator == "reinforce":
         gradient = -(to_go - 1)[..., None] * score
@@ -143,7 +152,6 @@ def minillm_gradient(
         later = to_go - reward
         if estimator == "length_normalized":
             later = later / np.maximum(np.arange(size["T"] - 1, -1, -1), 1)
-        ratio = log_p - log_q
         single = q * (ratio - np.sum(q * ratio, axis=2, keepdims=True))
         gradient = -single - later[..., None] * score
     return round_to(

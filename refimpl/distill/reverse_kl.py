@@ -14,6 +14,7 @@ from refimpl.validation import bind_axes, floating
 
 __all__ = [
     "TreeGradients",
+    "log_ratio",
     "prefix_rows",
     "reverse_kl",
     "reverse_kl_vjp",
@@ -79,11 +80,12 @@ def reverse_kl(student: FloatArray, teacher: FloatArray, /) -> float:
     Raises
     ------
     ShapeError, DTypeError
-        If the arrays do not fit, are not real, or have no such number of rows.
+        If the arrays do not fit, are not real, have no such number of rows, or no column.
 
     Notes
     -----
-    The forward KL, under the teacher, covers all modes; this one seeks one.
+    The forward KL, under the teacher, covers all modes; this one seeks one.  A token that the student never
+    takes, with a logit of -inf as top-k filters leave it, counts for nothing.
 
     References
     ----------
@@ -129,7 +131,7 @@ def reverse_kl_vjp(student: FloatArray, teacher: FloatArray, dloss: float, /) ->
     if inner:
         for row in range(inner):
             reach[row * V + 1 : row * V + V + 1] = reach[row] * np.exp(log_q[row])
-    gradient = reach[:, None] * np.exp(log_q) * (log_q - log_p + later - values[:, None])
+    gradient = reach[:, None] * np.exp(log_q) * (log_ratio(log_q, log_p) + later - values[:, None])
     return TreeGradients(round_to(float(dloss) * gradient, dtype))
 
 
@@ -158,6 +160,8 @@ def _tree(
     """Return the dtype, log-probabilities after every prefix, V, and the number of steps."""
     student, teacher = floating(student=student, teacher=teacher)
     size = bind_axes({"student": (student, "rows V"), "teacher": (teacher, "rows V")})
+    if not size["V"]:
+        raise ShapeError(f"student: expected at least one token, V >= 1, got shape {student.shape}")
     steps = 0
     while prefix_rows(size["V"], steps) < size["rows"]:
         steps += 1
@@ -166,10 +170,22 @@ def _tree(
     return student.dtype, log_softmax(student), log_softmax(teacher), size["V"], steps
 
 
+def log_ratio(log_q: FloatArray, log_p: FloatArray) -> FloatArray:
+    """Return ``log q/p`` where q is above 0, and 0 where it is not: 0 log 0 is 0.
+
+    Examples
+    --------
+    >>> log_ratio(np.array([0.0, -np.inf]), np.array([-1.0, -np.inf]))
+    array([1., 0.])
+    """
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(log_q), 0, log_q - log_p).astype(log_q.dtype)
+
+
 def _values(log_q: FloatArray, log_p: FloatArray, V: int, steps: int) -> FloatArray:
     """Return the reverse KL of what follows each prefix: that of the next token, and of what follows it."""
     q = np.exp(log_q)
-    values: FloatArray = np.sum(q * (log_q - log_p), axis=1)
+    values: FloatArray = np.sum(q * log_ratio(log_q, log_p), axis=1)
     for t in range(steps - 2, -1, -1):
         first, count = prefix_rows(V, t), V**t
         children = values[first * V + 1 : first * V + 1 + count * V].reshape(count, V)

@@ -119,7 +119,9 @@ def soft_target_loss(
     p = np.exp(log_t)
     with np.errstate(invalid="ignore"):  # 0 log 0 = 0: a class without mass counts for nothing
         soft = np.sum(np.where(p > 0, p * (log_t - log_s), 0), axis=1)
-    return float(np.mean((1 - share) * hard + share * T**2 * soft))
+    # A part without weight does not count, even where it is infinite.
+    parts = [factor * part for factor, part in ((1 - share, hard), (share * T**2, soft)) if factor]
+    return float(np.mean(sum(parts)))
 
 
 def soft_target_loss_vjp(

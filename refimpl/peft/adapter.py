@@ -7,11 +7,13 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from refimpl.errors import ShapeError
+from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.peft.lora import counted_product
 from refimpl.registry import Case, Source, technique
-from refimpl.transformer.activations import Activation
-from refimpl.transformer.ffn import ffn, ffn_vjp
-from refimpl.validation import floating
+from refimpl.transformer.activations import Activation, activate
+from refimpl.transformer.ffn import ffn_vjp
+from refimpl.validation import bind_axes, floating
 
 __all__ = ["AdapterGradients", "adapter", "adapter_vjp"]
 
@@ -73,6 +75,7 @@ def adapter(
     /,
     *,
     activation: Activation = "gelu",
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return ``x + act(x W_down + b_down) W_up + b_up``.
 
@@ -86,6 +89,8 @@ def adapter(
         Out of it.
     activation : {"relu", "gelu", "gelu_tanh", "gelu_sigmoid", "silu"}
         The released code takes GeLU.
+    memory : Memory, optional
+        Counts the operations, ``4 D m`` a token.
 
     Returns
     -------
@@ -115,9 +120,11 @@ def adapter(
     array([[3., 3.]])
     """
     x, w_down, b_down, w_up, b_up = _checked(x, w_down, b_down, w_up, b_up)
-    wide = [widen(array) for array in (x, w_down, b_down, w_up, b_up)]
-    inner = ffn(wide[0], wide[1], wide[3], b_1=wide[2], b_2=wide[4], activation=activation)
-    return round_to(wide[0] + inner, x.dtype)
+    times = counted_product(memory)
+    flat = x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+    rows, w_1, b_1, w_2, b_2 = (widen(array) for array in (flat, w_down, b_down, w_up, b_up))
+    hidden = activate(activation, times(rows, w_1) + b_1)
+    return round_to((rows + (times(hidden, w_2) + b_2)).reshape(x.shape), x.dtype)
 
 
 def adapter_vjp(
@@ -174,4 +181,5 @@ def _checked(
             f"w_down, w_up: expected (D, m) and (m, D) for x of shape {x.shape}, "
             f"got {w_down.shape} and {w_up.shape}"
         )
+    bind_axes({"w_down": (w_down, "D m"), "b_down": (arrays[2], "m"), "b_up": (arrays[4], "D")})
     return arrays

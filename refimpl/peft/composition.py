@@ -166,9 +166,15 @@ def composed_factors(weights: FloatArray, lora_a: FloatArray, lora_b: FloatArray
     ShapeError, DTypeError
         If the arrays do not fit or are not real.
 
+    Notes
+    -----
+    The peft library's ``combination_type="linear"`` is this with the roots of the weights, its ``"cat"``
+    `composed_update`.
+
     References
     ----------
     .. [1] Huang et al., 2023, arXiv:2307.13269, section 3.2.
+    .. [2] huggingface/peft, tuners/lora/model.py, ``_generalized_task_arithmetic_weighted_adapter``.
 
     Examples
     --------

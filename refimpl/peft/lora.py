@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.linear import product
@@ -14,6 +17,7 @@ from refimpl.validation import bind_axes, finite, floating
 __all__ = [
     "FullGradients",
     "LoRAGradients",
+    "counted_product",
     "full_linear",
     "full_linear_vjp",
     "lora_linear",
@@ -46,6 +50,18 @@ def scaling(lora_alpha: float | None, r: int) -> float:
     (2.0, 1.0)
     """
     return 1.0 if lora_alpha is None or r == 0 else finite("lora_alpha", lora_alpha) / r
+
+
+def counted_product(memory: Memory | None) -> Callable[[FloatArray, FloatArray], FloatArray]:
+    """Return the product of two matrices, counted by `memory` if there is one.
+
+    Examples
+    --------
+    >>> memory = Memory()
+    >>> counted_product(memory)(np.ones((2, 3)), np.ones((3, 4))).shape, memory.flops
+    ((2, 4), 48)
+    """
+    return product if memory is None else partial(memory.contract, "ij,jk->ik")
 
 
 def sample_full(rng: np.random.Generator, *, T: int, K: int, N: int) -> Case:
@@ -185,6 +201,7 @@ def lora_linear(
     *,
     lora_alpha: float | None = None,
     dropout_mask: FloatArray | None = None,
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return ``x W + (lora_alpha / R) (x A) B``.
 
@@ -200,6 +217,8 @@ def lora_linear(
         Numerator of the factor.  Default: R, a factor of 1.
     dropout_mask : ndarray of float, shape (T, K), optional
         Factors on the input of the low-rank branch alone, 0 or 1 / (1 - p).
+    memory : Memory, optional
+        Counts the operations: ``2 T K N`` of the base and ``2 T R (K + N)`` of the branch.
 
     Returns
     -------
@@ -233,8 +252,9 @@ def lora_linear(
     array([[3., 1.]])
     """
     x, lora_a, lora_b, weight, branch = _operands(x, lora_a, lora_b, weight, dropout_mask)
-    base = product(widen(x), widen(weight))
-    low = product(product(branch, widen(lora_a)), widen(lora_b))
+    times = counted_product(memory)
+    base = times(widen(x), widen(weight))
+    low = times(times(branch, widen(lora_a)), widen(lora_b))
     return round_to(base + base.dtype.type(scaling(lora_alpha, lora_a.shape[1])) * low, x.dtype)
 
 

@@ -82,6 +82,11 @@ def lora_embedding(
     ShapeError, DTypeError, OptionError
         If the arrays do not fit, are not real, or a token is no row.
 
+    Notes
+    -----
+    The released code looks the factor up without merging; where it merges (``Embedding.train``), it adds
+    ``B A`` without the transposition that it needs, which fails unless V = M.
+
     References
     ----------
     .. [1] loralib, layers.py, ``Embedding.forward``.

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 
 from refimpl.errors import OptionError
+from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, round_to, widen
-from refimpl.peft.lora import scaling
+from refimpl.peft.lora import counted_product, scaling
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.linear import product
 from refimpl.validation import bind_axes, floating, whole
@@ -100,7 +101,13 @@ def _terms(case: Case) -> tuple[int, FloatArray]:
     vjp="refimpl.peft.merge:lora_merge_vjp",
 )
 def lora_merge(
-    lora_a: FloatArray, lora_b: FloatArray, weight: FloatArray, /, *, lora_alpha: float | None = None
+    lora_a: FloatArray,
+    lora_b: FloatArray,
+    weight: FloatArray,
+    /,
+    *,
+    lora_alpha: float | None = None,
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return ``W + (lora_alpha / R) A B``, a weight that costs what the base costs.
 
@@ -110,6 +117,8 @@ def lora_merge(
         As for `refimpl.peft.lora_linear`.
     lora_alpha : float, optional
         As there.
+    memory : Memory, optional
+        Counts the operations, ``2 K R N``, once for all tokens to come.
 
     Returns
     -------
@@ -140,7 +149,7 @@ def lora_merge(
     array([[2., 0.],
            [0., 1.]])
     """
-    return _moved(lora_a, lora_b, weight, lora_alpha, 1)
+    return _moved(lora_a, lora_b, weight, lora_alpha, 1, memory)
 
 
 def lora_unmerge(
@@ -189,7 +198,10 @@ def lora_merge_vjp(
     [3.0, 2.0, 1.0]
     """
     lora_a, lora_b, weight, dweight = floating(lora_a=lora_a, lora_b=lora_b, weight=weight, dweight=dweight)
-    bind_axes({"lora_a": (lora_a, "K R"), "lora_b": (lora_b, "R N"), "dweight": (dweight, "K N")})
+    bind_axes(
+        {"weight": (weight, "K N"), "lora_a": (lora_a, "K R"), "lora_b": (lora_b, "R N"),
+         "dweight": (dweight, "K N")}
+    )  # fmt: skip
     dtype = weight.dtype
     a, b, wide = (widen(array) for array in (lora_a, lora_b, dweight))
     factor = scaling(lora_alpha, a.shape[1])
@@ -198,10 +210,15 @@ def lora_merge_vjp(
 
 
 def _moved(
-    lora_a: FloatArray, lora_b: FloatArray, weight: FloatArray, lora_alpha: float | None, sign: int
+    lora_a: FloatArray,
+    lora_b: FloatArray,
+    weight: FloatArray,
+    lora_alpha: float | None,
+    sign: int,
+    memory: Memory | None = None,
 ) -> FloatArray:
     lora_a, lora_b, weight = floating(lora_a=lora_a, lora_b=lora_b, weight=weight)
     bind_axes({"weight": (weight, "K N"), "lora_a": (lora_a, "K R"), "lora_b": (lora_b, "R N")})
-    update = product(widen(lora_a), widen(lora_b))
+    update = counted_product(memory)(widen(lora_a), widen(lora_b))
     factor = update.dtype.type(sign * scaling(lora_alpha, lora_a.shape[1]))
     return round_to(widen(weight) + factor * update, weight.dtype)

@@ -12,7 +12,7 @@ from refimpl.numerics import BoolArray, FloatArray, IntArray, round_to, wide_dty
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, bind_axes, floating, positive, whole
 
-__all__ = ["Retrieved", "retrieve", "retrieved_weights"]
+__all__ = ["Retrieved", "retrieve", "retrieved_weights", "unit_vectors"]
 
 
 class Retrieved(NamedTuple):
@@ -85,7 +85,7 @@ def retrieve(
     ShapeError, DTypeError
         If the arrays do not fit, are not real, or `excluded` is not boolean.
     OptionError
-        If fewer than k modules may be chosen, or k is negative.
+        If fewer than k modules may be chosen, k is negative, or a number is NaN or infinite.
 
     Notes
     -----
@@ -113,8 +113,10 @@ def retrieve(
         allowed = ~excluded
     if k > allowed.sum():
         raise OptionError(f"k: expected at most the {allowed.sum()} modules that may be chosen, got {k}")
+    if not (np.isfinite(widen(query)).all() and np.isfinite(widen(keys)).all()):
+        raise OptionError("query, keys: expected finite numbers, got NaN or infinity")
     wide = wide_dtype(query.dtype)
-    direction, directions = (_unit(widen(array).astype(wide, copy=False)) for array in (query, keys))
+    direction, directions = (unit_vectors(widen(array).astype(wide, copy=False)) for array in (query, keys))
     scores = directions @ direction
     order = np.argsort(-np.where(allowed, scores, -np.inf), kind="stable")[:k]
     return Retrieved(order, round_to(scores[order], query.dtype))
@@ -154,8 +156,15 @@ def retrieved_weights(scores: FloatArray, /, *, temperature: float | None = None
     return round_to(softmax(logits), scores.dtype)
 
 
-def _unit(vectors: FloatArray) -> FloatArray:
-    """Return the vectors over the last axis at length 1, zero vectors as they are."""
+def unit_vectors(vectors: FloatArray) -> FloatArray:
+    """Return the vectors over the last axis at length 1, zero vectors as they are.
+
+    Examples
+    --------
+    >>> unit_vectors(np.array([[3e200, 4e200], [0.0, 0.0]]))
+    array([[0.6, 0.8],
+           [0. , 0. ]])
+    """
     largest = np.max(np.abs(vectors), axis=-1, keepdims=True, initial=0.0)
     scaled = vectors / np.where(largest > 0, largest, 1)  # so that squares neither overflow nor vanish
     length = np.sqrt(np.sum(scaled**2, axis=-1, keepdims=True))

@@ -104,6 +104,7 @@ def soft_prompt_labels(labels: IntArray, /, *, length: int, ignore: int = -100) 
     Returns
     -------
     ndarray of int, shape (B, P + T)
+        In the dtype of `labels` if that can hold `ignore`, else int64.
 
     Raises
     ------
@@ -120,4 +121,7 @@ def soft_prompt_labels(labels: IntArray, /, *, length: int, ignore: int = -100) 
     if not np.issubdtype(labels.dtype, np.integer):
         raise DTypeError(f"labels: expected integers, got {labels.dtype}")
     whole("length", length, least=0)
+    limits = np.iinfo(labels.dtype)
+    if not limits.min <= ignore <= limits.max:
+        labels = labels.astype(np.int64)
     return np.pad(labels, ((0, 0), (length, 0)), constant_values=ignore)

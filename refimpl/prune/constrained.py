@@ -78,7 +78,7 @@ def constrained(weights: FloatArray, hessian: FloatArray, /, *, keep: int) -> Bo
     ShapeError, DTypeError
         If the arrays do not fit or are not real.
     OptionError
-        If `keep` is not 0 to n, or a second derivative is negative, NaN or infinite.
+        If `keep` is not 0 to n, a second derivative is negative, or a number NaN or infinite.
 
     Notes
     -----
@@ -105,4 +105,7 @@ def constrained(weights: FloatArray, hessian: FloatArray, /, *, keep: int) -> Bo
     h = widen(hessian).astype(np.float64)
     if not np.all(np.isfinite(h) & (h >= 0)):
         raise OptionError("hessian: expected finite second derivatives of at least 0")
-    return largest(h * widen(weights).astype(np.float64) ** 2, keep)
+    w = widen(weights).astype(np.float64)
+    if not np.isfinite(w).all():
+        raise OptionError("weights: expected finite numbers, got NaN or infinity")
+    return largest(np.sqrt(h) * np.abs(w), keep)  # the root of h w², which neither overflows nor vanishes

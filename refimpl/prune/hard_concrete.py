@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from refimpl.errors import OptionError
-from refimpl.numerics import FloatArray, round_to, wide_dtype, widen
+from refimpl.numerics import BoolArray, FloatArray, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import bind_axes, floating, whole
 
@@ -85,7 +85,8 @@ def hard_concrete(log_alpha: FloatArray, u: FloatArray, /, *, convention: Conven
         Draws in [0, 1).
     convention : {"paper", "released"}
         ``"released"`` clamps log alpha to ±log 100 and the draws to [1e-6, 1 - 1e-6]: a start of 5 is
-        clamped at once.
+        clamped at once.  It clamps the parameter itself, in place and before every call, so that one at a
+        limit has a gradient and can come back.
 
     Returns
     -------
@@ -97,7 +98,7 @@ def hard_concrete(log_alpha: FloatArray, u: FloatArray, /, *, convention: Conven
     ShapeError, DTypeError
         If the arrays do not fit or are not real.
     OptionError
-        If a draw is not in [0, 1), or `convention` unknown.
+        If log alpha is NaN or infinite, a draw not in [0, 1), or `convention` unknown.
 
     Notes
     -----
@@ -135,7 +136,8 @@ def hard_concrete_vjp(
     Returns
     -------
     MaskGradients
-        0 where the mask is 0 or 1, and where the released code clamps.
+        0 where the mask is 0 or 1, and for a log alpha beyond the released code's limits; at a limit,
+        where that code leaves its parameters, it is the slope inside.
 
     Examples
     --------
@@ -144,10 +146,11 @@ def hard_concrete_vjp(
     """
     (log_alpha, _), s = _concrete(log_alpha, u, convention)
     (dz,) = floating(dz=dz)
+    bind_axes({"log_alpha": (log_alpha, "n"), "dz": (dz, "n")})
     stretched = s * (ZETA - GAMMA) + GAMMA
     live = (stretched > 0) & (stretched < 1)
     if convention == "released":
-        live &= np.abs(widen(log_alpha)) < LOG_ALPHA_LIMIT
+        live &= _within(log_alpha)
     slope = np.where(live, (ZETA - GAMMA) * s * (1 - s) / BETA, 0.0)
     return MaskGradients(round_to(widen(dz) * slope, log_alpha.dtype))
 
@@ -209,7 +212,7 @@ def open_probability(log_alpha: FloatArray, /, *, convention: Convention = "pape
 def open_probability_vjp(
     log_alpha: FloatArray, dp: FloatArray, /, *, convention: Convention = "paper"
 ) -> MaskGradients:
-    """Return the gradient of log alpha: ``p (1 - p)``, 0 where the released code clamps.
+    """Return the gradient of log alpha: ``p (1 - p)``, 0 beyond the released code's limits.
 
     Examples
     --------
@@ -217,10 +220,11 @@ def open_probability_vjp(
     array([0.25])
     """
     log_alpha, dp = floating(log_alpha=log_alpha, dp=dp)
+    bind_axes({"log_alpha": (log_alpha, "n"), "dp": (dp, "n")})
     p = _open(log_alpha, convention)
     slope = p * (1 - p)
     if convention == "released":
-        slope = np.where(np.abs(widen(log_alpha)) < LOG_ALPHA_LIMIT, slope, 0.0)
+        slope = np.where(_within(log_alpha), slope, 0.0)
     return MaskGradients(round_to(widen(dp) * slope, log_alpha.dtype))
 
 
@@ -258,9 +262,8 @@ def evaluation_mask(log_alpha: FloatArray, /, *, closed: int) -> FloatArray:
     whole("closed", closed, least=0)
     if closed > size["n"]:
         raise OptionError(f"closed: expected at most {size['n']} masks, got {closed}")
-    wide = widen(log_alpha).astype(wide_dtype(log_alpha.dtype), copy=False)
-    mask = _sigmoid(np.clip(wide, -LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT) * (EVALUATION_FACTOR / BETA))
-    mask[np.argsort(wide, kind="stable")[:closed]] = 0.0
+    mask = _sigmoid(_clamped(log_alpha, "released") * (EVALUATION_FACTOR / BETA))
+    mask[np.argsort(widen(log_alpha), kind="stable")[:closed]] = 0.0
     return round_to(mask, log_alpha.dtype)
 
 
@@ -291,7 +294,16 @@ def _clamped(log_alpha: FloatArray, convention: Convention) -> FloatArray:
     if convention not in ("paper", "released"):
         raise OptionError(f"convention: expected 'paper' or 'released', got {convention!r}")
     wide = widen(log_alpha).astype(wide_dtype(log_alpha.dtype), copy=False)
+    if not np.isfinite(wide).all():
+        raise OptionError("log_alpha: expected finite numbers, got NaN or infinity")
     return np.clip(wide, -LOG_ALPHA_LIMIT, LOG_ALPHA_LIMIT) if convention == "released" else wide
+
+
+def _within(log_alpha: FloatArray) -> BoolArray:
+    """Return where log alpha is not beyond the released code's limits, as its own dtype rounds them."""
+    limit = widen(round_to(np.asarray(LOG_ALPHA_LIMIT), log_alpha.dtype))
+    within: BoolArray = np.abs(widen(log_alpha)) <= limit
+    return within
 
 
 def _sigmoid(x: FloatArray) -> FloatArray:

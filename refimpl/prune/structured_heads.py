@@ -167,7 +167,7 @@ def compacted_heads(
     >>> compacted_heads(x, w, w, w, w, np.array([True, False]))
     array([[[1., 0.]]])
     """
-    rows = _rows(w_o, keep)
+    keep, rows = kept_units(keep, np.size(keep)), _rows(w_o, keep)
     x, w_q, w_k, w_v, w_o = floating(x=x, w_q=w_q, w_k=w_k, w_v=w_v, w_o=w_o)
     if not keep.any():
         return np.zeros(x.shape, x.dtype)

@@ -33,10 +33,11 @@ def sample_features(rng: np.random.Generator, *, T: int, M: int, N: int, kept: s
     >>> [a.shape for a in sample_features(np.random.default_rng(0), T=2, M=3, N=4, kept="all").args]
     [(2, 3), (3,), (3, 4), (3,)]
     """
-    arrays = tuple(rng.standard_normal(shape) for shape in ((T, M), (M,), (M, N)))
+    x, gamma, weight = (rng.standard_normal(shape) for shape in ((T, M), (M,), (M, N)))
+    x += np.copysign(0.5, x)  # near 0 the norm is too steep for its gradient to be told by differences
     keep = sample_mask(rng, M, kept)
     keep[:1] = True  # a stream of no features has no mean
-    return Case((*arrays, keep))
+    return Case((x, gamma, weight, keep))
 
 
 def _width_terms(case: Case) -> tuple[int, FloatArray]:
@@ -105,7 +106,7 @@ def masked_width(
     array([[1., 0.]])
     """
     x, gamma, weight, keep = _operands(x, gamma, weight, keep)
-    wide = (widen(x) * keep).astype(wide_dtype(x.dtype), copy=False)
+    wide = np.where(keep, widen(x), 0).astype(wide_dtype(x.dtype), copy=False)
     mean = np.sum(wide**2, axis=1, keepdims=True) / wide.dtype.type(keep.sum())
     normed = round_to(wide / np.sqrt(mean + wide.dtype.type(positive("eps", eps))) * widen(gamma), x.dtype)
     return round_to(product(widen(normed), widen(weight)), x.dtype)

@@ -79,7 +79,12 @@ def target_structure(
     Notes
     -----
     The paper writes it on numbers of units, the released code on shares, with one pair of multipliers for
-    each kind.  At a saddle point the constraint holds, since the gradient of λ is ``ŝ - t``.
+    each kind.  For kinds that every layer has (heads, neurons) that code takes the penalty of each layer and
+    averages it: the mean of the squares, not the square of the mean, so that every layer is held to the
+    target.  Without a target structure it holds one share, that of all prunable parameters, in which a
+    head's open probability is multiplied by its layer's.
+
+    At a saddle point the constraint holds, since the gradient of λ is ``ŝ - t``.
 
     References
     ----------
@@ -112,13 +117,17 @@ def target_structure_vjp(
     PenaltyGradients(sparsity=array([4.]), first=array([0.25]), second=array([0.0625]))
     """
     sparsity, first, second, gap = _operands(sparsity, first, second, target)
-    d = widen(floating(dpenalty=dpenalty)[0])
+    (dpenalty,) = floating(dpenalty=dpenalty)
+    bind_axes({"sparsity": (sparsity, "n"), "dpenalty": (dpenalty, "n")})
+    d = widen(dpenalty)
     found = d * (widen(first) + 2 * widen(second) * gap), d * gap, d * gap**2
     return PenaltyGradients(*(round_to(gradient, sparsity.dtype) for gradient in found))
 
 
 def target_at(step: int, /, *, final: float, warmup: int) -> float:
     """Return the target share at a step: from 0 linearly to `final` in `warmup` steps, then constant.
+
+    The released ramp may also start above 0 (its ``start_sparsity``).
 
     Parameters
     ----------

@@ -14,16 +14,17 @@ from refimpl.quant.codebook import (
     codebook_dequantize,
     codebook_dequantize_vjp,
     linear_centroids,
-    optimal_codebook,
 )
 from refimpl.quant.double_quantization import DoubleQuantized, double, double_dequantize, dynamic_map
 from refimpl.quant.epilogue import dequantize_product
 from refimpl.quant.error import QuantizationError, error, uniform_mse, uniform_sqnr
+from refimpl.quant.gptq import GPTQ, gptq, gptq_blocked
 from refimpl.quant.grid import Quantized, dequantize, quantize, quantize_vjp
 from refimpl.quant.integer_matmul import MAX_INNER, int8_matmul, integer_matmul
 from refimpl.quant.llm_int8 import Int8Linear, llm_int8_linear, llm_int8_linear_fused
 from refimpl.quant.llm_int8_backward import Int8LinearGradients, llm_int8_linear_vjp
 from refimpl.quant.nf4 import NF4, nf4, nf4_dequantize, normal_float_levels
+from refimpl.quant.optimal_codebook import optimal_codebook
 from refimpl.quant.qlora import (
     NF4Weight,
     qlora_dequantize,
@@ -31,10 +32,13 @@ from refimpl.quant.qlora import (
     qlora_linear_vjp,
     qlora_quantize,
 )
+from refimpl.quant.qmoe import QMoE, qmoe, qmoe_decode
+from refimpl.quant.ternary import Ternary, ternary
 from refimpl.quant.twos_complement import twos_complement
 from refimpl.quant.uniform import uniform
 
 __all__ = [
+    "GPTQ",
     "MAX_INNER",
     "NF4",
     "Codebook",
@@ -44,8 +48,10 @@ __all__ = [
     "Int8LinearGradients",
     "Int8Rows",
     "NF4Weight",
+    "QMoE",
     "QuantizationError",
     "Quantized",
+    "Ternary",
     "codebook",
     "codebook_dequantize",
     "codebook_dequantize_vjp",
@@ -56,6 +62,8 @@ __all__ = [
     "double_dequantize",
     "dynamic_map",
     "error",
+    "gptq",
+    "gptq_blocked",
     "int8_matmul",
     "integer_matmul",
     "linear_centroids",
@@ -71,10 +79,13 @@ __all__ = [
     "qlora_linear",
     "qlora_linear_vjp",
     "qlora_quantize",
+    "qmoe",
+    "qmoe_decode",
     "quantize",
     "quantize_columns",
     "quantize_rows",
     "quantize_vjp",
+    "ternary",
     "twos_complement",
     "uniform",
     "uniform_mse",

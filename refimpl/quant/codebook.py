@@ -8,8 +8,9 @@ import numpy as np
 
 from refimpl.errors import OptionError, ShapeError
 from refimpl.numerics import FloatArray, IntArray, round_to, wide_dtype, widen
+from refimpl.objectives.cross_entropy import token_ids
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import as_array, bind_axes, floating, whole
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = [
     "Codebook",
@@ -17,7 +18,7 @@ __all__ = [
     "codebook_dequantize",
     "codebook_dequantize_vjp",
     "linear_centroids",
-    "optimal_codebook",
+    "power_of_two",
 ]
 
 
@@ -46,7 +47,7 @@ def linear_centroids(x: FloatArray, /, *, k: int) -> FloatArray:
     Raises
     ------
     DTypeError, OptionError
-        If `x` is not real or empty, or `k` is below 1.
+        If `x` is not real, empty, or holds NaN or infinity, or `k` is below 1.
 
     References
     ----------
@@ -62,8 +63,10 @@ def linear_centroids(x: FloatArray, /, *, k: int) -> FloatArray:
     if not x.size:
         raise OptionError("x: expected at least one number, got none")
     wide = widen(x)
-    low, high = wide.min(), wide.max()
-    steps = np.linspace(low, high, k) if k > 1 else np.asarray([(low + high) / 2])
+    if not np.isfinite(wide).all():
+        raise OptionError("x: expected finite numbers, got NaN or infinity")
+    place = np.linspace(0, 1, k) if k > 1 else np.asarray([0.5])
+    steps = wide.min() * (1 - place) + wide.max() * place
     return round_to(steps.astype(wide.dtype)[:, None], x.dtype)
 
 
@@ -158,6 +161,9 @@ def codebook(x: FloatArray, initial: FloatArray, /, *, iterations: int = 50) -> 
     centroids = widen(initial).astype(wide.dtype, copy=True)
     if not (np.isfinite(wide).all() and np.isfinite(centroids).all()):
         raise OptionError("x, initial: expected finite numbers, got NaN or infinity")
+    # Exactly, by a power of two: so that no square overflows or vanishes.
+    power = power_of_two(wide, centroids)
+    wide, centroids = np.ldexp(wide, -power), np.ldexp(centroids, -power)
     codes = _nearest(wide, centroids)
     for _ in range(iterations):
         counts = np.bincount(codes, minlength=size["k"])
@@ -169,109 +175,7 @@ def codebook(x: FloatArray, initial: FloatArray, /, *, iterations: int = 50) -> 
         if np.array_equal(moved, codes):
             break
         codes = moved
-    return Codebook(codes, round_to(centroids, x.dtype))
-
-
-def sample_numbers(rng: np.random.Generator, *, n: int, k: int, values: str) -> Case:
-    """Return a call of `optimal_codebook` on numbers drawn from `rng`.
-
-    Examples
-    --------
-    >>> sample_numbers(np.random.default_rng(0), n=2, k=2, values="few").args[0].shape
-    (2,)
-    """
-    x = rng.standard_normal(n)
-    return Case((np.rint(2 * x) if values == "few" else x,), {"k": k})
-
-
-@technique(
-    "quant.codebook.optimal",
-    entries=(70,),
-    kind="function",
-    source=Source(
-        "Lloyd 1982", "doi:10.1109/TIT.1982.1056489", "section III; Fisher 1958: dynamic programming"
-    ),
-    axes={"n": (1, 16), "k": (1, 5)},
-    options={"values": ("normal", "few")},
-    edges=(
-        {"n": 1, "k": 1},
-        {"n": 1, "k": 3},
-        {"n": 8, "k": 8, "values": "normal"},
-        {"n": 9, "k": 2, "values": "few"},
-    ),
-    sample=sample_numbers,
-)
-def optimal_codebook(x: FloatArray, /, *, k: int) -> FloatArray:
-    """Return the k centroids with the least total squared error of any k, for plain numbers.
-
-    Parameters
-    ----------
-    x : ndarray of float, any shape, not empty
-        Numbers; their order does not matter.
-    k : int
-        How many centroids at most.
-
-    Returns
-    -------
-    ndarray of float, shape (k, 1)
-        Ascending means of intervals of the sorted numbers; the last is repeated if there are fewer than k
-        distinct numbers.
-
-    Raises
-    ------
-    DTypeError, OptionError
-        If `x` is not real, empty, or holds NaN or infinity, or `k` is below 1.
-
-    Notes
-    -----
-    Optimal clusters are intervals of the sorted numbers, so the best partition of the first j numbers into
-    c intervals extends the best one of fewer numbers into c - 1: O(k n²) steps over distinct numbers.
-
-    References
-    ----------
-    .. [1] Fisher, 1958, doi:10.1080/01621459.1958.10501479: grouping for maximum homogeneity.
-    .. [2] Wang and Song, 2011, The R Journal 3(2), Ckmeans.1d.dp, eq. 1.
-
-    Examples
-    --------
-    >>> optimal_codebook(np.array([0.0, 10.0, 1.0, 11.0, 20.0]), k=3).T
-    array([[ 0.5, 10.5, 20. ]])
-    """
-    (x,) = floating(x=x)
-    whole("k", k)
-    wide = widen(x).astype(np.float64).reshape(-1)
-    if not wide.size or not np.isfinite(wide).all():
-        raise OptionError("x: expected finite numbers, and at least one")
-    values, weights = np.unique(wide, return_counts=True)
-    center = float(np.mean(wide))  # sums of squares about it lose least
-    n, clusters = values.size, min(k, values.size)
-    moments = [np.concatenate([[0.0], np.cumsum(weights * (values - center) ** p)]) for p in range(3)]
-
-    def scatter(starts: IntArray, end: int) -> FloatArray:
-        """Return the squared error of the numbers from each of `starts` to `end`, about their mean."""
-        mass, first, second = (moment[end] - moment[starts] for moment in moments)
-        spread: FloatArray = np.maximum(second - first**2 / mass, 0.0)
-        return spread
-
-    best = np.full((clusters + 1, n + 1), np.inf)
-    best[0, 0] = 0.0
-    begin = np.zeros((clusters + 1, n + 1), np.int64)
-    for c in range(1, clusters + 1):
-        for end in range(c, n + 1):
-            starts = np.arange(c - 1, end)
-            totals = best[c - 1, starts] + scatter(starts, end)
-            begin[c, end] = starts[np.argmin(totals)]
-            best[c, end] = totals.min()
-    centroids = []
-    end = n
-    for c in range(clusters, 0, -1):
-        start = begin[c, end]
-        centroids.append(
-            center + (moments[1][end] - moments[1][start]) / (moments[0][end] - moments[0][start])
-        )
-        end = start
-    ascending = centroids[::-1] + [centroids[0]] * (k - clusters)
-    return round_to(np.asarray(ascending)[:, None], x.dtype)
+    return Codebook(codes, round_to(np.ldexp(centroids, power), x.dtype))
 
 
 def codebook_dequantize(codes: IntArray, centroids: FloatArray, /) -> FloatArray:
@@ -298,7 +202,7 @@ def codebook_dequantize(codes: IntArray, centroids: FloatArray, /) -> FloatArray
     >>> codebook_dequantize(np.array([1, 0]), np.array([[0.5], [2.0]])).T
     array([[2. , 0.5]])
     """
-    codes, (centroids,) = as_array("codes", codes), floating(centroids=centroids)
+    codes, (centroids,) = token_ids("codes", codes), floating(centroids=centroids)
     size = bind_axes({"centroids": (centroids, "k d")})
     if codes.size and not 0 <= codes.min() <= codes.max() < size["k"]:
         raise ShapeError(f"codes: expected 0 to {size['k'] - 1}, got {codes.min()} to {codes.max()}")
@@ -319,12 +223,24 @@ def codebook_dequantize_vjp(codes: IntArray, centroids: FloatArray, dy: FloatArr
     array([[2., 4.]])
     """
     codebook_dequantize(codes, centroids)  # for what it refuses
-    (dy,) = floating(dy=dy)
+    codes, (centroids, dy) = token_ids("codes", codes), floating(centroids=centroids, dy=dy)
     if dy.shape != (*codes.shape, centroids.shape[1]):
         raise ShapeError(f"dy: expected shape {(*codes.shape, centroids.shape[1])}, got {dy.shape}")
     gradient = np.zeros(centroids.shape, wide_dtype(dy.dtype))
     np.add.at(gradient, codes, widen(dy))
     return round_to(gradient, dy.dtype)
+
+
+def power_of_two(*arrays: FloatArray) -> int:
+    """Return the exponent of the power of two just above the largest magnitude.
+
+    Examples
+    --------
+    >>> power_of_two(np.array([3.0, -5.0])), power_of_two(np.zeros(2))
+    (3, 0)
+    """
+    largest = max((float(np.max(np.abs(array), initial=0.0)) for array in arrays), default=0.0)
+    return int(np.frexp(largest)[1])
 
 
 def _nearest(x: FloatArray, centroids: FloatArray) -> IntArray:

@@ -121,7 +121,7 @@ def double(absmax: FloatArray, /, *, block_size: int = 256) -> DoubleQuantized:
     ShapeError, DTypeError
         If `absmax` is not a real vector, or `block_size` no integer.
     OptionError
-        If `block_size` is below 1, or a scale is NaN or infinite.
+        If `block_size` is below 1, a scale is NaN or infinite, or their sum is.
 
     Notes
     -----
@@ -149,7 +149,10 @@ def double(absmax: FloatArray, /, *, block_size: int = 256) -> DoubleQuantized:
     wide = widen(absmax).astype(wide_dtype(absmax.dtype), copy=False)
     if not np.isfinite(wide).all():
         raise OptionError("absmax: expected finite scales, got NaN or infinity")
-    offset = np.asarray([wide.mean() if wide.size else 0], wide.dtype)
+    with np.errstate(over="ignore"):
+        offset = np.asarray([wide.mean() if wide.size else 0], wide.dtype)
+    if not np.isfinite(offset[0]):
+        raise OptionError("absmax: the sum of the scales overflows")
     centered = wide - offset
     scale = block_absmax(centered, block_size)
     return DoubleQuantized(nearest_level(centered, scale, dynamic_map(), block_size), scale, offset)

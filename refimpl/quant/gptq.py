@@ -42,27 +42,30 @@ def hessian(x: FloatArray, /, *, damping: float = 0.01) -> FloatArray:
     Returns
     -------
     ndarray of float64, shape (K, K)
-        A feature that no input uses has 1 on its diagonal; so has everything without any calibration data,
-        and GPTQ is then plain rounding.
+        A feature that no input uses, dead, counts 0 in the mean and has the mean on its diagonal: it neither
+        gives nor takes errors.  Without calibration data it is the unit matrix: GPTQ is then plain rounding.
 
     Raises
     ------
     ShapeError, DTypeError, OptionError
-        If `x` is no real finite matrix, or `damping` is not above 0.
+        If `x` is no real finite matrix, its products overflow, or `damping` is not above 0.
 
     Notes
     -----
-    The factor 2 of the Hessian changes no weight and is left out.
+    The factor 2 of the Hessian, and a mean over inputs for the sum, change no weight and are left out.
+    GPTQ's released code counts a dead feature as 1 in the mean, so that there the size of the inputs matters;
+    QMoE's counts it as 0.
 
     References
     ----------
     .. [1] Frantar et al., 2023, arXiv:2210.17323, eq. 3 and section 3.3, Step 3: numerical inaccuracies.
+    .. [2] IST-DASLab/gptq, gptq.py, ``fasterquant``; IST-DASLab/qmoe, gptq.py, ``batch_gptq``.
 
     Examples
     --------
     >>> hessian(np.array([[1.0, 0.0], [1.0, 0.0]]), damping=0.5)
-    array([[2.75, 0.  ],
-           [0.  , 1.75]])
+    array([[2.5, 0. ],
+           [0. , 1.5]])
     """
     (x,) = floating(x=x)
     bind_axes({"x": (x, "T K")})
@@ -70,10 +73,14 @@ def hessian(x: FloatArray, /, *, damping: float = 0.01) -> FloatArray:
     wide = widen(x).astype(np.float64)
     if not np.isfinite(wide).all():
         raise OptionError("x: expected finite calibration inputs, got NaN or infinity")
-    h: FloatArray = wide.T @ wide
+    with np.errstate(over="ignore"):
+        h: FloatArray = wide.T @ wide
+    if not np.isfinite(h).all():
+        raise OptionError("x: the products of its features overflow; scale the inputs down")
     diagonal = np.einsum("kk->k", h)
-    diagonal[diagonal == 0] = 1.0
-    diagonal += damping * diagonal.mean() if diagonal.size else 0.0
+    mean = float(diagonal.mean()) if diagonal.size else 0.0
+    diagonal[diagonal == 0] = mean or 1.0
+    diagonal += damping * mean
     return h
 
 
@@ -201,6 +208,11 @@ def gptq(weight: FloatArray, x: FloatArray, /, *, bits: int = 4, damping: float 
     Notes
     -----
     Features are taken in the order given.  Work is O(K² (K + N)): one inverse for all outputs.
+
+    The grid is this library's symmetric one (`refimpl.quant.uniform`).  The paper's runs from an output's
+    least to its greatest number, and the released ``sym`` has ``2 absmax / (2**bits - 1)`` for a step and one
+    code more below 0 than above.  The released code also sets the weights of dead features to 0, and can take
+    features by falling diagonal (``actorder``) and a step for each group of them: none of that is done here.
 
     **Special cases**
 

@@ -13,7 +13,7 @@ import numpy as np
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.numerics import Array, FloatArray, IntArray, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import as_array, floating, whole
+from refimpl.validation import as_array, finite, floating, whole
 
 __all__ = [
     "LEVELS",
@@ -83,7 +83,7 @@ def normal_float_levels(offset: float = OFFSET) -> FloatArray:
     """
     from scipy.special import ndtri
 
-    if not 0.5 < offset < 1:
+    if not 0.5 < finite("offset", offset) < 1:
         raise OptionError(f"offset: expected a probability between 1/2 and 1, got {offset}")
     positive = ndtri(np.linspace(offset, 0.5, 9)[:-1])
     negative = -ndtri(np.linspace(offset, 0.5, 8)[:-1])

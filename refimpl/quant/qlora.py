@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, IntArray, round_to
 from refimpl.peft.lora import LoRAGradients, lora_linear, lora_linear_vjp, scaling
 from refimpl.quant.double_quantization import double, double_dequantize
@@ -148,6 +149,7 @@ def qlora_linear(
     lora_alpha: float | None = None,
     block_size: int = 64,
     scale_block_size: int = 256,
+    memory: Memory | None = None,
 ) -> FloatArray:
     """Return ``x · doubleDequant(weight) + (lora_alpha / R) (x · lora_a) · lora_b``.
 
@@ -163,6 +165,8 @@ def qlora_linear(
         As for `refimpl.peft.lora_linear`; the paper's equation has a factor of 1, the default.
     block_size, scale_block_size : int
         As for `qlora_quantize`, if `weight` is not stored yet.
+    memory : Memory, optional
+        Counts the operations of the products, those of `refimpl.peft.lora_linear`: fewer bits save none.
 
     Returns
     -------
@@ -194,7 +198,7 @@ def qlora_linear(
     array([[ 1., -1.]])
     """
     values = _values(x, weight, block_size, scale_block_size)
-    return lora_linear(x, lora_a, lora_b, values, lora_alpha=lora_alpha)
+    return lora_linear(x, lora_a, lora_b, values, lora_alpha=lora_alpha, memory=memory)
 
 
 def qlora_linear_vjp(

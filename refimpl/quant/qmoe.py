@@ -1,4 +1,4 @@
-"""QMoE: experts in less than one bit a weight: ternary weights, coded by a fixed dictionary of sequences.
+"""QMoE's code: ternary weights in less than one bit each, by a fixed dictionary of sequences.
 
 Most ternary weights are 0.  Sequences of pairs of weights, the 2**16 most probable ones under that share of
 zeros, have 16-bit codewords: a codeword stands for 2 to 28 weights.
@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from refimpl.errors import DTypeError, OptionError, ShapeError
-from refimpl.numerics import FloatArray, IntArray, widen
-from refimpl.quant.gptq import compensate, hessian, sample_layer
+from refimpl.numerics import IntArray
+from refimpl.objectives.cross_entropy import token_ids
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import as_array, bind_axes, floating, whole
+from refimpl.validation import as_array, bind_axes, whole
 
-__all__ = ["QMoE", "Ternary", "pair_dictionary", "qmoe", "qmoe_decode", "ternary"]
+__all__ = ["QMoE", "pair_dictionary", "qmoe", "qmoe_decode"]
 
 # The share of zeros in the paper's quantised experts, and its longest sequence, 14 pairs.
 ZEROS, MAX_PAIRS = 0.885, 14
@@ -32,14 +32,6 @@ class QMoE(NamedTuple):
 
     codewords: IntArray
     row_starts: IntArray
-
-
-class Ternary(NamedTuple):
-    """Codes -1, 0, 1 [K, N], and what -1 and 1 stand for in each output [N]."""
-
-    codes: IntArray
-    low: FloatArray
-    high: FloatArray
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,7 +150,7 @@ def qmoe(weights: IntArray, /, *, bits: int = 16, zeros: float = ZEROS, max_pair
     Returns
     -------
     QMoE
-        ``codewords`` uint16, ``row_starts`` int64.
+        ``codewords`` uint16, ``row_starts`` int32, as released: fewer than 2**31 codewords.
 
     Raises
     ------
@@ -178,7 +170,7 @@ def qmoe(weights: IntArray, /, *, bits: int = 16, zeros: float = ZEROS, max_pair
     --------
     >>> coded = qmoe(np.array([[0] * 28, [1, 0] * 14]))
     >>> np.diff(coded.row_starts)
-    array([1, 5])
+    array([1, 5], dtype=int32)
     """
     weights = as_array("weights", weights)
     bind_axes({"weights": (weights, "rows n")})
@@ -200,7 +192,7 @@ def qmoe(weights: IntArray, /, *, bits: int = 16, zeros: float = ZEROS, max_pair
             codewords.append(number[tuple(row[place : place + length])])
             place += length
         starts.append(len(codewords))
-    return QMoE(np.array(codewords, np.uint16), np.array(starts, np.int64))
+    return QMoE(np.array(codewords, np.uint16), np.array(starts, np.int32))
 
 
 def qmoe_decode(
@@ -230,8 +222,9 @@ def qmoe_decode(
 
     Raises
     ------
-    ShapeError
-        If a row's codewords stand for another number of weights, or a codeword for none.
+    ShapeError, DTypeError, OptionError
+        If a row's codewords stand for another number of weights, or a codeword for none; if the starts do not
+        frame the rows, or anything is no integer.
 
     Examples
     --------
@@ -240,8 +233,18 @@ def qmoe_decode(
            [ 1,  0,  0]], dtype=int8)
     """
     sequences, _ = pair_dictionary(bits, zeros, max_pairs)
-    if codewords.size and codewords.max() >= len(sequences):
-        raise ShapeError(f"codewords: expected less than {len(sequences)}, got {codewords.max()}")
+    codewords, row_starts = token_ids("codewords", codewords), token_ids("row_starts", row_starts)
+    bind_axes({"codewords": (codewords, "count"), "row_starts": (row_starts, "rows")})
+    whole("n", n, least=0)
+    if codewords.size and not 0 <= codewords.min() <= codewords.max() < len(sequences):
+        raise ShapeError(
+            f"codewords: expected 0 to {len(sequences) - 1}, got {codewords.min()} to {codewords.max()}"
+        )
+    ends = row_starts[[0, -1]].tolist() if row_starts.size else []
+    if ends != [0, codewords.size] or np.any(np.diff(row_starts) < 0):
+        raise ShapeError(
+            f"row_starts: expected to rise from 0 to {codewords.size}, got {row_starts.tolist()}"
+        )
     rows = np.zeros((len(row_starts) - 1, n), np.int8)
     for row, (start, end) in enumerate(itertools.pairwise(row_starts.tolist())):
         pairs = np.array([pair for code in codewords[start:end] for pair in sequences[code]], np.int64)
@@ -252,76 +255,3 @@ def qmoe_decode(
             )
         rows[row] = values[:n]
     return rows
-
-
-@technique(
-    "quant.qmoe.ternary",
-    entries=(76,),
-    kind="function",
-    source=Source("Frantar and Alistarh 2023", "arXiv:2310.16795", "section 3.2; percdamp 0.1"),
-    axes={"T": (1, 12), "K": (1, 8), "N": (1, 5)},
-    options={"inputs": ("correlated", "identity", "dead", "none")},
-    edges=(
-        {"T": 2, "K": 0, "N": 3},
-        {"T": 2, "K": 3, "N": 0},
-        {"T": 1, "K": 1, "N": 1, "inputs": "correlated"},
-        {"T": 4, "K": 7, "N": 3, "inputs": "none"},
-        {"T": 12, "K": 8, "N": 5, "inputs": "correlated"},
-    ),
-    sample=lambda rng, **shape: sample_layer(rng, bits=2, **shape).without("bits"),
-)
-def ternary(weight: FloatArray, x: FloatArray, /, *, damping: float = 0.1) -> Ternary:
-    """Return the ternary codes of an expert's weight: its least, its greatest number, or 0.
-
-    Parameters
-    ----------
-    weight : ndarray of float, shape (K, N)
-        Used as ``x @ weight``.
-    x : ndarray of float, shape (T, K)
-        Tokens routed to the expert; none gives plain rounding, the paper's fall-back.
-    damping : float
-        As for `refimpl.quant.gptq.hessian`; the paper's experts take 0.1.
-
-    Returns
-    -------
-    Ternary
-        ``low <= 0 <= high``, float64; an output without negative numbers has low 0 and no code -1.
-
-    Raises
-    ------
-    ShapeError, DTypeError, OptionError
-        As `refimpl.quant.gptq.gptq`.
-
-    Notes
-    -----
-    Above ``high / 2`` a number becomes high, below ``low / 2`` low, and 0 otherwise, the halves themselves
-    too; errors are made good by the features still to come, as in GPTQ.
-
-    References
-    ----------
-    .. [1] Frantar and Alistarh, 2023, arXiv:2310.16795, section 3.2.
-
-    Examples
-    --------
-    >>> ternary(np.array([[1.0], [0.4], [-0.2], [-0.06]]), np.zeros((0, 4))).codes.T
-    array([[ 1,  0, -1,  0]], dtype=int8)
-    """
-    (weight,), (x,) = floating(weight=weight), floating(x=x)
-    bind_axes({"weight": (weight, "K N"), "x": (x, "T K")})
-    wide = widen(weight).astype(np.float64)
-    if not np.isfinite(wide).all():
-        raise OptionError("weight: expected finite numbers, got NaN or infinity")
-    low, high = np.min(wide, axis=0, initial=0.0), np.max(wide, axis=0, initial=0.0)
-
-    def codes(row: FloatArray) -> IntArray:
-        up, down = (high > 0) & (row > high / 2), (low < 0) & (row < low / 2)
-        signs: IntArray = up.astype(np.int8) - down.astype(np.int8)
-        return signs
-
-    def to_grid(row: FloatArray) -> FloatArray:
-        code = codes(row)
-        values: FloatArray = np.where(code > 0, high, np.where(code < 0, low, 0.0))
-        return values
-
-    rounded = compensate(wide, hessian(x, damping=damping), to_grid)
-    return Ternary(codes(rounded), low, high)

@@ -148,6 +148,11 @@ def replaced_above(tokens: Any, candidates: Any, u: Any, v: Any, /, *, probabili
 
 
 @mutant("distill.augmentation")
+def replaced_up_to(tokens: Any, candidates: Any, u: Any, v: Any, /, *, probability: float) -> Any:
+    return augment(tokens, candidates, u, v, probability=min(probability + 1e-9, 1.0))
+
+
+@mutant("distill.augmentation")
 def fillers_drawn_too(tokens: Any, candidates: Any, u: Any, v: Any, /, *, probability: float) -> Any:
     return augment(tokens, np.abs(candidates), u, v, probability=probability)
 
@@ -211,3 +216,39 @@ def test_bad_input_is_refused() -> None:
         nearest_embeddings(ones((2, 3)), np.array([0]), k=2)
     with pytest.raises(OptionError, match="u_choice: expected draws"):
         augment(np.array([1]), np.array([[2]]), np.zeros((1, 1)), np.full((1, 1), 2.0))
+
+
+def test_excluded_tokens_count_for_nothing() -> None:
+    """Logits of -inf, as top-k filters leave them: the same loss and gradients as without these classes."""
+    rng = np.random.default_rng(0)
+    student, teacher = rng.standard_normal((2, 1, 3))
+    padded = [np.concatenate([x, np.full((1, 1), -np.inf)], axis=1) for x in (student, teacher)]
+    assert reverse_kl(*padded) == pytest.approx(reverse_kl(student, teacher), rel=1e-14)
+    exact = reverse_kl_vjp(*padded, 1.0).student
+    np.testing.assert_allclose(exact[:, :3], reverse_kl_vjp(student, teacher, 1.0).student, atol=1e-15)
+    assert exact[0, 3] == 0
+    token = np.array([[1]])
+    found = minillm_gradient(padded[0][None], padded[1][None], token)
+    np.testing.assert_allclose(
+        found[..., :3], minillm_gradient(student[None], teacher[None], token), atol=1e-15
+    )
+    assert found[0, 0, 3] == 0
+    unsure = np.array([[0.0, -np.inf]])
+    assert soft_target_loss(unsure, np.zeros((1, 2)), np.array([0]), weight=0.0) == 0.0
+    assert soft_target_loss(unsure, np.zeros((1, 2)), np.array([0]), weight=0.5) == np.inf
+    with pytest.raises(ShapeError, match="at least one token"):
+        reverse_kl(np.ones((3, 0)), np.ones((3, 0)))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_neighbors_at_any_size(size: float) -> None:
+    table = size * np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    assert nearest_embeddings(table, np.array([0]), k=2).tolist() == [[1, 2]]
+
+
+def test_a_score_of_minus_100_is_masked() -> None:
+    """The released comparison is ``<= -1e2``."""
+    zero, one = np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1))
+    given = (zero - 100, zero, one, one, one[0])
+    assert tinybert_layer_loss(*given, convention="released") == 0
+    assert tinybert_layer_loss(*given, convention="paper") == 1e4

@@ -193,9 +193,8 @@ def updates_one_by_one(weights: Any, a: Any, b: Any, /) -> Any:
     return total
 
 
-@oracle("peft.composition")
-def peft_library_cat(weights: Any, a: Any, b: Any, /) -> Any:
-    """Adapters put together by the peft library's ``combination_type="cat"``."""
+def _peft_weighted(weights: Any, a: Any, b: Any, combination: str) -> Any:
+    """Return the update of several adapters put together by the peft library."""
     if not weights.size or not a.shape[2] or not a.shape[1] or not b.shape[2] or np.any(weights <= 0):
         raise NotImplementedError("no modules, or weights that are not above 0")
     torch, size = library("torch"), a.shape[2]
@@ -210,10 +209,24 @@ def peft_library_cat(weights: Any, a: Any, b: Any, /) -> Any:
             model.add_adapter(names[-1], config)
             layer.lora_A[names[-1]].weight.data = torch.from_numpy(left.T.copy())
             layer.lora_B[names[-1]].weight.data = torch.from_numpy(right.T.copy())
-        model.add_weighted_adapter(names, weights.tolist(), "all", combination_type="cat")
+        model.add_weighted_adapter(names, weights.tolist(), "all", combination_type=combination)
         return layer.get_delta_weight("all").detach().numpy().T
     finally:
         torch.set_default_dtype(usual)
+
+
+@oracle("peft.composition")
+def peft_library_cat(weights: Any, a: Any, b: Any, /) -> Any:
+    """Adapters put together by the peft library's ``combination_type="cat"``."""
+    return _peft_weighted(weights, a, b, "cat")
+
+
+@oracle("peft.composition.lorahub")
+def peft_library_linear(weights: Any, a: Any, b: Any, /) -> Any:
+    """Its ``combination_type="linear"`` sums the factors times the *roots* of the weights."""
+    if np.any(weights <= 0):
+        raise NotImplementedError("weights that are not above 0")
+    return _peft_weighted(weights**2, a, b, "linear")
 
 
 @oracle("peft.composition.lorahub")

@@ -95,6 +95,30 @@ def double_number_by_number(absmax: Any, /, *, block_size: int = 256) -> Any:
     return np.array(codes, np.uint8), np.array(scales), np.array([offset])
 
 
+@oracle("quant.double")
+def bitsandbytes_blockwise(absmax: Any, /, *, block_size: int = 256) -> Any:
+    """What ``quantize_4bit`` does with its absmax to compress them: mean off, then 8 bits in blocks."""
+    functional, torch = _bitsandbytes(), library("torch")
+    offset = np.array([math.fsum(absmax) / max(len(absmax), 1)])
+    centered = absmax - offset
+    blocks = [centered[i : i + block_size] for i in range(0, len(absmax), block_size)]
+    exact = np.array([np.abs(block).max() for block in blocks])
+    if not blocks or exact.min() < 1e-6 * offset[0]:
+        raise NotImplementedError("differences that are nothing but the rounding of the mean")
+    codes, state = functional.quantize_blockwise(
+        torch.from_numpy(centered.astype(np.float32)), blocksize=block_size
+    )
+    levels = state.code.double().numpy()
+    np.testing.assert_allclose(levels, _dynamic_map(), atol=6.1e-8)  # it is made in float32 throughout
+    scales = state.absmax.double().numpy()
+    scaled = centered / np.repeat(exact, block_size)[: len(absmax)]
+    near = np.abs(scaled[:, None] - (levels[1:] + levels[:-1]) / 2).min()
+    if near < 2.0**-16:  # the step of the table in which its CPU kernel looks codes up
+        raise NotImplementedError("a number too near to the middle of two levels")
+    np.testing.assert_allclose(scales, exact, rtol=1e-6)
+    return codes.numpy().reshape(-1), exact, offset
+
+
 @oracle("quant.qlora")
 def qlora_with_a_dense_weight(
     x: Any, a: Any, b: Any, weight: Any, /, *, lora_alpha: float, block_size: int, scale_block_size: int
@@ -177,9 +201,10 @@ def _damped(x: Any, size: int, damping: float) -> Any:
     h = np.zeros((size, size))
     for row in x:
         h += np.outer(row, row)
+    added = damping * np.trace(h) / max(size, 1)
     for k in range(size):
-        h[k, k] = h[k, k] or 1.0
-    return h + damping * np.trace(h) / max(size, 1) * np.eye(size)
+        h[k, k] = h[k, k] or 1.0  # any number: a feature without inputs neither gives nor takes errors
+    return h + added * np.eye(size)
 
 
 @oracle("quant.gptq")
@@ -258,4 +283,4 @@ def qmoe_by_all_sequences(weights: Any, /, *, bits: int, max_pairs: int) -> Any:
             codes.append(dictionary.index(longest))
             left = left[len(longest) :]
         starts.append(len(codes))
-    return np.array(codes, np.uint16), np.array(starts, np.int64)
+    return np.array(codes, np.uint16), np.array(starts, np.int32)

@@ -21,6 +21,7 @@ from refimpl.peft import (
     lora_linear,
     lora_linear_vjp,
     lora_merge,
+    lora_merge_vjp,
     lora_unmerge,
     prefix_attention,
     prefix_from_embedding,
@@ -253,3 +254,19 @@ def test_bad_input_is_refused() -> None:
         soft_prompt_labels(ones((1, 2)), length=1)  # type: ignore[arg-type]
     with pytest.raises(ShapeError):
         prefix_from_embedding(ones((1, 2)), ones((3, 1)), ones(1), ones((1, 1)), ones(1))
+
+
+def test_what_is_not_finite_or_does_not_fit_is_refused() -> None:
+    ones = np.ones
+    with pytest.raises(OptionError, match="query, keys: expected finite"):
+        retrieve(np.array([np.nan, 1.0]), ones((2, 2)), k=1)
+    with pytest.raises(ShapeError, match="dweight: axis N must equal"):
+        lora_merge_vjp(ones((2, 1)), ones((1, 2)), ones((2, 2)), ones((2, 3)))
+    labels = soft_prompt_labels(np.array([[7]], np.uint8), length=1)
+    assert labels.tolist() == [[-100, 7]]
+
+
+def test_a_low_temperature_prefers_the_best_module() -> None:
+    scores = np.array([0.5, 0.25])
+    cold = np.exp(scores / 0.125) / np.exp(scores / 0.125).sum()
+    np.testing.assert_allclose(retrieved_weights(scores, temperature=0.125), cold, rtol=1e-14)

@@ -10,11 +10,13 @@ import pytest
 from refimpl import registry
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.prune import (
+    compacted_heads,
     constrained,
     dynamic_batch_loading,
     dynamic_batch_loading_released,
     evaluation_mask,
     hard_concrete,
+    hard_concrete_vjp,
     magnitude,
     magnitude_global,
     masked_ffn,
@@ -199,6 +201,25 @@ def test_the_lagrangian_meets_its_target() -> None:
     assert list(evaluation_mask(log_alpha, closed=2) > 0) == [True, True, False, False]
 
 
+def test_a_clamped_mask_can_come_back() -> None:
+    """The released code clamps log alpha in place; autograd has a slope at the limit that it is left at."""
+    torch = pytest.importorskip("torch")
+    parameter = torch.tensor([5.0, -7.0, 1.0], dtype=torch.float64, requires_grad=True)
+    parameter.data.clamp_(min=np.log(1e-2), max=np.log(1e2))
+    edge = np.log(0.1 / 1.2) - np.log(1.1 / 1.2)
+    closed = torch.sigmoid(edge * (2 / 3) - parameter)
+    (1 - closed).sum().backward()
+    clamped = parameter.detach().numpy()
+    ours = open_probability_vjp(clamped, np.ones(3), convention="released").log_alpha
+    assert np.all(ours > 0)
+    np.testing.assert_allclose(ours, parameter.grad.numpy(), rtol=1e-12)
+    beyond = open_probability_vjp(np.array([5.0]), np.ones(1), convention="released").log_alpha
+    assert beyond == 0
+    u = np.array([0.004, 0.996])
+    z = hard_concrete_vjp(clamped[:2], u, np.ones(2), convention="released").log_alpha
+    assert np.all(z > 0)
+
+
 def test_global_pruning_looks_across_layers() -> None:
     rng = np.random.default_rng(0)
     layers = [rng.standard_normal((4, 5)), 10 * rng.standard_normal((3, 2))]
@@ -247,3 +268,37 @@ def test_bad_input_is_refused() -> None:
         evaluation_mask(ones(1), closed=2)
     with pytest.raises(OptionError, match="weights: expected shares"):
         dynamic_batch_loading(np.zeros(2), ones(2), ones(2))
+    with pytest.raises(OptionError, match="weights: expected finite"):
+        constrained(np.array([np.inf, 1.0]), np.array([0.0, 1.0]), keep=1)
+    with pytest.raises(OptionError, match="log_alpha: expected finite"):
+        hard_concrete(np.array([np.nan]), np.array([0.5]))
+    with pytest.raises(ShapeError, match="dz: axis n must equal"):
+        hard_concrete_vjp(ones(1), np.array([0.5]), ones(2))
+    with pytest.raises(ShapeError, match="dpenalty: axis n must equal"):
+        target_structure_vjp(ones(1), ones(1), ones(1), ones(2), target=ones(1))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_no_size_of_weights_overflows_a_choice(size: float) -> None:
+    kept = constrained(size * np.array([1.0, 3.0, 2.0]), np.ones(3), keep=1)
+    assert kept.tolist() == [False, True, False]
+
+
+def test_what_a_removed_feature_holds_may_be_nan() -> None:
+    x, keep = np.array([[3.0, np.nan]]), np.array([True, False])
+    assert masked_width(x, np.ones(2), np.eye(2), keep)[0, 0] == pytest.approx(1.0)
+    weight = np.eye(2)
+    full = compacted_heads(np.ones((1, 1, 2)), weight, weight, weight, weight, [True, False])  # type: ignore[arg-type]
+    assert full.tolist() == [[[1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("closed", [0, 2, 5])
+def test_the_evaluation_mask_of_the_released_code(closed: int) -> None:
+    """Its steps in PyTorch: a clamped parameter, a sigmoid, the smallest set to 0."""
+    torch = pytest.importorskip("torch")
+    log_alpha = np.array([6.0, -1.0, 0.3, -7.0, 2.0])
+    parameter = torch.from_numpy(log_alpha.copy()).clamp_(np.log(1e-2), np.log(1e2))
+    mask = torch.sigmoid(parameter / (2 / 3) * 0.8)
+    if closed:
+        mask[torch.topk(mask, k=closed, largest=False).indices] = 0.0
+    np.testing.assert_allclose(evaluation_mask(log_alpha, closed=closed), mask.numpy(), rtol=1e-14)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from refimpl import registry
-from refimpl.quant.codebook import codebook, linear_centroids, optimal_codebook
+from refimpl.errors import DTypeError, OptionError
+from refimpl.quant.codebook import codebook, codebook_dequantize, codebook_dequantize_vjp, linear_centroids
 from refimpl.quant.double_quantization import double, dynamic_map
 from refimpl.quant.nf4 import (
     LEVELS,
@@ -20,6 +21,7 @@ from refimpl.quant.nf4 import (
     pack_nibbles,
     unpack_nibbles,
 )
+from refimpl.quant.optimal_codebook import optimal_codebook
 from refimpl.quant.qlora import qlora_linear
 from tests.survivors import Mutants
 
@@ -170,8 +172,20 @@ def test_the_published_levels() -> None:
     recipe = normal_float_levels()
     assert recipe.shape == (16,)
     assert np.abs(recipe - LEVELS).max() < 1.2e-7  # section 9 of the published numbers
-    literal = normal_float_levels(1 - 1 / 32)
-    assert np.abs(literal - LEVELS).max() > 1e-3
+    other = normal_float_levels(1 - 1 / 32)
+    assert np.abs(other - LEVELS).max() > 1e-3
+
+
+def test_equation_4_to_the_letter_is_another_data_type() -> None:
+    """Means of neighbouring quantiles i / 17 and (i + 1) / 17: 15 symmetric levels, not the 16 released."""
+    from scipy.stats import norm
+
+    quantiles = norm.ppf(np.arange(18) / 17)
+    levels = (quantiles[:-1] + quantiles[1:]) / 2
+    finite = levels[np.isfinite(levels)]
+    assert finite.size == 15
+    np.testing.assert_allclose(finite, -finite[::-1], atol=1e-15)
+    assert np.abs(finite / finite.max() - LEVELS[:-1]).max() > 0.05
 
 
 def test_normal_weights_lose_less_than_on_a_uniform_grid() -> None:
@@ -182,3 +196,63 @@ def test_normal_weights_lose_less_than_on_a_uniform_grid() -> None:
     uniform = np.mean((np.rint(x * (7 / absmax)) * (absmax / 7) - x) ** 2)
     assert abs(error / 0.00845 - 1) < 0.02
     assert abs(uniform / 0.01158 - 1) < 0.02
+
+
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_no_size_of_numbers_overflows_a_codebook(size: float) -> None:
+    x = size * np.array([3.0, 1.0, -1.0, 2.9, -1.1, 1.1])
+    np.testing.assert_allclose(
+        optimal_codebook(x, k=3)[:, 0], size * np.array([-1.05, 1.05, 2.95]), rtol=1e-14
+    )
+    codes, centroids = codebook(x[:, None], linear_centroids(x, k=3))
+    assert codes.tolist() == [2, 1, 0, 2, 0, 1]
+    np.testing.assert_allclose(centroids[:, 0], size * np.array([-1.05, 1.05, 2.95]), rtol=1e-14)
+    widest = linear_centroids(np.array([-1.7e308, 1.7e308]), k=3)
+    assert widest[:, 0].tolist() == [-1.7e308, 0.0, 1.7e308]
+
+
+def test_codes_and_scales_that_fit_nothing_are_refused() -> None:
+    with pytest.raises(DTypeError, match="codes: expected integers"):
+        codebook_dequantize(np.array([0.5]), np.ones((2, 1)))
+    with pytest.raises(OptionError, match="x: expected finite"):
+        linear_centroids(np.array([np.inf]), k=2)
+    with pytest.raises(OptionError, match="sum of the scales overflows"):
+        double(np.full(3, 1e308))
+    with pytest.raises(DTypeError, match="offset: expected a number"):
+        normal_float_levels("a")  # type: ignore[arg-type]
+
+
+def test_gradients_of_centroids_by_autograd() -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    codes, centroids, dy = (
+        rng.integers(0, 3, (4, 5)),
+        rng.standard_normal((3, 2)),
+        rng.standard_normal((4, 5, 2)),
+    )
+    table = torch.from_numpy(centroids).requires_grad_()
+    restored = table[torch.from_numpy(codes)]
+    np.testing.assert_array_equal(codebook_dequantize(codes, centroids), restored.detach().numpy())
+    restored.backward(torch.from_numpy(dy))
+    np.testing.assert_allclose(codebook_dequantize_vjp(codes, centroids, dy), table.grad.numpy(), atol=1e-14)
+
+
+def test_a_picture_in_sixteen_colors() -> None:
+    """A drawn picture of many colours: 4 bits a pixel, and closer than 16 colours on a grid."""
+    y, x = np.mgrid[0:32, 0:32] / 31.0
+    disc = (x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1
+    picture = np.stack([x, np.where(disc, 0.9, y), np.where(disc, 0.2, 1 - x)], axis=2)
+    pixels = picture.reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 256
+    grid = np.array([[r, g, b] for r in (0.1, 0.4, 0.6, 0.9) for g in (0.25, 0.75) for b in (0.25, 0.75)])
+    start = codebook(pixels, grid, iterations=0)
+    best = codebook(pixels, grid)
+    before, after = (np.mean((codebook_dequantize(*found) - pixels) ** 2) for found in (start, best))
+    assert after < 0.6 * before
+    assert best.codes.max() < 16
+    packed = np.packbits(best.codes[:, None] >> np.arange(4) & 1)
+    assert 8 * packed.nbytes == 4 * len(pixels)
+
+
+def test_spare_centroids_repeat_the_last() -> None:
+    assert optimal_codebook(np.array([3.0, 1.0, 3.0]), k=4)[:, 0].tolist() == [1.0, 3.0, 3.0, 3.0]

@@ -11,9 +11,10 @@ import pytest
 from scipy.linalg import cholesky
 
 from refimpl import registry
-from refimpl.errors import OptionError, ShapeError
+from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.quant.gptq import GPTQ, gptq, hessian
-from refimpl.quant.qmoe import QMoE, Ternary, qmoe, qmoe_decode, ternary
+from refimpl.quant.qmoe import QMoE, qmoe, qmoe_decode
+from refimpl.quant.ternary import Ternary, ternary
 from refimpl.testing import check
 from tests.survivors import Mutants
 
@@ -136,7 +137,7 @@ def test_single_pairs_cost_more() -> None:
 def test_bad_input_is_refused() -> None:
     with pytest.raises(OptionError, match="expected -1, 0 and 1"):
         qmoe(np.array([[2]]))
-    with pytest.raises(ShapeError, match="codewords: expected less than 16"):
+    with pytest.raises(ShapeError, match="codewords: expected 0 to 15"):
         qmoe_decode(np.array([16], np.uint16), np.array([0, 1]), n=2, bits=4)
     with pytest.raises(ShapeError, match="row 0: expected 4 weights"):
         qmoe_decode(np.array([0], np.uint16), np.array([0, 1]), n=4, bits=4)
@@ -146,3 +147,33 @@ def test_bad_input_is_refused() -> None:
         gptq(np.ones((2, 2)), np.ones((1, 2)), damping=0)
     with pytest.raises(OptionError, match="weight: expected finite"):
         gptq(np.full((2, 2), np.nan), np.ones((1, 2)))
+
+
+def test_dead_features_change_nothing_for_the_others() -> None:
+    """However large the inputs are: a feature that no input uses only lowers the mean that damping takes."""
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((6, 4)), rng.standard_normal((9, 6))
+    x[:, 1::3] = 0.0
+    live = np.any(x, axis=0)
+    alone = gptq(weight[live], x[:, live], damping=0.05 * live.mean()).codes
+    scale = gptq(weight, x, damping=0.05).scale
+    for size in (1e-6, 1.0, 1e6):
+        codes, step = gptq(weight, size * x, damping=0.05)
+        np.testing.assert_array_equal(step, scale)
+        same = np.abs(weight[live]).max(axis=0) == np.abs(weight).max(axis=0)
+        np.testing.assert_array_equal(codes[live][:, same], alone[:, same])
+        assert same.any()
+
+
+def test_streams_of_codewords_are_checked() -> None:
+    codewords, starts = qmoe(np.array([[0, 0, 1, 0]]))
+    for bad in (np.array([0, 9]), np.array([1, len(codewords)]), np.empty(0, np.int32)):
+        with pytest.raises(ShapeError, match="row_starts: expected to rise"):
+            qmoe_decode(codewords, bad, n=4)
+    with pytest.raises(ShapeError, match="codewords: expected 0 to 65535"):
+        qmoe_decode(np.array([-1]), np.array([0, 1]), n=2)
+    with pytest.raises(DTypeError, match="codewords: expected integers"):
+        qmoe_decode(np.array([0.5]), np.array([0, 1]), n=2)
+    with pytest.raises(OptionError, match="x: the products of its features overflow"):
+        gptq(np.ones((2, 1)), np.full((3, 2), 1e200))
+    assert codewords.nbytes + starts.nbytes == 2 * len(codewords) + 4 * 2
