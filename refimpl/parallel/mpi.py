@@ -266,6 +266,7 @@ def abort(message: str) -> None:
     time.sleep(0.5 * world().rank)  # so that the first to get here prints the one message
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
+    time.sleep(0.3)  # the launcher must forward the message before it kills the processes
     world().Abort(1)
     os._exit(1)  # MPI may take a moment to end this process; nothing more is to be printed
 
