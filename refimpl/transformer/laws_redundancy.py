@@ -85,6 +85,18 @@ def equal_parts_make_a_straight_line(f: Curve, case: Case, close: Close) -> None
 
 
 @law(NAME)
+def directions_explain_the_squares_of_their_lengths(f: Curve, case: Case, close: Close) -> None:
+    """Without centering, columns at right angles of lengths n to 1 explain n^2 to 1 parts of the whole."""
+    n = case.args[0].shape[1]
+    if not n or case.args[0].dtype != np.float64:
+        return
+    lengths = np.arange(n, 0.0, -1.0)
+    stretched = Case((_turn(n) * lengths,), {"method": "svd"})
+    parts = np.concatenate([[0.0], np.cumsum(lengths**2)])
+    close.on(stretched)(_curve(stretched, f), parts / parts[-1], "columns at right angles")
+
+
+@law(NAME)
 def one_direction_needs_one_component(f: Curve, case: Case, close: Close) -> None:
     """A matrix of rank one is explained by its first component."""
     m, n = case.args[0].shape
