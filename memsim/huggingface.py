@@ -183,7 +183,8 @@ def _opt(settings: Settings, width: int) -> list[Stack]:
         first.append(Part("linear", "projection in", {"inputs": inner}))
         last.append(Part("linear", "projection out", {"outputs": inner}))
     mixed = Part("attention", "attention", {"heads": settings.whole("num_attention_heads")}, biased)
-    network = ffn(settings.whole("ffn_dim"), gated=False, bias=bias)
+    relu = settings.get("activation_function") in (None, "relu")
+    network = ffn(settings.whole("ffn_dim"), gated=False, bias=bias, relu=relu)
     norms = norm("attention norm"), norm("ffn norm")
     block = (norms[0], mixed, norms[1], network) if before else (mixed, norms[0], network, norms[1])
     final = (
