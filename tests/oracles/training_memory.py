@@ -15,7 +15,7 @@ from tests.oracles import library
 def bytes_of_each_state(*, parameters: int, ranks: int, stage: int, convention: str, offload: str) -> Any:
     """Bytes of each state of a parameter, over the ranks that divide it, unless the host has it."""
     scale = 1 + Fraction(4, 2048)
-    weights, gradients, states = {
+    sizes: dict[str, tuple[int, int, list[Any]]] = {
         "zero": (2, 2, [4, 4, 4]),
         "deepspeed": (2, 4, [4, 4, 4]),
         "megatron": (2, 4, [4, 4, 4]),
@@ -23,7 +23,8 @@ def bytes_of_each_state(*, parameters: int, ranks: int, stage: int, convention: 
         "bf16": (2, 2, [2, 2]),
         "adam8bit": (2, 2, [4, scale, scale]),
         "sgd": (2, 2, [4, 4]),
-    }[convention]
+    }
+    weights, gradients, states = sizes[convention]
     held = Fraction(0)
     if offload != "all":
         held += Fraction(weights * parameters, ranks if stage == 3 else 1)
@@ -82,7 +83,7 @@ def saved_by_autograd(
     def kernel(forward: Any) -> Any:
         """Return an operator whose `forward` gives what it returns, and the tensors that it keeps."""
 
-        class Kernel(torch.autograd.Function):
+        class Kernel(torch.autograd.Function):  # type: ignore[misc, name-defined]
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
                 out, kept = forward(*inputs)
