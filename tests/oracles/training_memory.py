@@ -30,7 +30,7 @@ def bytes_of_each_state(*, parameters: int, ranks: int, stage: int, convention: 
         held += Fraction(weights * parameters, ranks if stage == 3 else 1)
     if offload == "none":
         held += Fraction(gradients * parameters, ranks if stage >= 2 else 1)
-        held += sum(Fraction(size) for size in states) * parameters / (ranks if stage >= 1 else 1)
+        held += sum(map(Fraction, states), Fraction(0)) * Fraction(parameters, ranks if stage else 1)
     return np.asarray(held, object)
 
 
