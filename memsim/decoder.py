@@ -1,6 +1,6 @@
 """The letters of a decoder: what the formulas of a training or inference step need to know of a model.
 
-Totals over all layers, so that a model whose layers differ (dense first, experts later) needs no special case.
+Totals over all layers, so that a model whose layers differ, dense ones and then experts, is no special case.
 
 >>> letters = decoder_letters("gpt3-175b")
 >>> letters["L"], letters["h"], letters["W_q"] + letters["W_o"] + letters["W_f"] == 12 * 96 * 12288**2

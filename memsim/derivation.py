@@ -1,9 +1,9 @@
 """Chains of formulas: each names a quantity that later ones use, and one text serves one case or a million.
 
-A model of many quantities, such as the time of a training step, is a sequence of definitions in the order in
-which they can be computed.  `derive` computes them exactly for one case and keeps the formula with the numbers
-in it; `derive_arrays` computes the same formulas in float64 for arrays of cases.  What explains a number and
-what searches a million of them thus cannot differ but by rounding.
+A model of many quantities, such as the time of a training step, is a sequence of definitions in the order
+in which they can be computed.  `derive` computes them exactly for one case and keeps the formula with the
+numbers in it; `derive_arrays` computes the same formulas in float64 for arrays of cases.  What explains a
+number and what searches a million of them thus cannot differ but by rounding.
 
 >>> chain = (
 ...     Definition("m", "B/(d*b)", "1", "micro-batches of a step", "arXiv:2104.04473, section 2.2"),

@@ -1,8 +1,8 @@
 """All ways to divide a step of training, as grids: every axis a list, every formula computed on all of it.
 
-The layouts of ranks with as many pipeline stages are one axis of a grid, what else there is to choose the others.
-A quantity that an axis does not enter is computed once for all of it, because arrays of one element along an
-axis broadcast.
+The layouts of ranks with equally many pipeline stages are one axis of a grid, what else there is to choose
+the others.  A quantity that an axis does not enter is computed once for all of it, because arrays of one
+element along an axis broadcast.
 
 >>> grids = space(Setting("gpt2", "a100-80gb", accelerators=8, batch=8, sequence=1024))
 >>> [(grid.layouts[0].pipeline, len(grid.layouts), grid.shape[1:]) for grid in grids]
@@ -16,23 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from memsim.derivation import derive_arrays, needed
+from memsim.division import CONSTRAINTS, RECOMPUTE, Division, Recompute
 from memsim.formula import Array, evaluate_array
 from memsim.step_memory import MEMORY
 from memsim.step_time import TIME
-from memsim.training_step import (
-    CONSTRAINTS,
-    RECOMPUTE,
-    Division,
-    Precision,
-    Recompute,
-    Setting,
-    precision_letters,
-)
+from memsim.training_setting import Precision, Setting, precision_letters
 from memsim.units import Number
 
 __all__ = ["Costs", "Grid", "Layout", "divisors", "layouts", "space"]
@@ -166,16 +159,10 @@ class Grid:
         def along(axis: int, values: Sequence[float]) -> Array:
             return np.array(values, np.float64).reshape([-1 if at == axis else 1 for at in range(rank)])
 
-        ranks = np.array(self.layouts[start:stop], np.float64)
-        found: dict[str, float | Array] = {
-            letter: along(0, cast("Sequence[float]", ranks[:, column]))
-            for column, letter in enumerate("tpdce")
-        }
-        found |= {
-            "b": along(1, self.micro_batches),
-            "v": along(2, self.interleaves),
-            "z": along(3, self.zeros),
-        }
+        ranks = zip("tpdce", zip(*self.layouts[start:stop], strict=True), strict=True)
+        found: dict[str, float | Array] = {letter: along(0, values) for letter, values in ranks}
+        found |= {"b": along(1, self.micro_batches), "v": along(2, self.interleaves)}
+        found |= {"z": along(3, self.zeros)}
         found |= {"r": along(4, [RECOMPUTE.index(name) for name in self.recomputes])}
         found |= {"q": along(5, self.sequence_parallel), "o": along(6, self.offloads)}
         rates = [precision_letters(self.setting, name) for name in self.precisions]

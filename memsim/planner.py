@@ -1,7 +1,7 @@
 """The fastest way to divide a step of training that fits, and all that nothing else beats in time and memory.
 
-Every division of the space is computed, by the formulas that explain the best one: see `memsim.plan_space` and
-`memsim.training_step`.
+Every division of the space is computed, by the formulas that explain the best one: see `memsim.plan_space`
+and `memsim.training_step`.
 
 >>> setting = Setting("gpt3-175b", "a100-80gb", accelerators=64, batch=64, sequence=2048, **AS_IN_2022)
 >>> found = plan(setting)
@@ -16,16 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from memsim.division import Division
+from memsim.formula import Array
 from memsim.hardware import hardware
 from memsim.plan_space import Grid, space
-from memsim.training_step import (
+from memsim.training_setting import (
     AS_IN_2022,  # noqa: F401 (the doctest)
-    Division,
     Setting,
-    TrainingStep,
-    training_step,
 )
+from memsim.training_step import TrainingStep, training_step
 from refimpl.errors import OptionError
 
 __all__ = ["Found", "Plan", "Planned", "Slice", "merge", "pareto", "plan", "search", "slices"]
@@ -39,13 +40,13 @@ class Found(NamedTuple):
 
     runnable: int
     fitting: int
-    index: np.ndarray[tuple[int], np.dtype[np.int64]]
-    time: np.ndarray[tuple[int], np.dtype[np.float64]]
-    memory: np.ndarray[tuple[int], np.dtype[np.float64]]
+    places: npt.NDArray[np.int64]
+    time: Array
+    memory: Array
 
 
 class Slice(NamedTuple):
-    """Layouts from `start` to `stop` of a grid whose divisions are numbered from `first` on; bytes that fit."""
+    """Layouts `start` to `stop` of a grid whose divisions are numbered from `first` on; bytes that fit."""
 
     grid: Grid
     first: int
@@ -87,7 +88,7 @@ class Plan(NamedTuple):
         return self.front[0]
 
 
-def pareto(time: np.ndarray[tuple[int], np.dtype[np.float64]], memory: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def pareto(time: Array, memory: Array) -> npt.NDArray[np.int64]:
     """Return the places of the pairs that no other is at least as good as in both, by ascending time.
 
     Of equal pairs the first stays.
@@ -97,7 +98,7 @@ def pareto(time: np.ndarray[tuple[int], np.dtype[np.float64]], memory: np.ndarra
     >>> pareto(np.array([3.0, 1.0, 2.0, 1.0]), np.array([1.0, 5.0, 5.0, 4.0]))
     array([3, 0])
     """
-    order = np.lexsort((memory, time))
+    order: npt.NDArray[np.int64] = np.lexsort((memory, time))
     held = memory[order]
     lowest = np.minimum.accumulate(held)
     better = np.ones(len(order), np.bool_)
@@ -118,10 +119,10 @@ def search(part: Slice) -> Found:
 
 def merge(parts: Iterable[Found]) -> Found:
     """Return the whole of several parts; their order changes nothing but which of equal ones stays."""
-    runnable, fitting, index, time, memory = zip(*parts, strict=True)
-    places, times, sizes = (np.concatenate(arrays) for arrays in (index, time, memory))
-    first = pareto(times, sizes)
-    return Found(sum(runnable), sum(fitting), places[first], times[first], sizes[first])
+    runnable, fitting, places, time, memory = zip(*parts, strict=True)
+    where, times, sizes = (np.concatenate(arrays) for arrays in (places, time, memory))
+    best = pareto(times, sizes)
+    return Found(sum(runnable), sum(fitting), where[best], times[best], sizes[best])
 
 
 def slices(grids: Sequence[Grid], capacity: float, cells: int = CELLS) -> list[Slice]:
@@ -198,7 +199,7 @@ def plan(
         )
     front = tuple(
         Planned(_division(chosen, int(index)), float(time), float(memory))
-        for index, time, memory in zip(found.index, found.time, found.memory, strict=True)
+        for index, time, memory in zip(found.places, found.time, found.memory, strict=True)
     )
     step = training_step(setting, front[0].division)
     return Plan(sum(grid.size for grid in chosen), found.runnable, found.fitting, front, step)

@@ -1,8 +1,8 @@
 """Operators of a layer as a chain of formulas: operations, bytes, and the longer of the times they take.
 
-An operator's time is ``max(FLOP / (R η_c), bytes / (M η_m))``: the peak rate and the memory bandwidth, each times
-an efficiency, 1 unless somebody measured it.  Quantities are those of a stage of a pipeline, L/p layers, and one
-micro-batch of x tokens; backward products have two products of the same shapes each.
+An operator's time is ``max(FLOP / (R η_c), bytes / (M η_m))``: the peak rate and the memory bandwidth, each
+times an efficiency, 1 unless somebody measured it.  Quantities are those of L/p layers, a stage of a
+pipeline, and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
 """
 
 from __future__ import annotations

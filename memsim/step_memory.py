@@ -1,7 +1,7 @@
 """The memory of a rank in a step of training, as a chain of formulas: states, activations, the fuller stage.
 
-Letters of the model: `memsim.decoder.LETTERS`; of the run: `memsim.training_step.LETTERS`.  The first stage of
-a pipeline holds the embedding and keeps most micro-batches; the last one holds the head and its logits.
+Letters: `memsim.decoder.LETTERS`, `memsim.training_setting.LETTERS`, `memsim.division.LETTERS`.  The first
+stage of a pipeline holds the embedding and keeps most micro-batches; the last holds the head and its logits.
 """
 
 from __future__ import annotations

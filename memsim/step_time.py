@@ -1,7 +1,8 @@
-"""The time of a step of training, as a chain of formulas: computation, what ranks send, the pipeline's bubble.
+"""The time of a step of training, as a chain of formulas: computation, what ranks send, the bubble.
 
-A ring sends what each rank needs from its neighbour, so its time is that of its slowest link: within a node the
-accelerators' own, and between nodes the network, of which a group with few members in a node has a larger share.
+A ring sends what each rank needs from its neighbour, so its time is that of its slowest link: within a node
+the accelerators' own, and between nodes the network, of which a group with few members in a node has a larger
+share.
 Groups are nested as in Megatron-LM: tensor, context, data (experts within it), pipeline.
 """
 
@@ -84,14 +85,16 @@ TIME = (
     Definition("P_most", "max(P_first, P_last)", "parameters", "parameters of the larger end stage", _DP),
     Definition(
         "reduce_d",
-        "(c*d - 1)*(y_g*P_most/(c*d*β_d) + α) + (c*d/e - 1)*(y_g*P_expert*e/(c*d*β_x) + (α if P_x > 0 else 0))",
+        "(c*d - 1)*(y_g*P_most/(c*d*β_d) + α)"
+        " + (c*d/e - 1)*(y_g*P_expert*e/(c*d*β_x) + (α if P_x > 0 else 0))",
         "s",
         "reduce-scatter of gradients",
         _DP,
     ),
     Definition(
         "gather_d",
-        "(c*d - 1)*(y_w*P_most/(c*d*β_d) + α) + (c*d/e - 1)*(y_w*P_expert*e/(c*d*β_x) + (α if P_x > 0 else 0))",
+        "(c*d - 1)*(y_w*P_most/(c*d*β_d) + α)"
+        " + (c*d/e - 1)*(y_w*P_expert*e/(c*d*β_x) + (α if P_x > 0 else 0))",
         "s",
         "all-gather of weights",
         _DP,
