@@ -23,6 +23,8 @@ from refimpl.numerics import Array
 from refimpl.parallel import array_collectives
 from refimpl.parallel.comm import TIMEOUT, Comm, DeadlockError, Sent, Traffic, say_waits
 from refimpl.parallel.data import data_parallel as _data_parallel
+from refimpl.parallel.tensor import tensor_parallel as _tensor_parallel
+from refimpl.parallel.tensor import tensor_parallel_vjp as _tensor_parallel_vjp
 from refimpl.parallel.zero import zero as _zero
 from refimpl.registry import add_implementation
 
@@ -284,10 +286,10 @@ _TECHNIQUES: dict[str, Callable[..., Any]] = {
     "parallel.collectives.broadcast": array_collectives.broadcast,
     "parallel.collectives.reduce": array_collectives.reduce,
     "parallel.data": _data_parallel,
+    "parallel.tensor": _tensor_parallel,
+    "parallel.tensor.backward": _tensor_parallel_vjp,
     "parallel.zero": _zero,
 }
-all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, reduce, data_parallel, zero = (
-    partial(function, launch=run_ranks) for function in _TECHNIQUES.values()
-)
 for _name, _function in _TECHNIQUES.items():
+    globals()[_function.__name__] = partial(_function, launch=run_ranks)
     add_implementation(_name, f"refimpl.parallel.mpi:{_function.__name__}", backend="mpi")
