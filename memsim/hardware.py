@@ -50,8 +50,8 @@ class Hardware:
     node_size : Specification
         Accelerators of a typical node.
     peaks, sparse_peaks : mapping of str to Specification
-        Peak rates by number format, ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp16"``, ..., dense and
-        with the maker's structured sparsity; matrix units where they take the format, with fp32
+        Peak rates by number format, ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp16"``, ...: dense,
+        and with the maker's structured sparsity; of matrix units where they take the format, with fp32
         accumulation.
     """
 
