@@ -31,6 +31,7 @@ COMMANDS = (
     "moe",
     "comm",
     "parallel",
+    "plan",
     "speculate",
     "redundancy",
     "env",

@@ -108,7 +108,7 @@ def space(
     groups: dict[int, list[Layout]] = {}
     for layout in layouts(letters):
         groups.setdefault(layout.pipeline, []).append(layout)
-    return [
+    grids = [
         Grid(
             setting,
             tuple(found),
@@ -122,6 +122,7 @@ def space(
         )
         for stages, found in sorted(groups.items())
     ]
+    return [grid for grid in grids if grid.size]  # only ZeRO 3 chosen leaves no pipeline
 
 
 @dataclass(frozen=True, slots=True)

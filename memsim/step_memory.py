@@ -13,12 +13,18 @@ __all__ = ["MEMORY"]
 _ZERO = "Rajbhandari et al. 2020, arXiv:1910.02054, section 5"
 _ACT = "Korthikanti et al. 2022, arXiv:2205.05198, section 4"
 _PIPE = "Narayanan et al. 2021, arXiv:2104.04473, section 2.2"
-_EP = "Megatron-LM: experts are divided by expert and tensor parallelism, the rest by tensor parallelism"
+_EP = "Lepikhin et al. 2020, arXiv:2006.16668, section 3"
 
 
 MEMORY = (
     Definition("m", "B/(d*b)", "1", "micro-batches of a rank and step", _PIPE),
-    Definition("x", "b*s/c", "tokens", "tokens of a micro-batch on a rank", "arXiv:2310.01889, section 3"),
+    Definition(
+        "x",
+        "b*s/c",
+        "tokens",
+        "tokens of a micro-batch on a rank",
+        "Liu et al. 2023, arXiv:2310.01889, section 3",
+    ),
     Definition("u", "t if q > 0 else 1", "1", "ranks that divide what tensor parallelism leaves whole", _ACT),
     # Parameters
     Definition("P_dense", "((P_a + P_f)/t + P_r)/p", "parameters", "layers of a stage, but experts", _EP),
@@ -48,7 +54,7 @@ MEMORY = (
         "2y_w*(P_dense + P_expert)*p/L if z > 2 else 0",
         "B",
         "whole weights of the layer at work and of the one fetched ahead",
-        "arXiv:1910.02054, section 7.2.2",
+        "Rajbhandari et al. 2020, arXiv:1910.02054, section 7.2.2",
     ),
     Definition("host", "o*y_o*(P_first/n_o + P_expert/x_o)", "B", "optimizer states on the host", _ZERO),
     # Activations of one layer and micro-batch, elements of y bytes, masks of 1; δ is 1 with dropout.
@@ -61,7 +67,7 @@ MEMORY = (
         "0 if r > 0 else (4H*x/t if φ > 0 else (y + (y + 1)*δ)*H*b*s*s/(c*t))",
         "B",
         "softmax and its dropout, or the log-sum-exp of FlashAttention",
-        f"{_ACT}; arXiv:2205.14135, section 3.1",
+        f"{_ACT}; Dao et al. 2022, arXiv:2205.14135, section 3.1",
     ),
     Definition(
         "a_f", "y*x*j*(F + F_x)/(L*t)", "B", "inside the feed-forward networks, mean over layers", _ACT
@@ -76,17 +82,17 @@ MEMORY = (
         "min(m*L/p, L*(1 + (p - 1)/(p*v)) if v > 1 else L)",
         "1",
         "layers whose activations the first stage keeps, times micro-batches",
-        f"{_ACT}, section 4.2.3",
+        f"{_ACT}.2.3",
     ),
     Definition(
         "l_last",
         "min(m*L/p, L*((v - 1)*p + 1)/(p*v))",
         "1",
         "the same for the last stage",
-        f"{_PIPE}: its warm-up has (v - 1)p chunks",
+        f"{_PIPE}.2",
     ),
     Definition("a_again", "a_layer if r > 1 else 0", "B", "the layer that is being recomputed", _ACT),
-    Definition("a_in", "δ*x*h*min(m, p)/u", "B", "dropout mask of the embedding", f"{_ACT}, section 4.3"),
+    Definition("a_in", "δ*x*h*min(m, p)/u", "B", "dropout mask of the embedding", f"{_ACT}.3"),
     Definition("a_out", "2y*x*h/u + 4x*V/t", "B", "final norm, input of the head, fp32 logits", f"{_ACT}.3"),
     Definition(
         "activations_first",

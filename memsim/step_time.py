@@ -65,7 +65,7 @@ TIME = (
         "2v*(y*x*h/(t*β_p) + α) if p > 1 else 0",
         "s",
         "sends to the next stages",
-        "arXiv:2104.04473, section 4.1, scatter and gather",
+        "Narayanan et al. 2021, arXiv:2104.04473, section 4.1",
     ),
     Definition(
         "slot",
