@@ -32,6 +32,7 @@ COMMANDS = (
     "comm",
     "parallel",
     "plan",
+    "timeline",
     "speculate",
     "redundancy",
     "env",

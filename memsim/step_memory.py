@@ -77,6 +77,7 @@ MEMORY = (
     Definition(
         "a_kept", "y*x*h/u if r > 1 else a_layer", "B", "what is kept of them until the backward pass", _ACT
     ),
+    Definition("l_chunk", "L/(p*v)", "1", "layers of a chunk of a stage", _PIPE),
     Definition(
         "l_first",
         "min(m*L/p, L*(1 + (p - 1)/(p*v)) if v > 1 else L)",
