@@ -22,9 +22,9 @@ import numpy as np
 
 from memsim.derivation import derive_arrays, needed
 from memsim.division import CONSTRAINTS, RECOMPUTE, Division, Recompute
+from memsim.division_memory import MEMORY
+from memsim.division_time import TIME
 from memsim.formula import Array, evaluate_array
-from memsim.step_memory import MEMORY
-from memsim.step_time import TIME
 from memsim.training_setting import Precision, Setting, precision_letters
 from memsim.units import Number
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from memsim.derivation import derive
 from memsim.division import Division, reason_against
+from memsim.division_memory import MEMORY
+from memsim.division_time import TIME
 from memsim.estimate import Estimate, Term, estimate
-from memsim.step_memory import MEMORY
-from memsim.step_time import TIME
 from memsim.training_setting import (
     AS_IN_2022,  # noqa: F401 (the doctest)
     Setting,

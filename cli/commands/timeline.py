@@ -108,7 +108,9 @@ def _draw(axes: Any, events: Sequence[Event]) -> None:
         )
     for (lane, stream, back), spans in bars.items():
         color = "tab:cyan" if back else _COLORS.get(stream, "tab:green")
-        axes.broken_barh(spans, (lane - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.2)
+        axes.broken_barh(
+            spans, (lane - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.2 * (len(spans) < 100)
+        )
     axes.set(
         xlabel="time / s",
         yticks=range(len(lanes)),
