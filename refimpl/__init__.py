@@ -21,6 +21,7 @@ __all__ = [
     "peft",
     "prune",
     "quant",
+    "ssm",
     "tokenization",
     "transformer",
 ]

@@ -1,4 +1,4 @@
-"""``frugal bench``: how fast our kernels are on this GPU, beside others, once they have proved right."""
+"""``frugal bench``: how fast our kernels are on this GPU, beside others, and how references grow with N."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from cli.backward_problem import attention_backward_problem
 from cli.commands.env import why_not
+from cli.growth_methods import NAMES
 from cli.output import output_options, progress
-from cli.parameters import COUNTS, DTYPES, HARDWARE
+from cli.parameters import COUNTS, DTYPES, HARDWARE, ListOf
 from cli.problems import Problem, attention_problem, int8_problems
 from cli.result import Column, Result, cell_text
 
@@ -34,6 +36,13 @@ DIRECTIONS = {
     "bwd": (attention_backward_problem,),
     "both": (attention_problem, attention_backward_problem),
 }
+GROWTH = "growth"
+# What belongs to kernels, and what to growth; an option of the other kind is refused.
+OWN = {
+    "kernels": ("backend", "shapes", "dtypes", "causal", "direction", "rivals", "hardware"),
+    GROWTH: ("methods", "sizes"),
+}
+ROUNDS, GROWTH_ROUNDS = 9, 3
 SIMULATED = "Seconds are the simulator's, on the host: no measure of speed."
 
 
@@ -82,10 +91,12 @@ Examples:
   frugal bench attention --rivals
   frugal bench attention --shape 4,16,4096,128 --dtype fp16,bf16 --causal --rivals --plot attention.svg
   frugal bench int8 --shape 4096,4096,4096 --rivals --json
-  frugal bench attention --backend cudasim""",
-    short_help="Kernels timed on this GPU.",
+  frugal bench attention --backend cudasim
+  frugal bench growth --plot growth.svg
+  frugal bench growth --method full,mamba --n 1024,2048,4096,8192""",
+    short_help="Kernels timed on this GPU; growth with N.",
 )
-@click.argument("what", type=click.Choice(tuple(AXES)))
+@click.argument("what", type=click.Choice((*AXES, GROWTH)))
 @click.option(
     "--backend",
     type=click.Choice(("cuda", "cudasim")),
@@ -109,10 +120,26 @@ Examples:
     help="Which pass of attention.  [default: fwd]",
 )
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Measurements of each.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    help=f"Measurements of each.  [default: {ROUNDS}, of growth {GROWTH_ROUNDS}]",
+)
 @click.option("--hardware", type=HARDWARE, help="Whose ceilings count.  [default: found by the GPU's name]")
+@click.option(
+    "--method", "methods", type=ListOf(click.Choice(NAMES)), help="What grows.  [default: all of them]"
+)
+@click.option(
+    "--n",
+    "sizes",
+    type=COUNTS,
+    help="Lengths of growth; K is 1000.  [default: 1024 to 16384 for full, 4096 to 65536 for the others]",
+)
 @output_options(plot=True)
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     what: str,
     backend: str,
     shapes: tuple[tuple[int, ...], ...],
@@ -120,8 +147,10 @@ def command(
     causal: bool | None,
     direction: str | None,
     rivals: bool,
-    rounds: int,
+    rounds: int | None,
     hardware: str | None,
+    methods: tuple[str, ...] | None,
+    sizes: tuple[int, ...] | None,
 ) -> Result:
     """Time kernels on this GPU: only those that are right, by CUDA events, medians of rounds in turn.
 
@@ -129,7 +158,16 @@ def command(
     that fails is not timed, and the exit code is 1.  Bytes are those of inputs and outputs moved once.
     Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
     simulator can run the same checks, and its seconds say nothing about a GPU.
+
+    WHAT = growth needs no GPU: it measures time and peak memory of the references against the length N, full
+    attention beside sliding window, BigBird, linear attention and Mamba, and fits the power of N over the top
+    four sizes.  If one is off theory by more than 0.15 the exit code is 1.
     """
+    _refuse_others(ctx, what)
+    if what == GROWTH:
+        from cli.growth import growth_result
+
+        return growth_result(methods or NAMES, sizes, rounds or GROWTH_ROUNDS)
     if what == "int8" and (dtypes, causal, direction) != (None, None, None):
         raise click.UsageError("--dtype, --causal and --pass are options of attention")
     for shape in shapes:
@@ -151,8 +189,18 @@ def command(
     problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal, direction or "fwd")
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
-        rows += result_rows(problem, backend, supply, rivals=rivals, rounds=rounds, card=card)
+        rows += result_rows(problem, backend, supply, rivals=rivals, rounds=rounds or ROUNDS, card=card)
     return _result(rows, problems, backend, card)
+
+
+def _refuse_others(ctx: click.Context, what: str) -> None:
+    """Refuse options that say nothing about what is measured."""
+    kind = GROWTH if what == GROWTH else "kernels"
+    for other in set(OWN) - {kind}:
+        for option in OWN[other]:
+            if ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+                flag = next(item.opts[0] for item in ctx.command.params if item.name == option)
+                raise click.UsageError(f"{flag} is no option of {what}, but of {other}")
 
 
 def _problems(

@@ -1,4 +1,4 @@
-"""Attention: the dense definition, its tiled and online rewrites, and what they move on the way."""
+"""Attention: the dense definition, its tiled and online rewrites, sparse, linear and low-rank attention."""
 
 from refimpl.attention.bigbird import bigbird_attention, bigbird_attention_vjp
 from refimpl.attention.bigbird_blocked import bigbird_attention_blocked, bigbird_attention_blocked_vjp

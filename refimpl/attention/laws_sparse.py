@@ -152,6 +152,17 @@ def classes_of_positions_are_windows(f: Attention, case: Case, close: Close) -> 
 
 
 @law("attention.dilated_window")
+def layers_span_a_dilated_radius_each(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
+    """So many layers span as many radii times the dilation, and see one class of positions in it."""
+    case, length = plain(case), case.args[0].shape[1]
+    gap = int(np.max(case.kwargs["dilation"], initial=1))
+    one = seen(f, case.replace(dilation=gap)).astype(np.int64)
+    expected = _distance(length) <= 2 * case.kwargs["radius"] * gap
+    expected &= _distance(length) % gap == 0
+    require(np.all((one @ one > 0) == expected), f"two layers of dilation {gap} see other tokens")
+
+
+@law("attention.dilated_window")
 def classes_never_meet(f: Attention, case: Case, close: Close) -> None:  # noqa: ARG001
     """Tokens whose positions differ modulo a head's dilation do not see each other; no span exceeds it."""
     case, length = plain(case), case.args[0].shape[1]

@@ -120,7 +120,7 @@ def test_without_a_gpu_the_exit_code_is_3(run: Callable[..., Any]) -> None:
         (("int8", "--dtype", "fp16"), "options of attention"),
         (("int8", "--causal"), "options of attention"),
         (("int8", "--pass", "bwd"), "options of attention"),
-        (("linear",), "Invalid value for '{attention|int8}'"),
+        (("linear",), "Invalid value for '{attention|int8|growth}'"),
         (("attention", "--shape", "1,2,0,4"), "at least 1"),
     ],
 )
