@@ -213,7 +213,7 @@ def _draw(axes: Any, step: Step) -> None:
     import numpy as np
 
     kinds = list(dict.fromkeys(event.kind for event in step.events))
-    sizes = np.array([[event.size if event.kind == kind else 0 for event in step.events] for kind in kinds])
+    sizes = [[float(event.size * (event.kind == kind)) for event in step.events] for kind in kinds]
     axes.stackplot(
         np.arange(len(step.events)), np.cumsum(sizes, axis=1) / 2**30, labels=kinds, step="post", linewidth=0
     )

@@ -1,7 +1,7 @@
 """Memory over time in one training step of one rank: what is taken and given back, tensor by tensor.
 
 >>> step = step_memory(model="gpt2", run=Run(sequence=1024, micro_batches=2))
->>> step.peak == int(step.allocated.max()) > int(step.allocated[0])
+>>> step.peak == max(step.allocated) > step.allocated[0]
 True
 >>> sum(step.at_peak().values()) == step.peak
 True
@@ -9,19 +9,17 @@ True
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from memsim.layers_of_rank import Layer, held_parameters, layers_of_rank
 from memsim.model import Model
 from memsim.model_states import conventions, model_states
 from memsim.parameters import model_of
 from memsim.run import Run
-from refimpl.numerics import IntArray
 from refimpl.parallel.schedules import pipeline_schedule, steps_of
 
 __all__ = ["Event", "Step", "step_memory"]
@@ -45,33 +43,39 @@ class Step:
     events: tuple[Event, ...]
 
     @property
-    def allocated(self) -> IntArray:
-        """Bytes alive after each event."""
-        return np.cumsum(np.array([event.size for event in self.events], np.int64))
+    def allocated(self) -> list[int]:
+        """Bytes alive after each event; whole numbers of any size."""
+        return list(itertools.accumulate(event.size for event in self.events))
 
     @property
     def peak(self) -> int:
         """The most bytes alive at once."""
-        return int(self.allocated.max())
+        return max(self.allocated)
 
     @property
     def when(self) -> str:
         """During what the peak is reached first."""
-        return self.events[int(self.allocated.argmax())].when
+        return self.events[self._highest].when
+
+    @property
+    def _highest(self) -> int:
+        allocated = self.allocated
+        return allocated.index(max(allocated))
 
     def at_peak(self) -> dict[str, int]:
         """Return the bytes of each kind that are alive at the peak."""
         alive: dict[str, int] = {}
-        for event in self.events[: int(self.allocated.argmax()) + 1]:
+        for event in self.events[: self._highest + 1]:
             alive[event.kind] = alive.get(event.kind, 0) + event.size
         return {kind: size for kind, size in alive.items() if size}
 
     def each_at_most(self) -> dict[str, int]:
         """Return the most bytes of each kind, whenever that is: their sum is what a static estimate says."""
+        alive: dict[str, int] = {}
         most: dict[str, int] = {}
-        for kind in dict.fromkeys(event.kind for event in self.events):
-            sizes = np.array([event.size if event.kind == kind else 0 for event in self.events], np.int64)
-            most[kind] = int(np.cumsum(sizes).max())
+        for event in self.events:
+            alive[event.kind] = alive.get(event.kind, 0) + event.size
+            most[event.kind] = max(most.get(event.kind, 0), alive[event.kind])
         return most
 
 
