@@ -37,6 +37,8 @@ LETTERS: dict[str, str] = {
     "A_v": "width of its values",
     "A_o": "width of what attention puts out",
     "A_c": "elements that a cache keeps of a token and layer",
+    "A_d": "width of the products of a query with the cache and of the scores with it, in a step of decoding",
+    "H_c": "parts into which ranks can divide the cache",
     "W_q": "weights that make queries, keys and values",
     "W_o": "weights of the output projections",
     "j": "matrices of a feed-forward network",
@@ -67,6 +69,8 @@ class _Attention(NamedTuple):
     values: int
     out: int
     cached: int
+    scored: int
+    parts: int
 
 
 def decoder_letters(model: str | Model, *, pad_vocabulary: int = 1) -> dict[str, Number]:
@@ -104,7 +108,7 @@ def decoder_letters(model: str | Model, *, pad_vocabulary: int = 1) -> dict[str,
     (attention,) = kinds
     found |= {"h": described.width, "H": attention.heads, "H_k": attention.key_heads}
     found |= {"A_q": attention.queries, "A_k": attention.keys, "A_v": attention.values}
-    found |= {"A_o": attention.out, "A_c": attention.cached}
+    found |= {"A_o": attention.out, "A_c": attention.cached, "A_d": attention.scored, "H_c": attention.parts}
     matrices: set[int] = set()
     for name, value in _counted(described, pad_vocabulary, matrices):
         found[name] = max(found[name], value) if name in ("E", "V") else found[name] + value
@@ -124,11 +128,16 @@ def _attention(part: Part, width: int) -> _Attention:
     if part.kind == "latent_attention":
         keys = heads * (sizes["plain"] + sizes["rotary"])
         values = heads * sizes["value_width"]
-        return _Attention(heads, heads, keys, keys, values, values, sizes["key_rank"] + sizes["rotary"])
+        cached = sizes["key_rank"] + sizes["rotary"]
+        # Decoding folds the expansion into queries and output, which then meet the cache itself.
+        scored = heads * (cached + sizes["key_rank"])
+        return _Attention(heads, heads, keys, keys, values, values, cached, scored, 1)
     one = sizes.get("head_width", width // heads)
     key_heads = sizes.get("key_heads", heads)
     keys = key_heads * one
-    return _Attention(heads, key_heads, heads * one, keys, keys, heads * one, 2 * keys)
+    return _Attention(
+        heads, key_heads, heads * one, keys, keys, heads * one, 2 * keys, 2 * heads * one, key_heads
+    )
 
 
 def _counted(model: Model, pad: int, matrices: set[int]) -> Iterator[tuple[str, int]]:

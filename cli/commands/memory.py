@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from cli.memory_inference import inference_command
 from cli.output import output_options
 from cli.parameters import COUNT, COUNT_FROM_0, COUNTS, HARDWARE, MODEL, ListOf
 from cli.quantities import bytes_text, count_text
@@ -39,7 +40,10 @@ def _sources(estimates: Sequence[Estimate]) -> list[str]:
     "memory", epilog="Example: frugal memory zero --params 7.5B --dp 64", short_help="Memory of training."
 )
 def command() -> None:
-    """Estimate the memory of training: model states, ZeRO's shares of them, activations."""
+    """Estimate the memory of training: model states, ZeRO's shares of them, activations; and of inference."""
+
+
+command.add_command(inference_command)
 
 
 @command.command(
