@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from cli.memory_checkpoint import checkpoint_command
 from cli.memory_inference import inference_command
 from cli.output import output_options
 from cli.parameters import COUNT, COUNT_FROM_0, COUNTS, HARDWARE, MODEL, ListOf
@@ -44,6 +45,7 @@ def command() -> None:
 
 
 command.add_command(inference_command)
+command.add_command(checkpoint_command)
 
 
 @command.command(
