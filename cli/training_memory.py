@@ -70,16 +70,16 @@ def run_result(model: Model, run: Run, *, hardware: str | None, adapter: Any, ex
     from memsim.step_memory import step_memory
 
     stages = sorted({0, run.pipeline // 2, run.pipeline - 1})
+    steps = {index: step_memory(model=model, run=run, index=index) for index in stages}
     views = [
         (index, view)
-        for index in stages
-        for view in disagreement(model=model, run=run, index=index)
+        for index, step in steps.items()
+        for view in disagreement(model=model, run=run, index=index, step=step)
         if view.name.startswith("frugal") or (explain and index == 0)
     ]
     if adapter:
         views.append((0, _adapted(model, run, views[1][1], adapter)))
     rows = [_row(index, view) for index, view in views]
-    steps = {index: step_memory(model=model, run=run, index=index) for index in stages}
     peak = max(rows, key=lambda row: row["total_bytes"] if row["name"] == "frugal" else 0)
     totals: dict[str, Any] = {"peak_bytes": peak["total_bytes"], "stage": peak["stage"]}
     details = ["", *_reasons(views)] if explain else []

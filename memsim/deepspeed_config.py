@@ -87,7 +87,6 @@ def run_of_config(
     batch, micro_batches = _batches(settings, ranks)
     zero = settings.section("zero_optimization")
     stage = zero.whole("stage", default=0, least=0, most=3)
-    checkpoints = settings.section("activation_checkpointing")
     found = {
         "stage": stage,
         "offload": _offload(zero, stage),
@@ -95,7 +94,7 @@ def run_of_config(
         "batch": batch,
         "micro_batches": micro_batches,
         "bucket": zero.whole("reduce_bucket_size", default=_BUCKET) if stage else 0,
-        "partition_checkpoints": checkpoints.flag("partition_activations", default=False),
+        "checkpoints": _checkpoints(settings.section("activation_checkpointing")),
     }
     return Run(**{"gpus": gpus, **found, **chosen})
 
@@ -144,6 +143,13 @@ def _offload(zero: Settings, stage: int) -> Offload:
     if devices["optimizer"] != "none" and not stage:
         raise OptionError(f"{zero.where}: offload_optimizer: expected stage 1, 2 or 3; got stage 0")
     return "optimizer" if devices["optimizer"] != "none" else "none"
+
+
+def _checkpoints(section: Settings) -> str:
+    """Return who keeps the checkpoints: DeepSpeed offloads only what it has partitioned."""
+    partitioned = section.flag("partition_activations", default=False)
+    offloaded = section.flag("cpu_checkpointing", default=False)
+    return "offloaded" if partitioned and offloaded else "partitioned" if partitioned else "replicated"
 
 
 def _half_precision(settings: Settings) -> bool:

@@ -76,7 +76,7 @@ class View:
         return sum(self.parts.values())
 
 
-def disagreement(*, model: str | Model, run: Run, index: int = 0) -> list[View]:
+def disagreement(*, model: str | Model, run: Run, index: int = 0, step: Step | None = None) -> list[View]:
     """Return how each source counts the memory of one rank in a step.
 
     Parameters
@@ -87,6 +87,8 @@ def disagreement(*, model: str | Model, run: Run, index: int = 0) -> list[View]:
         How it is trained.
     index : int
         The stage of the pipeline, for our own counts; the others know one rank of the model only.
+    step : Step, optional
+        What `memsim.step_memory.step_memory` says of just this, if it is known already.
 
     Returns
     -------
@@ -102,7 +104,7 @@ def disagreement(*, model: str | Model, run: Run, index: int = 0) -> list[View]:
         If the run does not divide the model, or nothing is known of a part of it.
     """
     described = model_of(model)
-    step = step_memory(model=described, run=run, index=index)
+    step = step or step_memory(model=described, run=run, index=index)
     views = [*_ours(step, run), _pytorch(described, run)]
     if run.tensor == run.pipeline == 1:
         letters = _letters(described, run)

@@ -38,8 +38,9 @@ from refimpl.errors import OptionError
 
 __all__ = ["MODEL_TYPES", "model_of_config", "read_model"]
 
-# Layers are gone through one by one, so their number is bounded; no model has a tenth of it.
-MOST_LAYERS = 10_000
+# Layers are gone through one by one, so their number is bounded; the deepest that was trained has 2,500
+# sublayers (DeepNet, arXiv:2203.00555).
+MOST_LAYERS = 2_500
 
 Mixer = Callable[[Settings, int], Part]
 Network = Callable[[Settings, int, int], Layer]

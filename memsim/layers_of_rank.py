@@ -40,8 +40,8 @@ class Layer:
         Of its stack.
     kept : tuple of Tensor
         What its forward pass keeps.
-    entering : int
-        Bytes of what enters it: the checkpoint of full recomputation, and the gradient of the stream.
+    entering, checkpoint : int
+        Bytes of what enters it, and of what full recomputation keeps of that.
     parameters, expert_parameters : int
         Of this rank, those of experts apart.
     logits : int
@@ -51,6 +51,7 @@ class Layer:
     name: str
     kept: tuple[Tensor, ...]
     entering: int
+    checkpoint: int
     parameters: int
     expert_parameters: int
     logits: int
@@ -95,13 +96,19 @@ def _layer(model: Model, stack: Stack, run: Run) -> Layer:
         "u": run.tensor if run.sequence_parallel else 1,
     }
     kept = [one for part in stack.parts for one in _tensors(part, model.width, run, values)]
-    divided = values["u"] if not run.partition_checkpoints else run.tensor
+    entering = 2 * values["T"] * model.width
+    kept_of_it = {
+        "replicated": -(-entering // values["u"]),
+        "partitioned": 2 * -(-entering // (2 * run.tensor)),
+        "offloaded": 0,
+    }
     counts = [_count(part, model.width, run.expert) for part in stack.parts]
     heads = [part for part in stack.parts if part.kind == "head"]
     return Layer(
         stack.name,
         tuple(kept),
-        -(-2 * values["T"] * model.width // divided),
+        -(-entering // values["u"]),
+        kept_of_it[run.checkpoints],
         sum(count for part, count in zip(stack.parts, counts, strict=True) if part.kind != "experts"),
         sum(count for part, count in zip(stack.parts, counts, strict=True) if part.kind == "experts"),
         sum(values["T"] * part.sizes["rows"] for part in heads),

@@ -24,6 +24,7 @@ _CHOICES = {
     "convention": CONVENTIONS,
     "recompute": RECOMPUTE,
     "attention": ("standard", "flash"),
+    "checkpoints": ("replicated", "partitioned", "offloaded"),
 }
 
 
@@ -50,8 +51,9 @@ class Run:
         What the backward pass makes again.
     attention, dropout, fused_gate, fused_norm
         As in `memsim.kept_tensors.Keeping`.
-    partition_checkpoints : bool
-        ZeRO-R: the ranks that divide the matrices divide the checkpoints too (P_a).
+    checkpoints : {"replicated", "partitioned", "offloaded"}
+        Of full recomputation, under ZeRO-R: whole on every rank, divided among the ranks that divide the
+        matrices (P_a), or kept by the host (P_a+cpu).
     bucket : int
         Elements of the buffer in which gradients are sent; 0 for none.
     """
@@ -73,7 +75,7 @@ class Run:
     dropout: bool = False
     fused_gate: bool = False
     fused_norm: bool = True
-    partition_checkpoints: bool = False
+    checkpoints: Literal["replicated", "partitioned", "offloaded"] = "replicated"
     bucket: int = 0
 
     def __post_init__(self) -> None:

@@ -174,7 +174,7 @@ def _forward(layers: list[Layer], run: Run, where: Place) -> Iterator[Event]:
             yield Event(when, (*where, place, "copy"), "logits and loss", -copy)
             yield Event(when, (*where, place, "logits"), "logits and loss", -2 * layer.logits)
         if run.recompute == "full" and not layer.is_end:
-            yield Event(when, (*where, place, "checkpoint"), "activations", layer.entering)
+            yield Event(when, (*where, place, "checkpoint"), "activations", layer.checkpoint)
         for number in again:
             yield Event(when, (*where, place, number), _kind(layer), -layer.kept[number].size)
         yield from _gathered(layer, run, when, (*where, place, "fwd"), taken=False)
@@ -197,7 +197,7 @@ def _backward(layers: list[Layer], run: Run, where: Place) -> Iterator[Event]:
         for number, tensor in enumerate(layer.kept):
             yield Event(when, (*where, place, number), _kind(layer), -tensor.size)
         if run.recompute == "full" and not layer.is_end:
-            yield Event(when, (*where, place, "checkpoint"), "activations", -layer.entering)
+            yield Event(when, (*where, place, "checkpoint"), "activations", -layer.checkpoint)
         yield from _gathered(layer, run, when, (*where, place, "bwd"), taken=False)
 
 

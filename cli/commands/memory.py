@@ -198,6 +198,11 @@ Examples:
     help="Bytes of states a parameter.  [default: zero]",
 )
 @click.option("--recompute", type=click.Choice(("none", "selective", "full")), help="What is made again.")
+@click.option(
+    "--checkpoints",
+    type=click.Choice(("replicated", "partitioned", "offloaded")),
+    help="Where full recomputation keeps what it starts from (ZeRO-R).",
+)
 @click.option("--attention", type=click.Choice(("flash", "standard")), help="[default: flash]")
 @click.option("--dropout/--no-dropout", default=None, help="Keep dropout's masks.")
 @click.option("--fused-gate/--no-fused-gate", default=None, help="A gated product in one kernel.")

@@ -66,7 +66,7 @@ STRANGE: list[Callable[[np.random.Generator], Any]] = [
     lambda _: 10**400,
     lambda _: -(2**63),
     lambda _: 10**12,
-    lambda _: 9999,
+    lambda _: 2500,
     lambda _: "64",
     lambda _: "auto",
     lambda _: "a\nb\x1b[31m\ud800" * 40,

@@ -41,7 +41,7 @@ def test_a_file_of_the_documentation(tmp_path: Path) -> None:
     run = read_run(tmp_path / "ds.json", gpus=8, sequence=512)
     assert (run.stage, run.offload, run.convention, run.bucket) == (3, "all", "deepspeed", 500_000_000)
     assert (run.batch, run.micro_batches, run.sequence, run.data) == (4, 2, 512, 8)
-    assert run.partition_checkpoints
+    assert run.checkpoints == "partitioned"
     assert read_run(tmp_path / "ds.json", gpus=8, batch=1).batch == 1
 
 

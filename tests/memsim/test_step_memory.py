@@ -19,6 +19,7 @@ from memsim.parameters import parameters
 from memsim.rank_model import stage_model
 from memsim.run import Run
 from memsim.step_memory import step_memory
+from memsim.zero_r import zero_r
 from refimpl.errors import DTypeError, OptionError
 
 GPT = dense(layers=12, width=48, heads=4, ffn=192, vocabulary=40, tied=False)
@@ -113,7 +114,7 @@ def test_more_of_anything_never_needs_less(name: str) -> None:
         {"dropout": True},
         {"bucket": 10**6},
     ):
-        assert step_memory(model=GPT, run=replace(run, **change)).peak >= peak  # type: ignore[arg-type]
+        assert step_memory(model=GPT, run=replace(run, **change)).peak >= peak
     if run.recompute == "none":
         assert (
             step_memory(model=GPT, run=replace(run, recompute="full", micro_batches=run.micro_batches)).peak
@@ -124,9 +125,34 @@ def test_more_of_anything_never_needs_less(name: str) -> None:
 def test_stages_of_zero_save_in_turn() -> None:
     peaks = [
         step_memory(model="gpt2", run=Run(gpus=8, stage=stage, sequence=64)).peak for stage in (0, 1, 2, 3)
-    ]  # type: ignore[arg-type]
+    ]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 4
+
+
+def test_checkpoints_are_those_of_zero_r() -> None:
+    shape = {"hidden": 48, "batch": 1, "sequence": 9, "layers": 12}
+    for checkpoints in ("replicated", "partitioned", "offloaded"):
+        run = Run(
+            gpus=2, tensor=2, batch=1, sequence=9, recompute="full",
+            checkpoints=checkpoints,
+        )  # fmt: skip
+        step = step_memory(model=GPT, run=run)
+        kept = sum(
+            event.size
+            for event in step.events
+            if event.key[-1] == "checkpoint" and event.when[:7] == "forward"
+        )
+        assert (
+            kept
+            == zero_r(
+                **shape,
+                model_parallel=2,
+                parameters=1,
+                buffer=1,
+                checkpoints=checkpoints,
+            )["checkpoints"]
+        )
 
 
 def test_many_micro_batches_repeat_themselves() -> None:
