@@ -17,11 +17,14 @@ import os
 from pathlib import Path
 
 from memsim.estimate import Estimate, estimate, term
+from memsim.model import Model
+from memsim.parameters import parameters
 from refimpl.checkpoint import read_headers
 from refimpl.errors import OptionError
 from refimpl.safetensors_format import Entry, read_header
+from refimpl.validation import whole
 
-__all__ = ["checkpoint_tensors", "checkpoint_weights"]
+__all__ = ["checkpoint_tensors", "checkpoint_weights", "described_weights"]
 
 
 def checkpoint_tensors(path: str | os.PathLike[str]) -> dict[str, Entry]:
@@ -78,3 +81,29 @@ def checkpoint_weights(path: str | os.PathLike[str]) -> Estimate:
         )
         terms.append(term(f"numbers in {dtype}", "n", {"n": numbers}, "parameters", source))
     return estimate(f"weights of {path}", terms, leaves_out="headers, files beside the weights")
+
+
+def described_weights(*, model: str | Model, itemsize: int = 2) -> Estimate:
+    """Return the bytes that a checkpoint of a described model holds.
+
+    Parameters
+    ----------
+    model : str or Model
+        A name, or a description.
+    itemsize : int
+        e, bytes of a number.
+
+    Returns
+    -------
+    Estimate
+        In bytes.
+
+    Examples
+    --------
+    >>> described_weights(model="mistral-7b").total
+    14483464192
+    """
+    count = parameters(model=model)
+    values = {"Ψ": count.total, "e": whole("itemsize", itemsize)}
+    weights = term("weights", "e*Ψ", values, "B", count.terms[0].source)
+    return estimate(f"checkpoint, {count.name}", [weights], leaves_out="buffers, headers")
