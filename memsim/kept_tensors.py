@@ -70,14 +70,25 @@ def kept_by(part: Part, width: int, how: Keeping) -> list[Kept]:
 def _norm(part: Part, width: int, how: Keeping) -> list[Kept]:
     """Its input, what it makes, and a mean and a deviation of each token (RMSNorm: a deviation)."""
     sizes = {"d": part.sizes.get("width", width)}
-    rms = part.choices.get("style") == "rms"
-    kept = [
+    if part.choices.get("style") == "rms":
+        return _rms_norm("d", sizes, how)
+    return [
+        Kept("input", "e*T*d/u", sizes),
         Kept("output", "e*T*d/u", sizes),
-        Kept("statistics", "4T/u" if rms else "8T/u", {}),
+        Kept("statistics", "8T/u", {}),
     ]
-    if rms and not how.fused_norm:
-        return [Kept("input in fp32", "4T*d/u", sizes), Kept("before the weight", "e*T*d/u", sizes), *kept]
-    return [Kept("input", "e*T*d/u", sizes), *kept]
+
+
+def _rms_norm(letter: str, sizes: Mapping[str, int], how: Keeping, read: str = "") -> list[Kept]:
+    """An RMSNorm of a width; `read` is the width of the tensor that its input is a view of."""
+    kept = [Kept("output", f"e*T*{letter}/u", sizes), Kept("statistics", "4T/u", {})]
+    if how.fused_norm:
+        return [Kept("input", f"e*T*{read or letter}/u", sizes), *kept]
+    return [
+        Kept("input in fp32", f"4T*{letter}/u", sizes),
+        Kept("before the weight", f"e*T*{letter}/u", sizes),
+        *kept,
+    ]
 
 
 def _scores(heads: int, how: Keeping) -> list[Kept]:
@@ -115,17 +126,20 @@ def _attention(part: Part, width: int, how: Keeping) -> list[Kept]:
 
 
 def _latent_attention(part: Part, width: int, how: Keeping) -> list[Kept]:
-    """The low ranks before and after their norms, then heads as in any attention."""
+    """The low ranks with their norms, then heads as in any attention; values are a view beside keys."""
     sizes = part.sizes
     ranks = {"c": sizes["key_rank"], "r": sizes["rotary"]}
     heads = {"H": sizes["heads"], "n": sizes["plain"], "r": sizes["rotary"], "v": sizes["value_width"]}
-    kept = [Kept("low rank of keys", "e*T*(2c + r) + 4T", ranks)]
+    kept = [
+        one._replace(name=f"low rank of keys, {one.name}") for one in _rms_norm("c", ranks, how, "(c + r)")
+    ]
     if "query_rank" in sizes:
-        kept.append(Kept("low rank of queries", "2e*T*q + 4T", {"q": sizes["query_rank"]}))
+        low = _rms_norm("q", {"q": sizes["query_rank"]}, how)
+        kept += [one._replace(name=f"low rank of queries, {one.name}") for one in low]
     return [
         *kept,
         Kept("queries and keys", "2e*T*H*(n + r)", heads),
-        Kept("values", "e*T*H*v", heads),
+        Kept("values", "e*T*H*(n + v)", heads),
         *_scores(sizes["heads"], how),
         Kept("output", "e*T*H*v", heads),
         *_added(width, how),
@@ -149,9 +163,13 @@ def _ffn(part: Part, width: int, how: Keeping) -> list[Kept]:
 
 
 def _experts(part: Part, width: int, how: Keeping) -> list[Kept]:
-    """A copies of each token, and what experts make of them; no token is dropped."""
+    """A copies of each token, and what experts make of them; no token is dropped.
+
+    Which experts, which tokens stand where by experts, and the way back are indices of eight bytes each.
+    """
     sizes = {"A": part.sizes["active"], "d": width}
     return [
+        Kept("places and weights of copies", "A*T*(24 + e)", sizes),
         Kept("copies of tokens", "e*A*T*d", sizes),
         *_network(part, how, "A*T", {"A": part.sizes["active"]}),
         Kept("outputs before weighting", "e*A*T*d", sizes),
@@ -164,7 +182,7 @@ def _linear(part: Part, width: int, _how: Keeping) -> list[Kept]:
     if part.name == "router":
         return [Kept("probabilities in fp32", "4T*E", {"E": outputs})]
     if part.name == "shared gate":
-        return [Kept("gate", "e*T", {})]
+        return [Kept("gate", "e*T", {}), Kept("what it weighs", "e*T*d", {"d": width})]
     if part.name == "pooler":  # of the first token, whose state a norm has kept already
         return [Kept("output", "e*b*d", {"d": outputs})]
     if part.name == "projection out":

@@ -13,6 +13,7 @@ import pytest
 from memsim import activations as activations_module
 from memsim import korthikanti, model_states
 from memsim.activations import activations
+from memsim.formula import evaluate
 from memsim.huggingface import model_of_config
 from memsim.kept_tensors import Keeping, Kept, kept_by
 from memsim.model import Part, model, model_names
@@ -25,6 +26,31 @@ from refimpl.testing import draw
 registry.load()
 
 
+def _saved(run: Callable[[], Any], own: Any) -> list[Any]:
+    """Return one tensor for each storage that autograd saves of a run, besides those of `own`."""
+    torch = pytest.importorskip("torch")
+    known = {p.untyped_storage()._cdata for p in own}
+    kept: dict[int, Any] = {}
+
+    def keep(x: Any) -> Any:
+        if x.untyped_storage()._cdata not in known:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return list(kept.values())
+
+
+def _size(tensors: list[Any]) -> int:
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+TOKENS = 128
+# What transformers keeps besides: the labels of the next tokens, and how many of them count.
+SHIFTED = 8 * (TOKENS + 1) + 4
+
+
 @pytest.mark.parametrize(
     ("layers", "width", "inner", "heads", "keys"), [(2, 64, 172, 4, 4), (1, 48, 60, 6, 2)]
 )
@@ -32,7 +58,6 @@ registry.load()
 def test_transformers_llama_keeps_it_to_the_byte(
     layers: int, width: int, inner: int, heads: int, keys: int
 ) -> None:
-    """What autograd saves of transformers' Llama on one sequence, besides its tables and labels."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     sizes = {
         "vocab_size": 320, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
@@ -40,25 +65,87 @@ def test_transformers_llama_keeps_it_to_the_byte(
     }  # fmt: skip
     config = transformers.LlamaConfig(**sizes, tie_word_embeddings=False, attn_implementation="sdpa")
     built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    own = {p.untyped_storage()._cdata for p in built.parameters()}
-    kept: dict[int, Any] = {}
-
-    def keep(x: Any) -> Any:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return x
-
-    tokens = 128
-    ids = torch.zeros((1, tokens), dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        built(input_ids=ids, labels=ids, use_cache=False)
-    saved = sum(storage.nbytes() for storage in kept.values())
+    ids = torch.zeros((1, TOKENS), dtype=torch.int64)
+    saved = _saved(lambda: built(input_ids=ids, labels=ids, use_cache=False), built.parameters())
     described = model_of_config({"model_type": "llama", **sizes})
-    ours = activations(model=described, batch=1, sequence=tokens, fused_norm=False).total
-    tables = 2 * 2 * tokens * (width // heads)  # sines and cosines of positions, bfloat16
-    shifted = 8 * (tokens + 1) + 4  # the labels of the next tokens, and how many of them count
-    assert saved == ours + tables + shifted
+    ours = activations(model=described, batch=1, sequence=TOKENS, fused_norm=False).total
+    tables = 2 * 2 * TOKENS * (width // heads)  # sines and cosines of positions, bfloat16
+    assert _size(saved) == ours + tables + SHIFTED
+
+
+@pytest.mark.parametrize("query_rank", [40, None])
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_latent_attention_keeps_it_to_the_byte(query_rank: int | None) -> None:
+    """All but the attention itself, which PyTorch has no flash kernel for on a CPU."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
+        "num_attention_heads": 5, "num_key_value_heads": 5, "kv_lora_rank": 24, "q_lora_rank": query_rank,
+        "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10, "first_k_dense_replace": 9,
+        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 7,
+    }  # fmt: skip
+    config = transformers.DeepseekV3Config(**sizes, attn_implementation="sdpa")
+    built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ids = torch.zeros((1, TOKENS), dtype=torch.int64)
+    saved = _saved(lambda: built(input_ids=ids, labels=ids, use_cache=False), built.parameters())
+    outside = [x for x in saved if not (x.ndim == 3 and x.shape[0] == 5 and x.dtype == torch.float32)]
+    assert len(saved) - len(outside) == 4 * 2  # queries, keys, values and scores of each layer
+    described = model_of_config({"model_type": "deepseek_v3", **sizes})
+    ours = activations(model=described, batch=1, sequence=TOKENS, fused_norm=False).total
+    inside = 2 * TOKENS * (2 * 2 * 5 * 20 + 2 * 5 * (12 + 10) + 4 * 5)
+    tables = 2 * 2 * TOKENS * 8 // 2 * 2
+    assert _size(outside) == ours - inside + tables + SHIFTED
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_keep_it_to_the_byte(gated: bool) -> None:
+    """A mixture written out: router, copies sorted by experts, networks, weighted sums."""
+    torch = pytest.importorskip("torch")
+    width, inner, experts, active, tokens = 12, 7, 5, 2, 30
+    weights: list[Any] = []
+
+    def weight(*shape: int) -> Any:
+        weights.append(torch.randn(shape, dtype=torch.bfloat16, requires_grad=True))
+        return weights[-1]
+
+    y = torch.randn((tokens, width), dtype=torch.bfloat16, requires_grad=True)
+
+    def run() -> None:
+        probabilities = (y @ weight(width, experts)).float().softmax(-1)
+        shares, chosen = probabilities.topk(active, -1)
+        order = chosen.flatten().argsort()
+        token = order // active
+        copies = y[token]
+        counts = torch.bincount(chosen.flatten(), minlength=experts).tolist()
+        made = []
+        for x in copies.split(counts):
+            hidden = x @ weight(width, inner)
+            if gated:
+                hidden = torch.nn.functional.silu(hidden) * (x @ weight(width, inner))
+            else:
+                hidden = torch.nn.functional.gelu(hidden)
+            made.append(hidden @ weight(inner, width))
+        back = torch.cat(made)[order.argsort()].view(tokens, active, width)
+        (back * shares.to(torch.bfloat16)[..., None]).sum(1)
+
+    saved = _saved(run, [])
+    saved = [
+        x for x in saved if x.untyped_storage()._cdata not in {w.untyped_storage()._cdata for w in weights}
+    ]
+    stream = tokens * width * 2  # what the norm before has made, and counts
+    choices: dict[str, str | bool] = {"gated": True} if gated else {}
+    parts = [
+        Part("linear", "router", {"outputs": experts}),
+        Part("experts", "experts", {"experts": experts, "active": active, "width": inner}, choices),
+    ]
+    letters = {"T": tokens, "e": 2, "u": 1}
+    ours = sum(
+        int(evaluate(kept.formula, letters | dict(kept.sizes)))
+        for part in parts
+        for kept in kept_by(part, width, Keeping())
+    )
+    assert _size(saved) == ours + stream
 
 
 def test_ranks_hold_what_megatron_gives_them() -> None:
