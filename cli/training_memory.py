@@ -67,7 +67,7 @@ def run_result(model: Model, run: Run, *, hardware: str | None, adapter: Any, ex
         Whether to add how others count, why, and our formulas.
     """
     from memsim.disagreement import disagreement
-    from memsim.step_memory import step_memory
+    from memsim.step_memory import host_memory, step_memory
 
     stages = sorted({0, run.pipeline // 2, run.pipeline - 1})
     steps = {index: step_memory(model=model, run=run, index=index) for index in stages}
@@ -86,6 +86,8 @@ def run_result(model: Model, run: Run, *, hardware: str | None, adapter: Any, ex
     if explain:
         details += _formulas(model, run)
     totals |= _reserved(steps[peak["stage"]])
+    if run.offload != "none":
+        totals["host_bytes"] = host_memory(model=model, run=run, index=peak["stage"])
     if hardware is not None:
         totals |= _capacity(hardware, totals["reserved_bytes"])
     return Result(

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from memsim.estimate import Estimate
 from memsim.layers_of_rank import Layer, held_parameters, layers_of_rank
 from memsim.model import Model
 from memsim.model_states import conventions, model_states
@@ -22,7 +23,7 @@ from memsim.parameters import model_of
 from memsim.run import Run
 from refimpl.parallel.schedules import pipeline_schedule, steps_of
 
-__all__ = ["Event", "Step", "step_memory"]
+__all__ = ["Event", "Step", "host_memory", "step_memory"]
 
 Place = Sequence[int]  # the micro-batch, and the chunk of layers
 
@@ -120,6 +121,20 @@ def step_memory(*, model: str | Model, run: Run, index: int = 0) -> Step:
     return Step(tuple(events))
 
 
+def host_memory(*, model: str | Model, run: Run, index: int = 0) -> int:
+    """Return the bytes of states that the host keeps for one rank of a stage.
+
+    >>> host_memory(model="gpt2", run=Run(gpus=4, stage=2, offload="optimizer"))  # gradients and optimizer
+    435539328
+    """
+    kept = 0
+    for states in _states(layers_of_rank(model_of(model), run, index), replace(run, offload="none")):
+        kept += _up(Fraction(states.total))
+    for states in _states(layers_of_rank(model_of(model), run, index), run):
+        kept -= _up(Fraction(states.total))
+    return kept
+
+
 def _order(run: Run, index: int) -> Iterator[tuple[bool, int, int]]:
     """Yield the passes of a stage: whether backward, which micro-batch and which chunk of layers.
 
@@ -138,26 +153,29 @@ def _order(run: Run, index: int) -> Iterator[tuple[bool, int, int]]:
 
 def _lasting(chunks: list[list[Layer]], run: Run) -> Iterator[Event]:
     """Yield what lives from step to step: weights, optimizer states, buffers, Megatron's gradients."""
-    for name, count, ranks in zip(
-        ("", "experts' "), held_parameters(chunks), (run.data, run.data // run.expert), strict=True
-    ):
-        if not count:
-            continue
-        states = model_states(
-            parameters=count,
-            ranks=ranks,
-            stage=run.stage,
-            convention=run.convention,
-            offload=run.offload,
-        )
+    for group, states in enumerate(_states(chunks, run)):
         for item in states.terms:
             if item.name == "gradients" and run.convention != "megatron":
                 continue
             kind = item.name if item.name in ("weights", "gradients") else "optimizer states"
             if item.value:
-                yield Event("between steps", (name + item.name,), kind, _up(Fraction(item.value)))
+                yield Event("between steps", (group, item.name), kind, _up(Fraction(item.value)))
     if run.bucket:
         yield Event("between steps", ("bucket",), "buffers", 2 * run.bucket)
+
+
+def _states(chunks: list[list[Layer]], run: Run) -> Iterator[Estimate]:
+    """Yield the states of all parameters but experts', and of experts', which fewer ranks share."""
+    ranks = run.data, run.data // run.expert
+    for count, shared in zip(held_parameters(chunks), ranks, strict=True):
+        if count:
+            yield model_states(
+                parameters=count,
+                ranks=shared,
+                stage=run.stage,
+                convention=run.convention,
+                offload=run.offload,
+            )
 
 
 def _forward(layers: list[Layer], run: Run, where: Place) -> Iterator[Event]:
