@@ -2,8 +2,8 @@
 
 `memsim.collectives` counts the collectives of `refimpl.parallel`, which pad what does not divide and fold
 whole vectors where ranks are no power of two.  A library does neither: its blocks are uneven, and pairs of
-ranks split a vector before one of them takes part for both.  These are Open MPI's algorithms, whose monitoring
-component counted the same messages and bytes (tests/parallel/test_monitored.py).
+ranks split a vector before one of them takes part for both.  These are Open MPI's algorithms, of which its
+monitoring component counted the same messages and bytes (tests/parallel/test_monitored.py).
 
 >>> [sum(sizes) for sizes in mpi_messages("all_reduce", "ring", elements=10, ranks=4)]
 [15, 16, 15, 14]
