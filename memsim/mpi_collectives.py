@@ -59,7 +59,7 @@ def mpi_messages(operation: str, algorithm: str, *, elements: int, ranks: int) -
         raise OptionError(f"algorithm: expected one of {pairs}; got {operation} by {algorithm}")
     if ranks < 1 or elements < ranks:
         raise OptionError(f"expected ranks from 1 and at least as many elements; got {ranks} and {elements}")
-    if operation in ("all_gather", "reduce_scatter", "all_to_all") and elements % ranks:
+    if operation not in ("all_reduce", "broadcast", "reduce") and elements % ranks:
         raise OptionError(f"elements: expected a multiple of {ranks} ranks; got {elements}")
     return ALGORITHMS[operation, algorithm](elements, ranks)
 
@@ -153,6 +153,11 @@ def _butterfly_reduce_scatter(n: int, p: int) -> Messages:
     return found
 
 
+def _butterfly_of_blocks(n: int, p: int) -> Messages:
+    """Of equal blocks, a power of two of ranks needs no exchange at the end."""
+    return (_halving_reduce_scatter if p & (p - 1) == 0 else _butterfly_reduce_scatter)(n, p)
+
+
 def _binomial_broadcast(n: int, p: int) -> Messages:
     """Rank r, once it has the vector, sends it to r + 2**k for each 2**k above r."""
     reach = [1 << k for k in range(p.bit_length())]
@@ -171,6 +176,8 @@ ALGORITHMS: dict[tuple[str, str], Callable[[int, int], Messages]] = {
     ("reduce_scatter", "ring"): _each_block_once,
     ("reduce_scatter", "recursive_halving"): _halving_reduce_scatter,
     ("reduce_scatter", "butterfly"): _butterfly_reduce_scatter,
+    ("reduce_scatter_block", "recursive_halving"): _halving_reduce_scatter,
+    ("reduce_scatter_block", "butterfly"): _butterfly_of_blocks,
     ("all_to_all", "pairwise"): _each_block_once,
     ("broadcast", "binomial"): _binomial_broadcast,
     ("reduce", "binomial"): _binomial_reduce,
