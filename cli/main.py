@@ -33,6 +33,7 @@ COMMANDS = (
     "parallel",
     "plan",
     "timeline",
+    "validate",
     "speculate",
     "redundancy",
     "env",

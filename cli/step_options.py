@@ -40,6 +40,7 @@ _OPTIONS = (
     ),
     click.option("--latency", type=click.FloatRange(0.0, 1.0), default=0.0, help="Seconds a message."),
     click.option("--compute", type=SHARE, default=1.0, help="Share of the peak rate that products reach."),
+    click.option("--scores", type=SHARE, help="Share that attention reaches.  [default: --compute]"),
     click.option("--memory", type=SHARE, default=1.0, help="Share of the memory bandwidth reached."),
     click.option("--network", type=SHARE, default=1.0, help="Share of the links' bandwidth reached."),
     click.option(
@@ -62,7 +63,7 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
     """Return what the options say is trained, on what."""
     from memsim.training_setting import Setting
 
-    names = ("attention", "dropout", "states", "latency", "compute", "memory", "network", "overlap")
+    names = ("attention", "dropout", "states", "latency", "compute", "memory", "network", "overlap", "scores")
     return Setting(
         options["model"],
         options["hardware"],

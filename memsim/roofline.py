@@ -106,7 +106,8 @@ OPERATORS = (
 
 def _definitions(operator: Operator) -> tuple[Definition, ...]:
     name, meaning, source = operator.name, operator.meaning, operator.source
-    time = f"max({{0}}FLOP_{name}/({operator.rate}*η_c), {{1}}bytes_{name}/(M*η_m))"
+    share = "η_a" if name == "core" else "η_c"
+    time = f"max({{0}}FLOP_{name}/({operator.rate}*{share}), {{1}}bytes_{name}/(M*η_m))"
     return (
         Definition(f"FLOP_{name}", operator.flop, "FLOP", f"operations of {meaning}", source),
         Definition(f"bytes_{name}", operator.moved, "B", f"bytes of {meaning}", source),

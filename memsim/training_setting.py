@@ -42,7 +42,8 @@ LETTERS: dict[str, str] = {
     "w": "bandwidth between nodes, of one accelerator",
     "C": "bandwidth to the host",
     "α": "latency of a message, seconds",
-    "η_c": "efficiency of computation",
+    "η_c": "efficiency of products with weights",
+    "η_a": "efficiency of attention",
     "η_m": "efficiency of memory",
     "η_n": "efficiency of links",
     "ω": "share of computation behind which data and context parallelism hide",
@@ -80,6 +81,8 @@ class Setting:
         Seconds a message.
     compute, memory, network : float
         Efficiencies: the share of its peak that each reaches.
+    scores : float, optional
+        That of attention's products; that of all others, `compute`.
     overlap : float
         The share of computation behind which data and context parallelism hide.
     """
@@ -97,6 +100,7 @@ class Setting:
     memory: Quantity = 1
     network: Quantity = 1
     overlap: Quantity = 1
+    scores: Quantity | None = None
 
     def letters(self) -> dict[str, Number]:
         """Return the values that no division changes, exact.
@@ -112,7 +116,8 @@ class Setting:
         ):
             if value not in choices:
                 raise OptionError(f"{name}: expected one of {choices}; got {value!r}")
-        shares = {"η_c": self.compute, "η_m": self.memory, "η_n": self.network}
+        scores = self.compute if self.scores is None else self.scores
+        shares = {"η_c": self.compute, "η_a": scores, "η_m": self.memory, "η_n": self.network}
         found = positive_values(G=self.accelerators, B=self.batch, s=self.sequence, **shares)
         found |= {"ω": exact(self.overlap, "overlap"), "α": exact(self.latency, "latency")}
         for name in (*shares, "ω"):

@@ -160,9 +160,7 @@ def load_tokenizer(directory: str | os.PathLike[str], /) -> Any:
         elif (folder / "vocab.txt").exists():
             lines = _text(folder / "vocab.txt", LARGEST_TOKENIZER).decode().splitlines()
             settings = folder / "tokenizer_config.json"
-            lower = not settings.exists() or bool(
-                read_object(settings).get("do_lower_case", True)
-            )
+            lower = not settings.exists() or bool(read_object(settings).get("do_lower_case", True))
             tokenizer = tokenizers.BertWordPieceTokenizer(
                 {token: index for index, token in enumerate(lines)}, lowercase=lower
             )
@@ -301,4 +299,3 @@ def _text(file: Path, largest: int) -> bytes:
         if size > largest:
             raise CheckpointError(f"{file}: expected at most {largest} bytes, it has {size}")
         return stream.read(largest)
-

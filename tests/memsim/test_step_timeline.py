@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsim.division import Division
-from memsim.division_timeline import Durations, durations_of, step_tasks, step_timeline
+from memsim.step_timeline import Durations, durations_of, step_tasks, step_timeline
 from memsim.streams import COMPUTE, Task, chrome_trace, makespan, play, usage
 from memsim.timeline import replay
 from memsim.training_setting import AS_IN_2022, Setting
