@@ -18,7 +18,7 @@ from memsim.parts import PARTS
 from memsim.rank_model import ENDS, rank_model, stage_model
 from memsim.run import Run
 
-__all__ = ["Layer", "Tensor", "held_parameters", "layers_of_rank", "model_of"]
+__all__ = ["Layer", "Piece", "Tensor", "held_parameters", "layers_of_rank", "model_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,29 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """One part of a layer on a rank.
+
+    Attributes
+    ----------
+    kind : str
+        As in `memsim.model.Part`.
+    kept : tuple of Tensor
+        What its forward pass keeps.
+    parameters, expert_parameters : int
+        Of this rank, those of experts apart.
+    last : int
+        Of them, those of its last matrix, whose gradient comes first.
+    """
+
+    kind: str
+    kept: tuple[Tensor, ...]
+    parameters: int
+    expert_parameters: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer, or an end of the model.
 
@@ -38,23 +61,34 @@ class Layer:
     ----------
     name : str
         Of its stack.
-    kept : tuple of Tensor
-        What its forward pass keeps.
+    pieces : tuple of Piece
+        Its parts, from input to output.
     entering, checkpoint : int
         Bytes of what enters it, and of what full recomputation keeps of that.
-    parameters, expert_parameters : int
-        Of this rank, those of experts apart.
     logits : int
         Numbers that its head gives, 0 for none.
     """
 
     name: str
-    kept: tuple[Tensor, ...]
+    pieces: tuple[Piece, ...]
     entering: int
     checkpoint: int
-    parameters: int
-    expert_parameters: int
     logits: int
+
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What its forward pass keeps."""
+        return tuple(tensor for piece in self.pieces for tensor in piece.kept)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of this rank, without experts."""
+        return sum(piece.parameters for piece in self.pieces)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of the experts of this rank."""
+        return sum(piece.expert_parameters for piece in self.pieces)
 
     @property
     def is_end(self) -> bool:
@@ -95,24 +129,34 @@ def _layer(model: Model, stack: Stack, run: Run) -> Layer:
         "e": 2,
         "u": run.tensor if run.sequence_parallel else 1,
     }
-    kept = [one for part in stack.parts for one in _tensors(part, model.width, run, values)]
     entering = 2 * values["T"] * model.width
     kept_of_it = {
         "replicated": -(-entering // values["u"]),
         "partitioned": 2 * -(-entering // (2 * run.tensor)),
         "offloaded": 0,
     }
-    counts = [_count(part, model.width, run.expert) for part in stack.parts]
     heads = [part for part in stack.parts if part.kind == "head"]
     return Layer(
         stack.name,
-        tuple(kept),
+        tuple(_piece(part, model.width, run, values) for part in stack.parts),
         -(-entering // values["u"]),
         kept_of_it[run.checkpoints],
-        sum(count for part, count in zip(stack.parts, counts, strict=True) if part.kind != "experts"),
-        sum(count for part, count in zip(stack.parts, counts, strict=True) if part.kind == "experts"),
         sum(values["T"] * part.sizes["rows"] for part in heads),
     )
+
+
+def _piece(part: Part, width: int, run: Run, values: Mapping[str, int]) -> Piece:
+    count = _count(part, width, run.expert)
+    kept = tuple(_tensors(part, width, run, values))
+    of_experts = part.kind == "experts"
+    if part.kind == "attention":
+        heads = part.sizes["heads"]
+        last = width * heads * part.sizes.get("head_width", width // heads)
+    elif of_experts or part.kind == "ffn":
+        last = count // (3 if part.choices.get("gated") else 2)
+    else:
+        last = count
+    return Piece(part.kind, kept, 0 if of_experts else count, count if of_experts else 0, last)
 
 
 def _tensors(part: Part, width: int, run: Run, values: Mapping[str, int]) -> list[Tensor]:

@@ -24,6 +24,7 @@ _CHOICES = {
     "convention": CONVENTIONS,
     "recompute": RECOMPUTE,
     "attention": ("standard", "flash"),
+    "adam": ("fused", "foreach"),
     "checkpoints": ("replicated", "partitioned", "offloaded"),
 }
 
@@ -54,6 +55,9 @@ class Run:
     checkpoints : {"replicated", "partitioned", "offloaded"}
         Of full recomputation, under ZeRO-R: whole on every rank, divided among the ranks that divide the
         matrices (P_a), or kept by the host (P_a+cpu).
+    adam : {"fused", "foreach"}
+        How the optimizer steps: in one kernel, or operator by operator over all parameters, as PyTorch does
+        by default, with a copy as large as one of its states.
     bucket : int
         Elements of the buffer in which gradients are sent; 0 for none.
     """
@@ -76,6 +80,7 @@ class Run:
     fused_gate: bool = False
     fused_norm: bool = True
     checkpoints: Literal["replicated", "partitioned", "offloaded"] = "replicated"
+    adam: Literal["fused", "foreach"] = "fused"
     bucket: int = 0
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from memsim.estimate import Estimate
-from memsim.layers_of_rank import Layer, held_parameters, layers_of_rank
+from memsim.layers_of_rank import Layer, Piece, held_parameters, layers_of_rank
 from memsim.model import Model
 from memsim.model_states import conventions, model_states
 from memsim.parameters import model_of
@@ -108,9 +108,9 @@ def step_memory(*, model: str | Model, run: Run, index: int = 0) -> Step:
     -----
     Gradients appear layer by layer in the first backward pass, in Megatron's convention in one buffer before.
     Stage 2 keeps a whole gradient of one layer only, stage 3 the whole weights of one layer only, each gone
-    when the layer is done; nothing is fetched ahead.  In the backward pass of a layer lives the gradient of
-    what it gives and the gradient of its largest tensor.  The loss has its logits, a copy in fp32 and their
-    logarithms at once.
+    when the layer is done; nothing is fetched ahead.  The backward pass of a part goes from its last matrix
+    to its first: gradients come before what was kept for them goes.  The loss has its logits, a copy in fp32
+    and their logarithms at once, and on the way back two gradients in fp32.
     """
     described = model_of(model)
     chunks = layers_of_rank(described, run, index)
@@ -118,7 +118,7 @@ def step_memory(*, model: str | Model, run: Run, index: int = 0) -> Step:
     for backward, *where in _order(run, index):
         layers = chunks[where[1]]
         events += _backward(layers, run, where) if backward else _forward(layers, run, where)
-    return Step(tuple(events))
+    return Step((*events, *_optimizer_step(chunks, run)))
 
 
 def host_memory(*, model: str | Model, run: Run, index: int = 0) -> int:
@@ -164,6 +164,15 @@ def _lasting(chunks: list[list[Layer]], run: Run) -> Iterator[Event]:
         yield Event("between steps", ("bucket",), "buffers", 2 * run.bucket)
 
 
+def _optimizer_step(chunks: list[list[Layer]], run: Run) -> Iterator[Event]:
+    """Yield the copy that an optimizer needs which goes through all parameters operator by operator."""
+    if run.adam == "foreach":
+        for group, states in enumerate(_states(chunks, run)):
+            size = _up(Fraction(states.terms[-1].value))
+            yield Event("optimizer step", (group, "scratch"), "optimizer states", size)
+            yield Event("optimizer step", (group, "scratch"), "optimizer states", -size)
+
+
 def _states(chunks: list[list[Layer]], run: Run) -> Iterator[Estimate]:
     """Yield the states of all parameters but experts', and of experts', which fewer ranks share."""
     ranks = run.data, run.data // run.expert
@@ -204,36 +213,94 @@ def _backward(layers: list[Layer], run: Run, where: Place) -> Iterator[Event]:
         yield from _gathered(layer, run, when, (*where, place, "bwd"), taken=True)
         for number in _made_again(layer, run):
             yield Event(when, (*where, place, number), _kind(layer), layer.kept[number].size)
-        working = {"stream": layer.entering, "largest": max((t.size for t in layer.kept), default=0)}
-        if layer.logits:
-            working = {"logits": 2 * layer.logits, "largest": 4 * layer.logits}
-        for name, size in working.items():
-            yield Event(when, (*where, place, f"gradient of {name}"), "gradients of activations", size)
-        yield from _gradients(layer, run, when, where, place)
-        for name, size in working.items():
-            yield Event(when, (*where, place, f"gradient of {name}"), "gradients of activations", -size)
-        for number, tensor in enumerate(layer.kept):
-            yield Event(when, (*where, place, number), _kind(layer), -tensor.size)
+        stream = (*where, place, "gradient of the stream")
+        if not layer.logits:
+            yield Event(when, stream, "gradients of activations", layer.entering)
+        number = len(layer.kept)
+        for at, piece in reversed(list(enumerate(layer.pieces))):
+            number -= len(piece.kept)
+            yield from _piece_backward(layer, piece, run, when, (*where, place, at), number)
+        if not layer.logits:
+            yield Event(when, stream, "gradients of activations", -layer.entering)
         if run.recompute == "full" and not layer.is_end:
             yield Event(when, (*where, place, "checkpoint"), "activations", -layer.checkpoint)
         yield from _gathered(layer, run, when, (*where, place, "bwd"), taken=False)
 
 
-def _gradients(layer: Layer, run: Run, when: str, where: Place, place: int) -> Iterator[Event]:
-    """Yield the gradients of a layer's parameters: whole ones, those that are sent on, or a rank's share."""
-    if run.convention == "megatron":
+def _piece_backward(
+    layer: Layer, piece: Piece, run: Run, when: str, where: Place, number: int
+) -> Iterator[Event]:
+    """Yield the backward pass of a part: gradients come, what it kept goes, in autograd's order.
+
+    First the gradient of the last matrix and of what it read, which then goes; then gradients before it.
+    """
+    if piece.kind == "head":
+        yield from _loss_backward(layer, piece, run, when, where, number)
+        return
+    inner, outer = _inside(piece)
+    kept = [(number + n, tensor) for n, tensor in enumerate(piece.kept)]
+    read = kept[-1:] if piece.kind in ("ffn", "experts") and inner else []  # what the last matrix read
+    work = "gradients of activations"
+    yield from _gradients(piece, run, when, where, "last", piece.last)
+    yield from (Event(when, (*where, "inner", n), work, size) for n, size in enumerate(inner))
+    yield from (Event(when, (*where[:-1], n), _kind(layer), -tensor.size) for n, tensor in read)
+    yield from (Event(when, (*where, "outer", n), work, size) for n, size in enumerate(outer))
+    yield from (Event(when, (*where, "inner", n), work, -size) for n, size in enumerate(inner))
+    gone = [item for item in kept if item not in read]
+    yield from (Event(when, (*where[:-1], n), _kind(layer), -tensor.size) for n, tensor in gone)
+    rest = piece.parameters + piece.expert_parameters - piece.last
+    yield from _gradients(piece, run, when, where, "rest", rest)
+    yield from (Event(when, (*where, "outer", n), work, -size) for n, size in enumerate(outer))
+
+
+def _loss_backward(
+    layer: Layer, piece: Piece, run: Run, when: str, where: Place, number: int
+) -> Iterator[Event]:
+    """Yield the backward pass of loss and head: logarithms and logits in fp32, then logits in 16 bits."""
+    work = "gradients of activations"
+    full, half = 4 * layer.logits, 2 * layer.logits
+    yield Event(when, (*where, "logarithms"), work, full)
+    yield Event(when, (*where, "logits in fp32"), work, full)
+    for n, tensor in enumerate(piece.kept):
+        yield Event(when, (*where[:-1], number + n), _kind(layer), -tensor.size)
+    yield Event(when, (*where, "logarithms"), work, -full)
+    yield Event(when, (*where, "logits"), work, half)
+    yield Event(when, (*where, "logits in fp32"), work, -full)
+    yield Event(when, (*where, "stream"), work, layer.entering)
+    yield from _gradients(piece, run, when, where, "last", piece.parameters)
+    yield Event(when, (*where, "stream"), work, -layer.entering)
+    yield Event(when, (*where, "logits"), work, -half)
+
+
+def _inside(piece: Piece) -> tuple[list[int], list[int]]:
+    """Return the gradients inside a part: of what its last matrix read, and of what that is made of."""
+    sizes = {tensor.name.partition(": ")[2]: tensor.size for tensor in piece.kept}
+    if "input in fp32" in sizes:  # an RMSNorm written out: four of its steps in fp32, and what it gives
+        return [sizes["input in fp32"]] * 4, [sizes["output"]]
+    if piece.kind in ("ffn", "experts"):
+        widest = max(sizes.values(), default=0)
+        return [widest], [widest] * (2 if "product" in sizes else 1)
+    if piece.kind in ("attention", "latent_attention"):
+        made = [size for name, size in sizes.items() if name not in ("mask", "logsumexp", "mask of scores")]
+        return [sizes["output"]], made
+    return [], []
+
+
+def _gradients(piece: Piece, run: Run, when: str, where: Place, which: str, count: int) -> Iterator[Event]:
+    """Yield the gradients of `count` of a part's parameters: whole, and what of them this rank keeps."""
+    if run.convention == "megatron" or not count:
         return
     each = Fraction(conventions()[run.convention]["gradients"])
-    counts = (layer.parameters, run.data), (layer.expert_parameters, run.data // run.expert)
+    ranks = run.data // run.expert if piece.expert_parameters else run.data
     sent = run.stage >= 2 or run.offload != "none"
-    whole = _up(each * sum(count for count, _ in counts))
+    whole = _up(each * count)
     if sent:
-        yield Event(when, (*where, place, "whole gradient"), "gradients", whole)
+        yield Event(when, (*where, which, "whole gradient"), "gradients", whole)
     if where[0] == 0 and run.offload == "none":
-        kept = sum(_up(each * Fraction(count, ranks)) for count, ranks in counts) if sent else whole
-        yield Event(when, (where[1], place, "gradient"), "gradients", kept)
+        kept = _up(each * Fraction(count, ranks)) if sent else whole
+        yield Event(when, (*where[1:], which, "gradient"), "gradients", kept)
     if sent:
-        yield Event(when, (*where, place, "whole gradient"), "gradients", -whole)
+        yield Event(when, (*where, which, "whole gradient"), "gradients", -whole)
 
 
 def _gathered(layer: Layer, run: Run, when: str, key: tuple[Any, ...], *, taken: bool) -> Iterator[Event]:

@@ -207,6 +207,9 @@ Examples:
 @click.option("--dropout/--no-dropout", default=None, help="Keep dropout's masks.")
 @click.option("--fused-gate/--no-fused-gate", default=None, help="A gated product in one kernel.")
 @click.option("--fused-norm/--no-fused-norm", default=None, help="RMSNorm in one kernel.  [default: fused]")
+@click.option(
+    "--adam", type=click.Choice(("fused", "foreach")), help="foreach: PyTorch's default, with a copy."
+)
 @click.option("--bucket", type=COUNT_FROM_0, help="Elements of the buffer of gradients.  [default: 0]")
 @click.option("--adapter-rank", type=COUNT, help="Train LoRA adapters of this rank in place of the model.")
 @click.option(

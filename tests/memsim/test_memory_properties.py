@@ -189,11 +189,12 @@ def test_wrong_steps_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(step_memory, "_made_again", _never_given_back)
     else:
         first = step_memory._gradients
-        monkeypatch.setattr(
-            step_memory,
-            "_gradients",
-            lambda layer, run, when, where, place: first(layer, run, when, (0, 0), place),
-        )
+
+        def again(piece: Any, run: Run, when: str, where: Any, which: str, count: int) -> Any:
+            for event in first(piece, run, when, (0, *where[1:]), which, count):
+                yield event._replace(key=(*where, which))
+
+        monkeypatch.setattr(step_memory, "_gradients", again)
     wrong = step_memory.step_memory(model="gpt2", run=run)
     kept = {kind: size for kind, size in wrong.each_at_most().items() if size != sound.each_at_most()[kind]}
     assert kept
