@@ -7,6 +7,7 @@ import importlib
 __all__ = ["MODULES"]
 
 MODULES = (
+    "activations",
     "attention_io",
     "attention_prices",
     "collective_prices",
@@ -18,6 +19,7 @@ MODULES = (
     "errata_moe",
     "expert_parallel_prices",
     "fine_tuning_prices",
+    "korthikanti",
     "laws",
     "laws_collectives",
     "laws_moe",
@@ -26,12 +28,14 @@ MODULES = (
     "laws_scaling",
     "laws_speculative",
     "laws_tensor",
+    "laws_training_memory",
     "laws_zero",
     "linear_attention_prices",
     "linear_io",
     "low_rank_prices",
     "mesh_prices",
     "model_flops",
+    "model_states",
     "moe",
     "moe_communication",
     "moe_prices",
