@@ -7,11 +7,13 @@ pipeline, and one micro-batch of x tokens; the gradient of a product is two prod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from memsim.derivation import Definition
+from memsim.estimate import Term
 
-__all__ = ["OPERATORS", "ROOFLINE", "Operator"]
+__all__ = ["OPERATORS", "ROOFLINE", "Bounded", "Operator", "roofline"]
 
 _WILLIAMS = "Williams et al. 2009, doi:10.1145/1498765.1498785"
 _MEGATRON = "Narayanan et al. 2021, arXiv:2104.04473, appendix"
@@ -107,10 +109,11 @@ OPERATORS = (
 def _definitions(operator: Operator) -> tuple[Definition, ...]:
     name, meaning, source = operator.name, operator.meaning, operator.source
     share = "η_a" if name == "core" else "η_c"
-    time = f"max({{0}}FLOP_{name}/({operator.rate}*{share}), {{1}}bytes_{name}/(M*η_m))"
+    time = f"max({{0}}FLOP_{name}/({operator.rate}*{share}), {{1}}m_{name})"
     return (
         Definition(f"FLOP_{name}", operator.flop, "FLOP", f"operations of {meaning}", source),
         Definition(f"bytes_{name}", operator.moved, "B", f"bytes of {meaning}", source),
+        Definition(f"m_{name}", f"bytes_{name}/(M*η_m)", "s", f"memory's time of {meaning}", _WILLIAMS),
         Definition(f"f_{name}", time.format("", ""), "s", f"forward, {meaning}", _WILLIAMS),
         Definition(
             f"g_{name}",
@@ -136,3 +139,39 @@ ROOFLINE = (
     ),
     Definition("head", "f_head + g_head", "s", "head and loss, forward and backward", _MEGATRON),
 )
+
+
+class Bounded(NamedTuple):
+    """One operator: operations and bytes of its forward pass, seconds of both, and what limits the first."""
+
+    name: str
+    operator: str
+    flop: float
+    moved_bytes: float
+    intensity: float
+    forward_s: float
+    backward_s: float
+    bound: str
+
+
+def roofline(quantities: Mapping[str, Term]) -> list[Bounded]:
+    """Return the operators of a step, those that the model lacks left out.
+
+    Parameters
+    ----------
+    quantities : mapping of str to Term
+        Of a `memsim.training_step.TrainingStep`.
+    """
+    found = []
+    for operator in OPERATORS:
+        flop, moved, forward, back = (
+            quantities[f"{kind}_{operator.name}"] for kind in ("FLOP", "bytes", "f", "g")
+        )
+        if not moved.value:
+            continue
+        limit = "compute" if forward.value > quantities[f"m_{operator.name}"].value else "memory"
+        intensity = float(flop.value / moved.value)
+        times = float(forward.value), float(back.value)
+        sizes = float(flop.value), float(moved.value)
+        found.append(Bounded(operator.name, operator.meaning, *sizes, intensity, *times, limit))
+    return found
