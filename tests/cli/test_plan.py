@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 GPT3 = ("--model", "gpt3-175b", "--gpus", "64", "--batch", "64", "--sequence", "2048")
 AS_THEN = ("--attention", "standard", "--dropout")
 PAPER = "tensor=8,pipeline=8,interleave=3,recompute=selective,sequence_parallel=true"
+BESIDE = Path(sys.executable).parent
+MPIEXEC = shutil.which("mpiexec", path=f"{BESIDE}{os.pathsep}{os.environ.get('PATH', '')}")
 SMALL = ("--model", "gpt2", "--gpus", "8", "--batch", "64", "--sequence", "1024")
 
 
@@ -64,3 +74,13 @@ def test_what_is_impossible_is_one_line(run, arguments, said):
     result = run("plan", *arguments, code=2)
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(
+    MPIEXEC is None or importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py and mpiexec"
+)
+def test_processes_find_the_same(rows):
+    command = [str(MPIEXEC), "-n", "3", sys.executable, "-m", "cli.main", "plan", *SMALL, "--executor", "mpi"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    document = json.loads(done.stdout)
+    assert document["rows"] == rows("plan", *SMALL)["rows"]
