@@ -31,7 +31,14 @@ Examples:
   frugal memory inference --model llama-2-70b --tp 8 --draft llama-2-7b --alpha 0.8 --gamma 4""",
     short_help="Weights, cache, batch limit, time of serving.",
 )
-@click.option("--model", "models", type=ListOf(MODEL), required=True, help="Models that memsim describes.")
+@click.option("--model", "models", type=ListOf(MODEL), default=(), help="Models that memsim describes.")
+@click.option(
+    "--config",
+    "configs",
+    type=click.Path(),
+    multiple=True,
+    help="config.json of a model, or the directory with it; may be repeated.",
+)
 @click.option(
     "--hardware", type=HARDWARE, default="a100-80gb", show_default=True, help="On which accelerator."
 )
@@ -56,6 +63,7 @@ Examples:
 @output_options(plot=True)
 def inference_command(
     models: tuple[str, ...],
+    configs: tuple[str, ...],
     hardware: str,
     tp: tuple[int, ...],
     batch: tuple[int, ...],
@@ -79,12 +87,16 @@ def inference_command(
     Times are lower bounds as long as every efficiency is 1.  With --draft, also what speculative decoding
     gains on this hardware at this batch.
     """
+    from memsim.huggingface import read_model
     from memsim.inference import Serving, inference, served_speculation
 
+    described: list[Any] = [*models, *map(read_model, configs)]
+    if not described:
+        raise click.UsageError("expected --model or --config")
     rows: list[dict[str, Any]] = []
     found: list[Inference] = []
     names = [text.strip() for text in weights.split(",")], [text.strip() for text in cache.split(",")]
-    for model, held, kept, ranks, many, tokens in itertools.product(models, *names, tp, batch, prompt):
+    for model, held, kept, ranks, many, tokens in itertools.product(described, *names, tp, batch, prompt):
         one = Serving(
             model, hardware, ranks, many, tokens, generated, held, kept, precision, 1, capacity,
             latency, compute, memory, network,
@@ -111,7 +123,8 @@ def _row(one: Serving, served: Inference) -> dict[str, Any]:
         return float(served.value(name))
 
     return {
-        "model": one.model, "weights": one.weights, "cache": one.cache, "tensor": one.tensor,
+        "model": one.model if isinstance(one.model, str) else one.model.name,
+        "weights": one.weights, "cache": one.cache, "tensor": one.tensor,
         "batch": one.batch, "prompt": one.prompt, "generated": one.generated,
         "token_bytes": of("token"), "weights_bytes": of("weights"), "cache_bytes": of("cache"),
         "memory_bytes": of("memory"), "batch_limit": max(0, int(served.value("limit"))),

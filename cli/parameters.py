@@ -218,7 +218,8 @@ def _model_names() -> list[str]:
 
 COUNT = _Count()
 COUNTS: ListOf[int] = ListOf(COUNT)
-COUNTS_FROM_0: ListOf[int] = ListOf(_Count(0))
+COUNT_FROM_0 = _Count(0)
+COUNTS_FROM_0: ListOf[int] = ListOf(COUNT_FROM_0)
 BYTES = _Bytes()
 SIZES: ListOf[int] = ListOf(BYTES)
 AXES = _Axes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["bytes_text", "count_text", "flop_text", "time_text"]
+__all__ = ["bytes_text", "count_text", "flop_text", "gib_text", "time_text"]
 
 
 def bytes_text(value: Any) -> str:
@@ -14,6 +14,15 @@ def bytes_text(value: Any) -> str:
     ('16.64 GB', '')
     """
     return _text(value, "B")
+
+
+def gib_text(value: Any) -> str:
+    """Return a number of bytes in GiB, as the makers of estimators print them.
+
+    >>> gib_text(2**30), gib_text(0)
+    ('1.00 GiB', '0')
+    """
+    return "" if value is None else f"{float(value) / 2**30:.2f} GiB" if value else "0"
 
 
 def flop_text(value: Any) -> str:

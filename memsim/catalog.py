@@ -7,6 +7,7 @@ import importlib
 __all__ = ["MODULES"]
 
 MODULES = (
+    "activations",
     "attention_io",
     "attention_prices",
     "collective_prices",
@@ -15,6 +16,7 @@ MODULES = (
     "compute_optimal",
     "convolution_prices",
     "errata_moe",
+    "korthikanti",
     "laws",
     "laws_collectives",
     "laws_moe",
@@ -22,11 +24,13 @@ MODULES = (
     "laws_pipeline",
     "laws_scaling",
     "laws_speculative",
+    "laws_training_memory",
     "laws_zero",
     "linear_attention_prices",
     "linear_io",
     "low_rank_prices",
     "model_flops",
+    "model_states",
     "moe",
     "moe_exchange",
     "moe_communication",

@@ -101,9 +101,10 @@ def hardware(name: str) -> Hardware:
         If there is none; the message offers the nearest names.
     """
     data: dict[str, Any] = dict(data_files.read(name.lower(), "hardware", "hardware"))
-    rates = {
-        group: {precision: Specification(**entry) for precision, entry in data.pop(group, {}).items()}
+    dense, sparse = (
+        {precision: Specification(**entry) for precision, entry in data.pop(group, {}).items()}
         for group in ("peaks", "sparse_peaks")
-    }
+    )
     title = data.pop("title")
-    return Hardware(name.lower(), title, **rates, **{k: Specification(**v) for k, v in data.items()})
+    numbers: dict[str, Any] = {key: Specification(**entry) for key, entry in data.items()}
+    return Hardware(name.lower(), title, peaks=dense, sparse_peaks=sparse, **numbers)

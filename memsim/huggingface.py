@@ -38,8 +38,9 @@ from refimpl.errors import OptionError
 
 __all__ = ["MODEL_TYPES", "model_of_config", "read_model"]
 
-# Layers are gone through one by one, so their number is bounded; no model has a tenth of it.
-MOST_LAYERS = 10_000
+# Layers are gone through one by one, so their number is bounded; the deepest that was trained has 2,500
+# sublayers (DeepNet, arXiv:2203.00555).
+MOST_LAYERS = 2_500
 
 Mixer = Callable[[Settings, int], Part]
 Network = Callable[[Settings, int, int], Layer]
@@ -183,7 +184,8 @@ def _opt(settings: Settings, width: int) -> list[Stack]:
         first.append(Part("linear", "projection in", {"inputs": inner}))
         last.append(Part("linear", "projection out", {"outputs": inner}))
     mixed = Part("attention", "attention", {"heads": settings.whole("num_attention_heads")}, biased)
-    network = ffn(settings.whole("ffn_dim"), gated=False, bias=bias)
+    relu = settings.get("activation_function") in (None, "relu")
+    network = ffn(settings.whole("ffn_dim"), gated=False, bias=bias, relu=relu)
     norms = norm("attention norm"), norm("ffn norm")
     block = (norms[0], mixed, norms[1], network) if before else (mixed, norms[0], network, norms[1])
     final = (

@@ -47,9 +47,11 @@ def norm(name: str, style: str = "layer", width: int | None = None) -> Part:
     return Part("norm", name, {} if width is None else {"width": width}, choices)
 
 
-def ffn(width: int, *, gated: bool, bias: bool, name: str = "ffn") -> Part:
-    """Return a feed-forward network."""
+def ffn(width: int, *, gated: bool, bias: bool, name: str = "ffn", relu: bool = False) -> Part:
+    """Return a feed-forward network; ReLU is told apart, as what it makes is all that it keeps."""
     choices: dict[str, str | bool] = ({"gated": True} if gated else {}) | ({"bias": "all"} if bias else {})
+    if relu:
+        choices["activation"] = "relu"
     return Part("ffn", name, {"width": width}, choices)
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from cli.memory_checkpoint import checkpoint_command
 from cli.memory_inference import inference_command
 from cli.output import output_options
-from cli.parameters import COUNT, COUNTS, ListOf
+from cli.parameters import COUNT, COUNT_FROM_0, COUNTS, HARDWARE, MODEL, ListOf
 from cli.quantities import bytes_text, count_text
 from cli.result import Column, Result, Row
 
@@ -44,6 +45,7 @@ def command() -> None:
 
 
 command.add_command(inference_command)
+command.add_command(checkpoint_command)
 
 
 @command.command(
@@ -156,58 +158,145 @@ def _draw(axes: Any, rows: Sequence[Row]) -> None:
 Examples:
   frugal memory training --params 7B
   frugal memory training --params 1.5B --hidden 1600 --layers 48 --sequence 1024 --batch 32 --heads 25
-  frugal memory training --params 100B --hidden 8192 --layers 125 --sequence 1024 --batch 32 \\
-      --model-parallel 16 --buffer 500M""",
+  frugal memory training --model llama-2-7b --gpus 8 --stage 1 --sequence 4096 --micro-batches 8 \\
+      --hardware a100-80gb --explain
+  frugal memory training --config my/config.json --deepspeed ds.json --gpus 16 --plot step.png""",
     short_help="Model states and activations of training.",
 )
-@click.option("--params", type=COUNT, required=True, help="Parameters of the model.")
-@click.option("--hidden", type=COUNT, help="Width h of the model.")
-@click.option("--layers", type=COUNT, help="Layers L.")
-@click.option("--sequence", type=COUNT, help="Tokens s of a sequence; K is 1000.")
-@click.option("--batch", type=COUNT, help="Sequences b of a micro-batch.")
-@click.option("--heads", type=COUNT, help="Heads a; needed for Korthikanti's count only.")
-@click.option("--model-parallel", type=COUNT, help="Ranks among which ZeRO-R divides the checkpoints (P_a).")
+@click.option("--params", type=COUNT, help="Parameters of a model without description.")
+@click.option("--model", type=MODEL, help="Name of a model that memsim describes.")
+@click.option("--config", type=click.Path(), help="config.json of a model, or the directory with it.")
+@click.option("--deepspeed", type=click.Path(), help="DeepSpeed's JSON; other options take precedence.")
+@click.option("--hardware", type=HARDWARE, help="Whose memory it should fit into.")
+@click.option("--hidden", type=COUNT, help="With --params: width h of the model.")
+@click.option("--layers", type=COUNT, help="With --params: layers L.")
+@click.option("--heads", type=COUNT, help="With --params: heads a; needed for Korthikanti's count only.")
 @click.option(
-    "--buffer", type=COUNT, help="Elements of ZeRO-R's constant buffer (C_B).  [default: all parameters]"
+    "--model-parallel", type=COUNT, help="With --params: ranks that divide ZeRO-R's checkpoints (P_a)."
 )
-@click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")
-@output_options()
+@click.option(
+    "--buffer",
+    type=COUNT,
+    help="With --params: elements of ZeRO-R's constant buffer (C_B).  [default: all parameters]",
+)
+@click.option("--sequence", type=COUNT, help="Tokens s of a sequence; K is 1000.  [default: 2048]")
+@click.option("--batch", type=COUNT, help="Sequences b of a micro-batch.  [default: 1]")
+@click.option("--micro-batches", type=COUNT, help="Micro-batches a rank and step.  [default: 1]")
+@click.option("--gpus", type=COUNT, help="All ranks.  [default: 1]")
+@click.option("--tensor", type=COUNT, help="Ranks that divide matrices.  [default: 1]")
+@click.option("--pipeline", type=COUNT, help="Stages.  [default: 1]")
+@click.option("--interleave", type=COUNT, help="Chunks of layers a stage.  [default: 1]")
+@click.option("--expert", type=COUNT, help="Ranks that divide experts.  [default: 1]")
+@click.option(
+    "--sequence-parallel/--no-sequence-parallel", default=None, help="Divide norms along the sequence."
+)
+@click.option("--stage", type=click.IntRange(0, 3), help="ZeRO stage.  [default: 0]")
+@click.option("--offload", type=click.Choice(("none", "optimizer", "all")), help="What the host keeps.")
+@click.option(
+    "--convention",
+    type=click.Choice(("zero", "deepspeed", "megatron", "fp32", "bf16", "adam8bit", "sgd")),
+    help="Bytes of states a parameter.  [default: zero]",
+)
+@click.option("--recompute", type=click.Choice(("none", "selective", "full")), help="What is made again.")
+@click.option(
+    "--checkpoints",
+    type=click.Choice(("replicated", "partitioned", "offloaded")),
+    help="Where full recomputation keeps what it starts from (ZeRO-R).",
+)
+@click.option("--attention", type=click.Choice(("flash", "standard")), help="[default: flash]")
+@click.option("--dropout/--no-dropout", default=None, help="Keep dropout's masks.")
+@click.option("--fused-gate/--no-fused-gate", default=None, help="A gated product in one kernel.")
+@click.option("--fused-norm/--no-fused-norm", default=None, help="RMSNorm in one kernel.  [default: fused]")
+@click.option("--bucket", type=COUNT_FROM_0, help="Elements of the buffer of gradients.  [default: 0]")
+@click.option("--adapter-rank", type=COUNT, help="Train LoRA adapters of this rank in place of the model.")
+@click.option(
+    "--adapter-targets",
+    type=click.Choice(("queries and values", "attention", "all")),
+    default="all",
+    show_default=True,
+    help="Matrices with an adapter.",
+)
+@click.option(
+    "--base",
+    type=click.Choice(("16bit", "int8", "nf4")),
+    default="16bit",
+    show_default=True,
+    help="Matrices of the frozen model under adapters; nf4 is QLoRA's.",
+)
+@click.option("--explain", is_flag=True, help="Print every formula, and how other estimators disagree.")
+@output_options(plot=True)
 def training(
-    params: int,
-    hidden: int | None,
-    layers: int | None,
-    sequence: int | None,
-    batch: int | None,
-    heads: int | None,
-    model_parallel: int | None,
-    buffer: int | None,
+    params: int | None,
+    model: str | None,
+    config: str | None,
+    deepspeed: str | None,
+    hardware: str | None,
+    adapter_rank: int | None,
+    adapter_targets: str,
+    base: str,
     explain: bool,
+    **options: Any,
 ) -> Result:
-    """Give the memory of mixed-precision Adam training on one device: states, and activations by each source.
+    """Give the memory of training: of a number of parameters by each source, or of a model, tensor by tensor.
 
-    The sources disagree on activations by factors, so every count is a row of its own.  Buffers and
-    fragmentation come on top.
+    With --model or --config: what a rank takes in a step at its peak, as PyTorch allocates it; --explain adds
+    how other estimators count the same run, what they printed, and the reason for each gap.
     """
+    from cli.training_memory import described_model, run_result, run_that
+
+    if sum(given is not None for given in (params, model, config)) != 1:
+        raise click.UsageError("expected one of --params, --model and --config")
+    shape = {name: options.pop(name) for name in ("hidden", "layers", "heads", "model_parallel", "buffer")}
+    if params is None:
+        given = [f"--{name.replace('_', '-')}" for name, value in shape.items() if value is not None]
+        if given:
+            raise click.UsageError(f"{', '.join(given)}: a model with a description has its own")
+        adapter = (
+            None if adapter_rank is None else {"rank": adapter_rank, "targets": adapter_targets, "base": base}
+        )
+        return run_result(
+            described_model(model, config),
+            run_that(options, deepspeed),
+            hardware=hardware,
+            adapter=adapter,
+            explain=explain,
+        )
+    both = {**options, "deepspeed": deepspeed, "hardware": hardware, "adapter_rank": adapter_rank}
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in both.items()
+        if value is not None and name not in ("sequence", "batch")
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: expected a model with a description, --model or --config"
+        )
+    return _by_source(params, {**shape, "sequence": options["sequence"], "batch": options["batch"]}, explain)
+
+
+def _by_source(params: int, sizes: dict[str, int | None], explain: bool) -> Result:
+    """Return states and activations of a number of parameters, a row for each source's term."""
     from memsim import training_memory as models
     from memsim.zero_r import zero_r
 
+    heads, model_parallel, buffer = (sizes[name] for name in ("heads", "model_parallel", "buffer"))
     states = models.training_memory(parameters=params)
     activations: dict[str, Estimate] = {}
-    shape = {"hidden": hidden, "layers": layers, "sequence": sequence, "batch": batch}
+    shape = {name: sizes[name] for name in ("hidden", "layers", "sequence", "batch")}
     missing = [f"--{name}" for name, value in shape.items() if value is None]
     if buffer is not None and model_parallel is None:
         raise click.UsageError("--buffer is ZeRO-R's, which needs --model-parallel too")
     if len(missing) < len(shape) or heads is not None or model_parallel is not None:
         if missing:
             raise click.UsageError(f"activations need {', '.join(missing)} too")
-        sizes = cast("dict[str, Any]", shape)
-        activations["zero_activations"] = models.zero_activations(**sizes)
-        activations["checkpoints"] = models.checkpoint_activations(**sizes)
+        known = cast("dict[str, Any]", shape)
+        activations["zero_activations"] = models.zero_activations(**known)
+        activations["checkpoints"] = models.checkpoint_activations(**known)
         if heads is not None:
-            activations["korthikanti_activations"] = models.block_activations(**sizes, heads=heads)
+            activations["korthikanti_activations"] = models.block_activations(**known, heads=heads)
         if model_parallel is not None:
             activations["zero_r"] = zero_r(
-                **sizes, parameters=params, buffer=buffer or params, model_parallel=model_parallel
+                **known, parameters=params, buffer=buffer or params, model_parallel=model_parallel
             )
     estimates = [states, *activations.values()]
     rows = [

@@ -279,7 +279,7 @@ def test_what_a_model_is_called(tmp_path: Path) -> None:
         ({"hidden_size": 4096.5}, "hidden_size"),
         ({"hidden_size": True}, "hidden_size"),
         ({"hidden_size": None}, "there is no hidden_size"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected a whole number from 1 to 10000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected a whole number from 1 to 2500"),
         ({"num_attention_heads": 3}, "3 heads do not divide a width of 4096"),
         ({"num_key_value_heads": 5}, "5 key heads do not divide 32 heads"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false; got 'yes'"),
