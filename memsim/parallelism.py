@@ -219,19 +219,21 @@ def crossover_batch(
     return estimate("crossover batch", [term("batch", "2Ψ/(8*s*h*L)", values, "1", _MEGATRON)])
 
 
-def pipeline_bubble(*, stages: Quantity, microbatches: Quantity) -> Estimate:
-    """Return the share of time that a pipeline of equal stages idles: (p-1)/(m+p-1).
+def pipeline_bubble(*, stages: Quantity, microbatches: Quantity, chunks: Quantity = 1) -> Estimate:
+    """Return the share of time that a pipeline of equal stages idles: (p-1)/(m+p-1), and with v chunks less.
 
     References
     ----------
     .. [1] Huang et al. 2019, arXiv:1811.06965 (GPipe), section 2.3; the same for 1F1B.
+    .. [2] Narayanan et al. 2021, arXiv:2104.04473, section 2.2.2, interleaved: (p-1)/(m v + p-1).
 
     Examples
     --------
     >>> pipeline_bubble(stages=8, microbatches=32).total
     Fraction(7, 39)
     """
-    values = positive_values(p=stages, m=microbatches)
-    return estimate(
-        "pipeline bubble", [term("idle share", "(p - 1)/(m + p - 1)", values, "1", "arXiv:1811.06965, 2.3")]
-    )
+    values = positive_values(p=stages, m=microbatches, v=chunks)
+    plain = values["v"] == 1
+    formula = "(p - 1)/(m + p - 1)" if plain else "(p - 1)/(m*v + p - 1)"
+    source = "arXiv:1811.06965, 2.3" if plain else "arXiv:2104.04473, 2.2.2"
+    return estimate("pipeline bubble", [term("idle share", formula, values, "1", source)])

@@ -31,6 +31,20 @@ MODELS_WITH_NUMBERS = {
 }
 # Entries of the lecture that are done.  An issue that adds a family adds its numbers here.
 DONE = set(range(1, 110)) - {67, 93, 94}
+DONE = {
+    *range(1, 25),
+    *range(27, 39),
+    45,
+    *range(49, 55),
+    57,
+    58,
+    68,
+    69,
+    71,
+    72,
+    83,
+    *range(90, 109),
+}
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from cli.commands.env import why_not
+from cli.commands.parallel_mesh import mesh, pipeline
 from cli.output import output_options, progress
 from cli.parameters import COUNT, COUNTS, ListOf
 from cli.processes import another_speaks, together
@@ -50,6 +51,10 @@ class _DeviceTime(click.ParamType):  # type: ignore[type-arg]
 )
 def command() -> None:
     """Train on ranks that divide the model states, and tell what parallelism promises."""
+
+
+command.add_command(mesh)
+command.add_command(pipeline)
 
 
 def _each(values: list[int]) -> str:

@@ -35,6 +35,7 @@ TRACE_COLUMNS = (
     epilog="""\b
 Examples:
   frugal show attention.flash
+  frugal show parallel.pipeline --plot pipeline.svg
   frugal show attention.flash --trace --n 8 --d 2 --sram 64""",
     short_help="All that is known about one technique.",
 )
@@ -51,11 +52,12 @@ Examples:
     help="Of the traced case.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the traced case.")
-@output_options()
+@output_options(plot=True)
 def command(name: str, trace: bool, n: int, d: int, sram: int, dtype: str, seed: int) -> Result:
     """Show technique NAME: signature, source, axes, laws, implementations, prices, errata.
 
-    With --trace, the reference runs on random data, and every load and store is listed.
+    With --trace, the reference runs on random data, and every load and store is listed.  Pipelines have a
+    picture: --plot draws their schedules on 4 ranks.
     """
     from refimpl import registry
 
@@ -71,7 +73,14 @@ def command(name: str, trace: bool, n: int, d: int, sram: int, dtype: str, seed:
         (Column("section"), *columns),
         views=grouped(rows, columns, "section"),
         sources=[str(technique.source)],
+        draw=_pipelines if name.startswith("parallel.pipeline") else None,
     )
+
+
+def _pipelines(axes: Any) -> None:
+    from cli.pipeline_plot import draw_timelines, example_timelines
+
+    draw_timelines(axes, example_timelines())
 
 
 def _facts(technique: Technique) -> Iterator[tuple[str, str, str]]:

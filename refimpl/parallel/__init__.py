@@ -1,4 +1,4 @@
-"""Ranks and shards: message passing that is counted, collectives, data parallelism, mixed precision, ZeRO.
+"""Ranks and shards: counted messages, collectives, data, tensor and pipeline parallelism, ZeRO, all at once.
 
 A function that bears its module's name is imported from there: ``from refimpl.parallel.zero import zero``.
 """
@@ -14,6 +14,9 @@ from refimpl.parallel.array_collectives import (
 )
 from refimpl.parallel.comm import Comm, DeadlockError, Sent, Traffic, run_ranks
 from refimpl.parallel.data import Replicas, data_parallel, data_parallel_step
+from refimpl.parallel.groups import group
+from refimpl.parallel.mesh import Mesh
+from refimpl.parallel.mesh_training import MeshTraining, mesh_training
 from refimpl.parallel.mixed_precision import (
     LossScale,
     OptimizerState,
@@ -23,6 +26,15 @@ from refimpl.parallel.mixed_precision import (
     optimizer_step,
 )
 from refimpl.parallel.network import Batch, Unit, attention_network, initial_parameters
+from refimpl.parallel.pipeline import PipelineGradients, pipeline_parallel
+from refimpl.parallel.schedules import check_schedule, pipeline_schedule
+from refimpl.parallel.tensor import tensor_parallel, tensor_parallel_vjp
+from refimpl.parallel.vocabulary import (
+    vocabulary_embedding,
+    vocabulary_embedding_vjp,
+    vocabulary_loss,
+    vocabulary_loss_vjp,
+)
 from refimpl.parallel.zero import ZeroState, ZeroTraining, zero_initial, zero_step
 
 __all__ = [
@@ -32,7 +44,10 @@ __all__ = [
     "Comm",
     "DeadlockError",
     "LossScale",
+    "Mesh",
+    "MeshTraining",
     "OptimizerState",
+    "PipelineGradients",
     "Replicas",
     "Sent",
     "Traffic",
@@ -47,15 +62,26 @@ __all__ = [
     "all_to_all",
     "attention_network",
     "broadcast",
+    "check_schedule",
     "data_parallel",
     "data_parallel_step",
+    "group",
     "initial_parameters",
+    "mesh_training",
     "mixed_precision_steps",
     "next_loss_scale",
     "optimizer_step",
+    "pipeline_parallel",
+    "pipeline_schedule",
     "reduce",
     "reduce_scatter",
     "run_ranks",
+    "tensor_parallel",
+    "tensor_parallel_vjp",
+    "vocabulary_embedding",
+    "vocabulary_embedding_vjp",
+    "vocabulary_loss",
+    "vocabulary_loss_vjp",
     "zero_initial",
     "zero_step",
 ]

@@ -24,6 +24,8 @@ from refimpl.numerics import Array
 from refimpl.parallel import array_collectives
 from refimpl.parallel.comm import TIMEOUT, Comm, DeadlockError, Sent, Traffic, say_waits
 from refimpl.parallel.data import data_parallel as _data_parallel
+from refimpl.parallel.mesh_training import mesh_training as _mesh_training
+from refimpl.parallel.pipeline import pipeline_parallel as _pipeline_parallel
 from refimpl.parallel.tensor import tensor_parallel as _tensor_parallel
 from refimpl.parallel.tensor import tensor_parallel_vjp as _tensor_parallel_vjp
 from refimpl.parallel.zero import zero as _zero
@@ -303,6 +305,8 @@ _TECHNIQUES: dict[str, Callable[..., Any]] = {
     "parallel.collectives.broadcast": array_collectives.broadcast,
     "parallel.collectives.reduce": array_collectives.reduce,
     "parallel.data": _data_parallel,
+    "parallel.mesh": _mesh_training,
+    "parallel.pipeline": _pipeline_parallel,
     "parallel.tensor": _tensor_parallel,
     "parallel.tensor.backward": _tensor_parallel_vjp,
     "parallel.zero": _zero,

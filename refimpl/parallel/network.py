@@ -11,7 +11,7 @@ by unit.  `attention_network` is a causal language model: embedding, residual at
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from refimpl.numerics import Array, BoolArray, FloatArray, IntArray, contract, r
 __all__ = [
     "Batch",
     "Network",
+    "Sized",
     "Unit",
     "attention_network",
     "cross_entropy",
@@ -32,6 +33,15 @@ __all__ = [
 ]
 
 Weights = list[FloatArray]
+
+
+class Sized(Protocol):
+    """Whatever has parameters: sharding asks no more of a unit."""
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        ...
 
 
 class Unit(NamedTuple):
@@ -110,12 +120,12 @@ def attention_network(
     )
 
 
-def parameter_count(network: Network) -> int:
+def parameter_count(network: Sequence[Sized]) -> int:
     """Return how many parameters all units have together."""
     return sum(unit.size for unit in network)
 
 
-def split_units(network: Network, flat: FloatArray) -> list[FloatArray]:
+def split_units(network: Sequence[Sized], flat: FloatArray) -> list[FloatArray]:
     """Return the part of `flat` that belongs to each unit, as views.
 
     Raises

@@ -8,12 +8,12 @@ import numpy as np
 
 from refimpl.numerics import FloatArray
 from refimpl.parallel.collectives import chunk_length, padded
-from refimpl.parallel.network import Network, split_units
+from refimpl.parallel.network import Sized, split_units
 
 __all__ = ["cut_shard", "gather_vector", "shard_vector"]
 
 
-def shard_vector(network: Network, flat: FloatArray, rank: int, ranks: int) -> FloatArray:
+def shard_vector(network: Sequence[Sized], flat: FloatArray, rank: int, ranks: int) -> FloatArray:
     """Return the chunks of a vector over all parameters that `rank` owns, unit by unit, padded; a copy.
 
     Examples
@@ -29,7 +29,7 @@ def shard_vector(network: Network, flat: FloatArray, rank: int, ranks: int) -> F
     return np.concatenate(chunks)
 
 
-def gather_vector(network: Network, shards: Sequence[FloatArray]) -> FloatArray:
+def gather_vector(network: Sequence[Sized], shards: Sequence[FloatArray]) -> FloatArray:
     """Return the vector whose shards these are, one of each rank: the inverse of `shard_vector`.
 
     Examples
@@ -44,7 +44,7 @@ def gather_vector(network: Network, shards: Sequence[FloatArray]) -> FloatArray:
     return np.concatenate(parts)
 
 
-def cut_shard(network: Network, shard: FloatArray, ranks: int) -> list[FloatArray]:
+def cut_shard(network: Sequence[Sized], shard: FloatArray, ranks: int) -> list[FloatArray]:
     """Return each unit's chunk of a shard, as views."""
     ends = np.cumsum([chunk_length(unit.size, ranks) for unit in network])[:-1]
     return np.split(shard, ends)

@@ -73,7 +73,7 @@ def _sample_backward(rng: np.random.Generator, **shape: Any) -> Case:
     return case.replace(*case.args, rng.standard_normal(case.args[0].shape))
 
 
-_SMALL = {"B": 2, "tokens": 2, "M": 4, "heads": 1, "group": 1, "units": 2, "extra": "none"}
+_SMALL = {"B": 2, "tokens": 2, "M": 8, "heads": 1, "group": 1, "units": 2, "extra": "none"}
 _RECORD: dict[str, Any] = {
     "entries": (94,),
     "kind": "function",
@@ -83,7 +83,7 @@ _RECORD: dict[str, Any] = {
         "ranks": (1, 4),
         "B": (1, 2),
         "tokens": (1, 3),
-        "M": (4, 6),
+        "M": (8, 10),
         "heads": (1, 2),
         "group": (1, 2),
         "units": (1, 3),

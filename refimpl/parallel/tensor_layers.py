@@ -47,7 +47,7 @@ __all__ = [
 SPLIT = {
     "w_q": 1, "w_k": 1, "w_v": 1, "b_q": 0, "b_k": 0, "b_v": 0, "w_o": 0,
     "w_1": 1, "b_1": 0, "w_2": 0, "w_gate": 1, "w_up": 1, "w_down": 0,
-    "embedding": 0, "head": 0,
+    "experts_in": 2, "experts_gate": 2, "experts_out": 1, "embedding": 0, "head": 0,
 }  # fmt: skip
 
 
@@ -169,6 +169,7 @@ def tensor_block(
     rope: Rope | None = None,
     alibi_slopes: FloatArray | None = None,
     sequence_parallel: bool = False,
+    mixture: Part | None = None,
 ) -> Part:
     """Return a decoder block as one rank runs it, on the weights that `own_weights` gives it.
 
@@ -184,6 +185,8 @@ def tensor_block(
         Of all heads.
     sequence_parallel : bool
         Whether tokens are split outside of the sublayers.
+    mixture : Part, optional
+        What takes the place of the feed-forward layer.
 
     Returns
     -------
@@ -232,7 +235,7 @@ def tensor_block(
         start, end = (gathered, scattered) if sequence_parallel else (copied, summed)
         return in_sequence(start(comm), layer, end(comm), whole(local(lambda weights: _bias(weights, bias))))
 
-    hidden = local(lambda weights: feed_forward_layer(_without(weights, "b_2"), activation))
+    hidden = mixture or local(lambda weights: feed_forward_layer(_without(weights, "b_2"), activation))
     return in_sequence(
         around(split(local(attention), "b_o"), normalised(1), order),
         around(split(hidden, "b_2"), normalised(2), order),

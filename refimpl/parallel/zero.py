@@ -8,7 +8,7 @@ without clipping and with one micro-batch the parameters are equal to those bit 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,11 +29,21 @@ from refimpl.parallel.data import (
     training_arguments,
 )
 from refimpl.parallel.mixed_precision import LossScale, OptimizerState, initial_state, optimizer_step
-from refimpl.parallel.network import Batch, Network, loss_and_gradients, split_units
+from refimpl.parallel.network import Batch, Network, Sized, loss_and_gradients, split_units
 from refimpl.parallel.sharding import cut_shard, gather_vector, shard_vector
 from refimpl.registry import Case, Source, technique
 
-__all__ = ["ZeroState", "ZeroTraining", "zero", "zero_initial", "zero_step", "zero_steps"]
+__all__ = [
+    "ZeroState",
+    "ZeroTraining",
+    "gather_unit",
+    "reduce_gradient",
+    "zero",
+    "zero_initial",
+    "zero_step",
+    "zero_steps",
+    "zero_update",
+]
 
 
 class ZeroState(NamedTuple):
@@ -70,7 +80,7 @@ class ZeroTraining(NamedTuple):
 
 def zero_initial(
     comm: Comm,
-    network: Network,
+    network: Sequence[Sized],
     parameters: FloatArray,
     *,
     stage: int,
@@ -166,38 +176,75 @@ def zero_step(
     counted = max(sum_over_ranks(comm, float(sum(np.sum(batch.mask) for batch in batches))), 1.0)
     held: dict[int, FloatArray] = {}
 
-    def reduced(gradient: FloatArray) -> FloatArray:
-        with comm.phase("gradients"):
-            return ring_reduce_scatter(comm, gradient)
-
-    def gathered(index: int, chunk: FloatArray) -> FloatArray:
-        with comm.phase("parameters"):
-            return np.array(ring_all_gather(comm, chunk)[: network[index].size])
-
     def parameters_of(index: int) -> FloatArray:
         kept = state.parameters[index]
-        return gathered(index, kept) if state.stage == 3 else kept
+        return gather_unit(comm, network[index], kept) if state.stage == 3 else kept
 
     def take(index: int, gradient: FloatArray) -> None:
-        add_gradient(held, index, gradient if state.stage == 1 else reduced(gradient))
+        add_gradient(held, index, gradient if state.stage == 1 else reduce_gradient(comm, gradient))
 
     factor = state.optimizer.loss_scale.scale / counted
     loss = sum(loss_and_gradients(network, parameters_of, batch, factor, take) for batch in batches)
     nbytes = state.nbytes + sum(gradient.nbytes for gradient in held.values())
-    shards = [reduced(held[i]) if state.stage == 1 else held[i] for i in range(len(network))]
+    shards = [reduce_gradient(comm, held[i]) if state.stage == 1 else held[i] for i in range(len(network))]
+    state = zero_update(
+        comm, network, state, shards, optimizer=optimizer, max_norm=max_norm, growth_interval=growth_interval
+    )
+    return state, sum_over_ranks(comm, loss) / counted, nbytes
+
+
+def reduce_gradient(comm: Comm, gradient: FloatArray) -> FloatArray:
+    """Return this rank's chunk of a unit's gradient, summed over ranks."""
+    with comm.phase("gradients"):
+        return ring_reduce_scatter(comm, gradient)
+
+
+def gather_unit(comm: Comm, unit: Sized, chunk: FloatArray) -> FloatArray:
+    """Return a unit's whole parameters, of which each rank has a chunk."""
+    with comm.phase("parameters"):
+        return np.array(ring_all_gather(comm, chunk)[: unit.size])
+
+
+def zero_update(
+    comm: Comm,
+    network: Sequence[Sized],
+    state: ZeroState,
+    shards: Sequence[FloatArray],
+    *,
+    optimizer: AdamW,
+    max_norm: float | None = None,
+    growth_interval: int = 2000,
+    sum_over_shards: Callable[[float], float] | None = None,
+) -> ZeroState:
+    """Return this rank's state after the optimizer's step, given its chunk of each unit's gradient.
+
+    Parameters
+    ----------
+    comm, network, state, optimizer, max_norm, growth_interval
+        As for `zero_step`.
+    shards : sequence of ndarray
+        The chunks, summed over ranks.
+    sum_over_shards : callable, optional
+        As for `optimizer_step`.  Default: over the ranks of `comm`.
+
+    Returns
+    -------
+    ZeroState
+        Up to stage 2 with the parameters of all chunks.
+    """
     after = optimizer_step(
         state.optimizer,
         np.concatenate(shards),
         optimizer=optimizer,
         max_norm=max_norm,
         growth_interval=growth_interval,
-        sum_over_shards=lambda value: sum_over_ranks(comm, value),
+        sum_over_shards=sum_over_shards or (lambda value: sum_over_ranks(comm, value)),
     )
     rounded = round_to(after.master, state.parameters[0].dtype)
     chunks = [np.array(chunk) for chunk in cut_shard(network, rounded, comm.size)]
     if state.stage < 3:
-        chunks = [gathered(index, chunk) for index, chunk in enumerate(chunks)]
-    return ZeroState(state.stage, chunks, after), sum_over_ranks(comm, loss) / counted, nbytes
+        chunks = [gather_unit(comm, unit, chunk) for unit, chunk in zip(network, chunks, strict=True)]
+    return ZeroState(state.stage, chunks, after)
 
 
 def zero_steps(

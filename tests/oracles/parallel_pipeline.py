@@ -9,6 +9,7 @@ import numpy as np
 
 from refimpl.registry import oracle
 from tests.oracles import library
+from tests.oracles.torch_decoder import leaves, loss_sum, torch_library
 
 
 @oracle("parallel.pipeline.schedule")
@@ -104,3 +105,124 @@ def held_while_ticking(*, schedule: str, ranks: int, micro_batches: int, chunks:
         return {"1": np.asarray(most, dtype=object)}
     _, _, most_of = ticking(schedule, ranks, micro_batches, 1, 2)
     return {"1": np.asarray(most_of[rank], dtype=object)}
+
+
+def named_parameters(parameters: Any, config: Any) -> dict[str, Any]:
+    """Return the parts of a flat vector by name, in the order in which a decoder uses them."""
+    M, D = config.width, config.head_width or config.width // config.num_heads
+    q, kv = config.num_heads * D, (config.num_kv_heads or config.num_heads) * D
+    gains = ["gamma", "beta"] if config.norm == "layer_norm" else ["gamma"]
+    layer: list[tuple[str, tuple[int, ...]]] = [("w_q", (M, q)), ("w_k", (M, kv)), ("w_v", (M, kv))]
+    layer += [("w_o", (q, M))]
+    if config.biases:
+        layer += [("b_q", (q,)), ("b_k", (kv,)), ("b_v", (kv,)), ("b_o", (M,))]
+    F, E = config.hidden, getattr(config, "experts", 0)
+    if E:
+        layer += [("w_router", (M, E)), ("experts_in", (E, M, F))]
+        layer += [("experts_gate", (E, M, F))] if config.gated else []
+        layer += [("experts_out", (E, F, M))]
+    elif config.gated:
+        layer += [("w_gate", (M, F)), ("w_up", (M, F)), ("w_down", (F, M))]
+    else:
+        layer += [("w_1", (M, F)), ("w_2", (F, M))]
+        layer += [("b_1", (F,)), ("b_2", (M,))] if config.biases else []
+    layer += [(f"{gain}_{n}", (M,)) for n in (1, 2) for gain in gains]
+    names: list[tuple[str, tuple[int, ...]]] = [("embedding", (config.vocabulary, M))]
+    if config.positions == "learned":
+        names.append(("positions", (config.max_length, M)))
+    names += [(f"layers.{i}.{name}", shape) for i in range(config.layers) for name, shape in layer]
+    if config.order == "pre":
+        names += [(gain, (M,)) for gain in gains]
+    if not config.tied:
+        names.append(("head", (config.vocabulary, M)))
+    found, at = {}, 0
+    for name, shape in names:
+        size = int(np.prod(shape))
+        found[name] = parameters[at : at + size].reshape(shape)
+        at += size
+    if at != len(parameters):
+        raise ValueError(f"{at} parameters named, {len(parameters)} given")
+    return found
+
+
+@oracle("parallel.pipeline")
+def autograd_of_one_device(
+    parameters: Any, tokens: Any, mask: Any, /, *, config: Any, ranks: int, schedule: str, **options: Any
+) -> Any:
+    """Autograd on all micro-batches at once; and what greedy ranks hold."""
+    torch = torch_library()
+    if schedule == "interleaved" or not mask.size:
+        raise NotImplementedError("greedy ranks have one stage each; torch has no empty batches")
+    weights = leaves(torch, named_parameters(parameters, config))
+    words, counts = tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1])
+    loss = loss_sum(torch, weights, words, counts, config) / max(int(mask.sum()), 1)
+    loss.backward()
+    gradients = [w.grad.numpy().ravel() if w.grad is not None else w.detach().numpy().ravel() * 0
+                 for w in weights.values()]  # fmt: skip
+    _, _, most = ticking(schedule, ranks, len(tokens), 1, 2)
+    return {
+        "dparameters": np.concatenate(gradients),
+        "loss": loss.detach().numpy(),
+        "in_flight": np.array(most),
+    }
+
+
+@oracle("parallel.mesh")
+def adamw_of_torch(
+    parameters: Any, tokens: Any, mask: Any, /, *, config: Any, optimizer: Any, max_norm: Any = None, **_: Any
+) -> Any:
+    """Autograd and PyTorch's AdamW on one device, all sequences of a step in one batch."""
+    torch = torch_library()
+    if not mask.size:
+        raise NotImplementedError("torch has no empty batches")
+    weights = leaves(torch, named_parameters(parameters, config))
+    adamw = torch.optim.AdamW(
+        list(weights.values()),
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+    losses = []
+    for words, counts in zip(tokens, mask, strict=True):
+        words, counts = (array.reshape(-1, array.shape[-1]) for array in (words, counts))
+        loss = loss_sum(torch, weights, words, counts, config) / max(int(counts.sum()), 1)
+        adamw.zero_grad()
+        loss.backward()
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if max_norm is not None:
+            norm = torch.sqrt(sum((weight.grad**2).sum() for weight in weights.values()))
+            for weight in weights.values():
+                weight.grad *= min(1.0, float(max_norm / norm)) if norm > 0 else 1.0
+        adamw.step()
+        losses.append(float(loss.detach()))
+    trained = np.concatenate([weight.detach().numpy().ravel() for weight in weights.values()])
+    return {"parameters": trained, "losses": np.array(losses)}
+
+
+@oracle("parallel.pipeline.pipedream")
+def old_weights_by_autograd(
+    parameters: Any, tokens: Any, mask: Any, /, *, config: Any, ranks: int, lr: float
+) -> Any:
+    """The recurrence of the paper: each rank's weights of their own age, one micro-batch after the other."""
+    torch = torch_library()
+    history = [named_parameters(parameters, config)]
+    layers = [part.tolist() for part in np.array_split(np.arange(config.layers), ranks)]
+
+    def rank_of(name: str) -> int:
+        if name.startswith("layers."):
+            return next(r for r, own in enumerate(layers) if int(name.split(".")[1]) in own)
+        return 0 if name == "embedding" else ranks - 1
+
+    versions = np.zeros((ranks, len(tokens)), int)
+    for t, (words, counts) in enumerate(zip(tokens, mask, strict=True)):
+        for rank in range(ranks):
+            versions[rank, t] = max(0, t - (ranks - 1 - rank))
+        old = {name: history[versions[rank_of(name), t]][name] for name in history[0]}
+        weights = leaves(torch, old)
+        loss = loss_sum(torch, weights, words, counts, config) / max(int(counts.sum()), 1)
+        loss.backward()
+        moved = {name: array - lr * weights[name].grad.numpy() for name, array in history[-1].items()}
+        history.append(moved)
+    return {"parameters": np.concatenate([a.ravel() for a in history[-1].values()]), "versions": versions}

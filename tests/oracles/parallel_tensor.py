@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from refimpl.registry import oracle
 from tests.oracles.torch_decoder import block, leaves, torch_library
@@ -67,3 +70,50 @@ def cross_entropy_of_torch(hidden: Any, table: Any, targets: Any, *, ranks: int)
     torch = torch_library()
     logits = (torch.tensor(hidden) @ torch.tensor(table).T).transpose(1, 2)
     return torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="none").numpy()
+
+
+@oracle("cost.tensor_parallel")
+def all_reduces_one_by_one(
+    *, batch: int, sequence: int, hidden: int, layers: int, ranks: int, recompute: str
+) -> Any:
+    """Every all-reduce of every layer, as a ring: each of t - 1 neighbours in turn gets a t-th, twice."""
+    sent = Fraction(0)
+    times = {"none": 4, "full": 6}[recompute]  # after attention and after the feed-forward layer, each pass
+    for _layer in range(layers):
+        for _all_reduce in range(times):
+            for _phase in ("reduce-scatter", "all-gather"):
+                sent += (ranks - 1) * Fraction(batch * sequence * hidden, ranks)
+    return {"elements": np.asarray(sent, dtype=object)}
+
+
+@oracle("cost.tensor_parallel.activations")
+def tensors_one_by_one(
+    *, batch: int, sequence: int, hidden: int, heads: int, ranks: int, sequence_parallel: bool, recompute: str
+) -> Any:
+    """The list of section 4.1: bytes an element, elements, and which parallelism splits the tensor."""
+    tokens, scores = batch * sequence * hidden, heads * sequence**2 * batch
+    tensors = [
+        ("input of attention", 2, tokens, "sequence"),
+        ("queries", 2, tokens, "tensor"),
+        ("keys", 2, tokens, "tensor"),
+        ("softmax", 2, scores, "scores"),
+        ("its dropout's mask", 1, scores, "scores"),
+        ("its dropout's output", 2, scores, "scores"),
+        ("values", 2, tokens, "tensor"),
+        ("input of the projection", 2, tokens, "tensor"),
+        ("dropout's mask", 1, tokens, "sequence"),
+        ("input of the feed-forward layer", 2, tokens, "sequence"),
+        ("input of GELU", 2, 4 * tokens, "tensor"),
+        ("input of the second matrix", 2, 4 * tokens, "tensor"),
+        ("dropout's mask", 1, tokens, "sequence"),
+        ("input of the first norm", 2, tokens, "sequence"),
+        ("input of the second norm", 2, tokens, "sequence"),
+    ]
+    if recompute == "full":
+        return {"B": np.asarray(2 * tokens, dtype=object)}
+    kept = Fraction(0)
+    for _, size, elements, split in tensors:
+        if split == "scores" and recompute == "selective":
+            continue
+        kept += Fraction(size * elements, 1 if split == "sequence" and not sequence_parallel else ranks)
+    return {"B": np.asarray(kept, dtype=object)}

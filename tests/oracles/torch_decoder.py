@@ -52,6 +52,16 @@ def _hidden(torch: Any, x: Any, w: dict[str, Any], options: dict[str, Any]) -> A
         "silu": functional.silu,
         "gelu_tanh": lambda y: functional.gelu(y, approximate="tanh"),
     }[options.get("activation", "relu")]
+    if "w_router" in w:
+        logits = x @ w["w_router"]
+        best, expert = logits.topk(options["k"], dim=-1)
+        weight, y = torch.softmax(best, -1), torch.zeros_like(x)
+        for e in range(logits.shape[-1]):
+            up = x @ w["experts_in"][e]
+            hidden = active(x @ w["experts_gate"][e]) * up if "experts_gate" in w else active(up)
+            share = (weight * (expert == e)).sum(-1, keepdim=True)
+            y = y + share * (hidden @ w["experts_out"][e])
+        return y
     if "w_gate" in w:
         return (active(x @ w["w_gate"]) * (x @ w["w_up"])) @ w["w_down"]
     return active(x @ w["w_1"] + w.get("b_1", 0)) @ w["w_2"] + w.get("b_2", 0)
@@ -82,6 +92,7 @@ def loss_sum(torch: Any, w: dict[str, Any], tokens: Any, mask: Any, config: Any)
         "eps": config.eps,
         "activation": config.activation,
     }
+    options["k"] = getattr(config, "k", 0)
     if config.positions != "learned":
         options["rope"] = config.positions
     x = w["embedding"][words[:, :-1]] * config.embedding_scale

@@ -211,6 +211,25 @@ def test_ten_steps_of_zero_on_four_processes_from_the_command() -> None:
 
 
 @needs_mpi
+@pytest.mark.parametrize(
+    "options",
+    [["--tp", "2", "--pp", "1", "--dp", "2", "--stage", "1,3"], ["--tp", "1", "--pp", "2", "--dp", "2"]],
+)
+def test_ten_steps_of_a_mesh_on_four_processes_from_the_command(options: list[str]) -> None:
+    command = ["-m", "cli.main", "parallel", "mesh", *options, "--backend", "mpi", "--json"]
+    done = launch(*command, ranks=4)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]  # one process speaks
+    assert {row["steps"] for row in rows} == {10}
+    for row in rows:
+        assert row["difference"] <= 1e-10
+        assert row["copies_differ"] == 0
+        assert row["last_loss"] < row["first_loss"]
+        for name in ("held_bytes", "in_flight", "sent_bytes", "sent_messages"):
+            assert row[name] == row[f"model_{name}"], (row["collective"], name)
+
+
+@needs_mpi
 def test_states_saved_by_processes_are_resumed_by_others(tmp_path: Path) -> None:
     folder = str(tmp_path / "states")
     options = ["-m", "cli.main", "parallel", "train", "--backend", "mpi", "--stage", "2"]

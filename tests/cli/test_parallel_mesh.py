@@ -1,0 +1,65 @@
+"""`frugal parallel mesh` and `pipeline`, and the picture of schedules."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+
+from refimpl.parallel import mesh_program
+
+
+def test_a_mesh_agrees_with_one_device_and_with_the_models(rows):
+    command = ("parallel", "mesh", "--tp", "2", "--pp", "1,2", "--dp", "2", "--stage", "3", "--steps", "2")
+    document = rows(*command, "--sequence-parallel", "--recompute")
+    assert document["totals"] == {"runs": 2, "disagree": 0, "parameters": 9360}
+    for row in document["rows"]:
+        assert row["difference"] <= 1e-10
+        for name in ("held_bytes", "in_flight", "sent_bytes", "sent_messages"):
+            assert row[name] == row[f"model_{name}"]
+    collectives = {row["collective"] for row in document["rows"] if row["pipeline"] == 2}
+    assert collectives == {
+        "activation gradients", "activations", "gradients", "parameters", "sequence gradients", "statistics",
+        "tensor all-gather", "tensor reduce-scatter", "tied embedding", "vocabulary all-reduce",
+    }  # fmt: skip
+    # A stage sends 4 micro-batches of 2 sequences of 8 tokens, half of them on each of 2 ranks, width 16.
+    sent = {row["collective"]: row["sent_bytes"] for row in document["rows"] if row["pipeline"] == 2}
+    assert sent["activations"] == [2 * 4 * 2 * 4 * 16 * 8] * 4 + [0] * 4
+
+
+def test_a_mesh_with_experts_agrees(rows):
+    document = rows("parallel", "mesh", "--tp", "1", "--experts", "4", "--steps", "2", "--stage", "2")
+    assert document["totals"]["disagree"] == 0
+    sent = {row["collective"]: row["sent_bytes"] for row in document["rows"]}
+    # 2 steps of 4 micro-batches, 2 layers a stage, 2 of 4 experts away, 2 sequences of 8 places, width 16.
+    assert sent["dispatch"] == sent["combine gradients"] == [2 * 4 * 2 * 2 * 16 * 16 * 8] * 4
+
+
+def test_a_mesh_that_differs_is_seen(run):
+    with mock.patch.object(mesh_program, "sum_of_both_ends", lambda pipe, gradient: gradient):
+        done = run("parallel", "mesh", "--tp", "1", "--dp", "1", "--steps", "2", code=1)
+    assert "rows differ from the models, or from one device" in done.stderr
+
+
+def test_schedules_in_time(rows):
+    document = rows("parallel", "pipeline", "--ranks", "8", "--micro", "32")
+    found = {row["schedule"]: row for row in document["rows"]}
+    for row in found.values():
+        for name in ("makespan", "idle_share", "in_flight"):
+            assert row[name] == pytest.approx(row[f"model_{name}"])
+    assert round(100 * found["gpipe"]["idle_share"], 1) == 17.9
+    assert found["1f1b"]["in_flight"] == [8, 7, 6, 5, 4, 3, 2, 1]
+    slow = rows("parallel", "pipeline", "--ranks", "8", "--micro", "32", "--send", "0.5")["rows"][0]
+    assert slow["makespan"] == slow["model_makespan"] + 2 * 7 * 0.5
+
+
+def test_pictures(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, command in (
+        ("a.svg", ("show", "parallel.pipeline")),
+        ("b.png", ("parallel", "pipeline", "--ranks", "2", "--micro", "4", "--schedule", "1f1b")),
+    ):
+        run(*command, "--plot", str(tmp_path / name))
+        assert (tmp_path / name).stat().st_size > 5000
+    done = run("show", "attention.flash", "--plot", str(tmp_path / "c.svg"), code=2)
+    assert "there is nothing to draw" in done.stderr
