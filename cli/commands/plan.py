@@ -30,6 +30,7 @@ __all__ = ["command"]
 Examples:
   frugal plan --model gpt3-175b --gpus 64 --batch 64 --sequence 2048 --attention standard --dropout
   frugal plan --model llama-3-70b --gpus 256 --hardware h100-sxm --batch 512 --sequence 8192 --explain
+  frugal plan --config my/config.json --gpus 64 --hardware h200 --batch 256 --sequence 8192 --capacity 130GB
   frugal plan --model gpt2 --gpus 8 --batch 64 --sequence 1024 --against tensor=8,recompute=full
   mpiexec -n 8 frugal plan --executor mpi --model deepseek-v2 --gpus 2048 --batch 9216 --sequence 4096""",
     short_help="The fastest way to divide training that fits.",

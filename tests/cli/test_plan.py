@@ -50,6 +50,21 @@ def test_choices_are_narrowed(rows):
         assert (row["zero"], row["recompute"], row["offload"], row["precision"]) == (3, "full", False, "fp32")
 
 
+def test_a_config_is_planned_as_the_model_it_describes(rows, run, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False,
+            }
+        )
+    )  # fmt: skip
+    rest = ("--gpus", "8", "--batch", "64", "--sequence", "4096")
+    named = rows("plan", "--model", "llama-2-7b", *rest)["rows"]
+    assert rows("plan", "--config", str(tmp_path), *rest)["rows"] == named
+    assert "one of --model and --config" in run("plan", *rest, code=2).stderr
+
+
 def test_picture(run, tmp_path):
     pytest.importorskip("matplotlib")
     run("plan", *SMALL, "--against", "tensor=4,data=2", "--plot", str(tmp_path / "front.svg"))
