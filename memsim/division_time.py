@@ -39,10 +39,10 @@ TIME = (
     # An all-to-all and a hop between stages use the rank's own share of the network.
     Definition("β_e", "(W if t*c*e <= N else min(W, w))*η_n", "B/s", "bandwidth of an all-to-all", _EP),
     Definition("β_p", "(W if G <= N else min(W, w))*η_n", "B/s", "bandwidth between stages", _PP),
-    Definition("tensor_f", "sent_t/β_t + 4(t - 1)*α*L/p", "s", "tensor parallelism, forward, a stage", _TP),
+    Definition("tensor_f", "sent_t/β_t + 4(t - 1)*α*L*ρ", "s", "tensor parallelism, forward, a stage", _TP),
     Definition("tensor", "tensor_f*(3 if r > 1 else 2)", "s", "tensor parallelism, a stage", _TP),
     # Keys and values travel behind the scores.
-    Definition("ring_f", "sent_c/β_c + (c - 1)*α*L/p", "s", "a round of keys and values", _CP),
+    Definition("ring_f", "sent_c/β_c + (c - 1)*α*L*ρ", "s", "a round of keys and values", _CP),
     Definition(
         "context",
         "max(0, ring_f - ω*f_core)*(2 if r > 0 else 1) + max(0, 2ring_f - ω*g_core)",
@@ -52,7 +52,7 @@ TIME = (
     ),
     Definition(
         "expert_f",
-        "sent_e/β_e + 2(e - 1)*α*L_x/p",
+        "sent_e/β_e + 2(e - 1)*α*L_x*ρ",
         "s",
         "dispatch to experts and back, forward",
         _EP,

@@ -35,10 +35,10 @@ def _shards(name: str, size: str, what: str) -> tuple[Definition, ...]:
 
 VOLUMES = (
     # Each half of a layer ends in an all-reduce, or has an all-gather before and a reduce-scatter behind it.
-    Definition("sent_t", "4(t - 1)*y*x*h*L/(t*p)", "B", "activations to tensor-parallel ranks, forward", _TP),
+    Definition("sent_t", "4(t - 1)*y*x*h*L*ρ/t", "B", "activations to tensor-parallel ranks, forward", _TP),
     # Keys and values travel once around the ring; backward their gradients go with them.
-    Definition("sent_c", "(c - 1)*y*x*(A_k + A_v)*L/(t*p)", "B", "keys and values around the ring", _CP),
-    Definition("sent_e", "2(e - 1)*y*x*h*K_x/(e*u*p)", "B", "tokens to experts and back, forward", _EP),
+    Definition("sent_c", "(c - 1)*y*x*(A_k + A_v)*L*ρ/t", "B", "keys and values around the ring", _CP),
+    Definition("sent_e", "2(e - 1)*y*x*h*K_x*ρ/(e*u)", "B", "tokens to experts and back, forward", _EP),
     # Each rank of a tensor-parallel group sends its part; the next stage gathers them within the node.
     Definition("sent_p", "2v*y*x*h/t if p > 1 else 0", "B", "activations to other stages, both ways", _PP),
     Definition("P_most", "max(P_first, P_last)", "parameters", "parameters of the larger end stage", _DP),

@@ -1,8 +1,8 @@
 """Operators of a layer as a chain of formulas: operations, bytes, and the longer of the times they take.
 
 An operator's time is ``max(FLOP / (R η_c), bytes / (M η_m))``: the peak rate and the memory bandwidth, each
-times an efficiency, 1 unless somebody measured it.  Quantities are those of L/p layers, a stage of a
-pipeline, and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
+times an efficiency, 1 unless somebody measured it.  Quantities are those of the fullest stage of a
+pipeline and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ OPERATORS = (
     Operator(
         "qkv",
         "queries, keys, values",
-        "2x*W_q/(t*p)",
-        "y_x*(W_q/(t*p) + x*(h + (A_q + A_k + A_v)/t)*L/p)",
+        "2x*W_q*ρ/t",
+        "y_x*(W_q/t + x*(h + (A_q + A_k + A_v)/t)*L)*ρ",
         "R_x",
     ),
     # Algorithm 0 with softmax and mask in one kernel: writes S, reads it, writes P, reads it; dropout reads
@@ -61,31 +61,31 @@ OPERATORS = (
     Operator(
         "core",
         "scores, softmax, their product with values",
-        "2b*s*s*(A_q + A_o)*κ*L/(c*t*p)",
-        "y*x*(A_q + c*A_k + c*A_v + A_o)*L/(t*p) + (0 if φ > 0 else b*s*s*H*(4y + (2y + 1)*δ)*L/(c*t*p))",
+        "2b*s*s*(A_q + A_o)*κ*L*ρ/(c*t)",
+        "y*x*(A_q + c*A_k + c*A_v + A_o)*L*ρ/t + (0 if φ > 0 else b*s*s*H*(4y + (2y + 1)*δ)*L*ρ/(c*t))",
         "R",
         flop_back="(2.5 if φ > 0 else 2)",
         source=_FLASH,
     ),
     Operator(
-        "out", "output projection", "2x*W_o/(t*p)", "y_x*(W_o/(t*p) + x*(A_o/t + h)*L/p)", "R_x"
+        "out", "output projection", "2x*W_o*ρ/t", "y_x*(W_o/t + x*(A_o/t + h)*L)*ρ", "R_x"
     ),
     Operator(
         "up",
         "first matrices of the dense networks",
-        "2x*W_f*(j - 1)/(j*t*p)",
-        "y_x*(W_f*(j - 1)/(j*t*p) + x*(h*L_f + (j - 1)*F/t)/p)",
+        "2x*W_f*(j - 1)*ρ/(j*t)",
+        "y_x*(W_f*(j - 1)/(j*t) + x*(h*L_f + (j - 1)*F/t))*ρ",
         "R_x",
     ),
     Operator(
-        "down", "last matrix of the dense networks", "2x*W_f/(j*t*p)",
-        "y_x*(W_f/(j*t*p) + x*(F/t + h*L_f)/p)", "R_x",
+        "down", "last matrix of the dense networks", "2x*W_f*ρ/(j*t)",
+        "y_x*(W_f/(j*t) + x*(F/t + h*L_f))*ρ", "R_x",
     ),
     Operator(
         "experts",
         "experts, whose tokens are spread evenly",
-        "2x*W_a/(t*p)",
-        "y_x*(W_x/(e*t*p) + x*(2h*K_x + j*F_x/t)/p)",
+        "2x*W_a*ρ/t",
+        "y_x*(W_x/(e*t) + x*(2h*K_x + j*F_x/t))*ρ",
         "R_x",
     ),
     # Two norms, two additions to the residual stream and the activation; the backward pass of each reads one
@@ -94,7 +94,7 @@ OPERATORS = (
         "pointwise",
         "norms, residuals, activation, dropout",
         "0",
-        "(y*x*(10h*L/u + j*(F + F_x)/t) + 2δ*x*h*L/u)/p",
+        "(y*x*(10h*L/u + j*(F + F_x)/t) + 2δ*x*h*L/u)*ρ",
         "R",
         flop_back="1",
         moved_back="1.5",

@@ -65,7 +65,7 @@ def training_step(setting: Setting, division: Division) -> TrainingStep:
 
     Notes
     -----
-    Stages take equally long but for the head, on the last one, which then sets the pace:
+    Stages take as long as the fullest one but for the head, on the last one, which then sets the pace:
     ``m (slot + head) + (p - 1) slot / v``.  That is what `memsim.timeline` plays for computation; sends to
     the next stage count as if nothing hid them.
 

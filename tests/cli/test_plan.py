@@ -80,7 +80,7 @@ def test_picture(run, tmp_path):
         ((*SMALL, "--against", "tensors=8"), "part of a division"),
         ((*SMALL, "--against", "tensor=eight"), "expected int"),
         ((*SMALL, "--against", "tensor=8"), "key heads"),
-        ((*SMALL[:2], "--gpus", "7", *SMALL[4:]), "no layout of 7 ranks"),
+        ((*SMALL[:2], "--gpus", "13", *SMALL[4:]), "no layout of 13 ranks"),
         (("--model", "gshard-600b", *SMALL[2:]), "expected a decoder"),
         ((*SMALL, "--network", "0"), "--network"),
     ],

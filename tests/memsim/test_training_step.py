@@ -253,12 +253,33 @@ def test_limits(division: Division) -> None:
         assert training_step(setting, kept).time.total <= step.time.total
 
 
+def test_stages_that_do_not_divide_the_layers_are_as_slow_as_the_fullest() -> None:
+    """Llama 3 405B on 16 stages: 126 layers, so that 14 of them hold 8 layers."""
+    setting = Setting("llama-3.1-405b", "h100-sxm", 128, 64, 8192)
+    step = training_step(setting, Division(tensor=8, pipeline=16))
+    assert step.value("l_chunk") == 8
+    even = Setting(
+        dense(
+            layers=128, width=16384, heads=128, key_heads=8, ffn=53248, vocabulary=128256, gated=True,
+            bias=False, norm="rms", tied=False,
+        ),
+        "h100-sxm", 128, 64, 8192,
+    )  # fmt: skip
+    more = training_step(even, Division(tensor=8, pipeline=16))
+    assert step.time.total == more.time.total  # two layers more fill the other stages, and nobody waits
+    assert step.memory.total == more.memory.total
+    assert step.value("mfu") < more.value("mfu")
+    two = training_step(setting, Division(tensor=8, pipeline=16, interleave=2))
+    assert (two.value("l_chunk"), two.value("ρ")) == (4, Fraction(8, 126))
+
+
 @pytest.mark.parametrize(
     ("division", "reason"),
     [
         (Division(data=2), "accelerators"),
         (Division(data=8, micro_batch=3), "batch"),
-        (Division(pipeline=8), "layers"),
+        (Division(pipeline=8, interleave=2), "layers"),
+        (Division(pipeline=2, data=4, interleave=4), "fewer chunks"),
         (Division(tensor=8), "heads"),
         (Division(data=4, pipeline=2, zero=2), "ZeRO 0 or 1"),
         (Division(data=8, expert=2), "experts"),
