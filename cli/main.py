@@ -33,6 +33,7 @@ COMMANDS = (
     "parallel",
     "plan",
     "timeline",
+    "roofline",
     "validate",
     "speculate",
     "redundancy",

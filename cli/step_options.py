@@ -18,7 +18,8 @@ __all__ = ["division_of", "division_row", "setting_of", "setting_options"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 SHARE = click.FloatRange(0.0, 1.0, min_open=True)
 _OPTIONS = (
-    click.option("--model", type=MODEL, required=True, help="Name of a model that memsim describes."),
+    click.option("--model", type=MODEL, help="Name of a model that memsim describes."),
+    click.option("--config", type=click.Path(), help="config.json of a model, or the directory with it."),
     click.option("--gpus", type=COUNT, required=True, help="How many accelerators."),
     click.option("--hardware", type=HARDWARE, default="a100-80gb", show_default=True, help="Which."),
     click.option("--batch", type=COUNT, required=True, help="Sequences of a step, on all accelerators."),
@@ -60,12 +61,23 @@ def setting_options(function: Command) -> Command:
 
 
 def setting_of(options: Mapping[str, Any]) -> Setting:
-    """Return what the options say is trained, on what."""
+    """Return what the options say is trained, on what.
+
+    Raises
+    ------
+    click.UsageError
+        If they name no model, or two.
+    """
+    from memsim.huggingface import read_model
     from memsim.training_setting import Setting
+
+    if (options["model"] is None) == (options["config"] is None):
+        raise click.UsageError("expected one of --model and --config")
+    model = read_model(options["config"]) if options["model"] is None else options["model"]
 
     names = ("attention", "dropout", "states", "latency", "compute", "memory", "network", "overlap", "scores")
     return Setting(
-        options["model"],
+        model,
         options["hardware"],
         options["gpus"],
         options["batch"],

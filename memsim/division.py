@@ -36,7 +36,8 @@ LETTERS: dict[str, str] = {
 CONSTRAINTS: tuple[tuple[str, str], ...] = (
     ("t*p*c*d - G", "tensor x pipeline x context x data ranks must be the accelerators"),
     ("B % (d*b)", "data ranks x micro-batch must divide the batch"),
-    ("L % (p*v)", "stages x chunks must divide the layers"),
+    ("1 if p*v > L else 0", "stages x chunks must be at most the layers"),
+    ("ceil(L/(p*ceil(L/(p*v)))) - v", "fewer chunks of a stage must be too few for their layers"),
     ("H_k % t", "tensor ranks must divide the key heads"),
     ("s % c", "context ranks must divide the sequence"),
     ("s/c % t if q > 0 else 0", "with sequence parallelism, tensor ranks must divide a rank's sequence"),

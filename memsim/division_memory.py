@@ -26,9 +26,12 @@ MEMORY = (
         "Liu et al. 2023, arXiv:2310.01889, section 3",
     ),
     Definition("u", "t if q > 0 else 1", "1", "ranks that divide what tensor parallelism leaves whole", _ACT),
+    # Layers that do not divide leave some stages with one chunk's layer less; the fullest ones set the pace.
+    Definition("l_chunk", "ceil(L/(p*v))", "1", "layers of a chunk of the fullest stage", _PIPE),
+    Definition("ρ", "l_chunk*v/L", "1", "share of the layers in the fullest stage", _PIPE),
     # Parameters
-    Definition("P_dense", "((P_a + P_f)/t + P_r)/p", "parameters", "layers of a stage, but experts", _EP),
-    Definition("P_expert", "P_x/(e*t*p)", "parameters", "experts of a stage", _EP),
+    Definition("P_dense", "((P_a + P_f)/t + P_r)*ρ", "parameters", "layers of a stage, but experts", _EP),
+    Definition("P_expert", "P_x*ρ/(e*t)", "parameters", "experts of a stage", _EP),
     Definition("P_first", "P_dense + (P_i + (0 if p > 1 else P_o))/t", "parameters", "first stage", _PIPE),
     Definition("P_last", "P_dense + (P_o + (P_e if p > 1 else P_i))/t", "parameters", "last stage", _PIPE),
     # States: ZeRO divides the optimizer from stage 1, gradients from 2, weights from 3, among the ranks that
@@ -77,17 +80,16 @@ MEMORY = (
     Definition(
         "a_kept", "y*x*h/u if r > 1 else a_layer", "B", "what is kept of them until the backward pass", _ACT
     ),
-    Definition("l_chunk", "L/(p*v)", "1", "layers of a chunk of a stage", _PIPE),
     Definition(
         "l_first",
-        "min(m*L/p, L*(1 + (p - 1)/(p*v)) if v > 1 else L)",
+        "L*ρ*min(m, p + (p - 1)/v if v > 1 else p)",
         "1",
         "layers whose activations the first stage keeps, times micro-batches",
         f"{_ACT}.2.3",
     ),
     Definition(
         "l_last",
-        "min(m*L/p, L*((v - 1)*p + 1)/(p*v))",
+        "L*ρ*min(m, ((v - 1)*p + 1)/v)",
         "1",
         "the same for the last stage",
         f"{_PIPE}.2",

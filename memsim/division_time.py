@@ -9,6 +9,7 @@ Groups are nested as in Megatron-LM: tensor, context, data (experts within it), 
 from __future__ import annotations
 
 from memsim.derivation import Definition
+from memsim.division_volumes import VOLUMES
 from memsim.roofline import ROOFLINE
 
 __all__ = ["TIME"]
@@ -30,6 +31,7 @@ def _bandwidth(name: str, stride: str, size: str, what: str) -> Definition:
 
 TIME = (
     *ROOFLINE,
+    *VOLUMES,
     _bandwidth("β_t", "1", "t", "tensor"),
     _bandwidth("β_c", "t", "c", "context"),
     _bandwidth("β_d", "t", "(c*d)", "data"),
@@ -37,13 +39,10 @@ TIME = (
     # An all-to-all and a hop between stages use the rank's own share of the network.
     Definition("β_e", "(W if t*c*e <= N else min(W, w))*η_n", "B/s", "bandwidth of an all-to-all", _EP),
     Definition("β_p", "(W if G <= N else min(W, w))*η_n", "B/s", "bandwidth between stages", _PP),
-    # Each half of a layer ends in an all-reduce, or has an all-gather before and a reduce-scatter behind it.
-    Definition(
-        "tensor_f", "4(t - 1)*(y*x*h/(t*β_t) + α)*L/p", "s", "tensor parallelism, forward, a stage", _TP
-    ),
+    Definition("tensor_f", "sent_t/β_t + 4(t - 1)*α*L*ρ", "s", "tensor parallelism, forward, a stage", _TP),
     Definition("tensor", "tensor_f*(3 if r > 1 else 2)", "s", "tensor parallelism, a stage", _TP),
-    # Keys and values travel once around the ring, behind the scores; backward their gradients go with them.
-    Definition("ring_f", "(c - 1)*(y*x*(A_k + A_v)/(t*β_c) + α)*L/p", "s", "a round of keys and values", _CP),
+    # Keys and values travel behind the scores.
+    Definition("ring_f", "sent_c/β_c + (c - 1)*α*L*ρ", "s", "a round of keys and values", _CP),
     Definition(
         "context",
         "max(0, ring_f - ω*f_core)*(2 if r > 0 else 1) + max(0, 2ring_f - ω*g_core)",
@@ -53,20 +52,13 @@ TIME = (
     ),
     Definition(
         "expert_f",
-        "2(e - 1)*(y*x*h*K_x/(e*u*β_e) + α*L_x)/p",
+        "sent_e/β_e + 2(e - 1)*α*L_x*ρ",
         "s",
         "dispatch to experts and back, forward",
         _EP,
     ),
     Definition("expert", "expert_f*(3 if r > 1 else 2)", "s", "expert parallelism, a stage", _EP),
-    # Each rank of a tensor-parallel group sends its part; the next stage gathers them within the node.
-    Definition(
-        "hops",
-        "2v*(y*x*h/(t*β_p) + α) if p > 1 else 0",
-        "s",
-        "sends to the next stages",
-        "Narayanan et al. 2021, arXiv:2104.04473, section 4.1",
-    ),
+    Definition("hops", "sent_p/β_p + 2v*α if p > 1 else 0", "s", "sends to the next stages", _PP),
     Definition(
         "slot",
         "forward + gradient + again + tensor + context + expert + hops",
@@ -82,23 +74,11 @@ TIME = (
     Definition("hops_step", "m*hops", "s", "pipeline parallelism, sends", _PP),
     Definition("bubble", "(p - 1)*slot/v", "s", "pipeline bubble", _PP),
     # Data parallelism: gradients reduced and weights gathered, by micro-batch from ZeRO stage 2 and 3 on.
-    Definition("P_most", "max(P_first, P_last)", "parameters", "parameters of the larger end stage", _DP),
     Definition(
-        "reduce_d",
-        "(c*d - 1)*(y_g*P_most/(c*d*β_d) + α)"
-        " + (c*d/e - 1)*(y_g*P_expert*e/(c*d*β_x) + (α if P_x > 0 else 0))",
-        "s",
-        "reduce-scatter of gradients",
-        _DP,
+        "wait_d", "α*(c*d - 1 + (c*d/e - 1 if P_x > 0 else 0))", "s", "latency of a phase over ranks", _RING
     ),
-    Definition(
-        "gather_d",
-        "(c*d - 1)*(y_w*P_most/(c*d*β_d) + α)"
-        " + (c*d/e - 1)*(y_w*P_expert*e/(c*d*β_x) + (α if P_x > 0 else 0))",
-        "s",
-        "all-gather of weights",
-        _DP,
-    ),
+    Definition("reduce_d", "sent_g/β_d + sent_gx/β_x + wait_d", "s", "reduce-scatter of gradients", _DP),
+    Definition("gather_d", "sent_w/β_d + sent_wx/β_x + wait_d", "s", "all-gather of weights", _DP),
     Definition(
         "data",
         "m*(2gather_d + reduce_d) if z > 2 else (m*reduce_d + gather_d if z > 1 else"

@@ -6,9 +6,10 @@ element along an axis broadcast.
 
 >>> grids = space(Setting("gpt2", "a100-80gb", accelerators=8, batch=8, sequence=1024))
 >>> [(grid.layouts[0].pipeline, len(grid.layouts), grid.shape[1:]) for grid in grids]
-[(1, 9, (4, 1, 4, 2, 2, 2, 1)), (2, 6, (4, 4, 2, 2, 2, 2, 1)), (4, 3, (4, 2, 2, 2, 2, 2, 1))]
+[(1, 9, (4, 1, 4, 2, 2, 2, 1)), (2, 6, (4, 4, 2, 2, 2, 2, 1)), (4, 3, (4, 3, 2, 2, 2, 2, 1)),
+ (8, 1, (4, 1, 2, 2, 2, 2, 1))]
 >>> sum(int(grid.costs(0, len(grid.layouts)).valid.sum()) for grid in grids)
-1472
+1528
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from memsim.formula import Array, evaluate_array
 from memsim.training_setting import Precision, Setting, precision_letters
 from memsim.units import Number
 
-__all__ = ["Costs", "Grid", "Layout", "divisors", "layouts", "space"]
+__all__ = ["Costs", "Grid", "Layout", "chunkings", "divisors", "layouts", "space"]
 
 _NEEDED = needed((*MEMORY, *TIME), ("step", "memory"))
 
@@ -61,8 +62,19 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
+def chunkings(layers: int, stages: int) -> list[int]:
+    """Return the numbers of chunks of a stage, ascending: of each size of a chunk the fewest.
+
+    >>> chunkings(96, 8), chunkings(126, 16)
+    ([1, 2, 3, 4, 6, 12], [1, 2, 3, 4])
+    """
+    sizes = range(1, -(-layers // stages) + 1)
+    found = {-(-layers // (stages * size)) for size in sizes}
+    return sorted(v for v in found if v * stages <= layers)
+
+
 def layouts(letters: dict[str, Number]) -> list[Layout]:
-    """Return the layouts whose ranks divide heads, layers, sequence, batch and experts.
+    """Return the layouts whose ranks divide heads, sequence, batch and experts, with at most a stage a layer.
 
     Parameters
     ----------
@@ -73,7 +85,8 @@ def layouts(letters: dict[str, Number]) -> list[Layout]:
     return [
         Layout(t, p, d, c, e)
         for t in divisors(math.gcd(G, heads))
-        for p in divisors(math.gcd(G // t, L))
+        for p in divisors(G // t)
+        if p <= L
         for c in divisors(math.gcd(G // (t * p), s))
         for d in [G // (t * p * c)]
         if B % d == 0
@@ -113,7 +126,7 @@ def space(
             setting,
             tuple(found),
             tuple(b for b in divisors(batch) if b <= (largest_micro_batch or batch)),
-            tuple(divisors(deep // stages)) if stages > 1 else (1,),
+            tuple(chunkings(deep, stages)) if stages > 1 else (1,),
             tuple(zero for zero in zeros if stages == 1 or zero < 2),
             tuple(recomputes),
             (False, True),

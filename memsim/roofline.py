@@ -1,17 +1,19 @@
 """Operators of a layer as a chain of formulas: operations, bytes, and the longer of the times they take.
 
 An operator's time is ``max(FLOP / (R η_c), bytes / (M η_m))``: the peak rate and the memory bandwidth, each
-times an efficiency, 1 unless somebody measured it.  Quantities are those of L/p layers, a stage of a
-pipeline, and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
+times an efficiency, 1 unless somebody measured it.  Quantities are those of the fullest stage of a
+pipeline and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from memsim.derivation import Definition
+from memsim.estimate import Term
 
-__all__ = ["OPERATORS", "ROOFLINE", "Operator"]
+__all__ = ["OPERATORS", "ROOFLINE", "Bounded", "Operator", "roofline"]
 
 _WILLIAMS = "Williams et al. 2009, doi:10.1145/1498765.1498785"
 _MEGATRON = "Narayanan et al. 2021, arXiv:2104.04473, appendix"
@@ -49,8 +51,8 @@ OPERATORS = (
     Operator(
         "qkv",
         "queries, keys, values",
-        "2x*W_q/(t*p)",
-        "y_x*(W_q/(t*p) + x*(h + (A_q + A_k + A_v)/t)*L/p)",
+        "2x*W_q*ρ/t",
+        "y_x*(W_q/t + x*(h + (A_q + A_k + A_v)/t)*L)*ρ",
         "R_x",
     ),
     # Algorithm 0 with softmax and mask in one kernel: writes S, reads it, writes P, reads it; dropout reads
@@ -59,31 +61,31 @@ OPERATORS = (
     Operator(
         "core",
         "scores, softmax, their product with values",
-        "2b*s*s*(A_q + A_o)*κ*L/(c*t*p)",
-        "y*x*(A_q + c*A_k + c*A_v + A_o)*L/(t*p) + (0 if φ > 0 else b*s*s*H*(4y + (2y + 1)*δ)*L/(c*t*p))",
+        "2b*s*s*(A_q + A_o)*κ*L*ρ/(c*t)",
+        "y*x*(A_q + c*A_k + c*A_v + A_o)*L*ρ/t + (0 if φ > 0 else b*s*s*H*(4y + (2y + 1)*δ)*L*ρ/(c*t))",
         "R",
         flop_back="(2.5 if φ > 0 else 2)",
         source=_FLASH,
     ),
     Operator(
-        "out", "output projection", "2x*W_o/(t*p)", "y_x*(W_o/(t*p) + x*(A_o/t + h)*L/p)", "R_x"
+        "out", "output projection", "2x*W_o*ρ/t", "y_x*(W_o/t + x*(A_o/t + h)*L)*ρ", "R_x"
     ),
     Operator(
         "up",
         "first matrices of the dense networks",
-        "2x*W_f*(j - 1)/(j*t*p)",
-        "y_x*(W_f*(j - 1)/(j*t*p) + x*(h*L_f + (j - 1)*F/t)/p)",
+        "2x*W_f*(j - 1)*ρ/(j*t)",
+        "y_x*(W_f*(j - 1)/(j*t) + x*(h*L_f + (j - 1)*F/t))*ρ",
         "R_x",
     ),
     Operator(
-        "down", "last matrix of the dense networks", "2x*W_f/(j*t*p)",
-        "y_x*(W_f/(j*t*p) + x*(F/t + h*L_f)/p)", "R_x",
+        "down", "last matrix of the dense networks", "2x*W_f*ρ/(j*t)",
+        "y_x*(W_f/(j*t) + x*(F/t + h*L_f))*ρ", "R_x",
     ),
     Operator(
         "experts",
         "experts, whose tokens are spread evenly",
-        "2x*W_a/(t*p)",
-        "y_x*(W_x/(e*t*p) + x*(2h*K_x + j*F_x/t)/p)",
+        "2x*W_a*ρ/t",
+        "y_x*(W_x/(e*t) + x*(2h*K_x + j*F_x/t))*ρ",
         "R_x",
     ),
     # Two norms, two additions to the residual stream and the activation; the backward pass of each reads one
@@ -92,7 +94,7 @@ OPERATORS = (
         "pointwise",
         "norms, residuals, activation, dropout",
         "0",
-        "(y*x*(10h*L/u + j*(F + F_x)/t) + 2δ*x*h*L/u)/p",
+        "(y*x*(10h*L/u + j*(F + F_x)/t) + 2δ*x*h*L/u)*ρ",
         "R",
         flop_back="1",
         moved_back="1.5",
@@ -107,10 +109,11 @@ OPERATORS = (
 def _definitions(operator: Operator) -> tuple[Definition, ...]:
     name, meaning, source = operator.name, operator.meaning, operator.source
     share = "η_a" if name == "core" else "η_c"
-    time = f"max({{0}}FLOP_{name}/({operator.rate}*{share}), {{1}}bytes_{name}/(M*η_m))"
+    time = f"max({{0}}FLOP_{name}/({operator.rate}*{share}), {{1}}m_{name})"
     return (
         Definition(f"FLOP_{name}", operator.flop, "FLOP", f"operations of {meaning}", source),
         Definition(f"bytes_{name}", operator.moved, "B", f"bytes of {meaning}", source),
+        Definition(f"m_{name}", f"bytes_{name}/(M*η_m)", "s", f"memory's time of {meaning}", _WILLIAMS),
         Definition(f"f_{name}", time.format("", ""), "s", f"forward, {meaning}", _WILLIAMS),
         Definition(
             f"g_{name}",
@@ -136,3 +139,39 @@ ROOFLINE = (
     ),
     Definition("head", "f_head + g_head", "s", "head and loss, forward and backward", _MEGATRON),
 )
+
+
+class Bounded(NamedTuple):
+    """One operator: operations and bytes of its forward pass, seconds of both, and what limits the first."""
+
+    name: str
+    operator: str
+    flop: float
+    moved_bytes: float
+    intensity: float
+    forward_s: float
+    backward_s: float
+    bound: str
+
+
+def roofline(quantities: Mapping[str, Term]) -> list[Bounded]:
+    """Return the operators of a step, those that the model lacks left out.
+
+    Parameters
+    ----------
+    quantities : mapping of str to Term
+        Of a `memsim.training_step.TrainingStep`.
+    """
+    found = []
+    for operator in OPERATORS:
+        flop, moved, forward, back = (
+            quantities[f"{kind}_{operator.name}"] for kind in ("FLOP", "bytes", "f", "g")
+        )
+        if not moved.value:
+            continue
+        limit = "compute" if forward.value > quantities[f"m_{operator.name}"].value else "memory"
+        intensity = float(flop.value / moved.value)
+        times = float(forward.value), float(back.value)
+        sizes = float(flop.value), float(moved.value)
+        found.append(Bounded(operator.name, operator.meaning, *sizes, intensity, *times, limit))
+    return found

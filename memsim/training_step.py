@@ -18,6 +18,7 @@ from memsim.derivation import derive
 from memsim.division import Division, reason_against
 from memsim.division_memory import MEMORY
 from memsim.division_time import TIME
+from memsim.division_volumes import KINDS
 from memsim.estimate import Estimate, Term, estimate
 from memsim.training_setting import (
     AS_IN_2022,  # noqa: F401 (the doctest)
@@ -30,10 +31,11 @@ __all__ = ["TrainingStep", "training_step"]
 
 
 class TrainingStep(NamedTuple):
-    """Time and memory of the fullest rank, an estimate each; every quantity by its name in the formulas."""
+    """Time, memory of the fullest rank, and what a rank sends; every quantity by its name in the formulas."""
 
     time: Estimate
     memory: Estimate
+    sent: Estimate
     quantities: Mapping[str, Term]
 
     def value(self, name: str) -> Number:
@@ -63,7 +65,7 @@ def training_step(setting: Setting, division: Division) -> TrainingStep:
 
     Notes
     -----
-    Stages take equally long but for the head, on the last one, which then sets the pace:
+    Stages take as long as the fullest one but for the head, on the last one, which then sets the pace:
     ``m (slot + head) + (p - 1) slot / v``.  That is what `memsim.timeline` plays for computation; sends to
     the next stage count as if nothing hid them.
 
@@ -94,6 +96,11 @@ def training_step(setting: Setting, division: Division) -> TrainingStep:
             "memory of the fullest rank",
             [item for item in held if item.value],
             leaves_out="workspaces, fragmentation, the context of the driver",
+        ),
+        estimate(
+            "sent by a rank in a step",
+            [found[f"{kind}_volume"] for kind in KINDS],
+            leaves_out="the few numbers that ranks sum for loss and norm",
         ),
         found,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.output import output_options
-from cli.parameters import COUNTS, SIZES
+from cli.parameters import COUNTS, HARDWARE, SIZES
 from cli.quantities import bytes_text, time_text
 from cli.result import Column, Result
 
@@ -41,7 +41,8 @@ class _Seconds(click.FloatRange):
     epilog="""\b
 Examples:
   frugal comm --op all_reduce --ranks 2,4,8 --bytes 4MiB
-  frugal comm --op all_reduce --ranks 64 --bytes 15GB --latency 5e-6 --bandwidth 50GB --explain""",
+  frugal comm --op all_reduce --ranks 64 --bytes 15GB --latency 5e-6 --bandwidth 50GB --explain
+  frugal comm --op all_reduce --ranks 8,64 --bytes 15GB --hardware a100-80gb""",
     short_help="Bytes, messages and time of a collective.",
 )
 @click.option("--op", "operation", type=click.Choice(OPERATIONS), required=True, help="What is done.")
@@ -53,6 +54,7 @@ Examples:
 )
 @click.option("--latency", type=_Seconds(), default=0.0, show_default=True, help="Seconds a message (α).")
 @click.option("--bandwidth", type=SIZES, help="Bytes a second that a rank can send (1/β).")
+@click.option("--hardware", type=HARDWARE, help="Whose links and network; adds collectives in two levels.")
 @click.option("--explain", is_flag=True, help="Print the formulas of the time, with the numbers in them.")
 @output_options()
 def command(
@@ -63,6 +65,7 @@ def command(
     algorithm: str | None,
     latency: float,
     bandwidth: tuple[int, ...] | None,
+    hardware: str | None,
     explain: bool,
 ) -> Result:
     """Count what the busiest rank sends, as the references count it, and time the rounds.
@@ -75,10 +78,13 @@ def command(
     if not chosen:
         known = ", ".join(how for what, how in FORMULAS if what == operation)
         raise click.BadParameter(f"--algorithm: {operation} is done by {known}; got {algorithm!r}")
+    if hardware and bandwidth:
+        raise click.UsageError("--bandwidth or --hardware, not both")
     width = int(itemsize)
     rows: list[dict[str, Any]] = []
     estimates: list[Estimate] = []
-    for size, count, how, rate in itertools.product(sizes, ranks, chosen, bandwidth or (None,)):
+    for size, count, how, given in itertools.product(sizes, ranks, chosen, bandwidth or (None,)):
+        rate = _slowest(hardware, count) if hardware else given
         if size % width:
             raise click.BadParameter(f"--bytes: {size} bytes are no whole number of {width}-byte elements")
         elements = size // width
@@ -105,6 +111,14 @@ def command(
                 "time_s": float(time.total) if latency or rate else None,
             }
         )
+    if hardware:
+        for size, count in itertools.product(sizes, ranks):
+            found = _two_levels(operation, hardware, size // width, width, count, latency)
+            if found is not None:
+                estimates.append(found)
+                counts = dict.fromkeys(("sent_bytes_max", "sent_bytes_total", "messages_max"))
+                row = {"op": operation, "algorithm": "two levels", "ranks": count, "vector_bytes": size}
+                rows.append({**row, **counts, "time_s": float(found.total)})
     details: list[str] = []
     for row, time in zip(rows, estimates, strict=True) if explain else ():
         details += ["", f"{row['op']} by {row['algorithm']}, {row['ranks']} ranks, {row['vector_bytes']} B"]
@@ -124,3 +138,29 @@ def command(
         sources=list(dict.fromkeys(term.source for time in estimates for term in time.terms)),
         details=details,
     )
+
+
+def _slowest(hardware: str, ranks: int) -> int:
+    """Return the bandwidth of the slowest link of a ring: within a node, or between nodes."""
+    from memsim.hardware import hardware as card_of
+
+    card = card_of(hardware)
+    return card.link.value if ranks <= card.node_size.value else min(card.link.value, card.network.value)
+
+
+def _two_levels(
+    operation: str, hardware: str, elements: int, itemsize: int, ranks: int, latency: float
+) -> Estimate | None:
+    """Return the time in two levels, or None where ranks fill no two nodes."""
+    from memsim.hardware import hardware as card_of
+    from memsim.hierarchy import Level, hierarchical
+
+    card = card_of(hardware)
+    size = card.node_size.value
+    if ranks <= size or ranks % size:
+        return None
+    inside, across = (Level(latency, 1 / rate.value) for rate in (card.link, card.network))
+    return hierarchical(
+        operation, elements=elements, itemsize=itemsize, node_size=size, nodes=ranks // size,
+        inside=inside, across=across,
+    )  # fmt: skip

@@ -30,6 +30,7 @@ __all__ = ["command"]
 Examples:
   frugal plan --model gpt3-175b --gpus 64 --batch 64 --sequence 2048 --attention standard --dropout
   frugal plan --model llama-3-70b --gpus 256 --hardware h100-sxm --batch 512 --sequence 8192 --explain
+  frugal plan --config my/config.json --gpus 64 --hardware h200 --batch 256 --sequence 8192 --capacity 130GB
   frugal plan --model gpt2 --gpus 8 --batch 64 --sequence 1024 --against tensor=8,recompute=full
   mpiexec -n 8 frugal plan --executor mpi --model deepseek-v2 --gpus 2048 --batch 9216 --sequence 4096""",
     short_help="The fastest way to divide training that fits.",
@@ -142,6 +143,7 @@ def _row(kind: str, division: Division, step: TrainingStep) -> dict[str, Any]:
         **division_row(division),
         "time_s": float(step.time.total),
         "memory_bytes": float(step.memory.total),
+        "sent_bytes": float(step.sent.total),
         "mfu": float(step.value("mfu")),
         "hfu": float(step.value("hfu")),
     }
@@ -167,6 +169,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         *shown,
         Column("time_s", "step", right=True, text=time_text),
         Column("memory_bytes", "memory a rank", right=True, text=bytes_text),
+        Column("sent_bytes", "sent", right=True, text=bytes_text),
         Column("mfu", "MFU", right=True, text=lambda value: f"{100 * value:.1f} %"),
     ]
 
@@ -179,9 +182,11 @@ def _summary(step: TrainingStep) -> list[str]:
         for t in step.time.terms
     ]
     sizes = [f"{t.name} {bytes_text(float(t.value))}" for t in step.memory.terms]
+    sends = [f"{t.name} {bytes_text(float(t.value))}" for t in step.sent.terms if t.value]
     return [
         f"fastest: {time_text(float(whole))} = {' + '.join(times)}",
         f"fullest rank: {bytes_text(float(step.memory.total))} = {' + '.join(sizes)}",
+        f"sent by a rank: {bytes_text(float(step.sent.total))}{' = ' if sends else ''}{' + '.join(sends)}",
     ]
 
 

@@ -47,3 +47,20 @@ def test_bad_input_is_one_line(run, arguments, message):
     done = run("comm", *arguments, code=2)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_levels_on_hardware(rows, run):
+    document = rows(
+        "comm", "--op", "all_reduce", "--ranks", "8,64", "--bytes", "16GB", "--hardware", "a100-80gb"
+    )
+    found = {(row["algorithm"], row["ranks"]): row["time_s"] for row in document["rows"]}
+    assert ("two levels", 8) not in found
+    # 8 nodes of 8: 2 * 7/8 of 16 GB over 300 GB/s inside, of an eighth of it over 25 GB/s across.
+    assert found["two levels", 64] == pytest.approx(2 * 7 / 8 * 16e9 / 300e9 + 2 * 7 / 8 * 2e9 / 25e9)
+    assert found["ring", 64] == pytest.approx(2 * 63 / 64 * 16e9 / 25e9)
+    assert (
+        "not both"
+        in run(
+            "comm", "--op", "reduce", "--bytes", "1MB", "--bandwidth", "1GB", "--hardware", "h200", code=2
+        ).stderr
+    )

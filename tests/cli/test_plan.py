@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 GPT3 = ("--model", "gpt3-175b", "--gpus", "64", "--batch", "64", "--sequence", "2048")
 AS_THEN = ("--attention", "standard", "--dropout")
 PAPER = "tensor=8,pipeline=8,interleave=3,recompute=selective,sequence_parallel=true"
+BESIDE = Path(sys.executable).parent
+MPIEXEC = shutil.which("mpiexec", path=f"{BESIDE}{os.pathsep}{os.environ.get('PATH', '')}")
 SMALL = ("--model", "gpt2", "--gpus", "8", "--batch", "64", "--sequence", "1024")
 
 
@@ -40,6 +50,21 @@ def test_choices_are_narrowed(rows):
         assert (row["zero"], row["recompute"], row["offload"], row["precision"]) == (3, "full", False, "fp32")
 
 
+def test_a_config_is_planned_as_the_model_it_describes(rows, run, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "tie_word_embeddings": False,
+            }
+        )
+    )  # fmt: skip
+    rest = ("--gpus", "8", "--batch", "64", "--sequence", "4096")
+    named = rows("plan", "--model", "llama-2-7b", *rest)["rows"]
+    assert rows("plan", "--config", str(tmp_path), *rest)["rows"] == named
+    assert "one of --model and --config" in run("plan", *rest, code=2).stderr
+
+
 def test_picture(run, tmp_path):
     pytest.importorskip("matplotlib")
     run("plan", *SMALL, "--against", "tensor=4,data=2", "--plot", str(tmp_path / "front.svg"))
@@ -55,7 +80,7 @@ def test_picture(run, tmp_path):
         ((*SMALL, "--against", "tensors=8"), "part of a division"),
         ((*SMALL, "--against", "tensor=eight"), "expected int"),
         ((*SMALL, "--against", "tensor=8"), "key heads"),
-        ((*SMALL[:2], "--gpus", "7", *SMALL[4:]), "no layout of 7 ranks"),
+        ((*SMALL[:2], "--gpus", "13", *SMALL[4:]), "no layout of 13 ranks"),
         (("--model", "gshard-600b", *SMALL[2:]), "expected a decoder"),
         ((*SMALL, "--network", "0"), "--network"),
     ],
@@ -64,3 +89,13 @@ def test_what_is_impossible_is_one_line(run, arguments, said):
     result = run("plan", *arguments, code=2)
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(
+    MPIEXEC is None or importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py and mpiexec"
+)
+def test_processes_find_the_same(rows):
+    command = [str(MPIEXEC), "-n", "3", sys.executable, "-m", "cli.main", "plan", *SMALL, "--executor", "mpi"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    document = json.loads(done.stdout)
+    assert document["rows"] == rows("plan", *SMALL)["rows"]

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memsim.communication import zero_communication
 from memsim.decoder import PARAMETERS, decoder_letters
 from memsim.division import Division, reason_against
 from memsim.model import dense, model_names
@@ -116,6 +117,7 @@ def test_states_are_divided_as_zero_divides_them() -> None:
     offloaded = training_step(setting, Division(data=8, zero=2, offload=True))
     assert offloaded.value("states_first") == (2 + Fraction(2, 8)) * count
     assert offloaded.value("host") == Fraction(12, 8) * count
+    assert training_step(setting, Division(data=8, zero=2)).value("host") == 0
 
 
 def test_data_parallelism_sends_what_rings_send() -> None:
@@ -136,6 +138,48 @@ def test_tensor_parallelism_sends_four_all_reduces_a_layer() -> None:
     assert step.value("tensor_step") == 4 * sent / 300_000_000_000
     again = training_step(setting, Division(tensor=4, recompute="full"))
     assert again.value("tensor_step") == step.value("tensor_step") * Fraction(6, 4)
+    assert step.sent.total == 4 * sent
+    assert again.sent.total == 4 * sent * Fraction(6, 4)
+
+
+def test_gradients_of_products_are_two_products() -> None:
+    """And those of FlashAttention five, of the two that were; of scores in memory four."""
+    flash, standard = (
+        training_step(Setting("llama-2-7b", "a100-80gb", 1, 1, 4096, attention=kind), Division())
+        for kind in ("flash", "standard")
+    )
+    for name in ("qkv", "out", "up", "down", "head"):
+        assert flash.value(f"g_{name}") == 2 * flash.value(f"f_{name}")
+    assert flash.value("g_core") == Fraction(5, 2) * flash.value("f_core")
+    assert standard.value("FLOP_core") == 2 * flash.value("FLOP_core")  # no half is left out
+    scores = 32 * 32 * 4096**2  # layers, heads; written, read, written and read again, 2 bytes each
+    assert standard.value("bytes_core") - flash.value("bytes_core") == 8 * scores
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_volumes_are_those_of_zero(stage: Any) -> None:
+    setting = Setting("gpt2", "a100-80gb", 8, 32, 1024, states="zero")
+    step = training_step(setting, Division(data=8, zero=stage))
+    ring: Any = {"ranks": 8, "stage": stage, "micro_batches": 4, "convention": "ring"}
+    elements = zero_communication(parameters=parameters(model="gpt2").total, **ring).total
+    assert step.sent["data parallelism"] == 2 * elements
+    assert step.sent.total == 2 * elements  # nothing else is sent
+
+
+def test_volumes_of_every_other_kind() -> None:
+    """Bytes of a step counted in words: 2 bytes an element, 8 micro-batches of 1024 tokens of width 4096."""
+    base = {"hardware": "h100-sxm", "batch": 16, "sequence": 1024}
+    setting = Setting("mixtral-8x7b", accelerators=16, **base)
+    division = Division(tensor=2, pipeline=2, data=2, context=2, expert=2)
+    sent = training_step(setting, division).sent
+    m, tokens, layers, width = 8, 512, 16, 4096  # of a rank: half of the sequence, half of the layers
+    all_reduces = 4 * layers  # 2 forward, 2 backward, of a layer; on 2 ranks each sends half twice
+    assert sent["tensor parallelism"] == m * all_reduces * 2 * Fraction(1, 2) * 2 * tokens * width
+    keys_and_values = 2 * 8 * 128 // 2  # of a tensor-parallel rank
+    assert sent["context parallelism"] == m * layers * (1 + 2) * 2 * tokens * keys_and_values
+    exchanges = 4 * layers  # dispatch and combine, forward and backward, of 2 experts a token; half stays
+    assert sent["expert parallelism"] == m * exchanges * Fraction(1, 2) * 2 * 2 * tokens * width
+    assert sent["pipeline parallelism"] == m * 2 * 2 * tokens * width / 2
 
 
 DIVISIONS = st.builds(
@@ -209,12 +253,33 @@ def test_limits(division: Division) -> None:
         assert training_step(setting, kept).time.total <= step.time.total
 
 
+def test_stages_that_do_not_divide_the_layers_are_as_slow_as_the_fullest() -> None:
+    """Llama 3 405B on 16 stages: 126 layers, so that 14 of them hold 8 layers."""
+    setting = Setting("llama-3.1-405b", "h100-sxm", 128, 64, 8192)
+    step = training_step(setting, Division(tensor=8, pipeline=16))
+    assert step.value("l_chunk") == 8
+    even = Setting(
+        dense(
+            layers=128, width=16384, heads=128, key_heads=8, ffn=53248, vocabulary=128256, gated=True,
+            bias=False, norm="rms", tied=False,
+        ),
+        "h100-sxm", 128, 64, 8192,
+    )  # fmt: skip
+    more = training_step(even, Division(tensor=8, pipeline=16))
+    assert step.time.total == more.time.total  # two layers more fill the other stages, and nobody waits
+    assert step.memory.total == more.memory.total
+    assert step.value("mfu") < more.value("mfu")
+    two = training_step(setting, Division(tensor=8, pipeline=16, interleave=2))
+    assert (two.value("l_chunk"), two.value("ρ")) == (4, Fraction(8, 126))
+
+
 @pytest.mark.parametrize(
     ("division", "reason"),
     [
         (Division(data=2), "accelerators"),
         (Division(data=8, micro_batch=3), "batch"),
-        (Division(pipeline=8), "layers"),
+        (Division(pipeline=8, interleave=2), "layers"),
+        (Division(pipeline=2, data=4, interleave=4), "fewer chunks"),
         (Division(tensor=8), "heads"),
         (Division(data=4, pipeline=2, zero=2), "ZeRO 0 or 1"),
         (Division(data=8, expert=2), "experts"),
