@@ -63,7 +63,6 @@ _HOMES = {
     "model_names": "model",
     "moe_all_to_all": "moe_communication",
     "model_of_config": "huggingface",
-    "moe_all_to_all": "moe_exchange",
     "moe_flops": "moe",
     "moe_parameters": "moe",
     "mpi_messages": "mpi_collectives",
