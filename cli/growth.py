@@ -200,7 +200,8 @@ def _explanations(unjudged: Sequence[str]) -> list[str]:
         f"NumPy {np.__version__}.",
     ]
     if unjudged:
-        lines.append(f"No verdict on {', '.join(unjudged)}: a slope needs {FITTED} sizes; give more with --n.")
+        names = ", ".join(unjudged)
+        lines.append(f"No verdict on {names}: a slope needs {FITTED} sizes; give more with --n.")
     return lines
 
 

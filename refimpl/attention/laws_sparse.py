@@ -9,22 +9,15 @@ import numpy as np
 
 from refimpl.attention.dense import scaled_dot_product_attention
 from refimpl.attention.sliding_window import sliding_window_attention
-from refimpl.errors import LawViolation
 from refimpl.numerics import Array, BoolArray, round_to, widen
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
-__all__ = ["changed", "output_of", "plain", "require", "seen", "weighing", "without_lse"]
+__all__ = ["changed", "output_of", "plain", "seen", "weighing", "without_lse"]
 
 Attention = Callable[..., Any]
 
 POSITIONAL = ("causal", "attn_mask", "bias", "alibi_slopes", "q_lengths", "k_lengths", "dropout_p", "rng")
-
-
-def require(holds: Any, message: str) -> None:
-    """Raise LawViolation unless it `holds`."""
-    if not holds:
-        raise LawViolation(message)
 
 
 def without_lse(case: Case) -> Case:
