@@ -9,7 +9,7 @@ from refimpl.attention.online_softmax import softmax
 from refimpl.errors import ShapeError
 from refimpl.numerics import FloatArray, contract, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = ["head_decomposition", "head_terms"]
 
@@ -144,7 +144,7 @@ def head_terms(
         "w_o": (w_o, "J O"),
     }
     width = bind_axes(axes)["J"]
-    if num_heads < 1 or width % num_heads:
+    if width % whole("num_heads", num_heads):
         raise ShapeError(f"w_q: {width} columns do not divide into num_heads={num_heads}")
     terms = []
     for h in range(num_heads):
