@@ -34,9 +34,7 @@ def _sample(
     "attention.head_decomposition",
     entries=(10,),
     kind="identity",
-    source=Source(
-        "Wang et al. 2022", "OpenReview RftryyYyjiG (ICLR 2022)", "section 2, multi-head self-attention"
-    ),
+    source=Source("Ren et al. 2022", "arXiv:2205.10036", "section 2, multi-head self-attention"),
     axes={"B": (1, 2), "T": (1, 8), "M": (1, 8), "H": (1, 4), "D": (1, 5)},
     options={"bias": (False, True), "square": (False, True)},
     edges=({"B": 0}, {"T": 0}, {"B": 1, "T": 1, "M": 1, "H": 1, "D": 1}),
@@ -86,7 +84,8 @@ def head_decomposition(
 
     References
     ----------
-    .. [1] Wang et al., 2022, "Exploring extreme parameter compression for pre-trained language models", ICLR.
+    .. [1] Ren et al., 2022, "Exploring extreme parameter compression for pre-trained language models",
+       arXiv:2205.10036 (ICLR 2022, whose program names Wang first).
 
     Examples
     --------
