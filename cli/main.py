@@ -31,6 +31,8 @@ COMMANDS = (
     "moe",
     "comm",
     "parallel",
+    "plan",
+    "timeline",
     "speculate",
     "redundancy",
     "env",

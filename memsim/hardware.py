@@ -44,8 +44,15 @@ class Hardware:
         it that can be shared memory.
     sms : Specification
         Streaming multiprocessors.
-    peaks : mapping of str to Specification
-        Dense peak rates by number format: ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp16"``, ...
+    link, host_link, network : Specification
+        Bytes per second in one direction: to the other accelerators of the node together, to the host, and
+        to other nodes, the share of one accelerator.
+    node_size : Specification
+        Accelerators of a typical node.
+    peaks, sparse_peaks : mapping of str to Specification
+        Peak rates by number format, ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp16"``, ...: dense,
+        and with the maker's structured sparsity; of matrix units where they take the format, with fp32
+        accumulation.
     """
 
     name: str
@@ -56,7 +63,12 @@ class Hardware:
     sram_per_sm: Specification
     shared_memory_per_sm: Specification
     sms: Specification
+    link: Specification
+    host_link: Specification
+    network: Specification
+    node_size: Specification
     peaks: Mapping[str, Specification]
+    sparse_peaks: Mapping[str, Specification]
 
     def peak(self, precision: str) -> Specification:
         """Return the dense peak rate in `precision`.
@@ -74,8 +86,8 @@ class Hardware:
 def hardware_names() -> list[str]:
     """Return the names that `hardware` knows.
 
-    >>> hardware_names()
-    ['a100-40gb', 'a100-80gb', 'h200']
+    >>> hardware_names()[:5]
+    ['a100-40gb', 'a100-80gb', 'b200', 'h100-pcie', 'h100-sxm']
     """
     return data_files.names("hardware")
 
@@ -89,6 +101,10 @@ def hardware(name: str) -> Hardware:
         If there is none; the message offers the nearest names.
     """
     data: dict[str, Any] = dict(data_files.read(name.lower(), "hardware", "hardware"))
-    peaks = {precision: Specification(**entry) for precision, entry in data.pop("peaks").items()}
+    dense, sparse = (
+        {precision: Specification(**entry) for precision, entry in data.pop(group, {}).items()}
+        for group in ("peaks", "sparse_peaks")
+    )
     title = data.pop("title")
-    return Hardware(name.lower(), title, peaks=peaks, **{k: Specification(**v) for k, v in data.items()})
+    numbers: dict[str, Any] = {key: Specification(**entry) for key, entry in data.items()}
+    return Hardware(name.lower(), title, peaks=dense, sparse_peaks=sparse, **numbers)

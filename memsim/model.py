@@ -26,7 +26,7 @@ from refimpl.errors import OptionError, UnknownNameError
 __all__ = ["Model", "Part", "Stack", "dense", "model", "model_names"]
 
 # Settings of a part that are no sizes.
-CHOICES = ("bias", "gated", "style", "tied", "vocabulary")
+CHOICES = ("activation", "bias", "gated", "style", "tied", "vocabulary")
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,23 +86,24 @@ def _latent_attention(part: Part, width: int, _pad: int) -> Counted:
     """Multi-head latent attention: queries through rank q, keys and values through rank c, both normalised.
 
     A head's query and key have n entries without a position and r with one; the r of the key is shared by
-    all heads.
+    all heads.  Without a rank of queries, as in DeepSeek-V2-Lite, one matrix makes them.
     """
-    formula = "d*q + q + q*H*(n + r) + d*(c + r) + c + c*H*(n + v) + H*v*d"
-    names = {
-        "H": "heads",
-        "q": "query_rank",
-        "c": "key_rank",
-        "n": "plain",
-        "r": "rotary",
-        "v": "value_width",
-    }
+    names = {"H": "heads", "c": "key_rank", "n": "plain", "r": "rotary", "v": "value_width"}
+    queries, biases = "d*H*(n + r)", " + c + r + d"
+    if "query_rank" in part.sizes:
+        names["q"] = "query_rank"
+        queries, biases = "d*q + q + q*H*(n + r)", " + q + c + r + d"
+    formula = f"{queries} + d*(c + r) + c + c*H*(n + v) + H*v*d"
+    if _bias(part, "all"):  # of the three maps from and to the width of the model
+        formula += biases
     return formula, {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
 
 
 def _mamba(part: Part, width: int, _pad: int) -> Counted:
     """Mamba: in to 2i, convolution of k, to Δ (rank r), B and C, Δ back to i, A of i x n, D, and out."""
     formula = "d*2i + i*k + i + i*(r + 2n) + r*i + i + i*n + i + i*d"
+    if _bias(part, "all"):  # of the maps in and out; convolution and Δ always have theirs
+        formula += " + 2i + d"
     names = {"i": "inner", "k": "kernel", "r": "rank", "n": "state"}
     return formula, {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
 

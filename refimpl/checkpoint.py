@@ -27,6 +27,7 @@ from refimpl.errors import BackendUnavailableError
 from refimpl.numerics import Array, BoolArray, IntArray
 from refimpl.safetensors_format import (
     CheckpointError,
+    Entry,
     opened,
     parse_json,
     read_header,
@@ -36,7 +37,17 @@ from refimpl.safetensors_format import (
 )
 from refimpl.validation import whole
 
-__all__ = ["CheckpointError", "Encoded", "encode", "load_tensors", "load_tokenizer", "read_config", "save"]
+__all__ = [
+    "CheckpointError",
+    "Encoded",
+    "encode",
+    "load_tensors",
+    "load_tokenizer",
+    "read_config",
+    "read_headers",
+    "read_object",
+    "save",
+]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,7 +70,22 @@ def read_config(directory: str | os.PathLike[str], /) -> dict[str, Any]:
     CheckpointError
         If there is none, or it is no JSON object.
     """
-    return _json_object(Path(directory) / "config.json", LARGEST_CONFIG)
+    return read_object(Path(directory) / "config.json")
+
+
+def read_object(path: str | os.PathLike[str], /, *, largest: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """Return the JSON object that a file of at most `largest` bytes holds.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, it is larger, or it holds no JSON object.
+    """
+    file = Path(path)
+    value = parse_json(str(file), _text(file, largest))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def load_tensors(directory: str | os.PathLike[str], /) -> dict[str, Array]:
@@ -81,16 +107,26 @@ def load_tensors(directory: str | os.PathLike[str], /) -> dict[str, Array]:
         If there are no weights, only pickled ones, or a file is not what it should be; if the index and the
         shards disagree on where a tensor is, or the index points out of the directory.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a directory with config.json and {WEIGHTS}")
-    if (folder / WEIGHTS).exists():
-        return read_tensors(folder / WEIGHTS)
-    if (folder / INDEX).exists():
-        return _load_shards(folder)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise CheckpointError(f"{folder}: has pickled weights only; reading a pickle runs what is in it")
-    raise CheckpointError(f"{folder}: there is no {WEIGHTS} and no {INDEX}")
+    return {name: x for file in _weights(Path(directory)) for name, x in read_tensors(file).items()}
+
+
+def read_headers(directory: str | os.PathLike[str], /) -> dict[str, Entry]:
+    """Return what the headers of a directory's files say of each tensor, and read no data.
+
+    Raises
+    ------
+    CheckpointError
+        As `load_tensors`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/mine", {"w": np.ones(2, np.float32)}, config={})
+    ...     {name: entry.shape for name, entry in read_headers(f"{folder}/mine").items()}
+    {'w': (2,)}
+    """
+    return {name: entry for file in _weights(Path(directory)) for name, entry in read_header(file).items()}
 
 
 def load_tokenizer(directory: str | os.PathLike[str], /) -> Any:
@@ -125,7 +161,7 @@ def load_tokenizer(directory: str | os.PathLike[str], /) -> Any:
             lines = _text(folder / "vocab.txt", LARGEST_TOKENIZER).decode().splitlines()
             settings = folder / "tokenizer_config.json"
             lower = not settings.exists() or bool(
-                _json_object(settings, LARGEST_CONFIG).get("do_lower_case", True)
+                read_object(settings).get("do_lower_case", True)
             )
             tokenizer = tokenizers.BertWordPieceTokenizer(
                 {token: index for index, token in enumerate(lines)}, lowercase=lower
@@ -226,9 +262,17 @@ def save(
             shutil.rmtree(draft)
 
 
-def _load_shards(folder: Path) -> dict[str, Array]:
-    """Return the tensors of all shards, each of which must hold exactly what the index says."""
-    index = _json_object(folder / INDEX, LARGEST_INDEX)
+def _weights(folder: Path) -> list[Path]:
+    """Return the files with weights: one, or all shards, each of which holds exactly what the index says."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a directory with config.json and {WEIGHTS}")
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise CheckpointError(f"{folder}: has pickled weights only; reading a pickle runs what is in it")
+        raise CheckpointError(f"{folder}: there is no {WEIGHTS} and no {INDEX}")
+    index = read_object(folder / INDEX, largest=LARGEST_INDEX)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
         raise CheckpointError(
@@ -244,10 +288,7 @@ def _load_shards(folder: Path) -> dict[str, Array]:
             raise CheckpointError(
                 f"{folder / INDEX}: it and {shard} disagree on whether {odd!r} is in that file"
             )
-    found: dict[str, Array] = {}
-    for shard in shards:
-        found |= read_tensors(folder / shard)
-    return found
+    return [folder / shard for shard in shards]
 
 
 def _plain_name(where: str, name: str) -> None:
@@ -261,9 +302,3 @@ def _text(file: Path, largest: int) -> bytes:
             raise CheckpointError(f"{file}: expected at most {largest} bytes, it has {size}")
         return stream.read(largest)
 
-
-def _json_object(file: Path, largest: int) -> dict[str, Any]:
-    value = parse_json(str(file), _text(file, largest))
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -269,14 +270,17 @@ def _card(hardware: str | None) -> Hardware | None:
 
 
 def recognised(device: str, names: Sequence[str]) -> str | None:
-    """Return the one of `names` whose parts all stand in the driver's name of a GPU.
+    """Return the one of `names` whose parts are all words of the driver's name of a GPU.
 
     >>> recognised("NVIDIA A100-SXM4-80GB", ["a100-40gb", "a100-80gb", "h200"])
     'a100-80gb'
+    >>> recognised("NVIDIA L40S", ["l4", "l40s"])
+    'l40s'
     >>> recognised("NVIDIA H100 80GB HBM3", ["a100-80gb", "h200"]) is None
     True
     """
-    matching = [name for name in names if all(part in device.lower() for part in name.split("-"))]
+    words = set(re.split(r"[^a-z0-9]+", device.lower()))
+    matching = [name for name in names if words.issuperset(name.split("-"))]
     return matching[0] if len(matching) == 1 else None
 
 

@@ -13,7 +13,7 @@ A vector that does not divide into chunks is padded with zeros: in each phase of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def sum_pair(a: Array, b: Array) -> Array:
     return round_to(widen(a) + widen(b), a.dtype) if is_bfloat16(a.dtype) else a + b
 
 
-def ring_reduce_scatter(comm: Comm, x: Array) -> Array:
+def ring_reduce_scatter(comm: Comm, x: Array, combine: Callable[[Array, Array], Array] = sum_pair) -> Array:
     """Return chunk ``comm.rank`` of the sum over ranks: N - 1 steps around a ring.
 
     Parameters
@@ -81,6 +81,8 @@ def ring_reduce_scatter(comm: Comm, x: Array) -> Array:
         This rank.
     x : ndarray, any shape
         This rank's addend; the same shape and dtype on all ranks.
+    combine : callable
+        What takes the place of the sum of two ranks, such as their maximum.
 
     Returns
     -------
@@ -97,7 +99,7 @@ def ring_reduce_scatter(comm: Comm, x: Array) -> Array:
     total = chunks[(rank - 1) % size]
     for step in range(size - 1):
         comm.send((rank + 1) % size, total)
-        total = sum_pair(comm.recv((rank - 1) % size), chunks[(rank - 2 - step) % size])
+        total = combine(comm.recv((rank - 1) % size), chunks[(rank - 2 - step) % size])
     return np.array(total)
 
 
@@ -129,7 +131,7 @@ def ring_all_gather(comm: Comm, chunk: Array) -> Array:
     return np.concatenate([parts[k] for k in range(size)])
 
 
-def ring_all_reduce(comm: Comm, x: Array) -> Array:
+def ring_all_reduce(comm: Comm, x: Array, combine: Callable[[Array, Array], Array] = sum_pair) -> Array:
     """Return the sum over ranks: a reduce-scatter, then an all-gather.
 
     Parameters
@@ -138,6 +140,8 @@ def ring_all_reduce(comm: Comm, x: Array) -> Array:
         This rank.
     x : ndarray, any shape
         This rank's addend; the same shape and dtype on all ranks.
+    combine : callable
+        What takes the place of the sum of two ranks, such as their maximum.
 
     Returns
     -------
@@ -150,7 +154,7 @@ def ring_all_reduce(comm: Comm, x: Array) -> Array:
     .. [1] Rajbhandari et al. 2020, arXiv:1910.02054, section 7.1.
     """
     x = as_array("x", x)
-    return ring_all_gather(comm, ring_reduce_scatter(comm, x))[: x.size].reshape(x.shape)
+    return ring_all_gather(comm, ring_reduce_scatter(comm, x, combine))[: x.size].reshape(x.shape)
 
 
 def recursive_all_reduce(comm: Comm, x: Array) -> Array:

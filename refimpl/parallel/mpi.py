@@ -9,12 +9,13 @@ time-out, with one message, and MPI is told to end the program.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,10 +24,12 @@ from refimpl.numerics import Array
 from refimpl.parallel import array_collectives
 from refimpl.parallel.comm import TIMEOUT, Comm, DeadlockError, Sent, Traffic, say_waits
 from refimpl.parallel.data import data_parallel as _data_parallel
+from refimpl.parallel.tensor import tensor_parallel as _tensor_parallel
+from refimpl.parallel.tensor import tensor_parallel_vjp as _tensor_parallel_vjp
 from refimpl.parallel.zero import zero as _zero
 from refimpl.registry import add_implementation
 
-__all__ = ["MpiComm", "abort", "run_ranks", "world"]
+__all__ = ["MpiComm", "abort", "executor", "run_ranks", "world"]
 
 Result = TypeVar("Result")
 _STOP, _OUTCOME, _MESSAGES = 0, 1, 2  # tags: two of our own, then those of the program
@@ -51,6 +54,22 @@ def world() -> Any:
             f"ranks on MPI need mpi4py and an MPI library: pip install 'frugal-lm[mpi]' ({what})"
         ) from None
     return MPI.COMM_WORLD
+
+
+@contextlib.contextmanager
+def executor() -> Iterator[Any]:
+    """Give the first process an executor whose `map` runs on all others, and them None when it is done.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If mpi4py or an MPI library is missing.
+    """
+    communicator = world()
+    from mpi4py.futures import MPICommExecutor
+
+    with MPICommExecutor(communicator, root=0) as pool:
+        yield pool
 
 
 class MpiComm(Comm):
@@ -284,10 +303,10 @@ _TECHNIQUES: dict[str, Callable[..., Any]] = {
     "parallel.collectives.broadcast": array_collectives.broadcast,
     "parallel.collectives.reduce": array_collectives.reduce,
     "parallel.data": _data_parallel,
+    "parallel.tensor": _tensor_parallel,
+    "parallel.tensor.backward": _tensor_parallel_vjp,
     "parallel.zero": _zero,
 }
-all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, reduce, data_parallel, zero = (
-    partial(function, launch=run_ranks) for function in _TECHNIQUES.values()
-)
 for _name, _function in _TECHNIQUES.items():
+    globals()[_function.__name__] = partial(_function, launch=run_ranks)
     add_implementation(_name, f"refimpl.parallel.mpi:{_function.__name__}", backend="mpi")

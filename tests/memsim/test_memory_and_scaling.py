@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import memsim
 from memsim import communication, parallelism, training_memory, zero
 from memsim.estimate import Estimate, Term
-from memsim.hardware import hardware, hardware_names
+from memsim.hardware import Specification, hardware, hardware_names
 from refimpl import registry
 from refimpl.errors import LawViolation, OptionError, UnknownNameError
 
@@ -161,12 +162,36 @@ def test_bad_arguments(call: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("name", hardware_names())
 def test_hardware_numbers_have_units_and_sources(name: str) -> None:
     card = hardware(name)
-    numbers = [card.hbm, card.hbm_bandwidth, card.l2, card.sram_per_sm, card.shared_memory_per_sm, card.sms]
-    for number in [*numbers, *card.peaks.values()]:
+    numbers = [getattr(card, key.name) for key in fields(card)]
+    numbers = [number for number in numbers if isinstance(number, Specification)]
+    assert len(numbers) == 10
+    for number in [*numbers, *card.peaks.values(), *card.sparse_peaks.values()]:
         assert number.value > 0
-        assert number.unit
+        assert number.unit in ("B", "B/s", "1", "FLOP/s", "OP/s")
         assert "," in number.source  # a work and a place in it
     assert card.shared_memory_per_sm.value < card.sram_per_sm.value < card.l2.value < card.hbm.value
+    assert card.network.value <= card.link.value < card.hbm_bandwidth.value
+    assert card.host_link.value <= card.link.value
+
+
+@pytest.mark.parametrize("name", hardware_names())
+def test_sparse_peaks_are_twice_the_dense_ones(name: str) -> None:
+    card = hardware(name)
+    rates = {precision: peak.value for precision, peak in card.peaks.items()}
+    for precision, peak in card.sparse_peaks.items():
+        # Makers round: the L40S prints 362.05 and 733, so within two per cent.
+        assert peak.value == pytest.approx(2 * rates[precision], rel=0.02)
+    assert {"fp32", "fp16"} <= set(rates)
+    assert ("bf16" in rates) is (name != "v100-32gb")
+    assert rates["fp32"] <= rates["fp16"] <= rates.get("fp8", rates["fp16"])
+
+
+def test_peaks_of_vector_units_follow_from_cores_and_clocks() -> None:
+    # Cores of one SM times two operations times the boost clock, as the makers print it: independent numbers.
+    for name, cores, clock in (("v100-32gb", 64, 1.53e9), ("l4", 128, 2.04e9), ("rtx-4090", 128, 2.52e9),
+                               ("rtx-3090", 128, 1.695e9), ("mi300x", 128, 2.1e9)):  # fmt: skip
+        card = hardware(name)
+        assert 2 * cores * clock * card.sms.value == pytest.approx(card.peak("fp32").value, rel=0.005)
 
 
 def test_unknown_hardware() -> None:

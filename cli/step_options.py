@@ -1,0 +1,100 @@
+"""Options that say what is trained, on what, and how it is divided; `plan` and `timeline` share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from cli.parameters import COUNT, HARDWARE, MODEL, AxisValue
+
+if TYPE_CHECKING:
+    from memsim.division import Division
+    from memsim.training_setting import Setting
+
+__all__ = ["division_of", "division_row", "setting_of", "setting_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+SHARE = click.FloatRange(0.0, 1.0, min_open=True)
+_OPTIONS = (
+    click.option("--model", type=MODEL, required=True, help="Name of a model that memsim describes."),
+    click.option("--gpus", type=COUNT, required=True, help="How many accelerators."),
+    click.option("--hardware", type=HARDWARE, default="a100-80gb", show_default=True, help="Which."),
+    click.option("--batch", type=COUNT, required=True, help="Sequences of a step, on all accelerators."),
+    click.option("--sequence", type=COUNT, required=True, help="Tokens of a sequence; K is 1000."),
+    click.option(
+        "--attention",
+        type=click.Choice(("flash", "standard")),
+        default="flash",
+        show_default=True,
+        help="flash: causal half of the scores, none in memory; standard: all of them, in memory.",
+    ),
+    click.option("--dropout", is_flag=True, help="Keep and read dropout's masks."),
+    click.option(
+        "--states",
+        type=click.Choice(("megatron", "zero")),
+        default="megatron",
+        show_default=True,
+        help="megatron: 18 bytes a parameter, with fp32 gradients; zero: 16.",
+    ),
+    click.option("--latency", type=click.FloatRange(0.0, 1.0), default=0.0, help="Seconds a message."),
+    click.option("--compute", type=SHARE, default=1.0, help="Share of the peak rate that products reach."),
+    click.option("--memory", type=SHARE, default=1.0, help="Share of the memory bandwidth reached."),
+    click.option("--network", type=SHARE, default=1.0, help="Share of the links' bandwidth reached."),
+    click.option(
+        "--overlap",
+        type=click.FloatRange(0.0, 1.0),
+        default=1.0,
+        help="Share of computation behind which data and context parallelism hide.",
+    ),
+)
+
+
+def setting_options(function: Command) -> Command:
+    """Give a command the options that `setting_of` reads."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def setting_of(options: Mapping[str, Any]) -> Setting:
+    """Return what the options say is trained, on what."""
+    from memsim.training_setting import Setting
+
+    names = ("attention", "dropout", "states", "latency", "compute", "memory", "network", "overlap")
+    return Setting(
+        options["model"],
+        options["hardware"],
+        options["gpus"],
+        options["batch"],
+        options["sequence"],
+        **{name: options[name] for name in names},
+    )
+
+
+def division_of(axes: Mapping[str, AxisValue]) -> Division:
+    """Return a division from what ``--division tensor=8,recompute=full`` gave.
+
+    Raises
+    ------
+    UnknownNameError
+        If it has no such part.
+    OptionError
+        If a value is of the wrong kind.
+    """
+    from memsim.division import Division
+    from refimpl.errors import OptionError, UnknownNameError
+
+    known = {name: type(getattr(Division(), name)) for name in Division.__slots__}
+    for name, value in axes.items():
+        if name not in known:
+            raise UnknownNameError("part of a division", name, known)
+        if type(value) is not known[name]:
+            raise OptionError(f"{name}: expected {known[name].__name__}; got {value!r}")
+    return Division(**axes)  # type: ignore[arg-type]
+
+
+def division_row(division: Division) -> dict[str, Any]:
+    """Return the parts of a division by name."""
+    return {name: getattr(division, name) for name in division.__slots__}

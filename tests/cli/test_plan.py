@@ -1,0 +1,66 @@
+"""`frugal plan`: the front, a division beside it, and errors in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+GPT3 = ("--model", "gpt3-175b", "--gpus", "64", "--batch", "64", "--sequence", "2048")
+AS_THEN = ("--attention", "standard", "--dropout")
+PAPER = "tensor=8,pipeline=8,interleave=3,recompute=selective,sequence_parallel=true"
+SMALL = ("--model", "gpt2", "--gpus", "8", "--batch", "64", "--sequence", "1024")
+
+
+def test_gpt_3_against_the_paper_s_plan(rows):
+    document = rows("plan", *GPT3, *AS_THEN, "--against", PAPER, "--timing")
+    given, best, *others = document["rows"]
+    assert (given["kind"], given["tensor"], given["pipeline"], given["interleave"]) == ("given", 8, 8, 3)
+    assert best["time_s"] <= given["time_s"] < 13.75
+    assert document["totals"]["speedup"] == given["time_s"] / best["time_s"] >= 1
+    assert document["totals"]["runnable"] > document["totals"]["fitting"] > 0
+    assert document["totals"]["divisions_per_s"] > 0
+    for before, after in zip([best, *others], others, strict=False):
+        assert before["time_s"] < after["time_s"]
+        assert before["memory_bytes"] > after["memory_bytes"]
+    assert all(row["memory_bytes"] <= 80e9 for row in document["rows"])
+
+
+def test_the_table_explains_the_fastest(run):
+    text = run("plan", *SMALL, "--explain").stdout
+    assert "fastest: " in text
+    assert "= computation " in text
+    assert "micro-batches of a rank and step: B/(d*b) = 64/(" in text
+    assert "memory of the fullest rank: max(first, last) = max(" in text
+
+
+def test_choices_are_narrowed(rows):
+    document = rows(
+        "plan", *SMALL, "--zero", "3", "--recompute", "full", "--no-offload", "--precision", "fp32"
+    )
+    for row in document["rows"]:
+        assert (row["zero"], row["recompute"], row["offload"], row["precision"]) == (3, "full", False, "fp32")
+
+
+def test_picture(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    run("plan", *SMALL, "--against", "tensor=4,data=2", "--plot", str(tmp_path / "front.svg"))
+    assert "given" in (tmp_path / "front.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*GPT3, "--capacity", "1GB"), "nothing fits"),
+        ((*GPT3, "--hardware", "l40"), "l40s"),
+        ((*SMALL, "--precision", "fp8"), "no peak rate for fp8"),
+        ((*SMALL, "--against", "tensors=8"), "part of a division"),
+        ((*SMALL, "--against", "tensor=eight"), "expected int"),
+        ((*SMALL, "--against", "tensor=8"), "key heads"),
+        ((*SMALL[:2], "--gpus", "7", *SMALL[4:]), "no layout of 7 ranks"),
+        (("--model", "gshard-600b", *SMALL[2:]), "expected a decoder"),
+        ((*SMALL, "--network", "0"), "--network"),
+    ],
+)
+def test_what_is_impossible_is_one_line(run, arguments, said):
+    result = run("plan", *arguments, code=2)
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
