@@ -9,7 +9,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -19,15 +19,14 @@ import numpy as np
 from memsim.layers_of_rank import Layer, held_parameters, layers_of_rank
 from memsim.model import Model
 from memsim.model_states import conventions, model_states
-from memsim.one_f_one_b import in_flight, passes
 from memsim.parameters import model_of
 from memsim.run import Run
 from refimpl.numerics import IntArray
+from refimpl.parallel.schedules import pipeline_schedule, steps_of
 
 __all__ = ["Event", "Step", "step_memory"]
 
-# After so many micro-batches more than are in flight at once, a step repeats itself.
-_REPEATED = 2
+Place = Sequence[int]  # the micro-batch, and the chunk of layers
 
 
 class Event(NamedTuple):
@@ -110,18 +109,27 @@ def step_memory(*, model: str | Model, run: Run, index: int = 0) -> Step:
     """
     described = model_of(model)
     chunks = layers_of_rank(described, run, index)
-    pace = {"stages": run.pipeline, "index": index, "chunks": run.interleave}
-    waiting = in_flight(micro_batches=run.micro_batches, **pace)
-    enough = -(-waiting // run.interleave) + _REPEATED
-    enough = -(-enough // run.pipeline) * run.pipeline if run.interleave > 1 else enough
     events = list(_lasting(chunks, run))
-    for work in passes(micro_batches=min(run.micro_batches, enough), **pace):
-        where = (work.micro, work.chunk)
-        if work.forward:
-            events += _forward(chunks[work.chunk], run, where)
-        else:
-            events += _backward(chunks[work.chunk], run, where)
+    for backward, *where in _order(run, index):
+        layers = chunks[where[1]]
+        events += _backward(layers, run, where) if backward else _forward(layers, run, where)
     return Step(tuple(events))
+
+
+def _order(run: Run, index: int) -> Iterator[tuple[bool, int, int]]:
+    """Yield the passes of a stage: whether backward, which micro-batch and which chunk of layers.
+
+    Of many micro-batches so many that the pipeline fills and the pattern repeats.
+    """
+    p, v = run.pipeline, run.interleave
+    rows = pipeline_schedule(
+        schedule="1f1b" if v == 1 else "interleaved",
+        ranks=p,
+        micro_batches=min(run.micro_batches, p + 2 if v == 1 else 3 * p),
+        chunks=v,
+    )
+    for step in steps_of(rows[index]):
+        yield step.backward, step.micro, (step.stage - index) // p
 
 
 def _lasting(chunks: list[list[Layer]], run: Run) -> Iterator[Event]:
@@ -148,48 +156,48 @@ def _lasting(chunks: list[list[Layer]], run: Run) -> Iterator[Event]:
         yield Event("between steps", ("bucket",), "buffers", 2 * run.bucket)
 
 
-def _forward(layers: list[Layer], run: Run, where: tuple[int, int]) -> Iterator[Event]:
+def _forward(layers: list[Layer], run: Run, where: Place) -> Iterator[Event]:
     for place, layer in enumerate(layers):
         when = f"forward pass of micro-batch {where[0]}, {layer.name} {place}"
-        yield from _gathered(layer, run, when, (where, place, "fwd"), taken=True)
+        yield from _gathered(layer, run, when, (*where, place, "fwd"), taken=True)
         again = _made_again(layer, run)
         for number, tensor in enumerate(layer.kept):
-            yield Event(when, (where, place, number), _kind(layer), tensor.size)
+            yield Event(when, (*where, place, number), _kind(layer), tensor.size)
         if layer.logits:
             copy = 4 * layer.logits
-            yield Event(when, (where, place, "logits"), "logits and loss", 2 * layer.logits)
-            yield Event(when, (where, place, "copy"), "logits and loss", copy)
-            yield Event(when, (where, place, "copy"), "logits and loss", -copy)
-            yield Event(when, (where, place, "logits"), "logits and loss", -2 * layer.logits)
+            yield Event(when, (*where, place, "logits"), "logits and loss", 2 * layer.logits)
+            yield Event(when, (*where, place, "copy"), "logits and loss", copy)
+            yield Event(when, (*where, place, "copy"), "logits and loss", -copy)
+            yield Event(when, (*where, place, "logits"), "logits and loss", -2 * layer.logits)
         if run.recompute == "full" and not layer.is_end:
-            yield Event(when, (where, place, "checkpoint"), "activations", layer.entering)
+            yield Event(when, (*where, place, "checkpoint"), "activations", layer.entering)
         for number in again:
-            yield Event(when, (where, place, number), _kind(layer), -layer.kept[number].size)
-        yield from _gathered(layer, run, when, (where, place, "fwd"), taken=False)
+            yield Event(when, (*where, place, number), _kind(layer), -layer.kept[number].size)
+        yield from _gathered(layer, run, when, (*where, place, "fwd"), taken=False)
 
 
-def _backward(layers: list[Layer], run: Run, where: tuple[int, int]) -> Iterator[Event]:
+def _backward(layers: list[Layer], run: Run, where: Place) -> Iterator[Event]:
     for place, layer in reversed(list(enumerate(layers))):
         when = f"backward pass of micro-batch {where[0]}, {layer.name} {place}"
-        yield from _gathered(layer, run, when, (where, place, "bwd"), taken=True)
+        yield from _gathered(layer, run, when, (*where, place, "bwd"), taken=True)
         for number in _made_again(layer, run):
-            yield Event(when, (where, place, number), _kind(layer), layer.kept[number].size)
+            yield Event(when, (*where, place, number), _kind(layer), layer.kept[number].size)
         working = {"stream": layer.entering, "largest": max((t.size for t in layer.kept), default=0)}
         if layer.logits:
             working = {"logits": 2 * layer.logits, "largest": 4 * layer.logits}
         for name, size in working.items():
-            yield Event(when, (where, place, f"gradient of {name}"), "gradients of activations", size)
+            yield Event(when, (*where, place, f"gradient of {name}"), "gradients of activations", size)
         yield from _gradients(layer, run, when, where, place)
         for name, size in working.items():
-            yield Event(when, (where, place, f"gradient of {name}"), "gradients of activations", -size)
+            yield Event(when, (*where, place, f"gradient of {name}"), "gradients of activations", -size)
         for number, tensor in enumerate(layer.kept):
-            yield Event(when, (where, place, number), _kind(layer), -tensor.size)
+            yield Event(when, (*where, place, number), _kind(layer), -tensor.size)
         if run.recompute == "full" and not layer.is_end:
-            yield Event(when, (where, place, "checkpoint"), "activations", -layer.entering)
-        yield from _gathered(layer, run, when, (where, place, "bwd"), taken=False)
+            yield Event(when, (*where, place, "checkpoint"), "activations", -layer.entering)
+        yield from _gathered(layer, run, when, (*where, place, "bwd"), taken=False)
 
 
-def _gradients(layer: Layer, run: Run, when: str, where: tuple[int, int], place: int) -> Iterator[Event]:
+def _gradients(layer: Layer, run: Run, when: str, where: Place, place: int) -> Iterator[Event]:
     """Yield the gradients of a layer's parameters: whole ones, those that are sent on, or a rank's share."""
     if run.convention == "megatron":
         return
@@ -198,12 +206,12 @@ def _gradients(layer: Layer, run: Run, when: str, where: tuple[int, int], place:
     sent = run.stage >= 2 or run.offload != "none"
     whole = _up(each * sum(count for count, _ in counts))
     if sent:
-        yield Event(when, (where, place, "whole gradient"), "gradients", whole)
+        yield Event(when, (*where, place, "whole gradient"), "gradients", whole)
     if where[0] == 0 and run.offload == "none":
         kept = sum(_up(each * Fraction(count, ranks)) for count, ranks in counts) if sent else whole
         yield Event(when, (where[1], place, "gradient"), "gradients", kept)
     if sent:
-        yield Event(when, (where, place, "whole gradient"), "gradients", -whole)
+        yield Event(when, (*where, place, "whole gradient"), "gradients", -whole)
 
 
 def _gathered(layer: Layer, run: Run, when: str, key: tuple[Any, ...], *, taken: bool) -> Iterator[Event]:
