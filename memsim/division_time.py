@@ -41,7 +41,18 @@ TIME = (
     Definition(
         "tensor_f", "4(t - 1)*(y*x*h/(t*β_t) + α)*L/p", "s", "tensor parallelism, forward, a stage", _TP
     ),
-    Definition("tensor", "tensor_f*(3 if r > 1 else 2)", "s", "tensor parallelism, a stage", _TP),
+    # An all-reduce of the backward pass waits for nobody but the next gradient of activations; with sequence
+    # parallelism only its reduce-scatter does, since the all-gather comes first.
+    Definition(
+        "tensor_hidden",
+        "τ*min(f_qkv + f_up, tensor_f*(1 - q/2))",
+        "s",
+        "tensor parallelism beside gradients of weights",
+        "Korthikanti et al. 2022, arXiv:2205.05198, section 6.2",
+    ),
+    Definition(
+        "tensor", "tensor_f*(3 if r > 1 else 2) - tensor_hidden", "s", "tensor parallelism, a stage", _TP
+    ),
     # Keys and values travel once around the ring, behind the scores; backward their gradients go with them.
     Definition("ring_f", "(c - 1)*(y*x*(A_k + A_v)/(t*β_c) + α)*L/p", "s", "a round of keys and values", _CP),
     Definition(

@@ -1,7 +1,7 @@
 """Operators of a layer as a chain of formulas: operations, bytes, and the longer of the times they take.
 
 An operator's time is ``max(FLOP / (R η_c), bytes / (M η_m))``: the peak rate and the memory bandwidth, each
-times an efficiency, 1 unless somebody measured it.  Quantities are those of L/p layers, a stage of a
+times an efficiency, 1 unless somebody measured it; attention's products have their own, η_a.  Quantities are those of L/p layers, a stage of a
 pipeline, and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
 """
 
@@ -28,7 +28,7 @@ class Operator(NamedTuple):
     flop, moved : str
         Formulas of operations and bytes.
     rate : str
-        Letter of the peak rate.
+        The rate that is reached: a peak rate times an efficiency.
     flop_back, moved_back : str
         Factors of the backward pass.
     source : str
@@ -51,7 +51,7 @@ OPERATORS = (
         "queries, keys, values",
         "2x*W_q/(t*p)",
         "y_x*(W_q/(t*p) + x*(h + (A_q + A_k + A_v)/t)*L/p)",
-        "R_x",
+        "R_x*η_c",
     ),
     # Algorithm 0 with softmax and mask in one kernel: writes S, reads it, writes P, reads it; dropout reads
     # and writes P once more, with a mask of bytes.  FlashAttention moves its operands only, and its backward
@@ -61,30 +61,30 @@ OPERATORS = (
         "scores, softmax, their product with values",
         "2b*s*s*(A_q + A_o)*κ*L/(c*t*p)",
         "y*x*(A_q + c*A_k + c*A_v + A_o)*L/(t*p) + (0 if φ > 0 else b*s*s*H*(4y + (2y + 1)*δ)*L/(c*t*p))",
-        "R",
+        "R*η_a",
         flop_back="(2.5 if φ > 0 else 2)",
         source=_FLASH,
     ),
     Operator(
-        "out", "output projection", "2x*W_o/(t*p)", "y_x*(W_o/(t*p) + x*(A_o/t + h)*L/p)", "R_x"
+        "out", "output projection", "2x*W_o/(t*p)", "y_x*(W_o/(t*p) + x*(A_o/t + h)*L/p)", "R_x*η_c"
     ),
     Operator(
         "up",
         "first matrices of the dense networks",
         "2x*W_f*(j - 1)/(j*t*p)",
         "y_x*(W_f*(j - 1)/(j*t*p) + x*(h*L_f + (j - 1)*F/t)/p)",
-        "R_x",
+        "R_x*η_c",
     ),
     Operator(
         "down", "last matrix of the dense networks", "2x*W_f/(j*t*p)",
-        "y_x*(W_f/(j*t*p) + x*(F/t + h*L_f)/p)", "R_x",
+        "y_x*(W_f/(j*t*p) + x*(F/t + h*L_f)/p)", "R_x*η_c",
     ),
     Operator(
         "experts",
         "experts, whose tokens are spread evenly",
         "2x*W_a/(t*p)",
         "y_x*(W_x/(e*t*p) + x*(2h*K_x + j*F_x/t)/p)",
-        "R_x",
+        "R_x*η_c",
     ),
     # Two norms, two additions to the residual stream and the activation; the backward pass of each reads one
     # tensor more than the forward pass.
@@ -93,20 +93,20 @@ OPERATORS = (
         "norms, residuals, activation, dropout",
         "0",
         "(y*x*(10h*L/u + j*(F + F_x)/t) + 2δ*x*h*L/u)/p",
-        "R",
+        "R*η_c",
         flop_back="1",
         moved_back="1.5",
     ),
     Operator(
         "head", "head and cross-entropy, last stage only", "2x*W_h/t",
-        "y*(W_h/t + x*h) + 12x*V/t", "R",
+        "y*(W_h/t + x*h) + 12x*V/t", "R*η_c",
     ),
 )  # fmt: skip
 
 
 def _definitions(operator: Operator) -> tuple[Definition, ...]:
     name, meaning, source = operator.name, operator.meaning, operator.source
-    time = f"max({{0}}FLOP_{name}/({operator.rate}*η_c), {{1}}bytes_{name}/(M*η_m))"
+    time = f"max({{0}}FLOP_{name}/({operator.rate}), {{1}}bytes_{name}/(M*η_m))"
     return (
         Definition(f"FLOP_{name}", operator.flop, "FLOP", f"operations of {meaning}", source),
         Definition(f"bytes_{name}", operator.moved, "B", f"bytes of {meaning}", source),

@@ -43,9 +43,11 @@ LETTERS: dict[str, str] = {
     "C": "bandwidth to the host",
     "α": "latency of a message, seconds",
     "η_c": "efficiency of computation",
+    "η_a": "efficiency of attention's products of scores and values",
     "η_m": "efficiency of memory",
     "η_n": "efficiency of links",
     "ω": "share of computation behind which data and context parallelism hide",
+    "τ": "1 if all-reduces of tensor parallelism run beside the gradients of weights",
 }
 # Peak rates in order of preference, of attention and of products with weights; then y, y_x, y_w and y_o.
 PRECISIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[int, int, int, int]]] = {
@@ -82,6 +84,10 @@ class Setting:
         Efficiencies: the share of its peak that each reaches.
     overlap : float
         The share of computation behind which data and context parallelism hide.
+    attention_compute : float, optional
+        Efficiency of attention's products with scores, where it is another one than `compute`.
+    tensor_overlap : bool
+        Whether all-reduces of the backward pass run beside the gradients of weights.
     """
 
     model: str | Model
@@ -97,6 +103,8 @@ class Setting:
     memory: Quantity = 1
     network: Quantity = 1
     overlap: Quantity = 1
+    attention_compute: Quantity | None = None
+    tensor_overlap: bool = False
 
     def letters(self) -> dict[str, Number]:
         """Return the values that no division changes, exact.
@@ -112,7 +120,8 @@ class Setting:
         ):
             if value not in choices:
                 raise OptionError(f"{name}: expected one of {choices}; got {value!r}")
-        shares = {"η_c": self.compute, "η_m": self.memory, "η_n": self.network}
+        attention = self.compute if self.attention_compute is None else self.attention_compute
+        shares = {"η_c": self.compute, "η_a": attention, "η_m": self.memory, "η_n": self.network}
         found = positive_values(G=self.accelerators, B=self.batch, s=self.sequence, **shares)
         found |= {"ω": exact(self.overlap, "overlap"), "α": exact(self.latency, "latency")}
         for name in (*shares, "ω"):
@@ -121,6 +130,7 @@ class Setting:
         if found["α"] < 0 or not all(isinstance(found[name], int) for name in "GBs"):
             raise OptionError("expected whole accelerators, batch and sequence, and a latency from 0")
         flash = self.attention == "flash"
+        found |= {"τ": int(self.tensor_overlap)}
         found |= {"φ": int(flash), "δ": int(self.dropout), "κ": Fraction(1, 2) if flash else 1}
         card = hardware(self.hardware)
         found |= {"M": card.hbm_bandwidth.value, "N": card.node_size.value, "W": card.link.value}
