@@ -125,12 +125,12 @@ TIME = (
         "data parallelism, exposed",
         _DP,
     ),
-    # Adam reads gradients and states and writes states and weights; offloaded, gradients and weights cross
-    # the link to the host instead.
+    # Gradients are read for their norm, clipped, read by Adam and set to zero; Adam reads and writes states
+    # and writes weights.  Offloaded, gradients and weights cross the link to the host instead.
     Definition("owned", "P_most/n_o + P_expert/x_o", "parameters", "parameters that a rank updates", _DP),
     Definition(
         "optimizer",
-        "owned*(y_g + y_w)/(C*η_n) if o > 0 else owned*(y_g + 2y_o + y_w)/(M*η_m)",
+        "owned*(y_g + y_w)/(C*η_n) if o > 0 else owned*(5y_g + 2y_o + y_w)/(M*η_m)",
         "s",
         "optimizer, or its link to the host",
         "Ren et al. 2021, arXiv:2101.06840, section 4",
