@@ -27,6 +27,8 @@ from memsim.hardware import hardware
 from memsim.model import dense
 from memsim.parameters import parameters
 from memsim.training_setting import Setting
+from memsim.units import Number
+from memsim.waves import in_waves
 from refimpl.errors import UnknownNameError
 
 __all__ = ["QUANTITIES", "SOURCES", "Measurement", "measurement", "measurements", "predict", "rows_of"]
@@ -41,7 +43,7 @@ QUANTITIES: dict[str, str] = {
 }
 _SCALES = {"s": 1.0, "ms": 1e3, "TFLOP/s": 1e-12, "tokens/s/GPU": 1.0}
 SOURCES = ("megatron", "llm_foundry")
-_CHAIN: tuple[Definition, ...] = (*MEMORY, *TIME)
+_CHAIN: tuple[Definition, ...] = (*MEMORY, *in_waves(TIME))
 _SETTING = {field.name for field in fields(Setting)} - {"model", "accelerators"}
 _DIVISION = {field.name for field in fields(Division)}
 
@@ -162,7 +164,7 @@ def predict(rows: Sequence[Measurement], efficiencies: Mapping[str, float | Arra
     dict of str to ndarray
         ``"value"`` in each row's unit, ``"memory"`` in bytes and ``"fits"``, of shape (rows,) or (k, rows).
     """
-    letters = [row.setting.letters() | row.division.letters(row.setting) for row in rows]
+    letters = [_letters(row) for row in rows]
     given: dict[str, float | Array] = {
         name: np.array([float(values[name]) for values in letters]) for name in letters[0]
     }
@@ -176,3 +178,8 @@ def predict(rows: Sequence[Measurement], efficiencies: Mapping[str, float | Arra
     capacity = np.array([float(hardware(row.setting.hardware).hbm.value) for row in rows])
     memory = np.broadcast_to(np.asarray(found["memory"]), picked.shape)
     return {"value": picked, "memory": memory, "fits": memory <= capacity}
+
+
+def _letters(row: Measurement) -> dict[str, Number]:
+    card = hardware(row.setting.hardware)
+    return row.setting.letters() | row.division.letters(row.setting) | {"S": card.sms.value}
