@@ -21,6 +21,7 @@ __all__ = ["frugal", "main"]
 # In the order in which `frugal --help` lists them; the name is that of the module in `cli.commands`.
 COMMANDS = (
     "reproduce",
+    "validate",
     "list",
     "show",
     "errata",

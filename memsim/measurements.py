@@ -84,6 +84,11 @@ class Measurement:
         """The printed number, in `unit`."""
         return float(self.printed)
 
+    @property
+    def is_step(self) -> bool:
+        """Whether a whole step ran, which must then have fitted into memory."""
+        return not self.quantity.startswith("layer")
+
 
 @lru_cache(maxsize=1)
 def measurements() -> tuple[Measurement, ...]:
