@@ -1,4 +1,4 @@
-"""What share of its peaks a stack of hardware and software reaches: a few numbers, fitted once, for all shapes.
+"""What share of its peaks a stack of hardware and software reaches: a few numbers for all shapes.
 
 The numbers stand in ``memsim/data/validation/efficiencies.toml``, in hundredths, and `fit` finds them again
 from the rows that calibrate.  Nothing depends on a row or on a model.
@@ -22,8 +22,8 @@ from refimpl.errors import OptionError, UnknownNameError
 
 __all__ = ["LETTERS", "efficiency", "efficiency_letters", "fit", "stacks"]
 
-LETTERS = {"compute": "η_c", "attention": "η_a", "memory": "η_m", "network": "η_n"}
-_COARSE = tuple(round(0.1 + 0.06 * i, 2) for i in range(16))
+LETTERS = {"compute": "η_c", "attention": "η_a", "memory": "η_m", "network": "η_n", "overlap": "ω"}
+_STEP, _LEAST = 0.06, {"overlap": 0.0}  # an efficiency is at least 0.1, or 0.01 in the end
 _FINE = (0.03, 0.01, 0.01, 0.01, 0.01)
 
 
@@ -43,7 +43,7 @@ def efficiency(stack: str) -> dict[str, float]:
     Examples
     --------
     >>> sorted(efficiency("llm-foundry on A100"))
-    ['attention', 'compute', 'memory']
+    ['attention', 'compute', 'memory', 'overlap']
     """
     data = data_files.read("efficiencies", "validation")
     if stack not in data:
@@ -73,10 +73,17 @@ def fit(stack: str) -> dict[str, float]:
     rows = rows_of(stack, "calibration")
     if len(rows) < len(names):
         raise OptionError(f"{stack}: expected at least {len(names)} rows that calibrate; got {len(rows)}")
-    best = _best(rows, names, [np.array(_COARSE)] * len(names))
+    best = _best(rows, names, [np.arange(_LEAST.get(name, 0.1), 1.001, _STEP) for name in names])
     for step in _FINE:
         around = step * np.arange(-3, 4)
-        best = _best(rows, names, [np.clip(np.round(value + around, 2), 0.01, 1) for value in best])
+        best = _best(
+            rows,
+            names,
+            [
+                np.clip(np.round(value + around, 2), _LEAST.get(name, 0.01), 1)
+                for name, value in zip(names, best, strict=True)
+            ],
+        )
     return {name: float(value) for name, value in zip(names, best, strict=True)}
 
 

@@ -120,17 +120,17 @@ def replay(
     run = _compiled()
     found = []
     for kernel, (starts, counts, kinds, blocks) in zip(kernels, traces, strict=True):
-        counted = run(
-            starts // each, counts // each, kinds, blocks, kernel.workers, cache // each, *state
-        )
+        counted = run(starts // each, counts // each, kinds, blocks, kernel.workers, cache // each, *state)
         found.append(Traffic(kernel.name, *(int(count) * each for count in counted)))
     return found
 
 
 def total(found: Sequence[Traffic]) -> Traffic:
     """Return the sum over kernels; what is left is what the last one left."""
-    sums = [sum(getattr(one, name) for one in found) for name in Traffic._fields[1:-1]]
-    return Traffic("all", *sums, left=found[-1].left if found else 0)
+    read, write, dram_read, dram_write = (
+        sum(getattr(one, name) for one in found) for name in Traffic._fields[1:-1]
+    )
+    return Traffic("all", read, write, dram_read, dram_write, found[-1].left if found else 0)
 
 
 class _State(NamedTuple):

@@ -1,8 +1,9 @@
 """Operators of a layer as a chain of formulas: operations, bytes, and the longer of the times they take.
 
 An operator's time is ``max(FLOP / (R η_c), bytes / (M η_m))``: the peak rate and the memory bandwidth, each
-times an efficiency, 1 unless somebody measured it; attention's products have their own, η_a.  Quantities are those of L/p layers, a stage of a
-pipeline, and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
+times an efficiency, 1 unless somebody measured it; attention's products have their own, η_a.  Quantities are
+those of L/p layers, a stage of a pipeline, and one micro-batch of x tokens; the gradient of a product is two
+products of the same shapes.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ class AttentionShape(NamedTuple):
         """Return bytes: of arrays like Q, like K, and of one fp32 number a query."""
         query, key = (n * self.D * self.e for n in (self.N, self.keys))
         return {
-            **{name: self.heads * query for name in queries},
-            **{name: self.B * (self.G or self.H) * key for name in keys},
-            **{name: 4 * self.heads * self.N for name in rows},
+            **dict.fromkeys(queries, self.heads * query),
+            **dict.fromkeys(keys, self.B * (self.G or self.H) * key),
+            **dict.fromkeys(rows, 4 * self.heads * self.N),
         }
 
 
@@ -144,7 +144,7 @@ def portable_forward(
     causal: bool = False,
     lse: bool = False,
 ) -> Schedule:
-    """Return the schedule of ``cuda_backend.attention.forward_portable``: in a head, the last queries first."""
+    """Return the order of ``cuda_backend.attention.forward_portable``: in a head, the last queries first."""
     places = ((head, tile) for head in range(shape.heads) for tile in reversed(_tiles(shape.N, rows)))
     return _forward("portable", shape, places, columns, workers, causal=causal, backwards=False, lse=lse)
 
@@ -205,12 +205,10 @@ def flash2_backward(shape: AttentionShape, *, rows: int, columns: int, workers: 
                 moves += [_rows(name, head, N, queries, width) for name in ("Q", "dO")]
                 moves += [_rows(name, head, N, queries, 4) for name in ("lse", "delta")]
                 moves.append(_rows("dQ sum", head, N, queries, wide)._replace(kind="update"))
-            moves += [
-                _rows(name, head, Tk, keys, width)._replace(kind="write") for name in ("dK", "dV")
-            ]
+            moves += [_rows(name, head, Tk, keys, width)._replace(kind="write") for name in ("dK", "dV")]
             loop.append(Block(tuple(moves)))
     arrays = shape.arrays(("Q", "O", "dO", "dQ"), ("K", "V"), ("lse", "delta"))
-    arrays |= {name: shape.heads * Tk * width for name in ("dK", "dV")}
+    arrays |= dict.fromkeys(("dK", "dV"), shape.heads * Tk * width)
     arrays["dQ sum"] = shape.heads * N * wide
     named = (("flash2 row sums", sums), ("flash2 backward", loop), ("flash2 convert dQ", convert))
     return [Kernel(name, tuple(blocks), workers) for name, blocks in named], arrays
@@ -232,7 +230,7 @@ def standard_forward(shape: AttentionShape, *, rows: int, workers: int = 1) -> S
             passes["P = softmax(S)"].append(Block((S, P._replace(kind="write"))))
             passes["O = P V"].append(Block((P, V, O._replace(kind="write"))))
     arrays = shape.arrays(("Q", "O"), ("K", "V"))
-    arrays |= {name: shape.heads * N * Tk * shape.e for name in ("S", "P")}
+    arrays |= dict.fromkeys(("S", "P"), shape.heads * N * Tk * shape.e)
     return [Kernel(name, tuple(blocks), workers) for name, blocks in passes.items()], arrays
 
 

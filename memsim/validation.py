@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from memsim import data_files, tile_schedules
@@ -86,24 +88,45 @@ class Bar(NamedTuple):
     met: bool
 
 
-def validate(belongs: str | None = None) -> list[Checked]:
-    """Return every measured number beside the predicted one, or those of one set.
+def validate(belongs: str | None = None, only: str | None = None) -> list[Checked]:
+    """Return measured numbers beside the predicted ones.
+
+    Parameters
+    ----------
+    belongs : str, optional
+        The set of rows that a bar is about; all rows by default.
+    only : str, optional
+        An id, or a pattern such as ``"foundry.a100-80gb.*"``.
+
+    Returns
+    -------
+    list of Checked
+        In the order of the data.
 
     Raises
     ------
     UnknownNameError
-        If there is no such set.
+        If there is no such set, or no row fits `only`.
     """
     rows = [row for stack in stacks() for row in _times(stack)]
-    if belongs is None or belongs not in {row.belongs for row in rows}:
+    if belongs is not None:
+        rows = [row for row in (*rows, *traffic_rows()) if row.belongs == belongs]
+        if not belongs or not rows:
+            known = [
+                bar["rows"] for name in (*SOURCES, HBM) for bar in data_files.read(name, "validation")["bar"]
+            ]
+            raise UnknownNameError("set of measurements", belongs, known)
+    elif only is None or any(fnmatch.fnmatchcase(name, only) for name in _counted()):
         rows += traffic_rows()
-    if belongs is None:
-        return rows
-    chosen = [row for row in rows if row.belongs == belongs]
-    if not belongs or not chosen:
-        known = sorted({row.belongs for row in rows} - {""})
-        raise UnknownNameError("set of measurements", belongs, known)
+    chosen = [row for row in rows if only is None or fnmatch.fnmatchcase(row.id, only)]
+    if not chosen:
+        raise UnknownNameError("measured row", str(only), [*(row.id for row in rows), *_counted()])
     return chosen
+
+
+def _counted() -> list[str]:
+    """Return the ids of the rows that need a replay, which takes seconds."""
+    return [row["id"] for group in data_files.read(HBM, "validation")["group"] for row in group["rows"]]
 
 
 def _times(stack: str) -> list[Checked]:
@@ -128,7 +151,8 @@ def _times(stack: str) -> list[Checked]:
     ]
 
 
-def traffic_rows() -> list[Checked]:
+@lru_cache(maxsize=1)
+def traffic_rows() -> tuple[Checked, ...]:
     """Return the bytes between L2 and HBM that were counted, beside those of the replayed schedules.
 
     Each kernel starts with an empty cache, as the profiler makes it.
@@ -154,10 +178,10 @@ def traffic_rows() -> list[Checked]:
                     use="held out",
                     stack=group["stack"],
                     hardware=card.name,
-                    belongs=group["stack"],
+                    belongs=group["set"],
                 )
             )
-    return rows
+    return tuple(rows)
 
 
 def summaries(rows: Iterable[Checked]) -> list[Summary]:
@@ -165,16 +189,21 @@ def summaries(rows: Iterable[Checked]) -> list[Summary]:
     groups: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         groups.setdefault((row.stack, row.hardware, row.use), []).append(row.error)
-    return [Summary(*key, len(errors), *_size(errors), sum(errors) / len(errors)) for key, errors in groups.items()]
+    return [
+        Summary(*key, len(errors), *_size(errors), sum(errors) / len(errors))
+        for key, errors in groups.items()
+    ]
 
 
 def bars(rows: Sequence[Checked]) -> list[Bar]:
-    """Return the bars whose rows are all among `rows`, and whether they are met; rows that calibrate count not."""
+    """Return the bars whose rows are all among `rows`, and whether they are met; none of them calibrates."""
     found = []
     for name in (*SOURCES, HBM):
-        for limit in data_files.read(name, "validation")["bar"]:
+        data = data_files.read(name, "validation")
+        belongs = [row.get("set", group.get("set", "")) for group in data["group"] for row in group["rows"]]
+        for limit in data["bar"]:
             held = [row for row in rows if row.belongs == limit["rows"] and row.use == "held out"]
-            if held:
+            if held and len(held) == belongs.count(limit["rows"]):
                 found.append(_bar(limit, held))
     return found
 
@@ -183,8 +212,8 @@ def _bar(limit: dict[str, Any], held: Sequence[Checked]) -> Bar:
     mean, worst = _size([row.error for row in held])
     most = {key: _share(limit[key]) if key in limit else None for key in ("mean", "worst")}
     infeasible = tuple(row.id for row in held if limit.get("feasible") and not row.fits)
-    within = (
-        (most["mean"] is None or mean <= most["mean"]) and (most["worst"] is None or worst <= most["worst"])
+    within = (most["mean"] is None or mean <= most["mean"]) and (
+        most["worst"] is None or worst <= most["worst"]
     )
     return Bar(
         limit["name"], limit["source"], len(held), mean, most["mean"], worst, most["worst"], infeasible,

@@ -41,7 +41,7 @@ PRODUCTS = (
 
 
 def extra(rows: str, columns: str) -> str:
-    """Return the formula of computed over wanted outputs, for S multiprocessors, with the tile that fits better.
+    """Return the formula of computed over wanted outputs, with whichever way the tile lies fits better.
 
     >>> extra("2", "3")[:40]
     'min(ceil(ceil(2/256)*ceil(3/128)/S)*S*25'
