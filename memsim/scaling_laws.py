@@ -234,7 +234,7 @@ def fit_constants(fit: str) -> tuple[dict[str, Number], str]:
     "cost.pruning_tokens",
     entries=(83,),
     kind="cost",
-    source=Source("Xia et al. 2023", "arXiv:2310.06694", "section 3.1 and appendix: training details"),
+    source=Source("Xia et al. 2023", "arXiv:2310.06694", "section 3.1 and Table 7"),
     axes={"steps": (1, 10**4), "batch": (1, 4096), "length": (1, 10**5)},
     sample=_sample_fit,
     edges=({"steps": 3200, "batch": 32, "length": 4096}, {"steps": 1, "batch": 1, "length": 1}),
@@ -264,7 +264,8 @@ def pruning_tokens(*, steps: Quantity, batch: Quantity, length: Quantity) -> Est
 
     References
     ----------
-    .. [1] Xia et al., 2023, arXiv:2310.06694: 0.4B tokens of pruning before 50B of continued pretraining.
+    .. [1] Xia et al., 2023, arXiv:2310.06694, section 3.1: 0.4B tokens of pruning before 50B of
+       continued pretraining; Table 7: 3200 steps of 131K tokens.
 
     Examples
     --------

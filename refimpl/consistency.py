@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from refimpl.memory import Memory
-from refimpl.numerics import is_floating
+from refimpl.numerics import Array, is_floating
 from refimpl.registry import Case, Price, Technique, resolve
 from refimpl.tolerances import outputs
 
@@ -24,18 +24,20 @@ WIDEST, LEVELS = 16, 6  # of extrapolation: steps from 16 to half of STEP, a hal
 def check_vjp(technique: Technique, case: Case, seed: int = 0) -> str | None:
     """Return how a gradient differs from central differences along random directions; None if all agree.
 
-    Every floating argument is moved, and every floating option for which the vector-Jacobian product returns
-    a gradient: a field named ``d`` and the option's name.  The step is ``eps**(1/3)``, whose truncation and
-    rounding errors are near ``eps**(2/3)``; the bound is 1e-8 of the terms.  Where the function is so curved
-    that this step's truncation exceeds the bound, `extrapolated` differences judge, under the same bound.
+    A function of several outputs is given a cotangent for each.  Every floating argument is moved, and every
+    floating option for which the vector-Jacobian product returns a gradient: a field named ``d`` and the
+    option's name.  The step is ``eps**(1/3)``, whose truncation and rounding errors are near ``eps**(2/3)``;
+    the bound is 1e-8 of the terms.  Where the function is so curved that this step's truncation exceeds the
+    bound, `extrapolated` differences judge, under the same bound.
     """
     if technique.vjp is None:
         return "the technique has no vector-Jacobian product"
     case = case.without("return_lse")
     rng = np.random.default_rng([seed, 0x96AD])
-    base = outputs(case.call(technique.function))["output"]
-    cotangent = rng.standard_normal(base.shape)
-    gradients = resolve(technique.vjp)(*case.args, cotangent, **case.kwargs)
+    cotangents = {
+        name: rng.standard_normal(part.shape) for name, part in outputs(case.call(technique.function)).items()
+    }
+    gradients = resolve(technique.vjp)(*case.args, *cotangents.values(), **case.kwargs)
     slots: list[tuple[int | str, Any]] = [
         (place, gradient)
         for place, (gradient, argument) in enumerate(zip(gradients, case.args, strict=False))
@@ -47,32 +49,41 @@ def check_vjp(technique: Technique, case: Case, seed: int = 0) -> str | None:
             slots.append((name, gradient))
     for slot, gradient in slots:
         for _ in range(DIRECTIONS):
-            problem = _along_a_direction(technique, case, slot, gradient, cotangent, rng)
+            problem = _along_a_direction(technique, case, slot, gradient, cotangents, rng)
             if problem:
                 return problem
     return None
 
 
 def _along_a_direction(
-    technique: Technique, case: Case, slot: int | str, gradient: Any, cotangent: Any, rng: np.random.Generator
+    technique: Technique,
+    case: Case,
+    slot: int | str,
+    gradient: Any,
+    cotangents: Mapping[str, Array],
+    rng: np.random.Generator,
 ) -> str | None:
     array = case.args[slot] if isinstance(slot, int) else np.asarray(case.kwargs[slot])
     direction = np.where(np.isfinite(array), rng.standard_normal(np.shape(array)), 0.0)
 
     def at(distance: float) -> Any:
-        """Return the output for the argument moved so far along the direction."""
+        """Return the outputs for the argument moved so far along the direction."""
         moved = array + distance * direction
         if isinstance(slot, int):
             shifted = Case((*case.args[:slot], moved, *case.args[slot + 1 :]), case.kwargs)
         else:
             shifted = case.replace(**{slot: moved})
-        return outputs(shifted.call(technique.function))["output"]
+        return outputs(shifted.call(technique.function))
 
     def difference(step: float) -> float:
-        return float(np.sum(cotangent * (at(step) - at(-step)))) / (2 * step)
+        ahead, behind = at(step), at(-step)
+        moved = (np.sum(dy * (ahead[name] - behind[name])) for name, dy in cotangents.items())
+        return float(sum(moved)) / (2 * step)
 
     exact = float(np.sum(gradient * direction))
-    terms = float(np.sum(np.abs(gradient * direction))) + float(np.sum(np.abs(cotangent * at(STEP))))
+    moved = at(STEP)
+    terms = float(np.sum(np.abs(gradient * direction)))
+    terms += float(sum(np.sum(np.abs(dy * moved[name])) for name, dy in cotangents.items()))
     bound = GRADIENT_TOLERANCE * (terms + 1.0)
     if abs(difference(STEP) - exact) <= bound:
         return None

@@ -14,6 +14,7 @@ __all__ = [
     "CapacityError",
     "DTypeError",
     "FrugalError",
+    "Inconclusive",
     "LawViolation",
     "OptionError",
     "ShapeError",
@@ -52,6 +53,10 @@ class UnsupportedError(FrugalError, NotImplementedError):
 
 class LawViolation(FrugalError, AssertionError):  # noqa: N818 (it is a verdict on the function under test)
     """An implementation breaks a law of its technique."""
+
+
+class Inconclusive(FrugalError, NotImplementedError):  # noqa: N818 (it is a verdict, on the case)
+    """A law has nothing to say of a case; the implementation under test did not refuse it."""
 
 
 FEW = 24  # names that one line of an error message may list

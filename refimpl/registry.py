@@ -135,7 +135,7 @@ class Technique:
         outputs that cancel by design and whose rounding is therefore not measured by their own size.
     vjp : str or None
         ``module:function`` of the vector-Jacobian product: ``vjp(*args, cotangent, **kwargs)`` returns one
-        gradient for each positional array.
+        gradient for each positional array; a function of several outputs has a cotangent for each.
     exact : bool
         Whether outputs are codes, masks, indices or counts, which compare equal or not at all.
     kernel_factor : float

@@ -25,7 +25,7 @@ from refimpl import registry
 from refimpl.candidate import guarded, label_of, poisoned
 from refimpl.cases import draw, plan, reproducer
 from refimpl.consistency import check_price, check_vjp
-from refimpl.errors import LawViolation, UnsupportedError
+from refimpl.errors import Inconclusive, LawViolation, UnsupportedError
 from refimpl.numerics import Array, is_floating
 from refimpl.registry import Case, Option, Technique
 from refimpl.tolerances import (
@@ -104,7 +104,7 @@ class Close:
         """Return the comparison for another case, which a law made from the one it was given."""
         standard = _judged(self.technique, case, self.dtype)
         if standard.invalid:
-            raise NotImplementedError(f"the case that the law makes says nothing: {standard.invalid}")
+            raise Inconclusive(f"the case that the law makes says nothing: {standard.invalid}")
         return Close(self.technique, self.dtype, standard.limits)
 
     def __call__(
@@ -248,6 +248,8 @@ def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype
     def attempt(what: str, action: Callable[[], str | None]) -> None:
         try:
             problem = action()
+        except Inconclusive as error:
+            record(what, "invalid", str(error))
         except NotImplementedError as error:
             record(what, "refused", str(error))
         except LawViolation as error:

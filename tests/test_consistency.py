@@ -10,7 +10,10 @@ import pytest
 
 from refimpl import registry
 from refimpl.consistency import GRADIENT_TOLERANCE, STEP, check_vjp, extrapolated
+from refimpl.moe import importance_loss
+from refimpl.quant import quantize_vjp
 from refimpl.registry import Case
+from refimpl.testing import check
 
 registry.load()
 
@@ -35,6 +38,22 @@ def test_steps_over_a_corner_are_not_believed() -> None:
     limit, error = extrapolated(differences(abs, 2 * STEP))
     assert limit == pytest.approx(1.0, abs=1e-9)
     assert error < 1e-8
+
+
+def test_a_law_that_says_nothing_is_no_refusal() -> None:
+    """In narrow formats some laws of losses cannot make their cases: the candidate did not refuse them."""
+    report = check("moe.importance_loss", importance_loss, label="theirs", dtypes=["float16"], examples=2)
+    assert report.ok
+    assert report.counts()["invalid"] > 0
+    assert report.counts()["refused"] == 0
+    assert {o.detail for o in report.outcomes if o.status == "invalid"} <= {
+        "the inputs that this law makes are exact in float64 alone"
+    }
+
+
+def test_a_gradient_takes_the_options_of_its_function_only() -> None:
+    with pytest.raises(TypeError, match="bit"):
+        quantize_vjp(np.ones(2), np.ones(1), np.zeros(1, np.int8), np.ones(2), bit=4)  # type: ignore[call-arg]
 
 
 CURVED = {

@@ -100,9 +100,10 @@ def command(
     command that reproduces it.  The exit code is 1 if a check failed, or if nothing could be checked.
 
     A function of yours is called as the reference: arrays positional, for attention [B, T, H, D], options by
-    keyword; it must return the dtype that it is given.  Options that its signature lacks, and calls that it
-    refuses with NotImplementedError, are counted as refused, with the reason.  For attention, causal is
-    False, "top_left" or "bottom_right".  The simulator runs about one case a second.
+    keyword; it must return the dtype that it is given.  An option that its signature lacks is left out where
+    it has its default; other such calls, and those that it refuses with NotImplementedError, are counted as
+    refused, with the reason.  Cases of which a law says nothing are invalid, and count for nobody.  For
+    attention, causal is False, "top_left" or "bottom_right".  The simulator runs about one case a second.
 
     With --model, twenty sentences go through the encoder: it is held to transformers (where installed), every
     registered attention to the definition on its queries, keys and values, and LLM.int8() to its error bound

@@ -28,7 +28,7 @@ __all__ = [
 Convention = Literal["paper", "released"]
 
 # Temperature, and the ends of the interval that the concrete number is stretched to.
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1  # Xia et al., appendix A, print β = 0.83; LLM-Shearing has 2/3
 # The released code keeps log alpha and the draws away from where a sigmoid is flat.
 LOG_ALPHA_LIMIT, DRAW_MARGIN = math.log(100), 1e-6
 # In evaluation it multiplies log alpha / beta by this.

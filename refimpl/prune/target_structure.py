@@ -44,7 +44,7 @@ def _terms(case: Case) -> tuple[int, FloatArray]:
     "prune.target_structure",
     entries=(81,),
     kind="function",
-    source=Source("Xia et al. 2023", "arXiv:2310.06694", "section 2.1, eq. 2"),
+    source=Source("Xia et al. 2023", "arXiv:2310.06694", "section 2.1: constraint on a layer"),
     axes={"n": (1, 4)},
     options={"met": (False, True)},
     edges=({"n": 0}, {"n": 1, "met": True}, {"n": 4, "met": False}),
@@ -88,7 +88,7 @@ def target_structure(
 
     References
     ----------
-    .. [1] Xia et al., 2023, arXiv:2310.06694, section 2.1, eq. 2; LLM-Shearing, l0_module.py.
+    .. [1] Xia et al., 2023, arXiv:2310.06694, section 2.1; LLM-Shearing, l0_module.py.
 
     Examples
     --------
@@ -149,7 +149,8 @@ def target_at(step: int, /, *, final: float, warmup: int) -> float:
 
     References
     ----------
-    .. [1] Xia et al., 2023, arXiv:2310.06694, appendix A; LLM-Shearing, ``get_target_sparsity``.
+    .. [1] Xia et al., 2023, arXiv:2310.06694; only the released code says it: LLM-Shearing,
+       l0_module.py, ``get_target_sparsity``.
 
     Examples
     --------

@@ -6,7 +6,7 @@ fall on the other side of a tie.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,6 @@ __all__ = [
     "Quantized",
     "Rounding",
     "Scheme",
-    "UniformOptions",
     "code_range",
     "dequantize",
     "finite_array",
@@ -38,16 +37,6 @@ class Quantized(NamedTuple):
     codes: IntArray
     scale: FloatArray
     zero_point: IntArray
-
-
-class UniformOptions(TypedDict, total=False):
-    """Options of `uniform`."""
-
-    bits: int
-    scheme: Scheme
-    block: Block
-    signed: bool
-    rounding: Rounding
 
 
 def round_half(x: FloatArray, rounding: Rounding) -> FloatArray:
@@ -183,7 +172,12 @@ def quantize_vjp(
     zero_point: IntArray,
     dy: FloatArray,
     /,
-    **options: Unpack[UniformOptions],
+    *,
+    bits: int = 8,
+    scheme: Scheme = "symmetric",
+    block: Block = None,
+    signed: bool = True,
+    rounding: Rounding = "half_even",
 ) -> FloatArray:
     """Return the straight-through gradient of ``dequantize(quantize(x, S, Z))``.
 
@@ -192,12 +186,10 @@ def quantize_vjp(
 
     Parameters
     ----------
-    x, scale, zero_point
+    x, scale, zero_point, bits, scheme, block, signed, rounding
         As for `quantize`.
     dy : ndarray of float
         Gradient of the quantised values; shape of `x`.
-    **options
-        As for `quantize`.
 
     Returns
     -------
@@ -224,10 +216,8 @@ def quantize_vjp(
     x, dy = floating(x=x, dy=dy)
     if x.shape != dy.shape:
         raise ShapeError(f"dy: expected the shape of x, {x.shape}, got {dy.shape}")
-    unclipped = _unclipped(x, scale, zero_point, options.get("block"), options.get("rounding", "half_even"))
-    low, high = code_range(
-        options.get("bits", 8), options.get("scheme", "symmetric"), options.get("signed", True)
-    )
+    unclipped = _unclipped(x, scale, zero_point, block, rounding)
+    low, high = code_range(bits, scheme, signed)
     inside: BoolArray = (unclipped >= low) & (unclipped <= high)
     return np.where(inside, dy, np.zeros_like(dy))
 

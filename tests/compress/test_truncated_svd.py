@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from refimpl import registry
-from refimpl.compress import break_even_rank, truncated_svd
+from refimpl.compress import break_even_rank, truncated_svd, truncated_svd_vjp
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from tests.survivors import laws_that_catch
 
@@ -51,6 +51,37 @@ def test_nothing_and_ties() -> None:
     np.testing.assert_allclose(left @ right.T, np.eye(4), atol=1e-15)
     left, _ = truncated_svd(np.array([[-1.0, -1.0], [-1.0, -1.0]]), rank=1)
     assert left[0, 0] > 0  # of equal entries the first
+
+
+@pytest.mark.parametrize(("m", "n"), [(5, 4), (3, 6), (4, 4)])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_gradient_of_a_loss_of_the_product_by_autograd(m: int, n: int, rank: int) -> None:
+    """PyTorch differentiates its own SVD, whose signs are others: of the product nothing of them is left."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(10 * m + n + rank)
+    x, dy = rng.standard_normal((2, m, n))
+    matrix = torch.tensor(x, requires_grad=True)
+    u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
+    ((u[:, :rank] * values[:rank]) @ vt[:rank]).backward(torch.from_numpy(dy))
+    left, right = truncated_svd(x, rank=rank)
+    found = truncated_svd_vjp(x, dy @ right, dy.T @ left, rank=rank).dx
+    np.testing.assert_allclose(found, matrix.grad.numpy(), atol=1e-12)
+
+
+def test_gradients_where_values_that_are_left_out_are_equal_or_zero() -> None:
+    x, one = np.diag([4.0, 1.0, 1.0, 0.0, 0.0]), np.eye(5)[:, :1]
+    found = truncated_svd_vjp(x, one, 0 * one, rank=1).dx
+    assert found[0, 0] == 0.25
+    assert np.count_nonzero(found) == 1
+    with np.errstate(all="ignore"):
+        assert not np.isfinite(truncated_svd_vjp(np.eye(2), *np.ones((2, 2, 1)), rank=1).dx).all()
+
+
+def test_gradients_of_another_shape_are_refused() -> None:
+    with pytest.raises(ShapeError, match="dright: axis"):
+        truncated_svd_vjp(np.eye(3), np.ones((3, 2)), np.ones((4, 2)), rank=2)
+    with pytest.raises(ShapeError, match="dleft: expected 2 columns, the rank"):
+        truncated_svd_vjp(np.eye(3), np.ones((3, 1)), np.ones((3, 1)), rank=2)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
