@@ -58,14 +58,10 @@ class Timeline(NamedTuple):
     @property
     def in_flight(self) -> list[int]:
         """The most micro-batches of one stage that each rank holds at once, forward done and not yet back."""
-        peaks = []
-        for rank in range(self.ranks):
-            held = peak = 0
-            for slot in self.slots:
-                if slot.rank == rank:
-                    held += -1 if slot.step.backward else 1
-                    peak = max(peak, held)
-            peaks.append(peak)
+        held, peaks = [0] * self.ranks, [0] * self.ranks
+        for slot in self.slots:
+            held[slot.rank] += -1 if slot.step.backward else 1
+            peaks[slot.rank] = max(peaks[slot.rank], held[slot.rank])
         return peaks
 
 
