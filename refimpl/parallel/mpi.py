@@ -278,14 +278,14 @@ def _outcomes(comm: MpiComm, own: _Outcome, timeout: float) -> list[_Outcome]:
     return found
 
 
-def abort(message: str) -> None:
-    """End all processes of the program, some of which cannot be reached, with one message."""
+def abort(message: str, code: int = 1) -> None:
+    """End all processes of the program, some of which cannot be reached, with one message and exit code."""
     time.sleep(0.5 * world().rank)  # so that the first to get here prints the one message
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
     time.sleep(0.3)  # the launcher must forward the message before it kills the processes
-    world().Abort(1)
-    os._exit(1)  # MPI may take a moment to end this process; nothing more is to be printed
+    world().Abort(code)
+    os._exit(code)  # MPI may take a moment to end this process; nothing more is to be printed
 
 
 def _portable(error: BaseException, comm: Comm) -> BaseException:
