@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
+
 from memsim.units import Number
 from refimpl.errors import OptionError
 from refimpl.numerics import IntArray
@@ -128,8 +130,8 @@ def replay(
 
 
 def _times(value: Number | Sequence[Number], stages: int) -> Sequence[Number]:
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence | np.ndarray):
         return [value] * stages
     if len(value) != stages:
         raise OptionError(f"times: expected one for each of {stages} stages, got {len(value)}")
-    return value
+    return list(value)

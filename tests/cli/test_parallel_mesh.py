@@ -6,6 +6,9 @@ from unittest import mock
 
 import pytest
 
+from cli import mesh_experiment
+from memsim.mesh_prices import mesh_phases
+from memsim.pipeline import pipeline_in_flight
 from refimpl.parallel import mesh_program, schedules
 
 
@@ -48,6 +51,33 @@ def test_a_mesh_that_differs_is_seen(run):
     with mock.patch.object(mesh_program, "sum_of_both_ends", lambda pipe, gradient: gradient):
         done = run("parallel", "mesh", "--tp", "1", "--dp", "1", "--steps", "2", code=1)
     assert "rows differ from the models, or from one device" in done.stderr
+
+
+def _moved(name):
+    """Return training whose result has one field moved by a little."""
+    train = mesh_experiment.mesh_training
+
+    def trained(*args, **options):
+        found = train(*args, **options)
+        return found._replace(**{name: getattr(found, name) + (1 if "held" in name else 1e-8)})
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("mesh_training", _moved("parameters")),
+        ("mesh_training", _moved("losses")),
+        ("mesh_training", _moved("spread")),
+        ("mesh_training", _moved("held_bytes")),
+        ("pipeline_in_flight", lambda rank, **shape: pipeline_in_flight(rank=0, **shape)),
+        ("mesh_phases", lambda case: mesh_phases(case)[::-1]),
+    ],
+)
+def test_whatever_differs_is_seen(run, name, wrong):
+    with mock.patch.object(mesh_experiment, name, wrong):
+        run("parallel", "mesh", "--tp", "1", "--dp", "1", "--steps", "1", code=1)
 
 
 def test_schedules_in_time(rows):
