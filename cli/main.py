@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import click
 
-__all__ = ["frugal", "main"]
+__all__ = ["frugal", "main", "verdict_of"]
 
 # In the order in which `frugal --help` lists them; the name is that of the module in `cli.commands`.
 COMMANDS = (
@@ -102,7 +102,7 @@ class _Frugal(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
             code = BROKEN_PIPE
         except Exception as error:
-            verdict = _verdict(error)
+            verdict = verdict_of(error)
             if verdict is None:
                 raise  # a bug of ours: the traceback is what we want to see
             code, message = verdict
@@ -110,7 +110,7 @@ class _Frugal(click.Group):
         sys.exit(code)
 
 
-def _verdict(error: Exception) -> tuple[int, str] | None:
+def verdict_of(error: Exception) -> tuple[int, str] | None:
     """Return exit code and message of an expected error, or None."""
     from refimpl.errors import BackendUnavailableError, FrugalError, LawViolation
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.output import output_options
-from cli.parameters import BYTES, COUNT, COUNTS, HARDWARE, MODEL, ListOf
+from cli.parameters import BYTES, COUNT, COUNTS, HARDWARE, MODEL, ListOf, Number
 from cli.quantities import bytes_text, time_text
 from cli.result import Column, Result, Row
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["inference_command"]
 
-SHARE = click.FloatRange(0.0, 1.0, min_open=True)
+SHARE = Number(0.0, 1.0, min_open=True)
 INPUTS = ("model", "weights", "cache", "tensor", "batch", "prompt")
 
 
@@ -52,12 +52,12 @@ Examples:
 @click.option("--cache", default="bf16", show_default=True, help="Formats of the cache: bf16,fp8,...")
 @click.option("--precision", default="bf16", show_default=True, help="Whose peak rate products reach.")
 @click.option("--capacity", type=BYTES, help="Memory that may be filled.  [default: all of an accelerator's]")
-@click.option("--latency", type=click.FloatRange(0.0, 1.0), default=0.0, help="Seconds a message.")
+@click.option("--latency", type=Number(0.0, 1.0), default=0.0, help="Seconds a message.")
 @click.option("--compute", type=SHARE, default=1.0, help="Share of the peak rate that products reach.")
 @click.option("--memory", type=SHARE, default=1.0, help="Share of the memory bandwidth reached.")
 @click.option("--network", type=SHARE, default=1.0, help="Share of the links' bandwidth reached.")
 @click.option("--draft", type=MODEL, help="A smaller model that drafts, served alike.")
-@click.option("--alpha", type=click.FloatRange(0.0, 1.0), default=0.8, help="Its acceptance rate.")
+@click.option("--alpha", type=Number(0.0, 1.0), default=0.8, help="Its acceptance rate.")
 @click.option("--gamma", type=click.IntRange(0), default=4, help="Tokens that it drafts a pass.")
 @click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")
 @output_options(plot=True)

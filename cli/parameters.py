@@ -31,6 +31,7 @@ __all__ = [
     "TECHNIQUE",
     "AxisValue",
     "ListOf",
+    "Number",
     "axis_text",
 ]
 
@@ -74,6 +75,23 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
         if number > LARGEST_COUNT:
             self.fail(f"expected at most {LARGEST_COUNT:.0e}; got {value!r}", param, ctx)
         return int(number)
+
+
+class Number(click.FloatRange):
+    """A finite number in a range; click's own lets NaN pass."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a number; got {value!r}", param, ctx)
+        return number
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:  # noqa: ARG002
+        """Return what stands for it in the help."""
+        return self.name.upper()
 
 
 class _Bytes(click.ParamType):  # type: ignore[type-arg]

@@ -32,7 +32,11 @@ def together(backend: str) -> Iterator[None]:
         from refimpl.errors import BackendUnavailableError
 
         if _on_mpi(backend) and not isinstance(error, BackendUnavailableError):
-            from refimpl.parallel.mpi import abort
+            from refimpl.parallel.mpi import abort, world
 
-            abort(f"Error: {' '.join(str(error).split())}")
+            if world().size > 1:
+                from cli.main import verdict_of
+
+                code, message = verdict_of(error) or (1, str(error))
+                abort(f"Error: {' '.join(message.split())}", code)
         raise

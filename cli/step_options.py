@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.parameters import COUNT, HARDWARE, MODEL, AxisValue
+from cli.parameters import COUNT, HARDWARE, MODEL, AxisValue, Number
 
 if TYPE_CHECKING:
     from memsim.division import Division
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["division_of", "division_row", "setting_of", "setting_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-SHARE = click.FloatRange(0.0, 1.0, min_open=True)
+SHARE = Number(0.0, 1.0, min_open=True)
 _OPTIONS = (
     click.option("--model", type=MODEL, help="Name of a model that memsim describes."),
     click.option("--config", type=click.Path(), help="config.json of a model, or the directory with it."),
@@ -39,14 +39,14 @@ _OPTIONS = (
         show_default=True,
         help="megatron: 18 bytes a parameter, with fp32 gradients; zero: 16.",
     ),
-    click.option("--latency", type=click.FloatRange(0.0, 1.0), default=0.0, help="Seconds a message."),
+    click.option("--latency", type=Number(0.0, 1.0), default=0.0, help="Seconds a message."),
     click.option("--compute", type=SHARE, default=1.0, help="Share of the peak rate that products reach."),
     click.option("--scores", type=SHARE, help="Share that attention reaches.  [default: --compute]"),
     click.option("--memory", type=SHARE, default=1.0, help="Share of the memory bandwidth reached."),
     click.option("--network", type=SHARE, default=1.0, help="Share of the links' bandwidth reached."),
     click.option(
         "--overlap",
-        type=click.FloatRange(0.0, 1.0),
+        type=Number(0.0, 1.0),
         default=1.0,
         help="Share of computation behind which data and context parallelism hide.",
     ),

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
+
 from memsim.units import Number
 from refimpl.errors import OptionError
 from refimpl.numerics import IntArray
@@ -58,14 +60,10 @@ class Timeline(NamedTuple):
     @property
     def in_flight(self) -> list[int]:
         """The most micro-batches of one stage that each rank holds at once, forward done and not yet back."""
-        peaks = []
-        for rank in range(self.ranks):
-            held = peak = 0
-            for slot in self.slots:
-                if slot.rank == rank:
-                    held += -1 if slot.step.backward else 1
-                    peak = max(peak, held)
-            peaks.append(peak)
+        held, peaks = [0] * self.ranks, [0] * self.ranks
+        for slot in self.slots:
+            held[slot.rank] += -1 if slot.step.backward else 1
+            peaks[slot.rank] = max(peaks[slot.rank], held[slot.rank])
         return peaks
 
 
@@ -132,8 +130,8 @@ def replay(
 
 
 def _times(value: Number | Sequence[Number], stages: int) -> Sequence[Number]:
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence | np.ndarray):
         return [value] * stages
     if len(value) != stages:
         raise OptionError(f"times: expected one for each of {stages} stages, got {len(value)}")
-    return value
+    return list(value)

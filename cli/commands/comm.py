@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.output import output_options
-from cli.parameters import COUNTS, HARDWARE, SIZES
+from cli.parameters import COUNTS, HARDWARE, SIZES, Number
 from cli.quantities import bytes_text, time_text
 from cli.result import Column, Result
 
@@ -21,19 +21,7 @@ OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce
 ALGORITHMS = ("ring", "recursive", "tree", "pairwise")
 
 
-class _Seconds(click.FloatRange):
-    """Seconds, finite and from 0 on."""
-
-    name = "seconds"
-
-    def __init__(self) -> None:
-        super().__init__(min=0.0, max=1e9)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if number != number:
-            self.fail(f"expected a number; got {value!r}", param, ctx)
-        return number
+SECONDS = Number(0.0, 1e9)
 
 
 @click.command(
@@ -52,7 +40,7 @@ Examples:
 @click.option(
     "--algorithm", type=click.Choice(ALGORITHMS), help="How.  [default: all that exist for the operation]"
 )
-@click.option("--latency", type=_Seconds(), default=0.0, show_default=True, help="Seconds a message (α).")
+@click.option("--latency", type=SECONDS, default=0.0, show_default=True, help="Seconds a message (α).")
 @click.option("--bandwidth", type=SIZES, help="Bytes a second that a rank can send (1/β).")
 @click.option("--hardware", type=HARDWARE, help="Whose links and network; adds collectives in two levels.")
 @click.option("--explain", is_flag=True, help="Print the formulas of the time, with the numbers in them.")

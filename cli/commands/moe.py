@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.output import output_options
-from cli.parameters import COUNT, COUNTS, MODEL, PRECISIONS
+from cli.parameters import COUNT, COUNTS, MODEL, PRECISIONS, Number
 from cli.quantities import bytes_text, flop_text
 from cli.result import Column, Result, Row, View, cell_text
 
@@ -58,7 +58,7 @@ Examples:
 @click.option("--tokens", type=COUNT, default=4096, show_default=True, help="Tokens of each rank.")
 @click.option(
     "--capacity-factor",
-    type=click.FloatRange(0.0, 1e6, min_open=True),
+    type=Number(0.0, 1e6, min_open=True),
     default=1.0,
     show_default=True,
     help="Places in the experts' buffers over what balanced routing fills.",

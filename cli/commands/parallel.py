@@ -11,7 +11,7 @@ import click
 from cli.commands.env import why_not
 from cli.commands.parallel_mesh import mesh, pipeline
 from cli.output import output_options, progress
-from cli.parameters import COUNT, COUNTS, ListOf
+from cli.parameters import COUNT, COUNTS, ListOf, Number
 from cli.processes import another_speaks, together
 from cli.quantities import bytes_text, count_text, time_text
 from cli.result import Column, Result
@@ -92,7 +92,7 @@ Examples:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 3600),
+    type=Number(0.1, 3600),
     default=30.0,
     show_default=True,
     help="Seconds without a message after which a run is given up.",
@@ -179,7 +179,7 @@ Examples:
 @click.option(
     "--serial",
     "shares",
-    type=ListOf(click.FloatRange(0, 1)),
+    type=ListOf(Number(0, 1)),
     default="0",
     show_default=True,
     help="Share of the work that cannot be spread (Amdahl); 0 is ideal.",

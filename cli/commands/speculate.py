@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.output import output_options
-from cli.parameters import COUNTS, ListOf
+from cli.parameters import COUNTS, ListOf, Number
 from cli.result import Column, Result, Row
 
 if TYPE_CHECKING:
@@ -18,23 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-class _Number(click.FloatRange):
-    """A finite number in a range."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if number != number:
-            self.fail(f"expected a number; got {value!r}", param, ctx)
-        return number
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:  # noqa: ARG002
-        return "NUMBER"
-
-
-ALPHAS: ListOf[float] = ListOf(_Number(0.0, 1.0))
-COSTS: ListOf[float] = ListOf(_Number(0.0, 1e6))
+ALPHAS: ListOf[float] = ListOf(Number(0.0, 1.0))
+COSTS: ListOf[float] = ListOf(Number(0.0, 1e6))
 
 
 def _best_text(value: Any) -> str:
@@ -71,7 +56,7 @@ Examples:
 @click.option(
     "--operations-cost",
     "operations_cost",
-    type=_Number(0.0, 1e6),
+    type=Number(0.0, 1e6),
     help="The same for operations.  [default: the cost in time]",
 )
 @click.option("--explain", is_flag=True, help="Print every formula, with the numbers in it.")

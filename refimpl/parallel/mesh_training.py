@@ -114,6 +114,7 @@ _EDGE: dict[str, Any] = {"steps": 1, "micro": 2, "B": 1, "tokens": 2, "extra": "
         {**_EDGE, "tensor": 1, "pipeline": 3, "data": 1, "B": 0, "schedule": "gpipe"},
         {**_EDGE, "tensor": 1, "pipeline": 4, "data": 2, "extra": "clip"},  # a rank without layers
         {**_EDGE, "tensor": 2, "pipeline": 1, "data": 2, "extra": "clip", "make": "mixture", "stage": 2},
+        {**_EDGE, "tensor": 2, "pipeline": 1, "data": 2, "make": "mixture", "extra": "recompute"},
         {**_EDGE, "tensor": 1, "pipeline": 2, "data": 4, "make": "mixture", "split": "tensor", "stage": 3},
     ),
     sample=sample_mesh,

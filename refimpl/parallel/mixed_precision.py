@@ -17,7 +17,7 @@ import numpy.typing as npt
 from refimpl.numerics import Array, FloatArray, round_to, wide_dtype, widen
 from refimpl.parallel.adam import AdamW, adamw_step
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, floating, whole
+from refimpl.validation import bind_axes, floating, positive, whole
 
 __all__ = [
     "LossScale",
@@ -120,7 +120,14 @@ def optimizer_step(
     -------
     OptimizerState
         New arrays, or those of `state` if the step was skipped.
+
+    Raises
+    ------
+    OptionError
+        If `max_norm` is not above 0.
     """
+    if max_norm is not None:
+        positive("max_norm", max_norm)  # below 0 it would turn the gradient around; NaN would clip nothing
     gradient = widen(scaled_gradient).astype(state.master.dtype) / state.loss_scale.scale
     squares = sum_over_shards(float(np.sum(np.square(gradient, dtype=np.float64))))
     scale = next_loss_scale(

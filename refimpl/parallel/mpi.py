@@ -25,9 +25,12 @@ from refimpl.parallel import array_collectives
 from refimpl.parallel.comm import TIMEOUT, Comm, DeadlockError, Sent, Traffic, say_waits
 from refimpl.parallel.data import data_parallel as _data_parallel
 from refimpl.parallel.mesh_training import mesh_training as _mesh_training
+from refimpl.parallel.pipedream import pipedream as _pipedream
 from refimpl.parallel.pipeline import pipeline_parallel as _pipeline_parallel
 from refimpl.parallel.tensor import tensor_parallel as _tensor_parallel
 from refimpl.parallel.tensor import tensor_parallel_vjp as _tensor_parallel_vjp
+from refimpl.parallel.vocabulary import vocabulary_embedding as _vocabulary_embedding
+from refimpl.parallel.vocabulary import vocabulary_loss as _vocabulary_loss
 from refimpl.parallel.zero import zero as _zero
 from refimpl.registry import add_implementation
 
@@ -278,14 +281,14 @@ def _outcomes(comm: MpiComm, own: _Outcome, timeout: float) -> list[_Outcome]:
     return found
 
 
-def abort(message: str) -> None:
-    """End all processes of the program, some of which cannot be reached, with one message."""
+def abort(message: str, code: int = 1) -> None:
+    """End all processes of the program, some of which cannot be reached, with one message and exit code."""
     time.sleep(0.5 * world().rank)  # so that the first to get here prints the one message
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
     time.sleep(0.3)  # the launcher must forward the message before it kills the processes
-    world().Abort(1)
-    os._exit(1)  # MPI may take a moment to end this process; nothing more is to be printed
+    world().Abort(code)
+    os._exit(code)  # MPI may take a moment to end this process; nothing more is to be printed
 
 
 def _portable(error: BaseException, comm: Comm) -> BaseException:
@@ -308,8 +311,11 @@ _TECHNIQUES: dict[str, Callable[..., Any]] = {
     "parallel.data": _data_parallel,
     "parallel.mesh": _mesh_training,
     "parallel.pipeline": _pipeline_parallel,
+    "parallel.pipeline.pipedream": _pipedream,
     "parallel.tensor": _tensor_parallel,
     "parallel.tensor.backward": _tensor_parallel_vjp,
+    "parallel.tensor.cross_entropy": _vocabulary_loss,
+    "parallel.tensor.embedding": _vocabulary_embedding,
     "parallel.zero": _zero,
 }
 for _name, _function in _TECHNIQUES.items():

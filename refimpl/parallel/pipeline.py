@@ -33,8 +33,9 @@ MAKES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {"norm": "layer_norm", "activation": "gelu_tanh", "gated": False, "biases": True,
              "positions": "learned", "max_length": 5},
-    "untied": {"tied": False, "num_kv_heads": 1},
-    "post": {"order": "post", "norm": "layer_norm", "activation": "relu", "gated": False},
+    "untied": {"tied": False, "num_kv_heads": 1, "positions": "alibi"},
+    "post": {"order": "post", "norm": "layer_norm", "activation": "relu", "gated": False,
+             "positions": "sinusoidal", "embedding_scale": 2.0},
 }  # fmt: skip
 
 

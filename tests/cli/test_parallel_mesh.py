@@ -6,7 +6,10 @@ from unittest import mock
 
 import pytest
 
-from refimpl.parallel import mesh_program
+from cli import mesh_experiment
+from memsim.mesh_prices import mesh_phases
+from memsim.pipeline import pipeline_in_flight
+from refimpl.parallel import mesh_program, schedules
 
 
 def test_a_mesh_agrees_with_one_device_and_with_the_models(rows):
@@ -50,6 +53,33 @@ def test_a_mesh_that_differs_is_seen(run):
     assert "rows differ from the models, or from one device" in done.stderr
 
 
+def _moved(name):
+    """Return training whose result has one field moved by a little."""
+    train = mesh_experiment.mesh_training
+
+    def trained(*args, **options):
+        found = train(*args, **options)
+        return found._replace(**{name: getattr(found, name) + (1 if "held" in name else 1e-8)})
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("mesh_training", _moved("parameters")),
+        ("mesh_training", _moved("losses")),
+        ("mesh_training", _moved("spread")),
+        ("mesh_training", _moved("held_bytes")),
+        ("pipeline_in_flight", lambda rank, **shape: pipeline_in_flight(rank=0, **shape)),
+        ("mesh_phases", lambda case: mesh_phases(case)[::-1]),
+    ],
+)
+def test_whatever_differs_is_seen(run, name, wrong):
+    with mock.patch.object(mesh_experiment, name, wrong):
+        run("parallel", "mesh", "--tp", "1", "--dp", "1", "--steps", "1", code=1)
+
+
 def test_schedules_in_time(rows):
     document = rows("parallel", "pipeline", "--ranks", "8", "--micro", "32")
     found = {row["schedule"]: row for row in document["rows"]}
@@ -62,11 +92,26 @@ def test_schedules_in_time(rows):
     assert slow["makespan"] == slow["model_makespan"] + 2 * 7 * 0.5
 
 
+def test_a_schedule_that_differs_from_the_formulas_is_seen(run):
+    one_by_one = schedules._one_by_one
+    with mock.patch.object(schedules, "_one_by_one", lambda f, b, warm_up: one_by_one(f, b, warm_up + 1)):
+        done = run("parallel", "pipeline", code=1)
+    assert "2 of 3 schedules differ from the formulas" in done.stderr
+
+
+def test_numbers_that_are_none_and_steps_without_end_are_refused(run):
+    for value in ("nan", "inf", "1e308", "-1"):
+        assert "--send" in run("parallel", "pipeline", "--send", value, code=2).stderr
+    assert "--timeout" in run("parallel", "mesh", "--timeout", "nan", code=2).stderr
+    assert "at most 1000000 steps" in run("parallel", "pipeline", "--micro", "1e9", code=2).stderr
+
+
 def test_pictures(run, tmp_path):
     pytest.importorskip("matplotlib")
     for name, command in (
         ("a.svg", ("show", "parallel.pipeline")),
         ("b.png", ("parallel", "pipeline", "--ranks", "2", "--micro", "4", "--schedule", "1f1b")),
+        ("many.png", ("parallel", "pipeline", "--ranks", "40", "--micro", "40")),
     ):
         run(*command, "--plot", str(tmp_path / name))
         assert (tmp_path / name).stat().st_size > 5000

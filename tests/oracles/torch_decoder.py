@@ -77,6 +77,13 @@ def block(torch: Any, x: Any, w: dict[str, Any], options: dict[str, Any]) -> Any
     return x
 
 
+def _waves(torch: Any, x: Any) -> Any:
+    """Sines at even features, cosines at odd ones."""
+    feature = torch.arange(x.shape[-1], dtype=x.dtype)
+    angles = torch.arange(x.shape[1])[:, None] / 10000 ** (2 * (feature // 2) / x.shape[-1])
+    return torch.where(feature % 2 == 0, angles.sin(), angles.cos())
+
+
 def leaves(torch: Any, arrays: dict[str, Any]) -> dict[str, Any]:
     """Return arrays as tensors with gradients."""
     return {name: torch.tensor(np.asarray(array), requires_grad=True) for name, array in arrays.items()}
@@ -93,11 +100,16 @@ def loss_sum(torch: Any, w: dict[str, Any], tokens: Any, mask: Any, config: Any)
         "activation": config.activation,
     }
     options["k"] = getattr(config, "k", 0)
-    if config.positions != "learned":
-        options["rope"] = config.positions
     x = w["embedding"][words[:, :-1]] * config.embedding_scale
     if config.positions == "learned":
         x = x + w["positions"][: x.shape[1]]
+    elif config.positions == "sinusoidal":
+        x = x + _waves(torch, x)
+    elif config.positions == "alibi":  # of a power of two of heads
+        H = config.num_heads
+        options["alibi_slopes"] = [2.0 ** (-8 * (head + 1) / H) for head in range(H)]
+    else:
+        options["rope"] = config.positions
     for layer in range(config.layers):
         prefix = f"layers.{layer}."
         own = {name.removeprefix(prefix): array for name, array in w.items() if name.startswith(prefix)}

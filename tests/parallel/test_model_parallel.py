@@ -202,6 +202,9 @@ def test_unequal_stages_and_slow_links_cost_what_the_slowest_costs() -> None:
     # GPipe: it waits while the last micro-batch goes through the last stage and back.
     assert replay(plans["gpipe"], **slow).makespan == 1 + 50 * 6 + 3 + 2
     assert replay(plans["gpipe"], send_time=1).makespan == replay(plans["gpipe"]).makespan + 4
+    # From one stage of a rank to its next one nothing is sent.
+    alone = pipeline_schedule(schedule="interleaved", ranks=1, micro_batches=2, chunks=3)
+    assert replay(alone, send_time=5).makespan == 2 * 3 * 3
 
 
 def test_tensor_parallelism_sends_more_than_data_parallelism_beyond_the_crossover() -> None:
@@ -277,6 +280,8 @@ def test_what_does_not_divide_or_fit_is_refused() -> None:
         ({"mesh": Mesh(4)}, ShapeError, "num_kv_heads: 2 heads do not divide into 4 ranks"),
         ({"mesh": Mesh(1, 1, 2)}, ShapeError, "expected 2 data-parallel ranks"),
         ({"mesh": Mesh(), "stage": 4}, OptionError, "stage: expected 1, 2 or 3"),
+        ({"mesh": Mesh(), "max_norm": -1.0}, OptionError, "max_norm"),
+        ({"mesh": Mesh(), "max_norm": np.nan}, OptionError, "max_norm"),
         ({"mesh": Mesh(), "schedule": "zero bubble"}, OptionError, "schedule: expected one of gpipe"),
         ({"mesh": Mesh(1, 2), "schedule": "interleaved", "chunks": 2}, OptionError, "must divide by 2 ranks"),
         ({"mesh": Mesh(1, 2), "chunks": 2}, OptionError, "chunks: expected 2 or more to interleave"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ from refimpl.parallel import (
 from refimpl.parallel import pipedream as pipedream_module
 from refimpl.parallel import pipeline as pipeline_module
 from refimpl.parallel.collectives import ring_all_reduce, sum_pair
+from refimpl.parallel.mesh import Mesh
 from refimpl.parallel.mesh_training import mesh_training
 from refimpl.parallel.pipeline import pipeline_parallel
 from refimpl.parallel.schedules import pipeline_schedule
@@ -316,6 +318,25 @@ def test_a_wrong_schedule_breaks_a_law(what: str) -> None:
 def test_the_unbroken_pass() -> None:
     for name, _, axes in {name: (name, f, axes) for name, f, axes in MUTANTS.values()}.values():
         assert check(name, axes=axes, edges=False).ok, name
+
+
+@pytest.mark.parametrize("mesh", [Mesh(2, 1, 1), Mesh(1, 2, 1), Mesh(1, 1, 2)], ids=str)
+def test_a_copy_that_drifts_is_seen(mesh: Mesh) -> None:
+    """One rank ends with a hair more of everything: norms, a tied table, a replica differ from another's."""
+    module = importlib.import_module(
+        "refimpl.parallel.mesh_training"
+    )  # the package has its function by the name
+    train_rank = module.train_rank
+
+    def drifting(comm: Any, *args: Any) -> Any:
+        trained = train_rank(comm, *args)
+        moved = [[unit + 1e-9 * comm.rank for unit in share] for share in trained.parameters]
+        return trained._replace(parameters=moved)
+
+    axes = {**MESH, **mesh._asdict()}
+    drifted = changed(mesh_training, module, train_rank=drifting)
+    failed = {outcome.check for outcome in check("parallel.mesh", drifted, axes=axes, edges=False).failed}
+    assert "parallel.copies_stay_identical" in failed
 
 
 def test_stale_weights_are_not_sgd() -> None:

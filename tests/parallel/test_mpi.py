@@ -119,7 +119,8 @@ shape = {"ranks": 3, "steps": 1, "micro": 1, "B": 1, "T": 3, "width": 2, "extra"
 mesh = {"tensor": 2, "pipeline": 1, "data": 2, "steps": 1, "micro": 2, "B": 1, "tokens": 2}
 mesh |= {"make": "mixture", "schedule": "1f1b", "stage": 3, "split": "sequence", "extra": "clip"}
 named = {"parallel.collectives": None, "parallel.data": shape, "parallel.zero": {**shape, "stage": 3}}
-named |= {"parallel.mesh": mesh}
+named |= {"parallel.mesh": mesh, "parallel.tensor.cross_entropy": {"ranks": 4, "B": 1, "T": 2}}
+named |= {"parallel.pipeline.pipedream": {"ranks": 4, "micro": 3, "layers": 2, "B": 1, "T": 1}}
 for name, axes in named.items():
     (item,) = [item for item in registry.implementations_of(name) if "mpi" in item.backends]
     report = check(name, item.load(), backend="mpi", dtypes=("float64",), examples=2, axes=axes)
@@ -247,7 +248,7 @@ def test_states_saved_by_processes_are_resumed_by_others(tmp_path: Path) -> None
 @needs_mpi
 def test_what_fails_on_all_processes_is_said_once() -> None:
     done = launch("-m", "cli.main", "parallel", "train", "--ranks", "4", "--backend", "mpi", ranks=2)
-    assert done.returncode != 0
+    assert done.returncode == 2  # usage
     assert done.stderr.count("Error: 4 ranks need as many processes; mpiexec started 2") == 1
 
 
@@ -255,7 +256,7 @@ def test_what_fails_on_all_processes_is_said_once() -> None:
 def test_records_hold_on_processes() -> None:
     done = start(VERIFY)
     assert done.returncode == 0, done.stderr
-    names = ("collectives", "data", "zero", "mesh")
+    names = ("collectives", "data", "zero", "mesh", "tensor.cross_entropy", "pipeline.pipedream")
     assert done.stdout.strip() == "; ".join(f"parallel.{name} True" for name in names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ from memsim.timeline import replay
 from refimpl.errors import OptionError
 from refimpl.parallel.adam import AdamW
 from refimpl.parallel.comm import DeadlockError, run_ranks
+from refimpl.parallel.decoder_stages import stage_units
 from refimpl.parallel.laws_mesh import trained_on_one_device
 from refimpl.parallel.laws_pipeline import on_one_device
-from refimpl.parallel.mesh import Mesh
+from refimpl.parallel.mesh import Axes, Mesh
 from refimpl.parallel.mesh_training import mesh_training
+from refimpl.parallel.network import Batch
 from refimpl.parallel.pipeline import pipeline_parallel, small_decoder
 from refimpl.parallel.pipeline_program import execute
 from refimpl.parallel.schedules import ScheduleError, Step, check_schedule, pipeline_schedule, steps_of
 from refimpl.registry import Case
+from refimpl.transformer import DecoderConfig, initial_decoder
 
 
 def drawn_schedule(rng: np.random.Generator, ranks: int, micro: int, chunks: int) -> Any:
@@ -139,6 +143,29 @@ def test_ranks_without_layers_pass_on_what_they_get(pipeline: int) -> None:
     np.testing.assert_allclose(found.parameters, expected, rtol=0, atol=1e-10)
     np.testing.assert_allclose(found.losses, losses, rtol=0, atol=1e-10)
     assert (found.held_bytes == 0).sum() == max(pipeline - 3, 0)
+
+
+def test_recomputation_keeps_inputs_alone() -> None:
+    """What a layer leaves behind for the way back: nothing but its input, or several times as much."""
+    config = DecoderConfig(vocabulary=4, width=16, layers=1, num_heads=2, hidden=32)
+    weights = initial_decoder(config, np.random.default_rng(0))
+    batch = Batch(np.zeros((4, 65), int), np.ones((4, 64), bool))
+    x = np.ones((4, 64, config.width))
+
+    def program(comm: Any, recompute: bool) -> int:
+        axes = Axes(comm, comm, comm)
+        _, layer, *_ = stage_units(config, 0, 1, recompute=recompute)
+        part, own = layer.part_of(axes, batch), {name: weights[name] for name in layer.names}
+        tracemalloc.start()
+        y, back = part(own, x)
+        left, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert back(own, y)[0].shape == x.shape
+        return left - y.nbytes
+
+    (kept,), (everything,) = (run_ranks(1, program, recompute) for recompute in (True, False))
+    assert kept < x.nbytes / 4  # a few closures: the input is the caller's
+    assert everything > 2 * x.nbytes
 
 
 def test_without_steps_options_are_looked_at_all_the_same() -> None:
