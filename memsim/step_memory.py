@@ -276,7 +276,7 @@ def _inside(piece: Piece) -> tuple[list[int], list[int]]:
     """Return the gradients inside a part: of what its last matrix read, and of what that is made of."""
     sizes = {tensor.name.partition(": ")[2]: tensor.size for tensor in piece.kept}
     if "input in fp32" in sizes:  # an RMSNorm written out: four of its steps in fp32, and what it gives
-        return [sizes["input in fp32"]] * 4, [sizes["output"]]
+        return [sizes["input in fp32"]] * 4, [sizes["input in fp32"] // 2]
     if piece.kind in ("ffn", "experts"):
         widest = max(sizes.values(), default=0)
         return [widest], [widest] * (2 if "product" in sizes else 1)

@@ -73,6 +73,39 @@ def test_transformers_llama_keeps_it_to_the_byte(
     assert _size(saved) == ours + tables + SHIFTED
 
 
+@pytest.mark.parametrize(
+    ("family", "more", "attention", "besides"),
+    [
+        # Norms of queries and keys keep each head's, and what they make is only rotated.
+        ("Qwen3", {}, "flash", 0),
+        ("Qwen2", {}, "flash", 0),
+        # Gemma's norms multiply in fp32; its embeddings are scaled by a number of two bytes.
+        ("Gemma", {}, "flash", 2),
+        # Gemma 3's second norms add to the stream; it has tables of positions for two kinds of layers.
+        ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention"]}, "flash", 2 + 8192),
+        # Gemma 2 caps scores and logits; written out, attention keeps its softmax in fp32 as well.
+        ("Gemma2", {}, "standard", 2 + 2 * 4 * 4 * TOKENS**2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_families_keep_it_to_the_byte(
+    family: str, more: dict[str, Any], attention: str, besides: int
+) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    how = "sdpa" if attention == "flash" else "eager"
+    config = getattr(transformers, f"{family}Config")(**sizes, **more, attn_implementation=how)
+    built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ids = torch.zeros((1, TOKENS), dtype=torch.int64)
+    saved = _saved(lambda: built(input_ids=ids, labels=ids, use_cache=False), built.parameters())
+    described = model_of_config(config.to_dict())
+    ours = activations(model=described, batch=1, sequence=TOKENS, fused_norm=False, attention=attention).total
+    assert _size(saved) == ours + 2 * 2 * TOKENS * 16 + SHIFTED + besides
+
+
 @pytest.mark.parametrize("query_rank", [40, None])
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_latent_attention_keeps_it_to_the_byte(query_rank: int | None) -> None:
