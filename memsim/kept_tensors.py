@@ -60,7 +60,7 @@ def kept_by(part: Part, width: int, how: Keeping) -> list[Kept]:
     Raises
     ------
     OptionError
-        If the part is of a kind that nothing is known of, such as Mamba.
+        If the part is of a kind that nothing is known of, such as Mamba-2.
     """
     if part.kind not in _KEEPERS:
         raise OptionError(f"{part.name}: what a part of kind {part.kind} keeps is not known here")
@@ -216,6 +216,30 @@ def _linear(part: Part, width: int, _how: Keeping) -> list[Kept]:
     return [Kept("input", "e*T*d", {"d": part.sizes.get("inputs", width)})]
 
 
+def _mamba(part: Part, _width: int, _how: Keeping) -> list[Kept]:
+    """What Mamba's one kernel saves; convolution and Δ are made again, states kept every 2048 tokens.
+
+    Jamba's norms of Δ, B and C `split` it: convolution, Δ and the gated output are kept then.
+    state-spaces/mamba, ops/selective_scan_interface.py, MambaInnerFn and SelectiveScanFn.
+    """
+    sizes = {"i": part.sizes["inner"], "n": part.sizes["state"], "r": part.sizes["rank"]}
+    kept = [
+        Kept("both branches", "2e*T*i", sizes),
+        Kept("copies of B and C", "2e*T*n", sizes),
+        Kept("A, and its exponential, in fp32", "8i*n", sizes),
+        Kept("states between chunks in fp32", "8b*i*n*ceil(s/2048)", sizes),
+        Kept("output of the scan", "e*T*i", sizes),
+    ]
+    if part.choices.get("split"):
+        return [
+            *kept,
+            Kept("output of the convolution", "e*T*i", sizes),
+            Kept("Δ", "e*T*i", sizes),
+            Kept("gated output", "e*T*i", sizes),
+        ]
+    return [*kept, Kept("low rank of Δ, B and C", "e*T*(r + 2n)", sizes)]
+
+
 def _embedding(part: Part, width: int, how: Keeping) -> list[Kept]:
     """The ids of the tokens, of eight bytes; dropout follows the last table and counts with the first."""
     if part.name != "tokens":
@@ -237,5 +261,6 @@ _KEEPERS: dict[str, Callable[[Part, int, Keeping], list[Kept]]] = {
     "head": _head,
     "latent_attention": _latent_attention,
     "linear": _linear,
+    "mamba": _mamba,
     "norm": _norm,
 }

@@ -27,8 +27,8 @@ __all__ = ["Model", "Part", "Stack", "dense", "model", "model_names"]
 
 # Settings of a part that are no sizes.
 CHOICES = (
-    "activation", "added", "bias", "cap", "convolution_bias", "gated", "own", "precise", "sinks", "style",
-    "tied", "vocabulary",
+    "activation", "added", "bias", "cap", "convolution_bias", "gated", "own", "precise", "sinks", "split",
+    "style", "tied", "vocabulary",
 )  # fmt: skip
 
 

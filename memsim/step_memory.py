@@ -280,6 +280,9 @@ def _inside(piece: Piece) -> tuple[list[int], list[int]]:
     if piece.kind in ("ffn", "experts"):
         widest = max(sizes.values(), default=0)
         return [widest], [widest] * (2 if "product" in sizes else 1)
+    if piece.kind == "mamba":  # of the scan's output, and of both branches, Δ and the convolution
+        scanned = sizes["output of the scan"]
+        return [scanned], [sizes["both branches"], scanned, scanned]
     if piece.kind in ("attention", "latent_attention"):
         made = [size for name, size in sizes.items() if name not in ("mask", "logsumexp", "mask of scores")]
         return [sizes["output"]], made
