@@ -135,8 +135,9 @@ def test_views_disagree_but_add_up() -> None:
     assert set(printed) == {"cookbook"}
     assert abs(printed["cookbook"].deviation or 1) < 0.001
     # Where its layers are not a dense decoder's, nobody else can count a model.
-    others = disagreement(model="mixtral-8x7b", run=Run(gpus=8, stage=1, sequence=512))
-    assert [view.name for view in others] == ["frugal", "frugal_at_once", "pytorch"]
+    for name in ("mixtral-8x7b", "t5-small", "mamba-130m", "jamba", "bert-base"):
+        others = disagreement(model=name, run=Run(gpus=8, stage=1, sequence=512))
+        assert [view.name for view in others] == ["frugal", "frugal_at_once", "pytorch"]
 
 
 def _worst_fit(self: CachingAllocator, size: int, small: bool) -> Any:

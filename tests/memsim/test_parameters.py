@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim.model import Part, dense, model, model_names
+from memsim.model import Part, dense, model, model_names, padded_vocabulary
 from memsim.parameters import PARTS, non_embedding_parameters, parameters
 from refimpl import registry
 from refimpl.errors import LawViolation, OptionError, UnknownNameError
@@ -113,6 +113,12 @@ def test_padding_is_megatrons() -> None:
     # 50257 rows are 50304 at multiples of 128: 47 rows of 768 more, in the tied table only once.
     assert parameters(model="gpt2", pad_vocabulary=128).total - RELEASED["gpt2"] == 47 * 768
     assert parameters(model="llama-7b", pad_vocabulary=64).total == parameters(model="llama-7b").total
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3-8b", "opt-350m", "t5-base"])
+def test_a_padded_description_is_a_padded_count(name: str) -> None:
+    padded = parameters(model=padded_vocabulary(model(name), 4096)).total
+    assert padded == parameters(model=name, pad_vocabulary=4096).total > parameters(model=name).total
 
 
 def test_terms_add_up_and_name_their_tensors() -> None:
