@@ -37,6 +37,24 @@ def test_peft_trains_as_many(targets: Any, rank: int) -> None:
     assert adapter_parameters(model=LLAMA, rank=rank, targets=targets).total == trained
 
 
+@pytest.mark.parametrize("query_rank", [None, 6])
+@pytest.mark.filterwarnings("ignore")
+def test_peft_on_latent_attention(query_rank: int | None) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    sizes = SIZES | {
+        "kv_lora_rank": 8, "q_lora_rank": query_rank, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+        "v_head_dim": 5, "first_k_dense_replace": 9, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 7, "num_key_value_heads": 4,
+    }  # fmt: skip
+    built = transformers.AutoModelForCausalLM.from_config(transformers.DeepseekV3Config(**sizes))
+    queries = ["q_proj"] if query_rank is None else ["q_a_proj", "q_b_proj"]
+    latent = [*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    adapted = peft.get_peft_model(built, peft.LoraConfig(r=3, target_modules=latent))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    described = model_of_config({"model_type": "deepseek_v3", **sizes})
+    assert adapter_parameters(model=described, rank=3, targets="attention").total == trained
+
+
 @pytest.mark.parametrize(("base", "bits"), [("16bit", 16), ("int8", 8), ("nf4", Fraction(4127, 1000))])
 def test_the_frozen_model_by_hand(base: Any, bits: Any) -> None:
     """Matrices of layers in the base's bits, embedding, head and norms in 16; adapters in ZeRO's 16 bytes."""
@@ -55,6 +73,8 @@ def test_the_frozen_model_by_hand(base: Any, bits: Any) -> None:
 def test_errors() -> None:
     with pytest.raises(OptionError, match="targets"):
         adapter_parameters(model=LLAMA, rank=1, targets="head")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="latent attention has no queries"):
+        adapter_parameters(model="deepseek-v3", rank=1, targets="queries and values")
     with pytest.raises(OptionError, match="base"):
         adapter_states(model=LLAMA, rank=1, base="int2")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no part of it takes an adapter"):
