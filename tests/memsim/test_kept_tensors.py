@@ -12,6 +12,8 @@ from memsim.huggingface import model_of_config
 from memsim.kept_tensors import Keeping, kept_by
 from memsim.korthikanti import korthikanti_activations
 from memsim.model import Part
+from memsim.parameters import parameters
+from memsim.rank_model import rank_model
 from tests.memsim.test_training_memory import TOKENS, _saved, _size
 
 SMALL = {"vocab_size": 320, "max_position_embeddings": 200}
@@ -83,3 +85,28 @@ def test_dropout_of_the_embedding_is_korthikantis() -> None:
     )
     paper = korthikanti_activations(hidden=12288, layers=96, heads=96, vocabulary=50257, **shape)
     assert with_mask - without == paper["embedding's dropout"] == 2 * 64 * 12288
+
+
+def test_embedding_s_dropout_of_every_waiting_micro_batch() -> None:
+    """Korthikanti et al., section 4.3: s b h p / t, as p micro-batches wait; the head in the last stage."""
+    shape = {"hidden": 64, "batch": 2, "sequence": 8, "layers": 12, "heads": 4, "tensor": 2}
+    found = korthikanti_activations(**shape, pipeline=3, sequence_parallel=True, vocabulary=100)
+    assert found["embedding's dropout"] == 8 * 2 * 64 * 3 // 2
+    assert len(found.terms) == 2
+    whole = korthikanti_activations(**shape, vocabulary=100)
+    assert whole["final norm and head's input"] == 4 * 8 * 2 * 64
+    assert whole["logits in fp32"] == 4 * 8 * 2 * 100 // 2
+
+
+def test_ranks_norm_their_own_heads() -> None:
+    """Each head's queries and keys are normed where the head is: half of them on each of two ranks."""
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 60, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 32,
+    }  # fmt: skip
+    described = model_of_config({"model_type": "qwen3", **sizes})
+    for tensor in (1, 2):
+        kept = activations(model=described, batch=1, sequence=8, tensor=tensor)
+        for name, heads in (("query", 4), ("key", 2)):
+            assert kept[f"block: {name} norm"] == 8 * (2 * 16 + 4) * heads // tensor
+    assert parameters(model=rank_model(described, tensor=2)).terms[3].value == 16
