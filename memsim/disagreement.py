@@ -39,6 +39,7 @@ _COMPONENT = {
     "logits and loss": "activations",
     "buffers": "buffers",
 }
+_STAGES = (0, 1, 2, 3)
 _OURS = "what PyTorch takes, tensor by tensor: memsim.step_memory, held to autograd"
 
 
@@ -109,7 +110,10 @@ def disagreement(*, model: str | Model, run: Run, index: int = 0, step: Step | N
     if run.tensor == run.pipeline == 1:
         letters = _letters(described, run)
         if letters is not None:
-            views += [_view(name, letters, run) for name in _estimators()]
+            known = [
+                name for name, entry in _estimators().items() if run.stage in entry.get("stages", _STAGES)
+            ]
+            views += [_view(name, letters, run) for name in known]
     return [_with_printed(view, described, run) for view in views]
 
 
