@@ -33,12 +33,14 @@ _PRINTED = (
 )
 
 
-def described_model(name: str | None, config: str | None) -> Model:
-    """Return the model of the catalogue, or that of a ``config.json``."""
+def described_model(name: str | None, config: str | None, pad_vocabulary: int = 1) -> Model:
+    """Return the model of the catalogue, or that of a ``config.json``, with a padded vocabulary."""
     from memsim.huggingface import read_model
+    from memsim.model import padded_vocabulary
     from memsim.parameters import model_of
 
-    return model_of(name) if name is not None else read_model(config or "")
+    found = model_of(name) if name is not None else read_model(config or "")
+    return padded_vocabulary(found, pad_vocabulary)
 
 
 def run_that(options: Mapping[str, Any], deepspeed: str | None) -> Run:

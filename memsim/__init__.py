@@ -61,6 +61,7 @@ _HOMES = {
     "mamba_state": "ssm",
     "mamba_traffic": "ssm",
     "model_names": "model",
+    "padded_vocabulary": "model",
     "moe_all_to_all": "moe_communication",
     "model_of_config": "huggingface",
     "moe_flops": "moe",

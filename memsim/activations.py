@@ -118,7 +118,7 @@ def activations(
         If no model has that name.
     OptionError
         If an option is out of range, t does not divide the model, or a part is of a kind that nothing is
-        known of here, such as Mamba.
+        known of here, such as Mamba-2.
 
     Notes
     -----

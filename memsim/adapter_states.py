@@ -88,7 +88,7 @@ def adapter_parameters(*, model: str | Model, rank: int, targets: Targets = "all
                 )
     if not terms:
         raise OptionError(f"{described.name}: no part of it takes an adapter here")
-    return estimate(f"adapters of rank {r}", terms, leaves_out="biases, embeddings, heads, routers")
+    return estimate(f"adapters of rank {r}", terms, leaves_out="biases, embeddings, heads, routers, Mamba")
 
 
 def adapter_states(
@@ -183,6 +183,17 @@ def _matrices(part: Part, width: int, targets: Targets) -> Iterator[tuple[str, d
         yield "(d + H*k) + (d + G*k)", sizes
         if targets != "queries and values":
             yield "(d + G*k) + (H*k + d)", sizes
+    elif part.kind == "latent_attention":
+        if targets == "queries and values":
+            raise OptionError("targets: latent attention has no queries and values of its own; expected all")
+        names = {"H": "heads", "c": "key_rank", "n": "plain", "p": "rotary", "v": "value_width"}
+        low = "query_rank" in part.sizes
+        names |= {"q": "query_rank"} if low else {}
+        queries = "(d + q) + (q + H*(n + p))" if low else "(d + H*(n + p))"
+        yield (
+            f"{queries} + (d + c + p) + (c + H*(n + v)) + (H*v + d)",
+            {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}},
+        )
     elif part.kind in ("ffn", "experts") and targets == "all":
         sizes = {"d": width, "f": part.sizes["width"], "E": part.sizes.get("experts", 1)}
         yield f"{3 if part.choices.get('gated') else 2}E*(d + f)", sizes

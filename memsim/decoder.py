@@ -102,7 +102,8 @@ def decoder_letters(model: str | Model, *, pad_vocabulary: int = 1) -> dict[str,
     if len(kinds) != 1 or several or other:
         raise OptionError(
             f"{described.name}: expected a decoder whose layers attend once and alike; got "
-            f"{len(kinds)} kinds of attention{' beside Mamba' if other else ''}"
+            f"{len(kinds)} kinds of attention{', several in a layer' if several else ''}"
+            f"{' beside Mamba' if other else ''}"
         )
     found: dict[str, Number] = dict.fromkeys(LETTERS, 0)
     (attention,) = kinds

@@ -20,7 +20,7 @@ from memsim.allocator import play
 from memsim.estimate import Estimate, estimate, term
 from memsim.model import Model
 from memsim.parameters import model_of, parameters
-from memsim.rank_model import block_layers
+from memsim.rank_model import ENDS, block_layers
 from memsim.run import Run
 from memsim.step_memory import Step, step_memory
 from memsim.units import SCALES, Number
@@ -39,6 +39,7 @@ _COMPONENT = {
     "logits and loss": "activations",
     "buffers": "buffers",
 }
+_STAGES = (0, 1, 2, 3)
 _OURS = "what PyTorch takes, tensor by tensor: memsim.step_memory, held to autograd"
 
 
@@ -109,7 +110,10 @@ def disagreement(*, model: str | Model, run: Run, index: int = 0, step: Step | N
     if run.tensor == run.pipeline == 1:
         letters = _letters(described, run)
         if letters is not None:
-            views += [_view(name, letters, run) for name in _estimators()]
+            known = [
+                name for name, entry in _estimators().items() if run.stage in entry.get("stages", _STAGES)
+            ]
+            views += [_view(name, letters, run) for name in known]
     return [_with_printed(view, described, run) for view in views]
 
 
@@ -165,7 +169,12 @@ def _estimators() -> dict[str, dict[str, Any]]:
 def _letters(model: Model, run: Run) -> dict[str, Number] | None:
     """Return the letters of the formulas, or None where layers are not those of a dense decoder."""
     parts = {part.kind: part for stack in model.stacks for part in stack.parts}
-    if not {"attention", "ffn", "head"} <= set(parts) or "experts" in parts:
+    for stack in model.stacks:
+        if stack.name not in ENDS:
+            kinds = [part.kind for part in stack.parts if part.kind != "norm"]
+            if sorted(kinds) != ["attention", "ffn"]:
+                return None
+    if not {"attention", "ffn", "head"} <= set(parts):
         return None
     attention = parts["attention"].sizes
     heads = attention["heads"]

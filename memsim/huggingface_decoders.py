@@ -6,7 +6,7 @@ What tells the families of a ``config.json`` apart is a line of `DECODERS` each.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from memsim import huggingface_networks as networks
@@ -91,8 +91,8 @@ class Decoder:
         Whether the head is the embedding where the file is silent.
     norms : {"before", "after", "around", "one"}
         Of mixer and network: before each, after each, both; or one for the two, which then stand in parallel.
-    style : str
-        Of all norms.
+    style, precise : str, bool
+        Of all norms; precise ones multiply with their weight in fp32.
     key_norms : callable
         What reads the norms of queries and keys.
     head_bias : str
@@ -106,6 +106,7 @@ class Decoder:
     tied: bool = False
     norms: Literal["before", "after", "around", "one"] = "before"
     style: str = "rms"
+    precise: bool = False
     key_norms: KeyNorms = _no_norms
     head_bias: str = ""
     parallel: str = ""
@@ -113,7 +114,7 @@ class Decoder:
     def __call__(self, settings: Settings, width: int) -> list[Stack]:
         """Return the stacks that a file describes."""
         mixed = self.mixer(settings, width)
-        keys = self.key_norms(settings, mixed, self.style)
+        keys = tuple(map(self._made, self.key_norms(settings, mixed, self.style)))
 
         def layer(index: int) -> Layer:
             name, parts = self.network(settings, width, index)
@@ -122,22 +123,32 @@ class Decoder:
         bias = self.head_bias == "always" or (
             bool(self.head_bias) and settings.flag(self.head_bias, default=False)
         )
-        ends = norm("final norm", self.style), head(settings, tied=self.tied, bias=bias)
-        blocks = stacked(map(layer, range(layers_of(settings, "num_hidden_layers", "n_layer", "n_layers"))))
+        ends = self._norm("final norm"), head(settings, tied=self.tied, bias=bias)
+        blocks = stacked(map(layer, range(layers_of(settings))))
         return [Stack("embeddings", 1, (embedding(settings),)), *blocks, Stack("output", 1, ends)]
 
     def _layer(
         self, settings: Settings, mixed: tuple[Part, ...], network: tuple[Part, ...]
     ) -> tuple[Part, ...]:
         if self.norms == "one" or (self.parallel and settings.flag(self.parallel, default=False)):
-            return norm("norm", self.style), *mixed, *network
-        before = tuple(norm(f"{of} norm", self.style) for of in ("attention", "ffn"))
+            return self._norm("norm"), *mixed, *network
+        first, second = (self._norm(f"{of} norm") for of in ("attention", "ffn"))
         if self.norms == "before":
-            return before[0], *mixed, before[1], *network
+            return first, *mixed, second, *network
         if self.norms == "after":
-            return *mixed, before[0], *network, before[1]
-        after = tuple(norm(f"{of} norm after", self.style) for of in ("attention", "ffn"))
-        return before[0], *mixed, after[0], before[1], *network, after[1]
+            return *mixed, first, *network, second
+        third, fourth = (_added(self._norm(f"{of} norm after")) for of in ("attention", "ffn"))
+        return first, *mixed, third, second, *network, fourth
+
+    def _norm(self, name: str) -> Part:
+        return self._made(norm(name, self.style))
+
+    def _made(self, part: Part) -> Part:
+        return replace(part, choices={**part.choices, "precise": True}) if self.precise else part
+
+
+def _added(part: Part) -> Part:
+    return replace(part, choices={**part.choices, "added": True})
 
 
 _BARE = "layer without bias"
@@ -155,10 +166,10 @@ DECODERS: dict[str, Reader] = {
     "deepseek_v3": Decoder(latent_attention, networks.deepseek),
     "ernie4_5": Decoder(_biased("use_bias"), networks.gated("use_bias"), tied=True),
     "exaone4": Decoder(_fixed("none"), networks.gated(""), norms="after", key_norms=_of_heads()),
-    "gemma": Decoder(_biased(), networks.gated(""), tied=True),
-    "gemma2": Decoder(_biased(), networks.gated(""), tied=True, norms="around"),
+    "gemma": Decoder(_biased(), networks.gated(""), tied=True, precise=True),
+    "gemma2": Decoder(_biased(), networks.gated(""), tied=True, norms="around", precise=True),
     "gemma3_text": Decoder(
-        _biased(), networks.gated(""), tied=True, norms="around", key_norms=_of_heads()
+        _biased(), networks.gated(""), tied=True, norms="around", precise=True, key_norms=_of_heads(),
     ),
     "glm": Decoder(_biased(which="qkv"), networks.gated("")),
     "glm4": Decoder(_biased(which="qkv"), networks.gated(""), norms="around"),

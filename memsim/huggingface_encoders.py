@@ -8,6 +8,10 @@ from memsim.settings import Settings
 
 __all__ = ["ENCODERS"]
 
+_T5_NETWORKS = tuple(
+    f"{gate}{name}" for gate in ("", "gated-") for name in ("relu", "gelu", "gelu_new", "silu")
+)
+
 
 def _bert(settings: Settings, _width: int) -> list[Stack]:
     settings.refuse("is_decoder", False, "expected an encoder")
@@ -50,8 +54,8 @@ def _t5(settings: Settings, _width: int) -> list[Stack]:
     heads = settings.whole("num_heads")
     buckets = settings.whole("relative_attention_num_buckets")
     sizes = {"heads": heads, "head_width": settings.whole("d_kv")}
-    words = str(settings.get("feed_forward_proj") or "relu").split("-")
-    network = ffn(settings.whole("d_ff"), gated=words[0] == "gated", bias=False, relu=words == ["relu"])
+    kind = settings.choice("feed_forward_proj", _T5_NETWORKS, default="relu")
+    network = ffn(settings.whole("d_ff"), gated=kind.startswith("gated-"), bias=False, relu=kind == "relu")
     table = Part("embedding", "relative positions", {"rows": buckets, "width": heads})
 
     def block(*more: str) -> tuple[Part, ...]:

@@ -41,7 +41,10 @@ def _mamba_part(settings: Settings, width: int, prefix: str = "") -> Part:
         "rank": rank,
     }
     bias = settings.flag(f"{prefix}proj_bias" if prefix else "use_bias", default=False)
-    return Part("mamba", "mamba", sizes, {"bias": "all"} if bias else {})
+    choices: dict[str, str | bool] = {"bias": "all"} if bias else {}
+    if prefix:  # norms of Δ, B and C
+        choices["split"] = True
+    return Part("mamba", "mamba", sizes, choices)
 
 
 def _mamba2_part(settings: Settings, width: int, prefix: str = "") -> Part:

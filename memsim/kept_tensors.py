@@ -60,7 +60,7 @@ def kept_by(part: Part, width: int, how: Keeping) -> list[Kept]:
     Raises
     ------
     OptionError
-        If the part is of a kind that nothing is known of, such as Mamba.
+        If the part is of a kind that nothing is known of, such as Mamba-2.
     """
     if part.kind not in _KEEPERS:
         raise OptionError(f"{part.name}: what a part of kind {part.kind} keeps is not known here")
@@ -68,35 +68,61 @@ def kept_by(part: Part, width: int, how: Keeping) -> list[Kept]:
 
 
 def _norm(part: Part, width: int, how: Keeping) -> list[Kept]:
-    """Its input, what it makes, and a mean and a deviation of each token (RMSNorm: a deviation)."""
+    """Its input, what it makes, and a mean and a deviation of each token (RMSNorm: a deviation).
+
+    What it makes is not kept where it is `added` to the stream, as by the second norms of Gemma 2.
+    """
     sizes = {"d": part.sizes.get("width", width)}
-    if part.choices.get("style") == "rms":
-        return _rms_norm("d", sizes, how)
-    return [
-        Kept("input", "e*T*d/u", sizes),
-        Kept("output", "e*T*d/u", sizes),
-        Kept("statistics", "8T/u", {}),
-    ]
+    rms, precise = part.choices.get("style") == "rms", bool(part.choices.get("precise"))
+    if "heads" in part.sizes:
+        return _key_norm(sizes | {"G": part.sizes["heads"]}, how, rms=rms, precise=precise)
+    if rms:
+        kept = _rms_norm("d", sizes, how, precise=precise)
+    else:
+        kept = [
+            Kept("input", "e*T*d/u", sizes),
+            Kept("output", "e*T*d/u", sizes),
+            Kept("statistics", "8T/u", {}),
+        ]
+    return [one for one in kept if one.name != "output"] if part.choices.get("added") else kept
 
 
-def _rms_norm(letter: str, sizes: Mapping[str, int], how: Keeping, read: str = "") -> list[Kept]:
-    """An RMSNorm of a width; `read` is the width of the tensor that its input is a view of."""
+def _rms_norm(
+    letter: str, sizes: Mapping[str, int], how: Keeping, read: str = "", *, precise: bool = False
+) -> list[Kept]:
+    """An RMSNorm of a width; `read` is the width of the tensor that its input is a view of.
+
+    A `precise` one, such as Gemma's, multiplies with its weight in fp32, of which it makes a copy first.
+    """
     kept = [Kept("output", f"e*T*{letter}/u", sizes), Kept("statistics", "4T/u", {})]
     if how.fused_norm:
         return [Kept("input", f"e*T*{read or letter}/u", sizes), *kept]
+    before = f"4T*{letter}/u + 4{letter}" if precise else f"e*T*{letter}/u"
     return [
         Kept("input in fp32", f"4T*{letter}/u", sizes),
-        Kept("before the weight", f"e*T*{letter}/u", sizes),
+        Kept("before the weight", before, sizes),
         *kept,
     ]
 
 
-def _scores(heads: int, how: Keeping) -> list[Kept]:
-    """Rows of softmax, and their dropout; or the logarithm of each row's sum."""
+def _key_norm(sizes: Mapping[str, int], how: Keeping, *, rms: bool, precise: bool) -> list[Kept]:
+    """A norm of the queries or keys of G heads; what it makes is not kept, as it is only rotated."""
+    if rms and not how.fused_norm:
+        before = "4T*G*d + 4d" if precise else "e*T*G*d"
+        kept = [Kept("input in fp32", "4T*G*d", sizes), Kept("before the weight", before, sizes)]
+    else:
+        kept = [Kept("input", "e*T*G*d", sizes)]
+    return [*kept, Kept("statistics", "4T*G" if rms else "8T*G", sizes)]
+
+
+def _scores(heads: int, how: Keeping, *, cap: bool = False) -> list[Kept]:
+    """Rows of softmax, what a cap makes of scores, and dropout; or the logarithm of each row's sum."""
     sizes = {"H": heads}
     if how.attention == "flash":
         return [Kept("logsumexp", "4T*H", sizes)]
     kept = [Kept("softmax", "e*T*s*H", sizes, of_scores=True)]
+    if cap:
+        kept.append(Kept("capped scores", "e*T*s*H", sizes, of_scores=True))
     if how.dropout:
         kept += [
             Kept("mask of scores", "T*s*H", sizes, of_scores=True),
@@ -119,7 +145,7 @@ def _attention(part: Part, width: int, how: Keeping) -> list[Kept]:
     return [
         Kept("queries", "e*T*H*k", own),
         Kept("keys and values", "2e*T*G*k", shared),
-        *_scores(heads, how),
+        *_scores(heads, how, cap=bool(part.choices.get("cap"))),
         Kept("output", "e*T*H*k", own),
         *_added(width, how),
     ]
@@ -190,6 +216,30 @@ def _linear(part: Part, width: int, _how: Keeping) -> list[Kept]:
     return [Kept("input", "e*T*d", {"d": part.sizes.get("inputs", width)})]
 
 
+def _mamba(part: Part, _width: int, _how: Keeping) -> list[Kept]:
+    """What Mamba's one kernel saves; convolution and Δ are made again, states kept every 2048 tokens.
+
+    Jamba's norms of Δ, B and C `split` it: convolution, Δ and the gated output are kept then.
+    state-spaces/mamba, ops/selective_scan_interface.py, MambaInnerFn and SelectiveScanFn.
+    """
+    sizes = {"i": part.sizes["inner"], "n": part.sizes["state"], "r": part.sizes["rank"]}
+    kept = [
+        Kept("both branches", "2e*T*i", sizes),
+        Kept("copies of B and C", "2e*T*n", sizes),
+        Kept("A, and its exponential, in fp32", "8i*n", sizes),
+        Kept("states between chunks in fp32", "8b*i*n*ceil(s/2048)", sizes),
+        Kept("output of the scan", "e*T*i", sizes),
+    ]
+    if part.choices.get("split"):
+        return [
+            *kept,
+            Kept("output of the convolution", "e*T*i", sizes),
+            Kept("Δ", "e*T*i", sizes),
+            Kept("gated output", "e*T*i", sizes),
+        ]
+    return [*kept, Kept("low rank of Δ, B and C", "e*T*(r + 2n)", sizes)]
+
+
 def _embedding(part: Part, width: int, how: Keeping) -> list[Kept]:
     """The ids of the tokens, of eight bytes; dropout follows the last table and counts with the first."""
     if part.name != "tokens":
@@ -198,7 +248,9 @@ def _embedding(part: Part, width: int, how: Keeping) -> list[Kept]:
 
 
 def _head(part: Part, _width: int, _how: Keeping) -> list[Kept]:
-    return [Kept("log-probabilities in fp32", "4T*V", {"V": part.sizes["rows"]})]
+    sizes = {"V": part.sizes["rows"]}
+    capped = [Kept("capped logits", "e*T*V", sizes)] if part.choices.get("cap") else []
+    return [*capped, Kept("log-probabilities in fp32", "4T*V", sizes)]
 
 
 _KEEPERS: dict[str, Callable[[Part, int, Keeping], list[Kept]]] = {
@@ -209,5 +261,6 @@ _KEEPERS: dict[str, Callable[[Part, int, Keeping], list[Kept]]] = {
     "head": _head,
     "latent_attention": _latent_attention,
     "linear": _linear,
+    "mamba": _mamba,
     "norm": _norm,
 }

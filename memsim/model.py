@@ -14,7 +14,7 @@ family of models a file, sizes as numbers or as formulas of the family's letters
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -23,11 +23,12 @@ from memsim.formula import evaluate
 from memsim.units import Quantity, exact
 from refimpl.errors import OptionError, UnknownNameError
 
-__all__ = ["Model", "Part", "Stack", "dense", "model", "model_names"]
+__all__ = ["Model", "Part", "Stack", "dense", "model", "model_names", "padded_vocabulary"]
 
 # Settings of a part that are no sizes.
 CHOICES = (
-    "activation", "bias", "cap", "convolution_bias", "gated", "own", "sinks", "style", "tied", "vocabulary",
+    "activation", "added", "bias", "cap", "convolution_bias", "gated", "own", "precise", "sinks", "split",
+    "style", "tied", "vocabulary",
 )  # fmt: skip
 
 
@@ -227,6 +228,30 @@ def dense(
             Stack("output", 1, output),
         ),
     )
+
+
+def padded_vocabulary(model: Model, multiple: int) -> Model:
+    """Return the model with the rows of its vocabulary rounded up to a multiple, in embedding and head.
+
+    Raises
+    ------
+    OptionError
+        If `multiple` is no whole number above 0.
+
+    Examples
+    --------
+    >>> padded_vocabulary(model("gpt2"), 128).part("output", "head").sizes["rows"]
+    50304
+    """
+    by = _whole("multiple", multiple)
+
+    def padded(part: Part) -> Part:
+        if not part.choices.get("vocabulary"):
+            return part
+        return replace(part, sizes={**part.sizes, "rows": -(-part.sizes["rows"] // by) * by})
+
+    stacks = (replace(stack, parts=tuple(map(padded, stack.parts))) for stack in model.stacks)
+    return replace(model, stacks=tuple(stacks))
 
 
 def _whole(name: str, value: Quantity) -> int:

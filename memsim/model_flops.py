@@ -84,7 +84,7 @@ def model_flops(*, model: str | Model, sequence: int, direction: Direction = "bo
     UnknownNameError
         If no model has that name.
     OptionError
-        If a part is none that is counted here, such as Mamba, or an option is out of range.
+        If a part is none that is counted here, such as Mamba-2, or an option is out of range.
 
     Notes
     -----
@@ -129,13 +129,19 @@ def _terms(model: Model, stack: Stack, part: Part, sequence: int, per_weight: in
         found.append(one(f"scores of {part.name}", "l*H*2k"))
     if part.kind == "latent_attention":
         found.append(one(f"scores of {part.name}", "l*H*(n + r + v)"))
+    if part.kind == "mamba":  # decay and drive, which are made and applied, and the read-out: `memsim.ssm`
+        found.append(one("scan", "4i*n"))
     return found
 
 
 def _matrices(part: Part, width: int) -> Counted:
     """Return the formula of the weights that are multiplied with every token: no biases, no norms."""
-    if part.kind in ("mamba", "mamba2"):
-        raise OptionError("model_flops: Mamba's scan is no product of matrices and is not counted here")
+    if part.kind == "mamba2":
+        raise OptionError("model_flops: what a scan of Mamba-2 computes in chunks is not counted here")
+    if part.kind == "mamba":  # in, to Δ, B and C, Δ back, out, and the taps of the convolution
+        names = {"i": "inner", "k": "kernel", "r": "rank", "n": "state"}
+        sizes = {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
+        return "d*2i + i*(r + 2n) + r*i + i*d + i*k", sizes
     bare: Mapping[str, str | bool] = {
         k: v for k, v in part.choices.items() if k not in ("bias", "sinks", "tied")
     }

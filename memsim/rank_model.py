@@ -159,6 +159,13 @@ def _heads(part: Part, _width: int, t: int, _e: int) -> Part:
     return replace(part, sizes={**part.sizes, "heads": _divided(part, "heads", t, "tensor")})
 
 
+def _norm(part: Part, _width: int, t: int, _e: int) -> Part:
+    """Norms are whole on every rank; one of each head's queries or keys sees the heads of its rank only."""
+    if part.sizes.get("heads", 1) == 1:
+        return part
+    return replace(part, sizes={**part.sizes, "heads": max(part.sizes["heads"] // t, 1)})
+
+
 def _ffn(part: Part, _width: int, t: int, _e: int) -> Part:
     return replace(part, sizes={**part.sizes, "width": _divided(part, "width", t, "tensor")})
 
@@ -181,4 +188,5 @@ _SLICED: dict[str, Callable[[Part, int, int, int], Part]] = {
     "head": _rows,
     "latent_attention": _heads,
     "mamba": _mamba,
+    "norm": _norm,
 }

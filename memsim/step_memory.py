@@ -276,10 +276,13 @@ def _inside(piece: Piece) -> tuple[list[int], list[int]]:
     """Return the gradients inside a part: of what its last matrix read, and of what that is made of."""
     sizes = {tensor.name.partition(": ")[2]: tensor.size for tensor in piece.kept}
     if "input in fp32" in sizes:  # an RMSNorm written out: four of its steps in fp32, and what it gives
-        return [sizes["input in fp32"]] * 4, [sizes["output"]]
+        return [sizes["input in fp32"]] * 4, [sizes["input in fp32"] // 2]
     if piece.kind in ("ffn", "experts"):
         widest = max(sizes.values(), default=0)
         return [widest], [widest] * (2 if "product" in sizes else 1)
+    if piece.kind == "mamba":  # of the scan's output, and of both branches, Δ and the convolution
+        scanned = sizes["output of the scan"]
+        return [scanned], [sizes["both branches"], scanned, scanned]
     if piece.kind in ("attention", "latent_attention"):
         made = [size for name, size in sizes.items() if name not in ("mask", "logsumexp", "mask of scores")]
         return [sizes["output"]], made

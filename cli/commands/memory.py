@@ -166,6 +166,7 @@ Examples:
 @click.option("--params", type=COUNT, help="Parameters of a model without description.")
 @click.option("--model", type=MODEL, help="Name of a model that memsim describes.")
 @click.option("--config", type=click.Path(), help="config.json of a model, or the directory with it.")
+@click.option("--pad-vocabulary", type=COUNT, help="Round its vocabulary up to a multiple.  [default: 1]")
 @click.option("--deepspeed", type=click.Path(), help="DeepSpeed's JSON; other options take precedence.")
 @click.option("--hardware", type=HARDWARE, help="Whose memory it should fit into.")
 @click.option("--hidden", type=COUNT, help="With --params: width h of the model.")
@@ -232,6 +233,7 @@ def training(
     params: int | None,
     model: str | None,
     config: str | None,
+    pad_vocabulary: int | None,
     deepspeed: str | None,
     hardware: str | None,
     adapter_rank: int | None,
@@ -258,13 +260,19 @@ def training(
             None if adapter_rank is None else {"rank": adapter_rank, "targets": adapter_targets, "base": base}
         )
         return run_result(
-            described_model(model, config),
+            described_model(model, config, pad_vocabulary or 1),
             run_that(options, deepspeed),
             hardware=hardware,
             adapter=adapter,
             explain=explain,
         )
-    both = {**options, "deepspeed": deepspeed, "hardware": hardware, "adapter_rank": adapter_rank}
+    both = {
+        **options,
+        "pad_vocabulary": pad_vocabulary,
+        "deepspeed": deepspeed,
+        "hardware": hardware,
+        "adapter_rank": adapter_rank,
+    }
     given = [
         f"--{name.replace('_', '-')}"
         for name, value in both.items()

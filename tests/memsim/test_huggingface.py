@@ -123,7 +123,40 @@ def _bert(layers: int, width: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _t5(layers: int, width: int, heads: int, wide: int, inner: int) -> dict[str, Any]:
+    return {
+        "model_type": "t5", "num_layers": layers, "d_model": width, "num_heads": heads, "d_kv": wide,
+        "d_ff": inner, "vocab_size": 32128, "relative_attention_num_buckets": 32,
+    }  # fmt: skip
+
+
+def _bart(layers: int, width: int, heads: int) -> dict[str, Any]:
+    halves = {
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in {"layers": layers, "attention_heads": heads, "ffn_dim": 4 * width}.items()
+    }
+    table = {"vocab_size": 50265, "max_position_embeddings": 1024}
+    return {"model_type": "bart", "d_model": width, **table, **halves}
+
+
+def _mamba(layers: int, width: int) -> dict[str, Any]:
+    return {
+        "model_type": "mamba", "num_hidden_layers": layers, "hidden_size": width, "vocab_size": 50280,
+        "state_size": 16, "expand": 2, "conv_kernel": 4, "time_step_rank": width // 16,
+    }  # fmt: skip
+
+
 RELEASED: dict[str, dict[str, Any]] = {
+    "t5-small": _t5(6, 512, 8, 64, 2048),
+    "t5-base": _t5(12, 768, 12, 64, 3072),
+    "t5-large": _t5(24, 1024, 16, 64, 4096),
+    "t5-3b": _t5(24, 1024, 32, 128, 16384),
+    "t5-11b": _t5(24, 1024, 128, 128, 65536),
+    "bart-base": _bart(6, 768, 12),
+    "bart-large": _bart(12, 1024, 16),
+    "mamba-130m": _mamba(24, 768),
+    "mamba-2.8b": _mamba(64, 2560),
     "llama-7b": _llama(32, 4096, 32, 32, 11008, 32000),
     "llama-13b": _llama(40, 5120, 40, 40, 13824, 32000),
     "llama-33b": _llama(60, 6656, 52, 52, 17920, 32000),

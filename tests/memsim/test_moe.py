@@ -21,6 +21,7 @@ from memsim.parameters import model_of, parameters
 from memsim.parts import PARTS
 from memsim.published import load, reproduce
 from memsim.sparse_model import sparse
+from memsim.ssm import mamba_flops
 from refimpl import registry
 from refimpl.errors import LawViolation, OptionError, UnknownNameError
 from refimpl.testing import draw
@@ -169,9 +170,14 @@ def test_flops_follow_six_times_the_activated_parameters() -> None:
         assert found == pytest.approx(6 * 512 * int(N), rel=0.12)
 
 
-def test_mamba_has_no_products_to_count() -> None:
-    with pytest.raises(OptionError, match="Mamba"):
-        model_flops(model="jamba", sequence=4)
+def test_mamba_counts_what_its_block_multiplies() -> None:
+    """Products of a model's Mamba layers are those of `mamba_flops`, which its reference counts."""
+    found = model_flops(model="mamba-130m", sequence=40, direction="forward")
+    block = mamba_flops(T=40, M=768, D=1536, N=16, R=48, k=4).total
+    assert found.total == 24 * block + 2 * 40 * 768 * 50280
+    jamba = model_flops(model="jamba", sequence=40)
+    layers = sum(item.value for item in jamba.terms if item.name.endswith((": mamba", ": scan")))
+    assert layers == 3 * 28 * mamba_flops(T=40, M=4096, D=8192, N=16, R=256, k=4).total
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

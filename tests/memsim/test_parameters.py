@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim.model import Part, dense, model, model_names
+from memsim.model import Part, dense, model, model_names, padded_vocabulary
 from memsim.parameters import PARTS, non_embedding_parameters, parameters
 from refimpl import registry
 from refimpl.errors import LawViolation, OptionError, UnknownNameError
@@ -18,8 +18,15 @@ from refimpl.testing import draw
 registry.load()
 # Sums over the tensors of the released checkpoints.
 RELEASED = {
+    "bart-base": 139_420_416,
+    "bart-large": 406_291_456,
     "bert-base": 109_482_240,
     "bert-large": 335_141_888,
+    "flan-t5-small": 76_961_152,
+    "flan-t5-base": 247_577_856,
+    "flan-t5-large": 783_150_080,
+    "flan-t5-xl": 2_849_757_184,
+    "flan-t5-xxl": 11_135_332_352,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
@@ -30,6 +37,11 @@ RELEASED = {
     "llama-3-8b": 8_030_261_248,
     "llama-3-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
+    "mamba-130m": 129_135_360,
+    "mamba-370m": 371_516_416,
+    "mamba-790m": 793_204_224,
+    "mamba-1.4b": 1_372_178_432,
+    "mamba-2.8b": 2_768_345_600,
     "minilm-l6": 22_713_216,
     "opt-125m": 125_239_296,
     "opt-350m": 331_196_416,
@@ -40,6 +52,11 @@ RELEASED = {
     "opt-30b": 29_974_540_288,
     "opt-66b": 65_719_701_504,
     "opt-175b": 174_604_468_224,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
 }
 
 
@@ -96,6 +113,12 @@ def test_padding_is_megatrons() -> None:
     # 50257 rows are 50304 at multiples of 128: 47 rows of 768 more, in the tied table only once.
     assert parameters(model="gpt2", pad_vocabulary=128).total - RELEASED["gpt2"] == 47 * 768
     assert parameters(model="llama-7b", pad_vocabulary=64).total == parameters(model="llama-7b").total
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-3-8b", "opt-350m", "t5-base"])
+def test_a_padded_description_is_a_padded_count(name: str) -> None:
+    padded = parameters(model=padded_vocabulary(model(name), 4096)).total
+    assert padded == parameters(model=name, pad_vocabulary=4096).total > parameters(model=name).total
 
 
 def test_terms_add_up_and_name_their_tensors() -> None:

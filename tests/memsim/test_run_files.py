@@ -178,3 +178,9 @@ def test_states_of_adapters() -> None:
         adapter_states(model="gpt2", rank=1, base="int4")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="targets"):
         adapter_parameters(model="gpt2", rank=1, targets="heads")  # type: ignore[arg-type]
+
+
+def test_only_zero_has_a_bucket() -> None:
+    assert run_of_config({}, gpus=2).bucket == 0
+    assert run_of_config({"zero_optimization": {"stage": 1}}, gpus=2).bucket == 500_000_000
+    assert run_of_config({"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}, gpus=2).bucket == 7

@@ -19,7 +19,7 @@ from memsim.model_states import model_states
 from memsim.parameters import parameters
 from memsim.rank_model import stage_model
 from memsim.run import Run
-from memsim.step_memory import step_memory
+from memsim.step_memory import host_memory, step_memory
 from memsim.zero_r import zero_r
 from refimpl.errors import DTypeError, OptionError
 
@@ -61,18 +61,40 @@ def test_the_first_stage_keeps_korthikantis_layers(stages: int, chunks: int, mod
     assert least <= most <= least + scratch + (waiting + stages) * sum(t.size for t in embedded.kept)
 
 
-def test_one_forward_pass_keeps_what_the_formula_says() -> None:
-    run = Run(batch=3, sequence=32)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("attention", ["flash", "standard"])
+def test_one_forward_pass_keeps_what_the_formula_says(recompute: Any, attention: Any) -> None:
+    run = Run(batch=3, sequence=32, recompute=recompute, attention=attention)
     step = step_memory(model="gpt2", run=run)
     kept = step.each_at_most()
     alive: dict[Any, int] = {}
     for event in step.events:
         if event.when.startswith("forward"):
             alive[event.key] = alive.get(event.key, 0) + event.size
-    assert sum(alive.values()) == activations(model="gpt2", batch=3, sequence=32).total
+    formula = activations(model="gpt2", batch=3, sequence=32, recompute=recompute, attention=attention)
+    assert sum(alive.values()) == formula.total
     assert kept["weights"] == 2 * 124_439_808
     assert kept["optimizer states"] == 12 * 124_439_808
     assert kept["gradients"] == 2 * 124_439_808
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_the_host_keeps_what_the_device_does_not(stage: Any, offload: Any) -> None:
+    """gpt2 on 4 ranks, 16 bytes a parameter: optimizer states and gradients, divided as ZeRO divides them."""
+    count = 124_439_808
+    optimizer, gradients = 12 * count // 4, 2 * count // (4 if stage > 1 else 1)
+    weights = 2 * count // (4 if stage > 2 else 1)
+    run = Run(gpus=4, stage=stage, offload=offload, sequence=8)
+    kept = step_memory(model="gpt2", run=run).each_at_most()
+    if offload == "all":
+        assert host_memory(model="gpt2", run=run) == optimizer + gradients + weights
+        assert "weights" not in kept
+        # Whatever the stage, a layer's weights come from the host while it works: at most the embeddings'.
+        assert kept["gathered weights"] == 2 * (50257 + 1024) * 768
+    else:
+        assert host_memory(model="gpt2", run=run) == optimizer + gradients
+        assert kept["weights"] == weights
 
 
 RUNS = {
@@ -154,6 +176,21 @@ def test_checkpoints_are_those_of_zero_r() -> None:
                 checkpoints=checkpoints,
             )["checkpoints"]
         )
+
+
+def test_sequence_parallel_ranks_pass_a_share_of_the_stream() -> None:
+    """The gradient of what enters a layer is e T d on a rank, divided among the ranks of a sequence."""
+    sizes = {
+        parallel: {
+            event.size
+            for event in step_memory(
+                model=GPT, run=Run(gpus=4, tensor=4, sequence=16, sequence_parallel=parallel)
+            ).events
+            if event.key[-1] == "gradient of the stream" and event.size > 0
+        }
+        for parallel in (False, True)
+    }
+    assert sizes == {False: {2 * 16 * 48}, True: {2 * 16 * 48 // 4}}
 
 
 def test_many_micro_batches_repeat_themselves() -> None:

@@ -16,7 +16,7 @@ from memsim.activations import activations
 from memsim.formula import evaluate
 from memsim.huggingface import model_of_config
 from memsim.kept_tensors import Keeping, Kept, kept_by
-from memsim.model import Part, model, model_names
+from memsim.model import Model, Part, model, model_names
 from memsim.parameters import parameters
 from memsim.rank_model import block_layers, rank_model, stage_model
 from refimpl import registry
@@ -71,6 +71,39 @@ def test_transformers_llama_keeps_it_to_the_byte(
     ours = activations(model=described, batch=1, sequence=TOKENS, fused_norm=False).total
     tables = 2 * 2 * TOKENS * (width // heads)  # sines and cosines of positions, bfloat16
     assert _size(saved) == ours + tables + SHIFTED
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "attention", "besides"),
+    [
+        # Norms of queries and keys keep each head's, and what they make is only rotated.
+        ("Qwen3", {}, "flash", 0),
+        ("Qwen2", {}, "flash", 0),
+        # Gemma's norms multiply in fp32; its embeddings are scaled by a number of two bytes.
+        ("Gemma", {}, "flash", 2),
+        # Gemma 3's second norms add to the stream; it has tables of positions for two kinds of layers.
+        ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention"]}, "flash", 2 + 8192),
+        # Gemma 2 caps scores and logits; written out, attention keeps its softmax in fp32 as well.
+        ("Gemma2", {}, "standard", 2 + 2 * 4 * 4 * TOKENS**2),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_families_keep_it_to_the_byte(
+    family: str, more: dict[str, Any], attention: str, besides: int
+) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 320, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    how = "sdpa" if attention == "flash" else "eager"
+    config = getattr(transformers, f"{family}Config")(**sizes, **more, attn_implementation=how)
+    built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ids = torch.zeros((1, TOKENS), dtype=torch.int64)
+    saved = _saved(lambda: built(input_ids=ids, labels=ids, use_cache=False), built.parameters())
+    described = model_of_config(config.to_dict())
+    ours = activations(model=described, batch=1, sequence=TOKENS, fused_norm=False, attention=attention).total
+    assert _size(saved) == ours + 2 * 2 * TOKENS * 16 + SHIFTED + besides
 
 
 @pytest.mark.parametrize("query_rank", [40, None])
@@ -148,6 +181,22 @@ def test_experts_keep_it_to_the_byte(gated: bool) -> None:
     assert _size(saved) == ours + stream
 
 
+def _mamba2() -> Model:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 9, "num_heads": 8, "head_dim": 8}
+    return model_of_config({"model_type": "mamba2", **sizes})
+
+
+def test_mamba_keeps_what_its_kernel_saves() -> None:
+    """Tensors of mamba_inner_fn's save_for_backward, written out for 130m: B 2, L 3000, two chunks."""
+    b, s, d, i, n, r, layers = 2, 3000, 768, 1536, 16, 48, 24
+    xz, x_dbl, b_and_c, out = 2 * b * 2 * i * s, 2 * b * s * (r + 2 * n), 2 * 2 * b * n * s, 2 * b * i * s
+    intermediates, a = 4 * b * i * 2 * (2 * n), 2 * 4 * i * n
+    norms = 2 * b * s * d * 2 + 4 * b * s
+    ends = 8 * b * s + norms + 4 * b * s * 50280
+    ours = activations(model="mamba-130m", batch=b, sequence=s)
+    assert ours.total == layers * (xz + x_dbl + b_and_c + out + intermediates + a + norms) + ends
+
+
 def test_ranks_hold_what_megatron_gives_them() -> None:
     # GPT-3 on t ranks: column and row slices of matrices, biases of columns; the rest on every rank.
     d, layers, rows, t = 12288, 96, 50257, 8
@@ -210,7 +259,7 @@ def test_limits() -> None:
         (lambda: activations(model="gpt2", batch=0, sequence=1), OptionError, "batch"),
         (lambda: activations(model="gpt2", batch=1, sequence=1, recompute="some"), OptionError, "recompute"),  # type: ignore[arg-type]
         (lambda: activations(model="gpt2", batch=1, sequence=1, attention="x"), OptionError, "attention"),
-        (lambda: activations(model="jamba", batch=1, sequence=1), OptionError, "mamba .* not known"),
+        (lambda: activations(model=_mamba2(), batch=1, sequence=1), OptionError, "mamba2 .* not known"),
         (lambda: rank_model(model("gpt2"), tensor=5), OptionError, "divisor of the 12 heads"),
         (lambda: rank_model(model("mixtral-8x7b"), expert=3), OptionError, "divisor of the 8 experts"),
         (lambda: rank_model(model("deepseek-67b"), tensor=12), OptionError, "divisor"),
