@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from memsim.division import Division
     from memsim.training_setting import Setting
 
-__all__ = ["division_of", "division_row", "setting_of", "setting_options"]
+__all__ = ["division_of", "division_row", "scores_note", "setting_of", "setting_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 SHARE = click.FloatRange(0.0, 1.0, min_open=True)
@@ -111,3 +111,10 @@ def division_of(axes: Mapping[str, AxisValue]) -> Division:
 def division_row(division: Division) -> dict[str, Any]:
     """Return the parts of a division by name."""
     return {name: getattr(division, name) for name in division.__slots__}
+
+
+def scores_note(setting: Setting) -> list[str]:
+    """Return why a utilization can exceed 100 %, where it can."""
+    if setting.attention != "flash":
+        return []
+    return ["MFU counts scores in full, as Megatron's formula does; the causal kernel computes half of them"]

@@ -68,7 +68,9 @@ def test_a_config_is_planned_as_the_model_it_describes(rows, run, tmp_path):
 def test_picture(run, tmp_path):
     pytest.importorskip("matplotlib")
     run("plan", *SMALL, "--against", "tensor=4,data=2", "--plot", str(tmp_path / "front.svg"))
-    assert "given" in (tmp_path / "front.svg").read_text()
+    text = (tmp_path / "front.svg").read_text()
+    assert "given" in text
+    assert "dp 8, recompute none" in text
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,7 @@ def test_picture(run, tmp_path):
         ((*SMALL[:2], "--gpus", "13", *SMALL[4:]), "no layout of 13 ranks"),
         (("--model", "gshard-600b", *SMALL[2:]), "expected a decoder"),
         ((*SMALL, "--network", "0"), "--network"),
+        ((*SMALL, "--timing", "--executor", "mpi"), "not with --executor mpi"),
     ],
 )
 def test_what_is_impossible_is_one_line(run, arguments, said):

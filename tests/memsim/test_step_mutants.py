@@ -142,9 +142,9 @@ SERVING_MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("head_step", "y_h", "y_w*2", by_hand),
     ("n", "(g + 1)/2", "g", by_hand),
     ("weights", "(P_i + P_o)", "P_i", by_hand),
-    ("d_c", "min(t, H_c)", "t", inference_tests.test_few_key_heads_and_latents_are_copied_among_ranks),
+    ("d_c", "H_c/ceil(H_c/t)", "t", inference_tests.test_few_key_heads_and_latents_are_copied_among_ranks),
     ("touched_step", "1 - K_x", "1 - 2K_x", inference_tests.test_experts_are_read_as_a_batch_needs_them),
-    ("limit", "- working", "", inference_tests.test_the_batch_limit_is_where_memory_ends),
+    ("capacity_left", "- working", "", inference_tests.test_the_batch_limit_is_where_memory_ends),
     ("answer", "(g - 1)", "g", inference_tests.test_answers_add_up),
 ]
 
