@@ -14,6 +14,8 @@ def test_llama_2_7b(rows):
     assert (one["fits"], many["fits"]) == (True, False)
     (most,) = rows("memory", "inference", *arguments[:-1], "30")["rows"]
     assert most["fits"]
+    room = ("--batch", "30", "--capacity", f"{most['memory_bytes']:.0f}")
+    assert rows("memory", "inference", *arguments[:-2], *room)["rows"][0]["fits"]  # to the byte
     # 31 sequences share the 13 GB of weights, not their 55 GB of cache.
     assert 5 < many["tokens_per_s"] / one["tokens_per_s"] < 10
     assert one["decode_bound"] == "memory"
