@@ -155,6 +155,8 @@ STEP_MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("n_g", "z > 1", "z > 2", step_tests.test_states_are_divided_as_zero_divides_them),
     ("host", "o*y_o", "y_o", step_tests.test_states_are_divided_as_zero_divides_them),
     ("sent_t", "4(t - 1)", "2(t - 1)", volumes),
+    ("sent_q", "2(t - 1)", "(t - 1)", volumes),
+    ("sent_q", "if q > 0", "if q > 1", volumes),
     ("tensor_volume", "3 if", "4 if", bounds),
     ("tensor", "3 if r > 1 else 2", "2", bounds),
     ("sent_c", "(c - 1)", "c", volumes),
