@@ -99,11 +99,17 @@ def growth_result(
     judged = [slope for slope in slopes if slope["within"] is not None]
     outside = [slope["method"] for slope in judged if not slope["within"]]
     problem = f"slopes off by more than {TOLERANCE}: {', '.join(outside)}" if outside else ""
-    details = [*left_out, *_explanations(len(judged) < len(slopes))]
+    unjudged = [slope["method"] for slope in slopes if slope["within"] is None]
+    details = [*left_out, *_explanations(unjudged)]
     return Result(
         rows,
         (*MEASURED, *SLOPES[1:]),
-        totals={"methods": len(slopes), "within": len(judged) - len(outside), "outside": len(outside)},
+        totals={
+            "methods": len(slopes),
+            "within": len(judged) - len(outside),
+            "outside": len(outside),
+            "not_judged": len(unjudged),
+        },
         views=[View("", MEASURED, rows), View(f"Powers of N, over the top {FITTED} sizes", SLOPES, slopes)],
         details=details,
         problem=problem,
@@ -182,7 +188,7 @@ def _slopes(method: Method, top: Sequence[Measurement]) -> Measurement:
     return {**found, **slopes, "within": max(off) <= TOLERANCE}
 
 
-def _explanations(without_slopes: bool) -> list[str]:
+def _explanations(unjudged: Sequence[str]) -> list[str]:
     import platform
 
     import numpy as np
@@ -193,8 +199,9 @@ def _explanations(without_slopes: bool) -> list[str]:
         f"One sequence, one head, float32; {platform.machine()}, Python {platform.python_version()}, "
         f"NumPy {np.__version__}.",
     ]
-    if without_slopes:
-        lines.append(f"Fewer than {FITTED} sizes make no slope.")
+    if unjudged:
+        names = ", ".join(unjudged)
+        lines.append(f"No verdict on {names}: a slope needs {FITTED} sizes; give more with --n.")
     return lines
 
 

@@ -174,7 +174,8 @@ class MeshExperiment:
             and np.allclose(trained.losses, losses, rtol=0, atol=TOLERANCE)
         )
         rows = []
-        for label in sorted({*traffic.phases, *(name for phases in model for name in phases)}):
+        labels = {*traffic.phases, *(name for phases in model for name in phases)}
+        for label in sorted(labels) or ["none"]:  # one rank alone sends nothing
             counted = [traffic.sent(rank, label) for rank in range(mesh.size)]
             priced = [phases.get(label, Sent(0, 0)) for phases in model]
             row = {
@@ -185,7 +186,7 @@ class MeshExperiment:
                 "model_sent_messages": [sent.messages for sent in priced],
             }
             rows.append({**summary, **row, "agrees": bool(agrees and counted == priced)})
-        return rows or [{**summary, "collective": "none", "agrees": bool(agrees)}]
+        return rows
 
     def _held(self, mesh: Mesh, rank: int, options: dict[str, Any]) -> int:
         """Return the bytes of model states that a rank holds by the formula of ZeRO, of its own units."""

@@ -98,7 +98,7 @@ def decoder_letters(model: str | Model, *, pad_vocabulary: int = 1) -> dict[str,
     layers = [stack for stack in described.stacks if any(map(_attends, stack.parts))]
     kinds = {_attention(part, described.width) for stack in layers for part in stack.parts if _attends(part)}
     several = any(sum(map(_attends, stack.parts)) != 1 for stack in layers)
-    other = {part.kind for stack in described.stacks for part in stack.parts} & {"mamba"}
+    other = {part.kind for stack in described.stacks for part in stack.parts} & {"mamba", "mamba2"}
     if len(kinds) != 1 or several or other:
         raise OptionError(
             f"{described.name}: expected a decoder whose layers attend once and alike; got "
@@ -178,7 +178,9 @@ def _counted(model: Model, pad: int, matrices: set[int]) -> Iterator[tuple[str, 
 
 def _sizes(part: Part, width: int, pad: int) -> tuple[int, int]:
     """Return the parameters of a part, and those of them that are multiplied: no biases, no norms inside."""
-    bare: Mapping[str, str | bool] = {key: value for key, value in part.choices.items() if key != "bias"}
+    bare: Mapping[str, str | bool] = {
+        key: value for key, value in part.choices.items() if key not in ("bias", "sinks")
+    }
     all_of_it, values = PARTS[part.kind](part, width, pad)
     formula, _ = PARTS[part.kind](replace(part, choices=bare), width, pad)
     if part.kind == "latent_attention":

@@ -40,7 +40,18 @@ TIME = (
     Definition("β_e", "(W if t*c*e <= N else min(W, w))*η_n", "B/s", "bandwidth of an all-to-all", _EP),
     Definition("β_p", "(W if G <= N else min(W, w))*η_n", "B/s", "bandwidth between stages", _PP),
     Definition("tensor_f", "sent_t/β_t + 4(t - 1)*α*L*ρ", "s", "tensor parallelism, forward, a stage", _TP),
-    Definition("tensor", "tensor_f*(3 if r > 1 else 2)", "s", "tensor parallelism, a stage", _TP),
+    # An all-reduce of the backward pass waits for nobody but the next gradient of activations; with sequence
+    # parallelism only its reduce-scatter does, since the all-gather comes first.
+    Definition(
+        "tensor_hidden",
+        "τ*min(f_qkv + f_up, tensor_f*(1 - q/2))",
+        "s",
+        "tensor parallelism beside gradients of weights",
+        "Korthikanti et al. 2022, arXiv:2205.05198, section 6.2",
+    ),
+    Definition(
+        "tensor", "tensor_f*(3 if r > 1 else 2) - tensor_hidden", "s", "tensor parallelism, a stage", _TP
+    ),
     # Keys and values travel behind the scores.
     Definition("ring_f", "sent_c/β_c + (c - 1)*α*L*ρ", "s", "a round of keys and values", _CP),
     Definition(
@@ -94,12 +105,12 @@ TIME = (
         "data parallelism, exposed",
         _DP,
     ),
-    # Adam reads gradients and states and writes states and weights; offloaded, gradients and weights cross
-    # the link to the host instead.
+    # Gradients are read for their norm, clipped, read by Adam and set to zero; Adam reads and writes states
+    # and writes weights.  Offloaded, gradients and weights cross the link to the host instead.
     Definition("owned", "P_most/n_o + P_expert/x_o", "parameters", "parameters that a rank updates", _DP),
     Definition(
         "optimizer",
-        "owned*(y_g + y_w)/(C*η_n) if o > 0 else owned*(y_g + 2y_o + y_w)/(M*η_m)",
+        "owned*(y_g + y_w)/(C*η_n) if o > 0 else owned*(5y_g + 2y_o + y_w)/(M*η_m)",
         "s",
         "optimizer, or its link to the host",
         "Ren et al. 2021, arXiv:2101.06840, section 4",

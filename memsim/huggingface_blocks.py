@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
-from memsim.model import Part
+from collections.abc import Callable, Iterable
+
+from memsim.model import Part, Stack
 from memsim.settings import Settings
-from memsim.sparse_model import experts_block
 from refimpl.errors import OptionError
 
 __all__ = [
     "Layer",
+    "Mixer",
+    "Network",
+    "Reader",
     "attention",
-    "deepseek_network",
+    "between_embedding_and_head",
     "embedding",
     "ffn",
     "head",
-    "jamba_layer",
     "latent_attention",
-    "mamba_layer",
-    "mixtral_network",
+    "layers_of",
     "norm",
-    "plain_network",
-    "qwen_network",
+    "positions",
+    "stacked",
 ]
 
 Layer = tuple[str, tuple[Part, ...]]  # its name and what it is made of
+Mixer = Callable[[Settings, int], Part]
+Network = Callable[[Settings, int, int], Layer]
+Reader = Callable[[Settings, int], list[Stack]]
+
+# Layers are gone through one by one, so their number is bounded; the deepest that was trained has 2,500
+# sublayers (DeepNet, arXiv:2203.00555).
+MOST_LAYERS = 2_500
+# Their sliding window is that of some layers only; which, makes no difference to anything counted here.
+_SOME_LAYERS_SEE_ALL = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3")
+
+
+def layers_of(settings: Settings, *names: str) -> int:
+    """Return how many layers there are."""
+    return settings.whole(*(names or ("num_hidden_layers", "n_layer")), most=MOST_LAYERS)
+
+
+def stacked(layers: Iterable[Layer]) -> list[Stack]:
+    """Return equal layers as one stack each, in the order in which the kinds first appear."""
+    kinds: list[Layer] = []
+    counts: list[int] = []
+    for layer in layers:
+        if layer not in kinds:
+            kinds.append(layer)
+            counts.append(0)
+        counts[kinds.index(layer)] += 1
+    return [Stack(name, count, parts) for (name, parts), count in zip(kinds, counts, strict=True)]
+
+
+def between_embedding_and_head(
+    settings: Settings, blocks: Iterable[Stack], final: Part, *, tied: bool, before: tuple[Part, ...] = ()
+) -> list[Stack]:
+    """Return a whole decoder; `before` is what follows the table of tokens, such as one of positions."""
+    ends = final, head(settings, tied=tied)
+    return [Stack("embeddings", 1, (embedding(settings), *before)), *blocks, Stack("output", 1, ends)]
 
 
 def embedding(settings: Settings, width: int | None = None) -> Part:
@@ -31,20 +67,30 @@ def embedding(settings: Settings, width: int | None = None) -> Part:
     return Part("embedding", "tokens", _rows(settings, width), {"vocabulary": True})
 
 
-def head(settings: Settings, *, tied: bool, width: int | None = None) -> Part:
+def positions(settings: Settings, *names: str, more: int = 0, name: str = "positions") -> Part:
+    """Return a learned table of positions; `more` rows of it are never used."""
+    rows = settings.whole(*(names or ("max_position_embeddings",))) + more
+    return Part("embedding", name, {"rows": rows})
+
+
+def head(settings: Settings, *, tied: bool, width: int | None = None, bias: bool = False) -> Part:
     """Return the output projection; `tied` is what the family does where the file is silent."""
     tied = settings.flag("tie_word_embeddings", default=tied)
-    return Part("head", "head", _rows(settings, width), {"vocabulary": True, "tied": tied})
+    choices: dict[str, str | bool] = {"vocabulary": True, "tied": tied} | ({"bias": "all"} if bias else {})
+    if settings.get("final_logit_softcapping") is not None:
+        choices["cap"] = True
+    return Part("head", "head", _rows(settings, width), choices)
 
 
 def _rows(settings: Settings, width: int | None) -> dict[str, int]:
     return {"rows": settings.whole("vocab_size")} | ({} if width is None else {"width": width})
 
 
-def norm(name: str, style: str = "layer", width: int | None = None) -> Part:
-    """Return a norm, of the width of the model unless it has its own."""
+def norm(name: str, style: str = "layer", width: int | None = None, heads: int | None = None) -> Part:
+    """Return a norm, of the width of the model unless it has its own; with `heads`, of each head's."""
     choices: dict[str, str | bool] = {} if style == "layer" else {"style": style}
-    return Part("norm", name, {} if width is None else {"width": width}, choices)
+    sizes = {} if width is None else {"width": width}
+    return Part("norm", name, sizes | ({} if heads is None else {"heads": heads}), choices)
 
 
 def ffn(width: int, *, gated: bool, bias: bool, name: str = "ffn", relu: bool = False) -> Part:
@@ -55,7 +101,7 @@ def ffn(width: int, *, gated: bool, bias: bool, name: str = "ffn", relu: bool = 
     return Part("ffn", name, {"width": width}, choices)
 
 
-def attention(settings: Settings, width: int, *, bias: str) -> Part:
+def attention(settings: Settings, width: int, *, bias: str, sinks: bool = False) -> Part:
     """Return attention with as many key heads and as wide ones as the file says."""
     heads = settings.whole("num_attention_heads")
     keys = settings.whole("num_key_value_heads", default=heads)
@@ -66,9 +112,15 @@ def attention(settings: Settings, width: int, *, bias: str) -> Part:
         raise OptionError(f"{settings.where}: {keys} key heads do not divide {heads} heads")
     sizes = {"heads": heads, "key_heads": keys, "head_width": wide}
     window = settings.whole("sliding_window", default=0, least=0)
-    if window and settings.flag("use_sliding_window", default=True):
+    everywhere = settings.get("model_type") not in _SOME_LAYERS_SEE_ALL
+    if window and everywhere and settings.flag("use_sliding_window", default=True):
         sizes["window"] = window
-    return Part("attention", "attention", sizes, {} if bias == "none" else {"bias": bias})
+    choices: dict[str, str | bool] = {} if bias == "none" else {"bias": bias}
+    if sinks:
+        choices["sinks"] = True
+    if settings.get("attn_logit_softcapping") is not None:
+        choices["cap"] = True
+    return Part("attention", "attention", sizes, choices)
 
 
 def latent_attention(settings: Settings, _width: int) -> Part:
@@ -84,100 +136,3 @@ def latent_attention(settings: Settings, _width: int) -> Part:
         sizes["query_rank"] = settings.whole("q_lora_rank")
     bias = settings.flag("attention_bias", default=False)
     return Part("latent_attention", "latent_attention", sizes, {"bias": "all"} if bias else {})
-
-
-def plain_network(settings: Settings, _width: int, _index: int) -> Layer:
-    """Return the gated network of a dense layer."""
-    bias = settings.flag("mlp_bias", default=False)
-    return "block", (ffn(settings.whole("intermediate_size"), gated=True, bias=bias),)
-
-
-def mixtral_network(settings: Settings, _width: int, _index: int) -> Layer:
-    """Return Mixtral's experts, which every layer has."""
-    return "block", _experts(settings, "intermediate_size")
-
-
-def _experts(settings: Settings, width: str) -> tuple[Part, ...]:
-    experts = settings.whole("num_local_experts", "num_experts", "n_routed_experts")
-    active = settings.whole("num_experts_per_tok", most=experts)
-    return experts_block(experts=experts, active=active, width=settings.whole(width), gated=True)
-
-
-def qwen_network(settings: Settings, _width: int, index: int) -> Layer:
-    """Return the network of a layer of Qwen's mixtures; Qwen2's have a shared expert with a gate."""
-    step = settings.whole("decoder_sparse_step", default=1)
-    if index in settings.wholes("mlp_only_layers") or (index + 1) % step:
-        return "dense block", plain_network(settings, 0, index)[1]
-    experts = _experts(settings, "moe_intermediate_size")
-    if settings.get("model_type") != "qwen2_moe":
-        return "MoE block", experts
-    shared = ffn(
-        settings.whole("shared_expert_intermediate_size"), gated=True, bias=False, name="shared experts"
-    )
-    return "MoE block", (shared, Part("linear", "shared gate", {"outputs": 1}), *experts)
-
-
-def deepseek_network(settings: Settings, _width: int, index: int) -> Layer:
-    """Return the network of a layer of DeepSeek's mixtures: the first ones are dense."""
-    routed = settings.whole("n_routed_experts", default=0, least=0)
-    sparse = index >= settings.whole("first_k_dense_replace", default=0, least=0)
-    if not routed or not sparse or index % settings.whole("moe_layer_freq", default=1):
-        return "dense block", plain_network(settings, 0, index)[1]
-    experts = _experts(settings, "moe_intermediate_size")
-    count = settings.whole("n_shared_experts", default=0, least=0)
-    wide = count * settings.whole("moe_intermediate_size")
-    shared = (ffn(wide, gated=True, bias=False, name="shared experts"),) if count else ()
-    return "MoE block", (*shared, *experts)
-
-
-def mamba_layer(settings: Settings, width: int, prefix: str = "") -> Part:
-    """Return a Mamba mixer; Jamba's keys have a prefix."""
-    names = ("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_dt_rank") if prefix else (
-        "state_size", "conv_kernel", "expand", "time_step_rank")  # fmt: skip
-    settings.refuse(
-        f"{prefix}conv_bias" if prefix else "use_conv_bias",
-        True,
-        "a convolution without biases is not known here",
-    )
-    inner = settings.whole(names[2], default=2) * width
-    if not prefix:
-        inner = settings.whole("intermediate_size", default=inner)
-    rank = -(-width // 16)
-    if settings.get(names[3]) != "auto":
-        rank = settings.whole(names[3], default=rank)
-    sizes = {
-        "inner": inner,
-        "state": settings.whole(names[0], default=16),
-        "kernel": settings.whole(names[1], default=4),
-        "rank": rank,
-    }
-    bias = settings.flag(f"{prefix}proj_bias" if prefix else "use_bias", default=False)
-    return Part("mamba", "mamba", sizes, {"bias": "all"} if bias else {})
-
-
-def jamba_layer(settings: Settings, width: int, index: int) -> Layer:
-    """Return a layer of Jamba: attention or Mamba, then a network or experts, each in its own rhythm."""
-    place = (
-        settings.whole("attn_layer_offset", default=4, least=0),
-        settings.whole("attn_layer_period", default=8),
-    )
-    attends = index % place[1] == place[0]
-    place = (
-        settings.whole("expert_layer_offset", default=1, least=0),
-        settings.whole("expert_layer_period", default=2),
-    )
-    sparse = (
-        settings.whole("num_experts", "num_local_experts", default=16) > 1 and index % place[1] == place[0]
-    )
-    if attends:
-        mixer: tuple[Part, ...] = (attention(settings, width, bias="none"),)
-    else:
-        mamba = mamba_layer(settings, width, "mamba_")
-        widths = {"Δ": mamba.sizes["rank"], "B": mamba.sizes["state"], "C": mamba.sizes["state"]}
-        mixer = (mamba, *(norm(f"{name} norm", "rms", size) for name, size in widths.items()))
-    if sparse:
-        network = _experts(settings, "intermediate_size")
-    else:
-        network = plain_network(settings, width, index)[1]
-    name = f"{'attention' if attends else 'Mamba'} {'MoE ' if sparse else ''}block"
-    return name, (norm("mixer norm", "rms"), *mixer, norm("ffn norm", "rms"), *network)

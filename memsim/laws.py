@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 
 from memsim.estimate import Estimate
-from refimpl.errors import LawViolation
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Model = Callable[..., Estimate]
 Comparing = Callable[..., tuple[Estimate, Estimate]]
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise LawViolation unless it `holds`."""
-    if not holds:
-        raise LawViolation(message)
 
 
 def same(got: Any, expected: Any, what: str) -> None:

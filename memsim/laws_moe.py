@@ -10,15 +10,10 @@ from typing import Any
 from memsim.estimate import Estimate
 from memsim.model import Model, Part
 from memsim.units import printed_decimals, round_half_up
-from refimpl.errors import LawViolation
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Count = Callable[..., Any]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
 
 
 def _with(model: Model, kind: str, **sizes: int) -> Model:
@@ -54,9 +49,9 @@ def activated_are_some_of_all(f: Count, case: Case, _close: object) -> None:
     """A token activates at most all parameters, and all of them if and only if it goes to every expert."""
     model = case.kwargs["model"]
     total, activated = _counts(f, case, model)
-    _require(activated <= total, f"{activated} of {total} are activated")
+    require(activated <= total, f"{activated} of {total} are activated")
     chosen = all(part.sizes["active"] == part.sizes["experts"] for _, part in _experts(model))
-    _require(
+    require(
         (activated == total) == chosen, f"{activated} of {total} activated, every expert chosen: {chosen}"
     )
 
@@ -73,8 +68,8 @@ def an_expert_more_costs_memory_alone(f: Count, case: Case, _close: object) -> N
     after = _counts(f, case, _with(model, "experts", experts=part.sizes["experts"] + 1))
     column = layers * model.width
     matrices = _matrices(part) * layers * model.width * part.sizes["width"]
-    _require(after[0] - before[0] == matrices + column, f"an expert more adds {after[0] - before[0]}")
-    _require(after[1] - before[1] == column, f"an expert more activates {after[1] - before[1]}")
+    require(after[0] - before[0] == matrices + column, f"an expert more adds {after[0] - before[0]}")
+    require(after[1] - before[1] == column, f"an expert more activates {after[1] - before[1]}")
 
 
 @law("cost.moe_parameters")
@@ -88,8 +83,8 @@ def an_activated_expert_more_costs_compute_alone(f: Count, case: Case, _close: o
     before = _counts(f, case, model)
     after = _counts(f, case, _with(model, "experts", active=part.sizes["active"] + 1))
     matrices = _matrices(part) * layers * model.width * part.sizes["width"]
-    _require(after[0] == before[0], f"the total changed by {after[0] - before[0]}")
-    _require(after[1] - before[1] == matrices, f"a choice more activates {after[1] - before[1]}")
+    require(after[0] == before[0], f"the total changed by {after[0] - before[0]}")
+    require(after[1] - before[1] == matrices, f"a choice more activates {after[1] - before[1]}")
 
 
 @law("cost.moe_parameters")
@@ -105,7 +100,7 @@ def half_as_wide_and_twice_as_many(f: Count, case: Case, _close: object) -> None
     halves = _with(model, "experts", experts=2 * sizes["experts"], active=2 * sizes["active"])
     a, b = _counts(f, case, whole), _counts(f, case, halves)
     columns = layers * model.width * sizes["experts"]
-    _require(b[0] - a[0] == columns and b[1] - a[1] == columns, f"cut in two, experts hold {b}, not {a}")
+    require(b[0] - a[0] == columns and b[1] - a[1] == columns, f"cut in two, experts hold {b}, not {a}")
 
 
 @law("cost.moe_parameters")
@@ -118,7 +113,7 @@ def one_expert_is_a_dense_network(f: Count, case: Case, _close: object) -> None:
         for s in model.stacks
     ))  # fmt: skip
     each = sum(n * model.width * (_matrices(p) * p.sizes["width"] + 1) for n, p in _experts(model))
-    _require(total == activated == _counts(f, case, none)[0] + each, f"{total}, {activated} with one expert")
+    require(total == activated == _counts(f, case, none)[0] + each, f"{total}, {activated} with one expert")
 
 
 # Total and activated parameters in billions, as the reports print them.
@@ -138,7 +133,7 @@ def a_name_says_the_size(f: Count, case: Case, _close: object) -> None:  # noqa:
         for found, text in zip(f(model=name), printed, strict=True):
             if text is not None:
                 billions = round_half_up(Fraction(found.total) / 10**9, printed_decimals(text))
-                _require(f"{billions}" == text, f"{name}: {found.name} are {billions}B, printed {text}B")
+                require(f"{billions}" == text, f"{name}: {found.name} are {billions}B, printed {text}B")
 
 
 def _flops(f: Callable[..., Estimate], case: Case, **changed: Any) -> Any:
@@ -150,9 +145,9 @@ def flops_are_linear_in_layers(f: Callable[..., Estimate], case: Case, _close: o
     """Each layer costs the same; the head is there once."""
     L = case.kwargs["layers"]
     one, two, three = (_flops(f, case, layers=n * L) for n in (1, 2, 3))
-    _require(two - one == three - two, "layers are not alike")
+    require(two - one == three - two, "layers are not alike")
     head = 6 * case.kwargs["sequence"] * case.kwargs["width"] * case.kwargs["vocabulary"]
-    _require(one - (two - one) == head, f"without layers {one - (two - one)} FLOP are left, not {head}")
+    require(one - (two - one) == head, f"without layers {one - (two - one)} FLOP are left, not {head}")
 
 
 @law("cost.moe_flops")
@@ -162,7 +157,7 @@ def a_network_costs_six_times_its_weights(f: Callable[..., Estimate], case: Case
     more = _flops(f, case, activated=given["activated"] + 1) - _flops(f, case)
     d, sized = given["width"], "expert_width" in given
     weights = 3 * d * given["expert_width"] if sized else 8 * d**2
-    _require(more == 6 * given["sequence"] * given["layers"] * weights, f"a network more costs {more}")
+    require(more == 6 * given["sequence"] * given["layers"] * weights, f"a network more costs {more}")
 
 
 @law("cost.moe_flops")
@@ -170,7 +165,7 @@ def a_network_may_be_cut(f: Callable[..., Estimate], case: Case, _close: object)
     """Four networks of a fourth of the width cost what one does: 8/3 d is the width of a standard one."""
     whole = _flops(f, case.without("expert_width"), activated=1)
     cut = _flops(f, case, activated=4, expert_width=Fraction(2 * case.kwargs["width"], 3))
-    _require(whole == cut, f"cut in four, a network costs {cut}, not {whole}")
+    require(whole == cut, f"cut in four, a network costs {cut}, not {whole}")
 
 
 @law("cost.moe_flops")
@@ -179,14 +174,14 @@ def only_scores_grow_with_the_square(f: Callable[..., Estimate], case: Case, _cl
     given = case.kwargs
     extra = _flops(f, case, sequence=2 * given["sequence"]) - 2 * _flops(f, case)
     expected = 24 * given["layers"] * given["width"] * given["sequence"] ** 2
-    _require(extra == expected, f"twice the sequence costs {extra} more than twice, not {expected}")
+    require(extra == expected, f"twice the sequence costs {extra} more than twice, not {expected}")
 
 
 @law("cost.moe_flops.matrices")
 def a_backward_pass_is_two_forward_ones(f: Callable[..., Estimate], case: Case, _close: object) -> None:
     """Forward and backward cost three times the forward pass."""
     both, forward = _flops(f, case, direction="both"), _flops(f, case, direction="forward")
-    _require(both == 3 * forward, f"{both} is not three times {forward}")
+    require(both == 3 * forward, f"{both} is not three times {forward}")
 
 
 @law("cost.moe_flops.matrices")
@@ -199,11 +194,11 @@ def experts_that_are_not_chosen_cost_nothing(f: Callable[..., Estimate], case: C
     (layers, part), per_weight = parts[0], 2 if case.kwargs["direction"] == "forward" else 6
     larger = _with(model, "experts", experts=part.sizes["experts"] + 1)
     more = _flops(f, case, model=larger) - _flops(f, case)
-    _require(more == per_weight * l * layers * model.width, f"an idle expert costs {more}")
+    require(more == per_weight * l * layers * model.width, f"an idle expert costs {more}")
     chosen = _with(larger, "experts", active=part.sizes["active"] + 1)
     matrices = _matrices(part) * model.width * part.sizes["width"]
     most = _flops(f, case, model=chosen) - _flops(f, case, model=larger)
-    _require(most == per_weight * l * layers * matrices, f"an activated expert costs {most}")
+    require(most == per_weight * l * layers * matrices, f"an activated expert costs {most}")
 
 
 @law("cost.moe_flops.matrices")
@@ -218,7 +213,7 @@ def scores_alone_see_other_tokens(f: Callable[..., Estimate], case: Case, _close
         if part.kind == "attention"
     )
     per_weight = 2 if case.kwargs["direction"] == "forward" else 6
-    _require(extra == 2 * per_weight * 2 * l**2 * heads, f"twice the sequence costs {extra} more than twice")
+    require(extra == 2 * per_weight * 2 * l**2 * heads, f"twice the sequence costs {extra} more than twice")
 
 
 @law("cost.moe_communication")
@@ -230,7 +225,7 @@ def what_is_sent_out_comes_back(f: Callable[..., Estimate], case: Case, _close: 
     ranks = [f(**{**given, "held": own}) for own in held]
     out, back = (sum(rank[f"forward, {way}"] for rank in ranks) for way in ("dispatch", "combine"))
     buffers = given["capacity"] * given["width"] * given["itemsize"]
-    _require(out == back == (p - 1) * E * buffers, f"{out} bytes go out, {back} come back")
+    require(out == back == (p - 1) * E * buffers, f"{out} bytes go out, {back} come back")
 
 
 @law("cost.moe_communication")
@@ -244,7 +239,7 @@ def an_expert_more_is_sent_less_and_sends_more(
     more, fewer = f(**given), f(**{**given, "held": given["held"] - 1})
     buffer = given["capacity"] * given["width"] * given["itemsize"]
     steps = [more[f"forward, {way}"] - fewer[f"forward, {way}"] for way in ("dispatch", "combine")]
-    _require(steps == [-buffer, (given["ranks"] - 1) * buffer], f"an expert more changes {steps} bytes")
+    require(steps == [-buffer, (given["ranks"] - 1) * buffer], f"an expert more changes {steps} bytes")
 
 
 @law("cost.moe_communication")
@@ -253,11 +248,11 @@ def both_passes_send_alike(f: Callable[..., Estimate], case: Case, _close: objec
     one, back, both = (
         f(**{**case.kwargs, "direction": way}).total for way in ("forward", "backward", "both")
     )
-    _require(one == back and both == 2 * one, f"{one} bytes forward, {back} backward, {both} together")
+    require(one == back and both == 2 * one, f"{one} bytes forward, {back} backward, {both} together")
 
 
 @law("cost.moe_communication")
 def one_rank_sends_nothing(f: Callable[..., Estimate], case: Case, _close: object) -> None:
     """A single rank has all experts and sends nothing."""
     alone = f(**{**case.kwargs, "ranks": 1, "held": case.kwargs["experts"]}).total
-    _require(alone == 0, f"one rank sends {alone} bytes")
+    require(alone == 0, f"one rank sends {alone} bytes")

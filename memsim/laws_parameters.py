@@ -7,15 +7,10 @@ from dataclasses import replace
 
 from memsim.estimate import Estimate
 from memsim.model import Model, Part, dense
-from refimpl.errors import LawViolation
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Count = Callable[..., Estimate]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
 
 
 def _with_layers(model: Model, factor: int) -> Model:
@@ -43,7 +38,7 @@ def twelve_times_width_squared(f: Count, case: Case, _close: object) -> None:
     plain = dense(layers=layers, width=d, heads=1, ffn=4 * d, vocabulary=1, bias=False)
     found = case.replace(model=plain).call(f)
     parts = (found["block: attention"], found["block: ffn"])
-    _require(parts == (4 * layers * d**2, 8 * layers * d**2), f"{layers} layers of width {d} hold {parts}")
+    require(parts == (4 * layers * d**2, 8 * layers * d**2), f"{layers} layers of width {d} hold {parts}")
 
 
 @law("cost.parameters")
@@ -51,9 +46,9 @@ def every_layer_adds_the_same(f: Count, case: Case, _close: object) -> None:
     """Twice and three times the layers add the layers' parameters once and twice."""
     given = case.kwargs["model"]
     one, two, three = (case.replace(model=_with_layers(given, n)).call(f) for n in (1, 2, 3))
-    _require(two.total - one.total == three.total - two.total, "layers are not alike")
+    require(two.total - one.total == three.total - two.total, "layers are not alike")
     layers = sum(item.value for item in one.terms if item.name.startswith("block: "))
-    _require(
+    require(
         two.total - one.total == layers, f"as many layers again add {two.total - one.total}, not {layers}"
     )
 
@@ -65,8 +60,8 @@ def an_untied_head_is_another_embedding(f: Count, case: Case, _close: object) ->
     tied, untied = (
         case.replace(model=_with(given, "head", {"tied": choice})).call(f) for choice in (True, False)
     )
-    _require(untied.total - tied.total == tied["embeddings: tokens"], "a head unlike the embedding")
-    _require(tied["output: head"] == 0, f"a tied head holds {tied['output: head']}")
+    require(untied.total - tied.total == tied["embeddings: tokens"], "a head unlike the embedding")
+    require(tied["output: head"] == 0, f"a tied head holds {tied['output: head']}")
 
 
 @law("cost.parameters")
@@ -77,7 +72,7 @@ def key_heads_save_their_projections(f: Count, case: Case, _close: object) -> No
     models = (_with(given, "attention", heads=6, key_heads=heads, head_width=5) for heads in (3, 2))
     counts = [case.replace(model=item).call(f)["block: attention"] for item in models]
     rows = given.width + (attention.choices.get("bias") == "all")
-    _require(counts[0] - counts[1] == layers * 2 * 5 * rows, f"a key head less saves {counts[0] - counts[1]}")
+    require(counts[0] - counts[1] == layers * 2 * 5 * rows, f"a key head less saves {counts[0] - counts[1]}")
 
 
 @law("cost.parameters")
@@ -88,7 +83,7 @@ def a_gate_is_a_third_matrix(f: Count, case: Case, _close: object) -> None:
     models = (_with(given, "ffn", {"gated": choice}) for choice in (False, True))
     plain, gated = (case.replace(model=item).call(f)["block: ffn"] for item in models)
     third = layers * ffn.sizes["width"] * (given.width + (ffn.choices.get("bias") == "all"))
-    _require(gated - plain == third, f"a gate adds {gated - plain}, not {third}")
+    require(gated - plain == third, f"a gate adds {gated - plain}, not {third}")
 
 
 @law("cost.parameters")
@@ -98,7 +93,7 @@ def rms_norm_has_no_bias(f: Count, case: Case, _close: object) -> None:
     for style, each in (("layer", 2), ("rms", 1)):
         model = _with(given, "ffn norm", {"style": style})
         found = case.replace(model=model).call(f)["block: ffn norm"]
-        _require(found == given.stacks[1].layers * each * given.width, f"norms of style {style} hold {found}")
+        require(found == given.stacks[1].layers * each * given.width, f"norms of style {style} hold {found}")
 
 
 @law("cost.parameters")
@@ -108,5 +103,5 @@ def padding_adds_rows_of_the_width(f: Count, case: Case, _close: object) -> None
     rows = given.part("embeddings", "tokens").sizes["rows"]
     plain, padded = (case.replace(pad_vocabulary=m).call(f)["embeddings: tokens"] for m in (1, pad))
     held, rest = divmod(padded, given.width)
-    _require(plain == rows * given.width, f"{rows} rows of {given.width} hold {plain}")
-    _require(rest == 0 and held % pad == 0 and rows <= held < rows + pad, f"{rows} rows padded to {held}")
+    require(plain == rows * given.width, f"{rows} rows of {given.width} hold {plain}")
+    require(rest == 0 and held % pad == 0 and rows <= held < rows + pad, f"{rows} rows padded to {held}")

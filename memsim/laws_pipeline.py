@@ -6,10 +6,11 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from memsim.estimate import Estimate
-from memsim.laws import require, same
+from memsim.laws import same
 from memsim.timeline import replay
 from refimpl.parallel.schedules import pipeline_schedule
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Model = Callable[..., Estimate]
 SHAPE = ("schedule", "ranks", "micro_batches", "chunks")

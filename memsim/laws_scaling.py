@@ -9,14 +9,10 @@ from typing import Any
 from memsim.scaling_laws import scaling_constants
 from refimpl.errors import LawViolation
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Model = Callable[..., Any]
 ROUNDING = 1e-14
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
 
 
 def _near(got: Any, expected: Any, what: str, rounding: float = ROUNDING) -> None:
@@ -52,7 +48,7 @@ def more_of_anything_helps(f: Model, case: Case, _close: object) -> None:
     before = case.call(f).total
     for name in case.kwargs.keys() - {"fit"}:
         after = case.replace(**{name: 3 * case.kwargs[name]}).call(f).total
-        _require(after < before, f"three times the {name}: {float(before)} became {float(after)}")
+        require(after < before, f"three times the {name}: {float(before)} became {float(after)}")
 
 
 @law("cost.kaplan")
@@ -73,7 +69,7 @@ def either_limit_is_a_power(f: Model, case: Case, _close: object) -> None:
 def nothing_beats_the_irreducible_loss(f: Model, case: Case, _close: object) -> None:
     """The loss stays above E, and reaches it with endless parameters and tokens."""
     entropy = {"hoffmann": Fraction("1.69"), "besiroglu": Fraction("1.8172")}[case.kwargs["fit"]]
-    _require(case.call(f).total > entropy, "a loss below E")
+    require(case.call(f).total > entropy, "a loss below E")
     _near(case.replace(parameters=10**100, tokens=10**100).call(f).total, entropy, "the limit of the loss")
 
 
@@ -116,7 +112,7 @@ def no_other_split_is_better(f: Model, case: Case, _close: object) -> None:
         return float(size + constants["B"] * (d / factor) ** -constants["β"])
 
     best = loss(1.0)
-    _require(best < min(loss(0.9), loss(1.1)), "the loss is lower beside the optimum")
+    require(best < min(loss(0.9), loss(1.1)), "the loss is lower beside the optimum")
 
 
 @law("cost.pruning_tokens")
@@ -124,11 +120,11 @@ def tokens_are_proportional_to_each(f: Model, case: Case, _close: object) -> Non
     """Three times the steps, the batch or the length read three times the tokens."""
     for name in ("steps", "batch", "length"):
         more = case.replace(**{name: 3 * case.kwargs[name]}).call(f).total
-        _require(more == 3 * case.call(f).total, f"three times the {name}: {more} tokens")
+        require(more == 3 * case.call(f).total, f"three times the {name}: {more} tokens")
 
 
 @law("cost.pruning_tokens")
 def one_of_each_is_one_token(f: Model, case: Case, _close: object) -> None:
     """A step of one sequence of one token reads one token."""
     tokens = case.replace(steps=1, batch=1, length=1).call(f).total
-    _require(tokens == 1, f"one token is read as {tokens}")
+    require(tokens == 1, f"one token is read as {tokens}")

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from memsim.estimate import Estimate
-from memsim.laws import require, same
+from memsim.laws import same
 from memsim.tensor_prices import block_phases
 from memsim.training_memory import block_activations
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Model = Callable[..., Estimate]
 SENT, KEPT = "cost.tensor_parallel", "cost.tensor_parallel.activations"

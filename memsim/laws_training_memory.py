@@ -8,9 +8,10 @@ from fractions import Fraction
 from itertools import pairwise
 
 from memsim.estimate import Estimate
-from memsim.laws import require, same
+from memsim.laws import same
 from memsim.model import Model, dense
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Count = Callable[..., Estimate]
 ACTIVATIONS = ("cost.training_memory.korthikanti", "cost.training_memory.activations")

@@ -7,8 +7,9 @@ from fractions import Fraction
 from itertools import pairwise
 
 from memsim.estimate import Estimate
-from memsim.laws import require, same
+from memsim.laws import same
 from refimpl.registry import Case, law
+from refimpl.testing import require
 
 Model = Callable[..., Estimate]
 PARTITIONED = ("cost.zero_memory.partitioned", "cost.zero_communication.partitioned")

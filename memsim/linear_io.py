@@ -18,8 +18,9 @@ import numpy as np
 from memsim.estimate import Estimate, estimate, term
 from memsim.moves import Move, counted
 from memsim.units import Number, exact
-from refimpl.errors import LawViolation, OptionError
+from refimpl.errors import OptionError
 from refimpl.registry import Case, Source, law, prices, technique
+from refimpl.testing import require
 
 __all__ = ["ALGORITHMS", "Algorithm", "linear_flops", "linear_io", "linear_traffic"]
 
@@ -297,11 +298,6 @@ def int8_fused(case: Case) -> dict[str, int]:
 Model = Callable[..., Estimate]
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
-
-
 @law("cost.linear_io")
 def fusing_saves_the_int32_round_trip(f: Model, case: Case, _close: object) -> None:
     """Fused int8 saves 8 bytes an output, and with outliers the second pass over Y and the scales of W."""
@@ -311,7 +307,7 @@ def fusing_saves_the_int32_round_trip(f: Model, case: Case, _close: object) -> N
     if shape["outliers"]:
         scales = 4 * shape["N"] if shape["convention"] == "released" else 0
         expected += 2 * shape["itemsize"] * shape["T"] * shape["N"] + scales
-    _require(saved == expected, f"fusing saves {saved} bytes, expected {expected}")
+    require(saved == expected, f"fusing saves {saved} bytes, expected {expected}")
 
 
 @law("cost.linear_io")
@@ -322,7 +318,7 @@ def weights_in_int8_are_a_fraction(f: Model, case: Case, _close: object) -> None
     grown = more.call(f).total - shape.call(f).total
     K, e = case.kwargs["K"], case.kwargs["itemsize"]
     expected = K * e if case.kwargs["algorithm"] == "fp16" else K + 4
-    _require(grown == expected, f"a further feature costs {grown} bytes, expected {expected}")
+    require(grown == expected, f"a further feature costs {grown} bytes, expected {expected}")
 
 
 @law("cost.linear_io")
@@ -330,13 +326,13 @@ def outliers_cost_traffic(f: Model, case: Case, _close: object) -> None:
     """Traffic grows with the outliers in int8, and does not know of them in floating point."""
     totals = [case.replace(outliers=n).call(f).total for n in (None, *range(min(case.kwargs["K"], 3) + 1))]
     if case.kwargs["algorithm"] == "fp16":
-        _require(len(set(totals)) == 1, f"floating point depends on the outliers: {totals}")
+        require(len(set(totals)) == 1, f"floating point depends on the outliers: {totals}")
     else:
-        _require(totals == sorted(totals), f"traffic falls with more outliers: {totals}")
+        require(totals == sorted(totals), f"traffic falls with more outliers: {totals}")
 
 
 @law("cost.linear_io")
 def traffic_is_linear_in_the_tokens(f: Model, case: Case, _close: object) -> None:
     """Further tokens cost the same each; what does not depend on them is the weight, read once."""
     one, two, three = (case.replace(T=T).call(f).total for T in (1, 2, 3))
-    _require(three - two == two - one, f"tokens cost {two - one}, then {three - two} bytes")
+    require(three - two == two - one, f"tokens cost {two - one}, then {three - two} bytes")

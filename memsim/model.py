@@ -26,7 +26,9 @@ from refimpl.errors import OptionError, UnknownNameError
 __all__ = ["Model", "Part", "Stack", "dense", "model", "model_names"]
 
 # Settings of a part that are no sizes.
-CHOICES = ("activation", "bias", "gated", "style", "tied", "vocabulary")
+CHOICES = (
+    "activation", "bias", "cap", "convolution_bias", "gated", "own", "sinks", "style", "tied", "vocabulary",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,9 +134,11 @@ def _terms(model: Model, stack: Stack, part: Part, sequence: int, per_weight: in
 
 def _matrices(part: Part, width: int) -> Counted:
     """Return the formula of the weights that are multiplied with every token: no biases, no norms."""
-    if part.kind == "mamba":
+    if part.kind in ("mamba", "mamba2"):
         raise OptionError("model_flops: Mamba's scan is no product of matrices and is not counted here")
-    bare: Mapping[str, str | bool] = {k: v for k, v in part.choices.items() if k not in ("bias", "tied")}
+    bare: Mapping[str, str | bool] = {
+        k: v for k, v in part.choices.items() if k not in ("bias", "sinks", "tied")
+    }
     formula, sizes = PARTS[part.kind](replace(part, choices=bare), width, 1)
     if part.kind == "latent_attention":
         formula = formula.replace(" + q + ", " + ").replace(" + c + ", " + ")

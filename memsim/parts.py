@@ -32,12 +32,21 @@ def _head(part: Part, width: int, pad: int) -> Counted:
     return (f"{formula} + V", values) if _bias(part, "all") else (formula, values)
 
 
+# LayerNorm has a weight and a bias, or a weight alone, or neither; RMSNorm a weight.
+_NORMS = {"layer": "2d", "rms": "d", "layer without bias": "d", "layer without weights": "0"}
+
+
 def _norm(part: Part, width: int, _pad: int) -> Counted:
-    """LayerNorm: a weight and a bias; RMSNorm: a weight."""
-    style = part.choices.get("style", "layer")
-    if style not in ("layer", "rms"):
-        raise OptionError(f"{part.name}: expected style 'layer' or 'rms'; got {style!r}")
-    return "2d" if style == "layer" else "d", {"d": part.sizes.get("width", width)}
+    """A norm of width d; a norm of queries or keys may have a weight for each of G heads."""
+    style = str(part.choices.get("style", "layer"))
+    if style not in _NORMS:
+        raise OptionError(f"{part.name}: expected style {' or '.join(map(repr, _NORMS))}; got {style!r}")
+    if _NORMS[style] == "0":
+        return "0", {}
+    values = {"d": part.sizes.get("width", width)}
+    if part.choices.get("own"):
+        return f"G*{_NORMS[style]}", values | {"G": part.sizes["heads"]}
+    return _NORMS[style], values
 
 
 def _attention(part: Part, width: int, _pad: int) -> Counted:
@@ -53,8 +62,10 @@ def _attention(part: Part, width: int, _pad: int) -> Counted:
     formula = "d*k*(H + 2G) + H*k*d"
     if _bias(part, "all", "qkv"):
         formula += " + k*(H + 2G)"
-    if _bias(part, "all"):
+    if _bias(part, "all", "out"):
         formula += " + d"
+    if part.choices.get("sinks"):  # a number for each head, beside its scores
+        formula += " + H"
     return formula, {"d": width, "H": heads, "G": keys, "k": head_width}
 
 
@@ -108,11 +119,22 @@ def _mamba(part: Part, width: int, _pad: int) -> Counted:
     return formula, {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
 
 
+def _mamba2(part: Part, width: int, _pad: int) -> Counted:
+    """Mamba-2: in to 2i, B and C of G groups and Δ of H heads; convolution; Δ's bias, A, D; norm; out."""
+    formula = "d*(2i + 2G*n + H) + (i + 2G*n)*k + 3H + i + i*d"
+    if part.choices.get("convolution_bias", True):
+        formula += " + i + 2G*n"
+    if _bias(part, "all"):  # of the maps in and out
+        formula += " + 2i + 2G*n + H + d"
+    names = {"i": "inner", "k": "kernel", "n": "state", "G": "groups", "H": "heads"}
+    return formula, {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
+
+
 def _bias(part: Part, *which: str) -> bool:
-    """Return whether the biases of a part, "all" or "qkv" or none, are among `which`."""
+    """Return whether the biases of a part are among `which`."""
     bias = part.choices.get("bias", "none")
-    if bias not in ("none", "all", "qkv"):
-        raise OptionError(f"{part.name}: expected bias 'none', 'all' or 'qkv'; got {bias!r}")
+    if bias not in ("none", "all", "qkv", "out"):
+        raise OptionError(f"{part.name}: expected bias 'none', 'all', 'qkv' or 'out'; got {bias!r}")
     return bias in which
 
 
@@ -127,5 +149,6 @@ PARTS: dict[str, Callable[[Part, int, int], Counted]] = {
     "latent_attention": _latent_attention,
     "linear": _linear,
     "mamba": _mamba,
+    "mamba2": _mamba2,
     "norm": _norm,
 }

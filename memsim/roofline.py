@@ -1,8 +1,9 @@
 """Operators of a layer as a chain of formulas: operations, bytes, and the longer of the times they take.
 
 An operator's time is ``max(FLOP / (R η_c), bytes / (M η_m))``: the peak rate and the memory bandwidth, each
-times an efficiency, 1 unless somebody measured it.  Quantities are those of the fullest stage of a
-pipeline and one micro-batch of x tokens; the gradient of a product is two products of the same shapes.
+times an efficiency, 1 unless somebody measured it; attention's products have their own, η_a.  Quantities are
+those of the fullest stage of a pipeline and one micro-batch of x tokens; the gradient of a product is two
+products of the same shapes.
 """
 
 from __future__ import annotations
@@ -55,16 +56,26 @@ OPERATORS = (
         "y_x*(W_q/t + x*(h + (A_q + A_k + A_v)/t)*L)*ρ",
         "R_x",
     ),
-    # Algorithm 0 with softmax and mask in one kernel: writes S, reads it, writes P, reads it; dropout reads
-    # and writes P once more, with a mask of bytes.  FlashAttention moves its operands only, and its backward
-    # pass has 5 products against 2.
+    # Algorithm 0 in kernels one after the other: products that write S and read P, and between them softmax
+    # with its mask, and dropout with a mask of bytes.  FlashAttention is one kernel that moves its operands
+    # only, and its backward pass has 5 products against 2.
     Operator(
         "core",
-        "scores, softmax, their product with values",
+        "scores and their product with values, all of FlashAttention",
         "2b*s*s*(A_q + A_o)*κ*L*ρ/(c*t)",
-        "y*x*(A_q + c*A_k + c*A_v + A_o)*L*ρ/t + (0 if φ > 0 else b*s*s*H*(4y + (2y + 1)*δ)*L*ρ/(c*t))",
+        "y*x*(A_q + c*A_k + c*A_v + A_o)*L*ρ/t + (0 if φ > 0 else 2y*b*s*s*H*L*ρ/(c*t))",
         "R",
         flop_back="(2.5 if φ > 0 else 2)",
+        source=_FLASH,
+    ),
+    Operator(
+        "softmax",
+        "softmax and dropout between the products",
+        "0",
+        "0 if φ > 0 else b*s*s*H*(2y + (2y + 1)*δ)*L*ρ/(c*t)",
+        "R",
+        flop_back="1",
+        moved_back="(3y + (2y + 1)*δ)/(2y + (2y + 1)*δ)",
         source=_FLASH,
     ),
     Operator(
@@ -132,7 +143,7 @@ ROOFLINE = (
     Definition("gradient", " + ".join(f"g_{name}" for name in _LAYER), "s", "backward, a stage", _WILLIAMS),
     Definition(
         "again",
-        "forward if r > 1 else (f_core if r > 0 else 0)",
+        "forward if r > 1 else (f_core + f_softmax if r > 0 else 0)",
         "s",
         "recomputation, a stage",
         "Korthikanti et al. 2022, arXiv:2205.05198, section 5",

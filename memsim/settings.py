@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from refimpl.errors import OptionError
@@ -21,14 +21,21 @@ LARGEST = 10**12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One JSON object; `where` is what errors call it.  A value of null is as good as none."""
+    """One JSON object; `where` is what errors call it, `silent` what holds where it says nothing.
+
+    A value of null is as good as none, but says so: what is silent does not replace it.
+    """
 
     where: str
     values: Mapping[str, Any]
+    silent: Mapping[str, Any] = field(default_factory=dict)
 
     def get(self, *names: str) -> Any:
         """Return the value under the first of `names` that has one, or None."""
-        return next((self.values[name] for name in names if self.values.get(name) is not None), None)
+        found = next((self.values[name] for name in names if self.values.get(name) is not None), None)
+        if found is not None or any(name in self.values for name in names):
+            return found
+        return next((self.silent[name] for name in names if name in self.silent), None)
 
     def whole(self, *names: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
         """Return a whole number; ``5e8``, which JSON reads as a float, is one.
@@ -128,7 +135,7 @@ class Settings:
             raise OptionError(f"{self.where}: {name}: {reason}; got {shown(value)}")
 
     def _given(self, names: Sequence[str]) -> str:
-        return next(name for name in names if self.values.get(name) is not None)
+        return next((name for name in names if self.values.get(name) is not None), names[0])
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -43,10 +43,11 @@ LETTERS: dict[str, str] = {
     "C": "bandwidth to the host",
     "α": "latency of a message, seconds",
     "η_c": "efficiency of products with weights",
-    "η_a": "efficiency of attention",
+    "η_a": "efficiency of attention's products of scores and values",
     "η_m": "efficiency of memory",
     "η_n": "efficiency of links",
     "ω": "share of computation behind which data and context parallelism hide",
+    "τ": "1 if all-reduces of tensor parallelism run beside the gradients of weights",
 }
 # Peak rates in order of preference, of attention and of products with weights; then y, y_x, y_w and y_o.
 PRECISIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[int, int, int, int]]] = {
@@ -85,6 +86,8 @@ class Setting:
         That of attention's products; that of all others, `compute`.
     overlap : float
         The share of computation behind which data and context parallelism hide.
+    tensor_overlap : bool
+        Whether all-reduces of the backward pass run beside the gradients of weights.
     """
 
     model: str | Model
@@ -101,6 +104,7 @@ class Setting:
     network: Quantity = 1
     overlap: Quantity = 1
     scores: Quantity | None = None
+    tensor_overlap: bool = False
 
     def letters(self) -> dict[str, Number]:
         """Return the values that no division changes, exact.
@@ -126,6 +130,7 @@ class Setting:
         if found["α"] < 0 or not all(isinstance(found[name], int) for name in "GBs"):
             raise OptionError("expected whole accelerators, batch and sequence, and a latency from 0")
         flash = self.attention == "flash"
+        found |= {"τ": int(self.tensor_overlap)}
         found |= {"φ": int(flash), "δ": int(self.dropout), "κ": Fraction(1, 2) if flash else 1}
         card = hardware(self.hardware)
         found |= {"M": card.hbm_bandwidth.value, "N": card.node_size.value, "W": card.link.value}

@@ -1,233 +1,231 @@
-"""Predicted against measured steps of training: efficiencies fitted on some rows, errors shown on the others.
+"""Models against measurements: every row with its error, and the bars that the errors are held to.
 
-The physics has no free number but the efficiencies of products, attention, memory and links.  `validate` fits
-those four on the rows that a data file names, ``memsim/data/measured/*.toml``, and reports the error of the
-rest, which took no part in it.  Attention with scores in memory counts as products like all others.
-
->>> found = validate("megatron-table1")  # fitted on another paper's eight times
->>> found.held_out_error < 0.079  # that of the best other simulator on these ten rows
-True
+>>> rows = validate("table 5")
+>>> len(rows), {row.use for row in rows}, max(abs(row.error) for row in rows) < 0.05
+(8, {'held out'}, True)
+>>> [bar.met for bar in bars(rows)]
+[True]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from memsim import data_files
-from memsim.derivation import derive_arrays, needed
-from memsim.division import Division
-from memsim.division_memory import MEMORY
-from memsim.division_time import TIME
-from memsim.formula import Array, evaluate
+from memsim import data_files, tile_schedules
+from memsim.efficiency import efficiency_letters, stacks
 from memsim.hardware import hardware
-from memsim.model import Model, dense
-from memsim.training_setting import Setting
+from memsim.measurements import SOURCES, predict, rows_of
+from memsim.replay import replay
 from refimpl.errors import UnknownNameError
 
-__all__ = [
-    "Efficiencies",
-    "Measured",
-    "Validated",
-    "Validation",
-    "fit",
-    "measured",
-    "predicted",
-    "sets",
-    "validate",
-]
+__all__ = ["Bar", "Checked", "Summary", "bars", "summaries", "traffic_rows", "validate"]
 
-_NEEDED = needed((*MEMORY, *TIME), ("step", "memory"))
-# What is tried: products, attention, memory, links.
-_GRID = (
-    np.arange(30, 100, 5) / 100,
-    np.arange(10, 100, 5) / 100,
-    np.arange(20, 101, 10) / 100,
-    np.array([0.5, 0.7, 0.9]),
-)
+HBM = "hbm"
 
 
-class Efficiencies(NamedTuple):
-    """Shares of their peaks that products, attention, memory and links reach."""
-
-    compute: float
-    scores: float
-    memory: float
-    network: float
-
-
-class Measured(NamedTuple):
-    """A step that somebody ran: what, how, what was printed, and the step's seconds that follow from it."""
-
-    name: str
-    setting: Setting
-    division: Division
-    printed: str
-    unit: str
-    seconds: float
-
-
-class Validated(NamedTuple):
-    """A measured step and its prediction.
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One measured number beside the predicted one.
 
     Attributes
     ----------
-    step : Measured
-        What was run.
-    seconds, memory : float
-        Predicted: of a step, and bytes of the fullest rank.
-    deviation : float
-        Predicted rate over the measured one, less 1.
-    fitted : bool
-        Whether the row took part in the fit.
-    fits : bool
-        Whether the prediction fits into memory, as the run did.
+    id, source, published, unit : str
+        Its name, where it stands, its digits and their unit.
+    predicted, error : float
+        In `unit`, and ``predicted / published - 1``.
+    use : {"calibration", "held out"}
+        Whether efficiencies were fitted to it.
+    stack, hardware, belongs : str
+        What ran it, on what, and the set of rows that a bar is about.
+    memory : float or None
+        Bytes that the fullest rank is predicted to hold.
+    fits : bool or None
+        Whether they are there: it ran, so anything but True is wrong.
     """
 
-    step: Measured
-    seconds: float
-    memory: float
-    deviation: float
-    fitted: bool
-    fits: bool
-
-
-class Validation(NamedTuple):
-    """All rows of a set under the efficiencies that were fitted, and what others reached on it."""
-
-    efficiencies: Efficiencies
-    rows: tuple[Validated, ...]
+    id: str
     source: str
-    others: str
-
-    @property
-    def held_out_error(self) -> float:
-        """Mean of the absolute deviations of the rows that took no part in the fit; of all, if all did."""
-        held = [row for row in self.rows if not row.fitted] or self.rows
-        return float(np.mean([abs(row.deviation) for row in held]))
-
-
-@lru_cache(maxsize=1)
-def _sets() -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    found: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
-    for file in data_files.names("measured"):
-        data = data_files.read(file, "measured")
-        found |= {entry["name"]: (data, entry) for entry in data["set"]}
-    return found
+    published: str
+    unit: str
+    predicted: float
+    error: float
+    use: str
+    stack: str
+    hardware: str
+    belongs: str
+    memory: float | None = None
+    fits: bool | None = None
 
 
-def sets() -> list[str]:
-    """Return the names of the sets of measured steps.
+class Summary(NamedTuple):
+    """Mean of the absolute errors of some rows, the largest one, and the mean with its sign."""
 
-    >>> {"megatron-table1", "foundry-a100-80gb"} <= set(sets())
-    True
-    """
-    return list(_sets())
-
-
-def _model(data: Mapping[str, Any], name: str, sequence: int) -> Model:
-    layers, width, heads = data["models"][name]
-    shape = dict(data["model"])
-    shape["ffn"] = shape["ffn"] * width
-    return dense(layers=layers, width=width, heads=heads, **{"positions": sequence, **shape})
+    stack: str
+    hardware: str
+    use: str
+    rows: int
+    mean: float
+    worst: float
+    bias: float
 
 
-def measured(name: str) -> list[Measured]:
-    """Return the steps of a set.
+class Bar(NamedTuple):
+    """What the rows of a set are held to: limits of mean and worst error, and that all fit into memory."""
 
-    Raises
-    ------
-    UnknownNameError
-        If there is no such set.
-
-    Examples
-    --------
-    >>> step = measured("megatron-table5")[3]
-    >>> step.name, step.printed, step.division.interleave
-    ('175B', '13.75', 3)
-    """
-    if name not in _sets():
-        raise UnknownNameError("set of measured steps", name, sets())
-    data, entry = _sets()[name]
-    shared = {**{key: value for key, value in data.items() if key != "set"}, **entry}
-    return [_step(shared, dict(zip(shared["columns"], row, strict=True))) for row in entry["rows"]]
+    name: str
+    source: str
+    rows: int
+    mean: float
+    mean_limit: float | None
+    worst: float
+    worst_limit: float | None
+    infeasible: tuple[str, ...]
+    met: bool
 
 
-def _step(data: Mapping[str, Any], row: dict[str, Any]) -> Measured:
-    name, printed, sequence = row.pop("model"), row.pop("printed"), row.pop("sequence")
-    ranks = row.pop("accelerators")
-    data_ranks = ranks // (row.get("tensor", 1) * row.get("pipeline", 1))
-    many = row.pop("accumulated", None)
-    batch = row["micro_batch"] * data_ranks * many if many else row.pop("batch")
-    model = _model(data, name, sequence)
-    setting = Setting(model, data["hardware"], ranks, batch, sequence, **data["setting"])
-    division = Division(data=data_ranks, precision=data.get("precision", "bf16"), **row)
-    value = float(printed)
-    match data["unit"]:
-        case "s":
-            seconds = value
-        case "tokens/s/GPU":
-            seconds = batch * sequence / (value * ranks)
-        case _:
-            operations = evaluate(data["work_done"], setting.letters())
-            seconds = float(operations) / (value * 1e12 * ranks)
-    return Measured(name, setting, division, printed, data["unit"], seconds)
-
-
-def predicted(step: Measured, efficiencies: Sequence[float | Array]) -> tuple[float | Array, float]:
-    """Return the seconds of a step at each of the efficiencies, arrays or numbers, and its memory."""
-    exact = step.setting.letters() | step.division.letters(step.setting)
-    letters: dict[str, float | Array] = {key: float(value) for key, value in exact.items()}
-    letters |= dict(zip(("η_c", "η_a", "η_m", "η_n"), efficiencies, strict=True))
-    found = derive_arrays(_NEEDED, letters)
-    return found["step"], float(np.max(found["memory"]))
-
-
-def fit(steps: Sequence[Measured]) -> Efficiencies:
-    """Return the efficiencies, of a grid, at which the mean absolute deviation of the steps is least."""
-    compute, scores, memory, network = np.meshgrid(*_GRID, indexing="ij")
-    if any(step.setting.attention == "standard" for step in steps):
-        scores = compute
-    total = np.zeros(compute.shape)
-    for step in steps:
-        seconds, _ = predicted(step, (compute, scores, memory, network))
-        total += np.abs(step.seconds / seconds - 1)
-    best = int(np.argmin(total))
-    return Efficiencies(*(float(axis.flat[best]) for axis in (compute, scores, memory, network)))
-
-
-def validate(name: str, efficiencies: Efficiencies | None = None) -> Validation:
-    """Return the predictions of a set, at the efficiencies fitted as its data file says.
+def validate(belongs: str | None = None, only: str | None = None) -> list[Checked]:
+    """Return measured numbers beside the predicted ones.
 
     Parameters
     ----------
-    name : str
-        One of `sets`.
-    efficiencies : Efficiencies, optional
-        Take these and fit nothing.
+    belongs : str, optional
+        The set of rows that a bar is about; all rows by default.
+    only : str, optional
+        An id, or a pattern such as ``"foundry.a100-80gb.*"``.
+
+    Returns
+    -------
+    list of Checked
+        In the order of the data.
 
     Raises
     ------
     UnknownNameError
-        If there is no such set.
+        If there is no such set, or no row fits `only`.
     """
-    steps = measured(name)
-    data, entry = _sets()[name]
-    every = entry.get("fit_every", 0) if efficiencies is None else 0
-    chosen = [bool(every) and place % every == 0 for place in range(len(steps))]
-    if efficiencies is None:
-        if "fit_on" in entry:
-            efficiencies = fit(measured(entry["fit_on"]))
-        else:
-            efficiencies = fit([step for step, used in zip(steps, chosen, strict=True) if used])
+    rows = [row for stack in stacks() for row in _times(stack)]
+    if belongs is not None:
+        rows = [row for row in (*rows, *traffic_rows()) if row.belongs == belongs]
+        if not belongs or not rows:
+            known = [
+                bar["rows"] for name in (*SOURCES, HBM) for bar in data_files.read(name, "validation")["bar"]
+            ]
+            raise UnknownNameError("set of measurements", belongs, known)
+    elif only is None or any(fnmatch.fnmatchcase(name, only) for name in _counted()):
+        rows += traffic_rows()
+    chosen = [row for row in rows if only is None or fnmatch.fnmatchcase(row.id, only)]
+    if not chosen:
+        raise UnknownNameError("measured row", str(only), [*(row.id for row in rows), *_counted()])
+    return chosen
+
+
+def _counted() -> list[str]:
+    """Return the ids of the rows that need a replay, which takes seconds."""
+    return [row["id"] for group in data_files.read(HBM, "validation")["group"] for row in group["rows"]]
+
+
+def _times(stack: str) -> list[Checked]:
+    rows = rows_of(stack)
+    found = predict(rows, efficiency_letters(stack))
+    return [
+        Checked(
+            id=row.id,
+            source=row.source,
+            published=row.printed,
+            unit=row.unit,
+            predicted=float(value),
+            error=float(value) / row.measured - 1,
+            use=row.use,
+            stack=stack,
+            hardware=row.setting.hardware,
+            belongs=row.belongs,
+            memory=float(memory) if row.is_step else None,
+            fits=bool(fits) if row.is_step else None,
+        )
+        for row, value, memory, fits in zip(rows, found["value"], found["memory"], found["fits"], strict=True)
+    ]
+
+
+@lru_cache(maxsize=1)
+def traffic_rows() -> tuple[Checked, ...]:
+    """Return the bytes between L2 and HBM that were counted, beside those of the replayed schedules.
+
+    Each kernel starts with an empty cache, as the profiler makes it.
+    """
+    data = data_files.read(HBM, "validation")
+    card = hardware(data["hardware"])
+    cache = card.l2.value // data["partitions"]["value"]
     rows = []
-    for step, used in zip(steps, chosen, strict=True):
-        seconds, memory = predicted(step, efficiencies)
-        capacity = hardware(step.setting.hardware).hbm.value
-        deviation = step.seconds / float(seconds) - 1
-        rows.append(Validated(step, float(seconds), memory, deviation, used, memory <= capacity))
-    source = f"{data['work']}, {data['identifier']}, {data['locator']}"
-    return Validation(efficiencies, tuple(rows), source, entry.get("others", ""))
+    for group in data["group"]:
+        shape = tile_schedules.AttentionShape(**group["shape"])
+        kernels, arrays = getattr(tile_schedules, group["schedule"])(shape, **group["tiles"])
+        named = {kernel.name: replay([kernel], arrays, cache=cache)[0] for kernel in kernels}
+        for row in group["rows"]:
+            predicted = getattr(named[row["kernel"]], row["counter"]) / 1e6
+            rows.append(
+                Checked(
+                    id=row["id"],
+                    source=f"{group['work']}, {group['identifier']}, {group['locator']}",
+                    published=row["printed"],
+                    unit="MB",
+                    predicted=predicted,
+                    error=predicted / float(row["printed"]) - 1,
+                    use="held out",
+                    stack=group["stack"],
+                    hardware=card.name,
+                    belongs=group["set"],
+                )
+            )
+    return tuple(rows)
+
+
+def summaries(rows: Iterable[Checked]) -> list[Summary]:
+    """Return the errors of each stack on each card, rows that calibrate apart from those held out."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row.stack, row.hardware, row.use), []).append(row.error)
+    return [
+        Summary(*key, len(errors), *_size(errors), sum(errors) / len(errors))
+        for key, errors in groups.items()
+    ]
+
+
+def bars(rows: Sequence[Checked]) -> list[Bar]:
+    """Return the bars whose rows are all among `rows`, and whether they are met; none of them calibrates."""
+    found = []
+    for name in (*SOURCES, HBM):
+        data = data_files.read(name, "validation")
+        belongs = [row.get("set", group.get("set", "")) for group in data["group"] for row in group["rows"]]
+        for limit in data["bar"]:
+            held = [row for row in rows if row.belongs == limit["rows"] and row.use == "held out"]
+            if held and len(held) == belongs.count(limit["rows"]):
+                found.append(_bar(limit, held))
+    return found
+
+
+def _bar(limit: dict[str, Any], held: Sequence[Checked]) -> Bar:
+    mean, worst = _size([row.error for row in held])
+    most = {key: _share(limit[key]) if key in limit else None for key in ("mean", "worst")}
+    infeasible = tuple(row.id for row in held if limit.get("feasible") and not row.fits)
+    within = (most["mean"] is None or mean <= most["mean"]) and (
+        most["worst"] is None or worst <= most["worst"]
+    )
+    return Bar(
+        limit["name"], limit["source"], len(held), mean, most["mean"], worst, most["worst"], infeasible,
+        within and not infeasible,
+    )  # fmt: skip
+
+
+def _share(text: str) -> float:
+    return float(Fraction(text.removesuffix("%")) / 100)
+
+
+def _size(errors: Sequence[float]) -> tuple[float, float]:
+    """Return mean and largest of the absolute errors."""
+    sizes = [abs(error) for error in errors]
+    return sum(sizes) / len(sizes), max(sizes)

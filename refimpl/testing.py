@@ -37,7 +37,19 @@ from refimpl.tolerances import (
     rewrite_limits,
 )
 
-__all__ = ["Close", "Outcome", "Report", "check", "draw", "dtype_named", "poisoned"]
+__all__ = ["Close", "Outcome", "Report", "check", "draw", "dtype_named", "poisoned", "require"]
+
+
+def require(holds: Any, message: str) -> None:
+    """Raise `LawViolation` unless it `holds`, of an array everywhere: how a law says that it is broken.
+
+    Examples
+    --------
+    >>> require(np.arange(3) >= 0, "negative")
+    """
+    if not np.all(holds):
+        raise LawViolation(message)
+
 
 Status = Literal["passed", "failed", "refused", "invalid"]
 LOW_PRECISION = ("float32", "float16", "bfloat16")

@@ -11,7 +11,18 @@ import numpy as np
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.numerics import Array, FloatArray, is_bfloat16, is_floating
 
-__all__ = ["as_array", "bind_axes", "broadcastable", "finite", "floating", "fraction", "positive", "whole"]
+__all__ = [
+    "as_array",
+    "bind_axes",
+    "broadcastable",
+    "finite",
+    "flag",
+    "floating",
+    "fraction",
+    "number",
+    "positive",
+    "whole",
+]
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -137,10 +148,10 @@ def fraction(name: str, value: float) -> float:
     >>> fraction("dropout_p", 0.1)
     0.1
     """
-    number = _number(name, value)
-    if not 0.0 <= number < 1.0:
+    real = number(name, value)
+    if not 0.0 <= real < 1.0:
         raise OptionError(f"{name}: expected a number in [0, 1), got {value}")
-    return number
+    return real
 
 
 def positive(name: str, value: float) -> float:
@@ -156,10 +167,10 @@ def positive(name: str, value: float) -> float:
     >>> positive("softcap", 30)
     30.0
     """
-    number = _number(name, value)
-    if not (number > 0 and math.isfinite(number)):
+    real = number(name, value)
+    if not (real > 0 and math.isfinite(real)):
         raise OptionError(f"{name}: expected a finite number above 0, got {value}")
-    return number
+    return real
 
 
 def finite(name: str, value: float) -> float:
@@ -175,10 +186,28 @@ def finite(name: str, value: float) -> float:
     >>> finite("scale", 0.125)
     0.125
     """
-    number = _number(name, value)
-    if not math.isfinite(number):
+    real = number(name, value)
+    if not math.isfinite(real):
         raise OptionError(f"{name}: expected a finite number, got {value}")
-    return number
+    return real
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value` if it is True or False.
+
+    Raises
+    ------
+    OptionError
+        Otherwise: 1 and "no" are neither.
+
+    Examples
+    --------
+    >>> flag("signed", np.True_)
+    True
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise OptionError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -203,7 +232,21 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """Return `value` as a float; what `float` would read or convert, ``"3"`` and True, is none.
+
+    Raises
+    ------
+    DTypeError
+        If it is no real number.
+
+    Examples
+    --------
+    >>> number("threshold", np.float16(6))
+    6.0
+    """
+    if isinstance(value, str | bytes | bytearray | bool | np.bool_):
+        raise DTypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
         return float(value)
     except (TypeError, ValueError):

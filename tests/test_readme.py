@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from cli.main import frugal
 from tests import coverage
 from tests.coverage import PAGE
 from tests.readme import README, renewed
@@ -38,6 +40,21 @@ def test_the_commands_under_more_run(command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_every_command_and_option_named_exists() -> None:
+    lines = re.findall(
+        r"(?:^|`)frugal ([a-z][^`\n|]*)", README.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert len(lines) >= 10
+    for line in lines:
+        words, command = line.split(), frugal
+        while words and isinstance(command, click.Group):
+            found = command.get_command(click.Context(command), words.pop(0))
+            assert found is not None, line
+            command = found
+        options = {name for option in command.params for name in option.opts}
+        assert {word for word in words if word.startswith("--")} <= options, line
 
 
 def test_ci_runs_the_first_two_commands_verbatim() -> None:

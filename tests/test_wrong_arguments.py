@@ -21,6 +21,8 @@ RECORDS = [
     for record in registry.TECHNIQUES.values()
     if record.kind in ("function", "identity") and record.family != "parallel"
 ]
+# What a case may not look at: the factor of an update without a rank, the threshold of another policy.
+UNREAD = {("moe.gshard.as_coded", "threshold")}
 NEVER = ("nothing", "strings", "complex numbers")  # what no technique may take for an array
 
 
@@ -55,3 +57,24 @@ def test_wrong_arrays_are_refused_by_name(record: registry.Technique) -> None:
                 pytest.fail(f"argument {place}, {what}: {type(error).__name__}: {error}")
             else:
                 assert what not in NEVER, f"argument {place}: {what} were accepted"
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name)
+def test_numbers_are_no_strings_and_one_is_not_true(record: registry.Technique) -> None:
+    assert record.sample is not None
+    shape = {**draw(record, 3)}
+    shape |= {axis: max(low, min(high, 2)) for axis, (low, high) in record.axes.items()}
+    case = record.sample(np.random.default_rng(3), **shape)
+    for name, value in case.kwargs.items():
+        if name == "return_lse" or (record.name, name) in UNREAD:
+            continue
+        if isinstance(value, bool):
+            given: Any = int(value)
+        elif isinstance(value, int | float):
+            given = str(value)
+        elif name == "causal":
+            given = 1
+        else:
+            continue
+        with pytest.raises(FrugalError, match="expected "):
+            case.replace(**{name: given}).call(record.function)

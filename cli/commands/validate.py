@@ -1,133 +1,165 @@
-"""``frugal validate``: predicted against measured steps of training, on rows that nothing was fitted on."""
+"""``frugal validate``: every measured number beside the predicted one, and the bars on the errors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.output import output_options
-from cli.parameters import ListOf
-from cli.quantities import bytes_text, time_text
-from cli.result import Column, Result
+from cli.result import Column, Result, Row, View
 
 if TYPE_CHECKING:
-    from memsim.validation import Validation
+    from memsim.validation import Bar, Checked, Summary
 
 __all__ = ["command"]
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+def _percent(value: Any) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _signed(value: Any) -> str:
+    return "" if value is None else f"{100 * value:+.2f} %"
+
+
+def _amount(value: Any) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _size(value: Any) -> str:
+    return "" if value is None else f"{value / 1e9:.1f} GB"
+
+
+def _met_style(text: str) -> str:
+    return {"met": "green", "MISSED": "bold red"}.get(text, "")
+
+
+ROWS = (
+    Column("id"),
+    Column("published", right=True),
+    Column("predicted", right=True, text=_amount),
+    Column("unit"),
+    Column("error", right=True, text=_signed),
+    Column("use"),
+    Column("memory_bytes", "memory a rank", right=True, text=_size),
+)
+SUMMARIES = (
+    Column("stack"),
+    Column("hardware"),
+    Column("use"),
+    Column("rows", right=True),
+    Column("mean", "mean |error|", right=True, text=_percent),
+    Column("worst", right=True, text=_percent),
+    Column("bias", "mean error", right=True, text=_signed),
+)
+BARS = (
+    Column("name", "bar, rows held out"),
+    Column("rows", right=True),
+    Column("mean", "mean |error|", right=True, text=_percent),
+    Column("mean_limit", "at most", right=True, text=_percent),
+    Column("worst", right=True, text=_percent),
+    Column("worst_limit", "at most", right=True, text=_percent),
+    Column("infeasible", "ran, called infeasible", right=True),
+    Column("verdict", "", style=_met_style),
+    Column("source", "what sets it"),
+)
 
 
 @click.command(
-    "validate",
     epilog="""\b
 Examples:
-  frugal validate
-  frugal validate --set megatron-table1 --rows
-  frugal validate --set foundry-a100-80gb --rows --plot foundry.svg""",
-    short_help="Predicted against measured steps of training.",
+  frugal validate                            every row, means of calibration and held-out rows apart, bars
+  frugal validate --only 'megatron.table5.*'
+  frugal validate --summary --plot parity.png
+  frugal validate --strict --format json     exit code 1 if a bar is missed
+
+\b
+A row marked "calibration" is one of the few that efficiencies were fitted to, named before the fit
+(memsim/data/validation); every other row is held out.  The error is predicted / published - 1.""",
+    short_help="Models against measurements.",
 )
-@click.option("--set", "names", type=ListOf(click.STRING), help="Sets of measured steps.  [default: all]")
-@click.option("--rows", "every", is_flag=True, help="Every step instead of a line for each set.")
+@click.option("--only", metavar="PATTERN", help="Only these rows, such as 'foundry.a100-80gb.*'.")
+@click.option("--summary", is_flag=True, help="Leave the single rows out of the tables for people.")
+@click.option("--strict", is_flag=True, help="Exit with 1 if a bar is missed.")
 @output_options(plot=True)
-def command(names: tuple[str, ...] | None, every: bool) -> Result:
-    """Fit four efficiencies on some measured steps, and show how far the others are off.
+def command(only: str | None, summary: bool, strict: bool) -> Result:
+    """Print what was measured, what the models predict, and the error.
 
-    The efficiencies are those of products, attention, memory and links; nothing else is free.  The mean error
-    is over the steps that took no part in the fit.  Every step ran: a prediction that does not fit is wrong.
+    Times of training come from papers and from llm-foundry's tables, HBM traffic from a hardware counter.  A
+    missed bar is printed; it fails the command with --strict only.
     """
-    from memsim.validation import sets, validate
+    from memsim.validation import bars, summaries, validate
 
-    found = {name: validate(name) for name in names or sets()}
-    rows = [row for name, one in found.items() for row in (_steps(name, one) if every else [_set(name, one)])]
+    rows = validate(only=only)
+    limits = bars(rows)
+    missed = [bar.name for bar in limits if not bar.met]
+    data = [_row(row) for row in rows]
     return Result(
-        rows,
-        _STEPS if every else _SETS,
-        totals={
-            "steps": sum(len(one.rows) for one in found.values()),
-            "said_not_to_fit": sum(not row.fits for one in found.values() for row in one.rows),
-        },
-        sources=list(dict.fromkeys(one.source for one in found.values())),
-        details=["", *(f"{name}: {one.others}" for name, one in found.items() if one.others)],
-        draw=lambda axes: _draw(axes, found),
+        data,
+        ROWS,
+        totals={"rows": len(rows), "bars": len(limits), "bars_missed": len(missed)},
+        sources=list(dict.fromkeys(row.source for row in rows)),
+        views=_views(data, summaries(rows), limits, summary),
+        details=_parameters({row.stack for row in rows}),
+        problem=f"missed: {', '.join(missed)}" if strict and missed else "",
+        exit_code=int(strict and bool(missed)),
+        draw=lambda axes: _draw(axes, rows),
     )
 
 
-def _set(name: str, one: Validation) -> dict[str, Any]:
-    held = [row for row in one.rows if not row.fitted]
-    return {
-        "set": name,
-        "hardware": one.rows[0].step.setting.hardware,
-        "steps": len(one.rows),
-        "held_out": len(held),
-        "mean_error": one.held_out_error,
-        "worst_error": max((row.deviation for row in held or one.rows), key=abs),
-        **one.efficiencies._asdict(),
-        "said_not_to_fit": sum(not row.fits for row in one.rows),
-    }
+def _row(row: Checked) -> dict[str, Any]:
+    found = asdict(row)
+    found["memory_bytes"] = found.pop("memory")
+    return found
 
 
-def _steps(name: str, one: Validation) -> list[dict[str, Any]]:
-    return [
-        {
-            "set": name,
-            "model": row.step.name,
-            "sequence": row.step.setting.sequence,
-            "accelerators": row.step.setting.accelerators,
-            "micro_batch": row.step.division.micro_batch,
-            "recompute": row.step.division.recompute,
-            "published": row.step.printed,
-            "unit": row.step.unit,
-            "measured_s": row.step.seconds,
-            "predicted_s": row.seconds,
-            "deviation": row.deviation,
-            "fitted": row.fitted,
-            "memory_bytes": row.memory,
-        }
-        for row in one.rows
-    ]
+def _views(data: Sequence[Row], means: Sequence[Summary], limits: Sequence[Bar], summary: bool) -> list[View]:
+    places: dict[str, list[Row]] = {}
+    for row in data:
+        places.setdefault(str(row["source"]), []).append(row)
+    views = [] if summary else [View(place, ROWS, members) for place, members in places.items()]
+    views.append(View("Errors", SUMMARIES, [mean._asdict() for mean in means]))
+    if limits:
+        views.append(View("Bars", BARS, [_limit(bar) for bar in limits]))
+    return views
 
 
-_SETS = (
-    Column("set"),
-    Column("steps", right=True),
-    Column("held_out", "held out", right=True),
-    Column("mean_error", "mean error", right=True, text=_percent),
-    Column("worst_error", "worst", right=True, text=_percent),
-    Column("compute", "products", right=True),
-    Column("scores", "attention", right=True),
-    Column("memory", right=True),
-    Column("network", "links", right=True),
-    Column("said_not_to_fit", "said not to fit", right=True),
-)
-_STEPS = (
-    Column("set"),
-    Column("model"),
-    Column("sequence", right=True),
-    Column("accelerators", "GPUs", right=True),
-    Column("micro_batch", "micro", right=True),
-    Column("recompute"),
-    Column("published", right=True),
-    Column("unit"),
-    Column("measured_s", "measured", right=True, text=time_text),
-    Column("predicted_s", "predicted", right=True, text=time_text),
-    Column("deviation", "rate off by", right=True, text=_percent),
-    Column("fitted"),
-    Column("memory_bytes", "memory", right=True, text=bytes_text),
-)
+def _limit(bar: Bar) -> Row:
+    verdict = "met" if bar.met else "MISSED"
+    return {**bar._asdict(), "infeasible": len(bar.infeasible), "verdict": verdict}
 
 
-def _draw(axes: Any, found: dict[str, Validation]) -> None:
-    """Draw predicted against measured seconds, held-out steps only, and where both are equal."""
-    ends: list[float] = []
-    for name, one in found.items():
-        held = [row for row in one.rows if not row.fitted] or one.rows
-        points = [(row.step.seconds, row.seconds) for row in held]
-        ends += [value for point in points for value in point]
-        axes.plot(*zip(*points, strict=True), ".", label=f"{name}, mean error {_percent(one.held_out_error)}")
-    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], "k-", linewidth=0.5)
-    axes.set(xscale="log", yscale="log", xlabel="measured / s", ylabel="predicted / s")
-    axes.legend(fontsize="small")
+def _parameters(used: set[str]) -> list[str]:
+    """Return the efficiencies of the stacks, each fitted to its rows that calibrate."""
+    from memsim.efficiency import efficiency, stacks
+
+    lines = []
+    for stack in stacks():
+        shares = ", ".join(f"{name} {value:.2f}" for name, value in efficiency(stack).items())
+        lines += [f"{stack}: {shares}"] * (stack in used)
+    return ["efficiencies, fitted to the rows that calibrate", *lines] if lines else []
+
+
+def _draw(axes: Any, rows: Sequence[Checked]) -> None:
+    """Draw predicted over published against published; rows that calibrate are hollow."""
+    for stack in dict.fromkeys(row.stack for row in rows):
+        color = None
+        for use, fill in (("held out", "full"), ("calibration", "none")):
+            points = [
+                (float(row.published), 1 + row.error) for row in rows if (row.stack, row.use) == (stack, use)
+            ]
+            if points:
+                label = f"{stack}, {use} ({len(points)})"
+                (line,) = axes.plot(
+                    *zip(*points, strict=True), "o", ms=4, fillstyle=fill, label=label, color=color
+                )
+                color = line.get_color()
+    axes.axhline(1, color="k", lw=0.8)
+    axes.axhspan(0.9, 1.1, color="k", alpha=0.1, lw=0)
+    axes.set(xscale="log", ylim=(0.5, 1.5), xlabel="published: s, ms, TFLOP/s, tokens/s/GPU or MB")
+    axes.set(ylabel="predicted / published")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize="small", title="shaded: ±10 %", ncols=2)

@@ -9,7 +9,7 @@ from refimpl.attention.online_softmax import softmax
 from refimpl.errors import ShapeError
 from refimpl.numerics import FloatArray, contract, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = ["head_decomposition", "head_terms"]
 
@@ -34,9 +34,7 @@ def _sample(
     "attention.head_decomposition",
     entries=(10,),
     kind="identity",
-    source=Source(
-        "Wang et al. 2022", "OpenReview RftryyYyjiG (ICLR 2022)", "section 2, multi-head self-attention"
-    ),
+    source=Source("Ren et al. 2022", "arXiv:2205.10036", "section 2, multi-head self-attention"),
     axes={"B": (1, 2), "T": (1, 8), "M": (1, 8), "H": (1, 4), "D": (1, 5)},
     options={"bias": (False, True), "square": (False, True)},
     edges=({"B": 0}, {"T": 0}, {"B": 1, "T": 1, "M": 1, "H": 1, "D": 1}),
@@ -86,7 +84,8 @@ def head_decomposition(
 
     References
     ----------
-    .. [1] Wang et al., 2022, "Exploring extreme parameter compression for pre-trained language models", ICLR.
+    .. [1] Ren et al., 2022, "Exploring extreme parameter compression for pre-trained language models",
+       arXiv:2205.10036 (ICLR 2022, whose program names Wang first).
 
     Examples
     --------
@@ -144,7 +143,7 @@ def head_terms(
         "w_o": (w_o, "J O"),
     }
     width = bind_axes(axes)["J"]
-    if num_heads < 1 or width % num_heads:
+    if width % whole("num_heads", num_heads):
         raise ShapeError(f"w_q: {width} columns do not divide into num_heads={num_heads}")
     terms = []
     for h in range(num_heads):

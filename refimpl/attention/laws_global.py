@@ -10,11 +10,11 @@ import numpy as np
 from refimpl.attention.block_sparse import block_sparse_flash
 from refimpl.attention.dense import scaled_dot_product_attention
 from refimpl.attention.global_tokens import global_tokens_attention
-from refimpl.attention.laws_sparse import changed, output_of, plain, require, seen, without_lse
+from refimpl.attention.laws_sparse import changed, output_of, plain, seen, without_lse
 from refimpl.attention.sliding_window import sliding_window_attention
 from refimpl.numerics import Array
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Attention = Callable[..., Any]
 

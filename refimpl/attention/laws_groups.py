@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from refimpl.attention.dense import scaled_dot_product_attention
-from refimpl.attention.laws_sparse import output_of, plain, require, seen, without_lse
+from refimpl.attention.laws_sparse import output_of, plain, seen, without_lse
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Attention = Callable[..., Any]
 

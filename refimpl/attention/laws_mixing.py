@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.attention.laws_sparse import require
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Measure = Callable[..., Any]
 ROUNDING = 64 * np.finfo(np.float64).eps  # of an eigenvalue of size 1, for each vertex

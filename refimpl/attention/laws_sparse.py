@@ -9,22 +9,15 @@ import numpy as np
 
 from refimpl.attention.dense import scaled_dot_product_attention
 from refimpl.attention.sliding_window import sliding_window_attention
-from refimpl.errors import LawViolation
 from refimpl.numerics import Array, BoolArray, round_to, widen
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
-__all__ = ["changed", "output_of", "plain", "require", "seen", "without_lse"]
+__all__ = ["changed", "output_of", "plain", "seen", "weighing", "without_lse"]
 
 Attention = Callable[..., Any]
 
 POSITIONAL = ("causal", "attn_mask", "bias", "alibi_slopes", "q_lengths", "k_lengths", "dropout_p", "rng")
-
-
-def require(holds: Any, message: str) -> None:
-    """Raise LawViolation unless it `holds`."""
-    if not holds:
-        raise LawViolation(message)
 
 
 def without_lse(case: Case) -> Case:
@@ -47,17 +40,20 @@ def changed(x: Array, tokens: Array) -> Array:
     return round_to(np.where(tokens[None, :, None, None], widen(x) + np.float32(1.0), widen(x)), x.dtype)
 
 
-def seen(f: Attention, case: Case) -> BoolArray:
-    """Return which query sees which key, shape (B, Hq, T, T).
+def weighing(case: Case) -> Case:
+    """Return the case whose output is the weights of its keys, which all score alike.
 
-    With queries of 0 every key that is seen has the same weight; with the unit vectors as values, the weights
-    are the output.
+    With queries of 0 every score is 0; with the unit vectors as values, the weights are the output.
     """
     q, k = case.args[:2]
     length = q.shape[1]
     units = np.broadcast_to(np.eye(length)[None, :, None, :], (*k.shape[:3], length)).astype(q.dtype)
-    weights = output_of(case.replace(np.zeros_like(q), k, units), f)
-    mask: BoolArray = np.swapaxes(weights, 1, 2) > 0
+    return without_lse(case).replace(np.zeros_like(q), k, units)
+
+
+def seen(f: Attention, case: Case) -> BoolArray:
+    """Return which query sees which key, shape (B, Hq, T, T): those keys have a weight."""
+    mask: BoolArray = np.swapaxes(output_of(weighing(case), f), 1, 2) > 0
     return mask
 
 
@@ -65,6 +61,16 @@ def _distance(length: int) -> Array:
     i = np.arange(length)
     distance: Array = np.abs(i[:, None] - i)
     return distance
+
+
+@law("attention.sliding_window", "attention.dilated_window", "attention.global_tokens", "attention.bigbird")
+def keys_that_score_alike_weigh_alike(f: Attention, case: Case, close: Close) -> None:
+    """Keys of one score have one weight, and all weights sum to 1: no key counts twice, whoever names it."""
+    case = weighing(plain(case))
+    weights = output_of(case, f)
+    present = weights > 0
+    count = np.maximum(present.sum(axis=3, keepdims=True), 1)
+    close.on(case)(weights, present / count, "keys of one score")
 
 
 @law("attention.sliding_window", "attention.dilated_window")

@@ -25,7 +25,7 @@ from refimpl.errors import ShapeError
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, contract, round_to, widen
 from refimpl.registry import Source, implements, technique
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import bind_axes, flag, floating
 
 __all__ = [
     "ConvolutionGradients",
@@ -265,7 +265,7 @@ def convolution_by_bands(x: FloatArray, w: FloatArray, /, *, causal: bool = Fals
     band = np.zeros((B, H, T, T + K - 1), p.dtype)
     for t in range(T):
         band[:, :, t, t : t + K] = p[:, t]
-    before = K - 1 if causal else (K - 1) // 2
+    before = K - 1 if flag("causal", causal) else (K - 1) // 2
     tokens = widen(x).reshape(B, T, H, D // H)
     mixed = contract("bhts,bshr->bthr", band[..., before : before + T], tokens)
     return round_to(mixed.reshape(x.shape), x.dtype)

@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import LawViolation
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import in_float64, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
-
-
-def _wide(array: Any) -> FloatArray:
-    return widen(np.asarray(array)).astype(np.float64)
 
 
 @law("compress.layer_sharing")
@@ -35,10 +31,10 @@ def copies_of_the_block_are_the_same_model(f: Function, case: Case, close: Close
     """It is an encoder whose layers hold copies of the weights."""
     from refimpl.transformer.blocks import encoder
 
-    x = _wide(case.args[0])
+    x = in_float64(case.args[0])
     for _ in range(case.kwargs["num_layers"]):
         copies: dict[str, Any] = {
-            name: _wide(value).copy() if isinstance(value, np.ndarray) else value
+            name: in_float64(value).copy() if isinstance(value, np.ndarray) else value
             for name, value in case.without("num_layers").kwargs.items()
         }
         x = encoder(x, **copies)
@@ -62,16 +58,16 @@ def full_ranks_lose_nothing(f: Function, case: Case, close: Close) -> None:
     """With a direction for every row, column and block the weights come back."""
     (blocks,) = case.args
     full = case.replace(ranks=blocks.shape)
-    close.on(full)(full.call(f), _wide(blocks), "full ranks")
+    close.on(full)(full.call(f), in_float64(blocks), "full ranks")
 
 
 @law("compress.factorization")
 def the_error_is_bounded(f: Function, case: Case, close: Close) -> None:
     """The squared error is at most the sum of the squared singular values left out, over the axes."""
-    blocks = _wide(case.args[0])
+    blocks = in_float64(case.args[0])
     if not blocks.size:
         return
-    out = _wide(case.call(f))
+    out = in_float64(case.call(f))
     left = 0.0
     for axis, rank in enumerate(case.kwargs["ranks"]):
         rows = np.moveaxis(blocks, axis, 0).reshape(blocks.shape[axis], -1)
@@ -95,13 +91,16 @@ def axes_may_be_exchanged(f: Function, case: Case, close: Close) -> None:
     n, k, m = case.kwargs["ranks"]
     turned = case.replace(np.ascontiguousarray(blocks[::-1].transpose(0, 2, 1)), ranks=(n, m, k))
     close(
-        _wide(turned.call(f))[::-1].transpose(0, 2, 1), _wide(case.call(f)), "transposed blocks", factor=4.0
+        in_float64(turned.call(f))[::-1].transpose(0, 2, 1),
+        in_float64(case.call(f)),
+        "transposed blocks",
+        factor=4.0,
     )
 
 
 @law("compress.factorization")
 def twice_is_once(f: Function, case: Case, close: Close) -> None:
     """What is already of these ranks stays as it is."""
-    once = round_to(_wide(case.call(f)), case.args[0].dtype)
+    once = round_to(in_float64(case.call(f)), case.args[0].dtype)
     again = case.replace(once)
-    close(_wide(again.call(f)), _wide(once), "factorised again", factor=8.0)
+    close(in_float64(again.call(f)), in_float64(once), "factorised again", factor=8.0)

@@ -58,9 +58,7 @@ def _terms(case: Case) -> tuple[int, FloatArray]:
     "compress.factorization",
     entries=(89,),
     kind="function",
-    source=Source(
-        "Wang et al. 2022", "OpenReview RftryyYyjiG (ICLR 2022)", "section 4: tensor decompositions"
-    ),
+    source=Source("Ren et al. 2022", "arXiv:2205.10036", "section 4: tensor decompositions"),
     axes={"n": (1, 3), "K": (1, 5), "N": (1, 5)},
     options={"cut": ("full", "half", "one")},
     edges=(
@@ -108,7 +106,7 @@ def tucker(blocks: FloatArray, /, *, ranks: tuple[int, int, int]) -> FloatArray:
     References
     ----------
     .. [1] De Lathauwer et al., 2000, doi:10.1137/S0895479896305696, property 10: truncated HOSVD.
-    .. [2] Wang et al., 2022, OpenReview RftryyYyjiG, section 4.
+    .. [2] Ren et al., 2022, arXiv:2205.10036, section 4 (ICLR 2022, whose program names Wang first).
 
     Examples
     --------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import LawViolation
-from refimpl.numerics import Array, FloatArray, round_to, widen
+from refimpl.numerics import Array, FloatArray, in_float64, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -18,12 +18,8 @@ LAW, DRAW = "decoding.sampling.law", "decoding.sampling"
 GRID = 64  # evenly spaced draws, by which a law is read off exactly to 1 / GRID
 
 
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
-
-
 def _softmax(logits: Array, temperature: float = 1.0) -> FloatArray:
-    wide = _wide(logits)
+    wide = in_float64(logits)
     with np.errstate(over="ignore"):
         weights = np.exp((wide - wide.max(axis=-1, keepdims=True)) / temperature)
     return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
@@ -47,17 +43,17 @@ def temperature_zero_is_greedy(f: Function, case: Case, close: Close) -> None:  
     """At temperature 0 the first of the largest logits has probability 1."""
     greedy = case.replace(temperature=0.0)
     expected = np.zeros(case.args[0].shape)
-    np.put_along_axis(expected, np.argmax(_wide(case.args[0]), axis=-1)[..., None], 1.0, axis=-1)
-    if not np.array_equal(_wide(greedy.call(f)), expected):
+    np.put_along_axis(expected, np.argmax(in_float64(case.args[0]), axis=-1)[..., None], 1.0, axis=-1)
+    if not np.array_equal(in_float64(greedy.call(f)), expected):
         raise LawViolation("temperature 0 is not the first of the largest logits")
 
 
 @law(LAW)
 def rows_sum_to_one(f: Function, case: Case, close: Close) -> None:
     """Probabilities are not negative and sum to 1, and a token whose logit is -inf has none."""
-    law = _wide(case.call(f))
+    law = in_float64(case.call(f))
     close.on(case)(law.sum(axis=-1), np.ones(law.shape[:-1]), "sums of the rows", factor=4.0)
-    if np.any(law < 0) or np.any(law[np.isneginf(_wide(case.args[0]))] > 0):
+    if np.any(law < 0) or np.any(law[np.isneginf(in_float64(case.args[0]))] > 0):
         raise LawViolation("a probability is negative, or a forbidden token has one")
 
 
@@ -72,13 +68,13 @@ def a_constant_changes_nothing(f: Function, case: Case, close: Close) -> None:
 @law(LAW)
 def top_k_keeps_the_k_most_probable(f: Function, case: Case, close: Close) -> None:
     """Top-k keeps k tokens, of equal ones the first, and their probabilities in proportion."""
-    logits = _wide(case.args[0])
+    logits = in_float64(case.args[0])
     k = case.kwargs.get("top_k") or 2
     filtered = case.without("top_p").replace(top_k=k, temperature=1.0)
     ranks = np.argsort(np.argsort(-logits, axis=-1, kind="stable"), axis=-1)
     expected = np.where(ranks < k, _softmax(logits), 0.0)
     expected = expected / expected.sum(axis=-1, keepdims=True)
-    law = _wide(filtered.call(f))
+    law = in_float64(filtered.call(f))
     if np.any((law > 0) & (ranks >= k)):
         raise LawViolation(f"a token is kept that is not among the first {k}")
     close.on(filtered)(law, expected, f"top {k}", factor=4.0)
@@ -90,7 +86,7 @@ def nucleus_is_the_smallest_of_its_mass(f: Function, case: Case, close: Close) -
     p, temperature = case.kwargs.get("top_p", 1.0), case.kwargs.get("temperature", 1.0) or 1.0
     filtered = case.without("top_k").replace(temperature=temperature, top_p=p)
     (logits,) = case.args
-    plain, law = _softmax(logits, temperature), _wide(filtered.call(f))
+    plain, law = _softmax(logits, temperature), in_float64(filtered.call(f))
     mass = np.where(law > 0, plain, 0.0)
     room = 4 * close.on(Case((logits,), {"temperature": temperature})).tolerance
     if np.any(mass.sum(axis=-1) < p - room):
@@ -108,7 +104,7 @@ def nucleus_is_the_smallest_of_its_mass(f: Function, case: Case, close: Close) -
 def cold_laws_are_surer(f: Function, case: Case, close: Close) -> None:
     """The entropy does not rise as the temperature falls, and the ratio of probabilities is its power."""
     case = case.without("top_k", "top_p")
-    laws = [_wide(case.replace(temperature=t).call(f)) for t in (0.5, 1.0, 2.0)]
+    laws = [in_float64(case.replace(temperature=t).call(f)) for t in (0.5, 1.0, 2.0)]
     room = 64 * close.on(case.replace(temperature=1.0)).tolerance
     if any(np.any(_entropy(cold) > _entropy(warm) + room) for cold, warm in pairwise(laws)):
         raise LawViolation("the entropy rises as the temperature falls")
@@ -135,7 +131,7 @@ def draws_follow_the_law(f: Function, case: Case, close: Close) -> None:  # noqa
     """Evenly spaced draws give each token in proportion to its probability, within one."""
     from refimpl.decoding.sampling import sampling_law
 
-    law = _wide(case.without("uniforms", "rng").call(sampling_law))
+    law = in_float64(case.without("uniforms", "rng").call(sampling_law))
     counts = _counts(case, f)
     if np.any(np.abs(counts - GRID * law) > 1 + 1e-6):
         raise LawViolation(f"of {GRID} even draws {counts.tolist()}, expected about {(GRID * law).tolist()}")
@@ -146,7 +142,7 @@ def impossible_tokens_are_not_drawn(f: Function, case: Case, close: Close) -> No
     """A token of probability 0 is not drawn, not by the draw 0 and not by the last one below 1."""
     from refimpl.decoding.sampling import sampling_law
 
-    law = _wide(case.without("uniforms", "rng").call(sampling_law))
+    law = in_float64(case.without("uniforms", "rng").call(sampling_law))
     for u in (0.0, np.nextafter(1.0, 0.0)):
         drawn = np.asarray(case.replace(uniforms=np.full(law.shape[:-1], u)).call(f))
         if np.any(np.take_along_axis(law, drawn[..., None], axis=-1) <= 0):
@@ -157,5 +153,5 @@ def impossible_tokens_are_not_drawn(f: Function, case: Case, close: Close) -> No
 def greedy_takes_the_first_of_the_largest(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """At temperature 0 the draws do not matter."""
     drawn = np.asarray(case.replace(temperature=0.0).call(f))
-    if not np.array_equal(drawn, np.argmax(_wide(case.args[0]), axis=-1)):
+    if not np.array_equal(drawn, np.argmax(in_float64(case.args[0]), axis=-1)):
         raise LawViolation("temperature 0 does not take the first of the largest logits")

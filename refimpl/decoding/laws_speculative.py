@@ -12,26 +12,19 @@ from refimpl.decoding.samples_speculative import draw_rows, pair_of_laws
 from refimpl.errors import LawViolation
 from refimpl.numerics import Array, FloatArray, widen
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 __all__ = ["exact_output_law", "product_law"]
 
 Sampler = Callable[..., Any]
 
 
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
-
-
 def _call(f: Sampler, case: Case) -> tuple[Array, Array]:
     """Return tokens [B, K + 1] and the number of accepted drafts [B], if they are of that kind at all."""
     tokens, accepted = (np.asarray(part) for part in case.call(f))
     B, K = case.args[0].shape
-    _require(
-        tokens.shape == (B, K + 1) and accepted.shape == (B,), "expected tokens [B, K + 1], accepted [B]"
-    )
-    _require((accepted >= 0) & (accepted <= K), f"accepted: expected 0 to {K}, got {accepted}")
+    require(tokens.shape == (B, K + 1) and accepted.shape == (B,), "expected tokens [B, K + 1], accepted [B]")
+    require((accepted >= 0) & (accepted <= K), f"accepted: expected 0 to {K}, got {accepted}")
     return tokens.astype(np.int64), accepted.astype(np.int64)
 
 
@@ -85,7 +78,7 @@ def exact_output_law(
         mass = mass[..., None] * target[length - 1]
         ended = accepted == length - 1
         output = tokens[ended, :length]
-        _require((output >= 0) & (output < V), "a token is missing or outside the vocabulary")
+        require((output >= 0) & (output < V), "a token is missing or outside the vocabulary")
         np.add.at(mass, tuple(output.T), weight[ended])
     return mass
 
@@ -129,7 +122,7 @@ def equal_models_accept_everything(f: Sampler, case: Case, close: Close) -> None
     drafted, draft, target = case.args
     same = np.concatenate([draft, target[:, -1:]], axis=1)
     _, accepted = _call(f, case.replace(drafted, draft, same))
-    _require(accepted == drafted.shape[1], "a draft equal to the target was rejected")
+    require(accepted == drafted.shape[1], "a draft equal to the target was rejected")
 
 
 @law("decoding.speculative")
@@ -144,9 +137,9 @@ def disjoint_models_accept_nothing(f: Sampler, case: Case, close: Close) -> None
     zeros = np.zeros((len(drafted), drafted.shape[1] + 1), draft.dtype)
     for draws in (given, given.without("rng").replace(uniforms=zeros)):
         out, accepted = _call(f, draws)
-        _require(accepted == 0, "a token stands that the target never gives")
+        require(accepted == 0, "a token stands that the target never gives")
         reached = np.take_along_axis(elsewhere[:, 0], out[:, :1], axis=1)
-        _require(reached > 0, "the token after a rejection is one that the target never gives")
+        require(reached > 0, "the token after a rejection is one that the target never gives")
 
 
 @law("decoding.speculative")
@@ -156,11 +149,11 @@ def accepted_drafts_come_first(f: Sampler, case: Case, close: Close) -> None:  #
     tokens, accepted = _call(f, case)
     place = np.arange(tokens.shape[1])
     kept = place[:-1] < accepted[:, None]
-    _require((tokens[:, :-1] == drafted) | ~kept, "an accepted draft is not in its place")
-    _require((tokens == -1) | (place <= accepted[:, None]), "a token stands after the last one")
+    require((tokens[:, :-1] == drafted) | ~kept, "an accepted draft is not in its place")
+    require((tokens == -1) | (place <= accepted[:, None]), "a token stands after the last one")
     here = np.arange(len(tokens)), accepted
-    _require(tokens[here] >= 0, "the token after the accepted drafts is missing")
-    _require(widen(target)[(*here, tokens[here])] > 0, "the last token is one that the target never gives")
+    require(tokens[here] >= 0, "the token after the accepted drafts is missing")
+    require(widen(target)[(*here, tokens[here])] > 0, "the last token is one that the target never gives")
 
 
 @law("decoding.speculative")
@@ -176,6 +169,6 @@ def nothing_after_a_rejection_matters(f: Sampler, case: Case, close: Close) -> N
         np.where(later[..., None], other, target),
     )
     again, same = _call(f, case.replace(*moved))
-    _require(
+    require(
         (again == tokens).all() and (same == accepted).all(), "what follows a rejection changed the output"
     )

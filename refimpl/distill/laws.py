@@ -8,22 +8,12 @@ from typing import Any
 import numpy as np
 
 from refimpl.distill.reverse_kl import reverse_kl_vjp, sequence_probabilities
-from refimpl.errors import LawViolation
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 SOFT = ("distill.soft_targets", "distill.tinybert.prediction")
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
-
-
-def _wide(array: Any) -> FloatArray:
-    return widen(np.asarray(array)).astype(np.float64)
 
 
 def _like(array: Any, case: Case) -> Any:
@@ -44,8 +34,8 @@ def _log_p(logits: FloatArray, temperature: float = 1.0) -> FloatArray:
 def a_shift_of_logits_does_not_matter(f: Function, case: Case, close: Close) -> None:
     """Two more on every logit of student and teacher change nothing."""
     student, teacher, *rest = case.args
-    moved = case.replace(_like(_wide(student) + 2, case), _like(_wide(teacher) + 2, case), *rest)
-    if all(np.array_equal(_wide(moved.args[i]) - 2, _wide(case.args[i])) for i in (0, 1)):
+    moved = case.replace(_like(in_float64(student) + 2, case), _like(in_float64(teacher) + 2, case), *rest)
+    if all(np.array_equal(in_float64(moved.args[i]) - 2, in_float64(case.args[i])) for i in (0, 1)):
         close.on(moved)(moved.call(f), case.call(f), "logits shifted")
 
 
@@ -63,7 +53,7 @@ def without_soft_weight_it_is_cross_entropy(f: Function, case: Case, close: Clos
     """λ = 0 leaves the cross-entropy of the labels, whatever the temperature and the teacher."""
     student, teacher, labels = case.args
     hard = case.replace(student, teacher, labels, weight=0.0)
-    truth = -np.mean(_log_p(_wide(student))[np.arange(len(labels)), labels]) if len(labels) else 0.0
+    truth = -np.mean(_log_p(in_float64(student))[np.arange(len(labels)), labels]) if len(labels) else 0.0
     close.on(hard)(hard.call(f), np.asarray(truth), "λ = 0")
 
 
@@ -75,7 +65,7 @@ def the_soft_term_grows_with_its_square(f: Function, case: Case, close: Close) -
         return
     for T in (1.0, 4.0):
         soft = case.replace(student, teacher, labels, weight=1.0, temperature=T)
-        log_t, log_s = _log_p(_wide(teacher), T), _log_p(_wide(student), T)
+        log_t, log_s = _log_p(in_float64(teacher), T), _log_p(in_float64(student), T)
         truth = T**2 * np.mean(np.sum(np.exp(log_t) * (log_t - log_s), axis=1))
         close.on(soft)(soft.call(f), np.asarray(truth), f"T = {T}", factor=4.0)
 
@@ -87,12 +77,12 @@ def never_below_the_entropy_of_the_teacher(f: Function, case: Case, close: Close
     if not student.size:
         return
     T, V = case.kwargs["temperature"], student.shape[1]
-    log_t = _log_p(_wide(teacher), T)
+    log_t = _log_p(in_float64(teacher), T)
     entropy = -np.mean(np.sum(np.exp(log_t) * log_t, axis=1))
     paper = case.replace(teacher.copy(), teacher, convention="paper")
     close.on(paper)(paper.call(f), np.asarray(entropy), "student = teacher")
     released = case.replace(student, teacher, convention="released")
-    both = V * _wide(released.call(f)), case.replace(student, teacher, convention="paper").call(f)
+    both = V * in_float64(released.call(f)), case.replace(student, teacher, convention="paper").call(f)
     close(*both, "mean over classes times V", factor=float(V))
 
 
@@ -104,7 +94,7 @@ def a_student_like_its_teacher_loses_nothing(f: Function, case: Case, close: Clo
     """Equal scores, and hidden states that the projection maps onto the teacher's, have loss 0."""
     _, scores, hidden, target, projection = case.args
     zero = case.replace(scores.copy(), scores, hidden * 0, target * 0, projection)
-    _require(_wide(zero.call(f)) == 0, "equal layers have a loss")
+    require(in_float64(zero.call(f)) == 0, "equal layers have a loss")
 
 
 @law("distill.tinybert")
@@ -137,7 +127,7 @@ def hidden_states_pass_the_projection(f: Function, case: Case, close: Close) -> 
     if not target.size:
         return
     alone = case.replace(scores, scores.copy(), hidden, target, projection)
-    truth = np.mean((_wide(hidden) @ _wide(projection) - _wide(target)) ** 2)
+    truth = np.mean((in_float64(hidden) @ in_float64(projection) - in_float64(target)) ** 2)
     close.on(alone)(alone.call(f), np.asarray(truth), "hidden states", factor=4.0)
 
 
@@ -154,10 +144,10 @@ def certain_students_lose_nothing(f: Function, case: Case, close: Close) -> None
     sure = np.full((B, T, V), -1e4)
     for b in range(B):
         sure[b, np.arange(T - 1), tokens[b, 1:]] = 1e4
-    _require(abs(float(case.replace(_like(sure, case), tokens, written).call(f))) < 1e-6, "a certain student")
+    require(abs(float(case.replace(_like(sure, case), tokens, written).call(f))) < 1e-6, "a certain student")
     even = float(case.replace(_like(np.zeros((B, T, V)), case), tokens, written).call(f))
     truth = np.log(V) if written[:, 1:].any() else 0.0
-    _require(abs(even - truth) < 1e-2, f"an undecided student loses {even}, expected {truth}")
+    require(abs(even - truth) < 1e-2, f"an undecided student loses {even}, expected {truth}")
 
 
 @law("distill.sequence_level")
@@ -181,8 +171,8 @@ def expected_under_the_teacher_it_is_a_cross_entropy(f: Function, case: Case, cl
             total[name] += p[token] * float(call.call(f))
     truth = -float(p @ _log_p(student))
     room = 1e-2 if case.args[0].dtype.itemsize < 4 else 1e-5
-    _require(abs(total["student"] - truth) < room + close.tolerance, "not the cross-entropy")
-    _require(total["teacher"] < total["student"], "another student does better than the teacher itself")
+    require(abs(total["student"] - truth) < room + close.tolerance, "not the cross-entropy")
+    require(total["teacher"] < total["student"], "another student does better than the teacher itself")
 
 
 # Reverse KL
@@ -192,7 +182,7 @@ def expected_under_the_teacher_it_is_a_cross_entropy(f: Function, case: Case, cl
 def only_agreement_costs_nothing(f: Function, case: Case, close: Close) -> None:
     """The divergence is at least 0, and 0 where the student is its teacher."""
     teacher = case.args[1]
-    _require(float(case.call(f)) >= -2 * close.tolerance, "a negative divergence")
+    require(float(case.call(f)) >= -2 * close.tolerance, "a negative divergence")
     same = case.replace(teacher.copy(), teacher)
     close.on(same)(same.call(f), np.asarray(0.0), "student = teacher")
 
@@ -200,7 +190,7 @@ def only_agreement_costs_nothing(f: Function, case: Case, close: Close) -> None:
 @law("distill.minillm.reverse_kl")
 def it_sums_over_sequences(f: Function, case: Case, close: Close) -> None:
     """It is the sum over all sequences of q log q/p."""
-    student, teacher = (_wide(array) for array in case.args)
+    student, teacher = (in_float64(array) for array in case.args)
     V, rows, steps = student.shape[1], 0, 0
     while rows < len(student):
         rows, steps = rows + V**steps, steps + 1
@@ -217,7 +207,7 @@ def it_sums_over_sequences(f: Function, case: Case, close: Close) -> None:
 @law("distill.minillm")
 def gradients_of_logits_sum_to_zero(f: Function, case: Case, close: Close) -> None:
     """A constant on all logits of a position changes no distribution, so each row sums to 0."""
-    total = np.sum(_wide(case.call(f)), axis=2)
+    total = np.sum(in_float64(case.call(f)), axis=2)
     close(
         total, np.zeros(total.shape), "sums over the vocabulary", factor=2.0 * max(case.args[0].shape[2], 1)
     )
@@ -230,7 +220,7 @@ def unbiased_where_it_claims_to_be(f: Function, case: Case, close: Close) -> Non
         return
     rng = np.random.default_rng(case.args[0].shape)
     V, steps = 3, 3
-    student, teacher = (_wide(_like(x, case)) for x in rng.standard_normal((2, 13, V)))
+    student, teacher = (in_float64(_like(x, case)) for x in rng.standard_normal((2, 13, V)))
     sequences, q = sequence_probabilities(student, steps=steps)
     rows = np.zeros((len(sequences), steps), np.int64)
     for t in range(1, steps):
@@ -240,10 +230,10 @@ def unbiased_where_it_claims_to_be(f: Function, case: Case, close: Close) -> Non
         _like(student[rows], case), _like(teacher[rows], case), sequences, weights=_like(weights, case)
     )
     found = np.zeros(student.shape)
-    np.add.at(found, rows, _wide(call.call(f)))
+    np.add.at(found, rows, in_float64(call.call(f)))
     exact = reverse_kl_vjp(student, teacher, 1.0).student
     room = {8: 1e-12, 4: 1e-4}.get(case.args[0].dtype.itemsize, 0.1)
-    _require(np.abs(found - exact) <= room, f"{np.abs(found - exact).max()} off")
+    require(np.abs(found - exact) <= room, f"{np.abs(found - exact).max()} off")
 
 
 @law("distill.minillm")
@@ -269,9 +259,9 @@ def later_rewards_are_averaged_if_asked(f: Function, case: Case, close: Close) -
     long = [_like(x, case) for x in rng.standard_normal((2, 1, 4, 3))]
     call = case.without("weights").replace(*long, np.zeros((1, 4), np.int64))
     summed, averaged = (
-        _wide(call.replace(estimator=n).call(f)) for n in ("single_step", "length_normalized")
+        in_float64(call.replace(estimator=n).call(f)) for n in ("single_step", "length_normalized")
     )
-    _require(np.any(np.abs(summed - averaged)[0, 0] > 1e-3), "four steps do not differ")
+    require(np.any(np.abs(summed - averaged)[0, 0] > 1e-3), "four steps do not differ")
 
 
 # Augmentation
@@ -282,10 +272,10 @@ def the_sentence_stays_first(f: Function, case: Case, close: Close) -> None:  # 
     """Row 0 is the sentence; with probability 0 all rows are, and lengths never change."""
     tokens, candidates, u_replace, u_choice = case.args
     out = np.asarray(case.call(f))
-    _require(out.shape == (1 + len(u_replace), len(tokens)), f"shape {out.shape}")
-    _require(out[0] == tokens, "the sentence changed")
+    require(out.shape == (1 + len(u_replace), len(tokens)), f"shape {out.shape}")
+    require(out[0] == tokens, "the sentence changed")
     never = case.replace(tokens, candidates, u_replace * 0, u_choice, probability=0.0)  # also at a draw of 0
-    _require(np.asarray(never.call(f)) == tokens[None], "replaced at probability 0")
+    require(np.asarray(never.call(f)) == tokens[None], "replaced at probability 0")
 
 
 @law("distill.augmentation")
@@ -294,7 +284,7 @@ def only_candidates_appear(f: Function, case: Case, close: Close) -> None:  # no
     tokens, candidates, *_ = case.args
     out = np.asarray(case.call(f))
     allowed = (out == tokens) | np.any(out[:, :, None] == np.where(candidates < 0, -2, candidates), axis=2)
-    _require(allowed, "a token from nowhere")
+    require(allowed, "a token from nowhere")
 
 
 @law("distill.augmentation")
@@ -307,5 +297,5 @@ def certain_replacement_leaves_nothing(f: Function, case: Case, close: Close) ->
         fixed = case.replace(tokens, candidates, u_replace * 0, drawn, probability=1.0)
         rows = np.asarray(fixed.call(f))[1:]
         for place in np.flatnonzero(count):
-            _require(rows[:, place] == candidates[place, index[place]], f"position {place}")
-        _require(rows[:, count == 0] == tokens[count == 0], "replaced without candidates")
+            require(rows[:, place] == candidates[place, index[place]], f"position {place}")
+        require(rows[:, count == 0] == tokens[count == 0], "replaced without candidates")

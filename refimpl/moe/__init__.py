@@ -8,6 +8,7 @@ from refimpl.moe.base_assignment import base_layer, base_layer_vjp, best_exchang
 from refimpl.moe.batch_priority import batch_priority_routing, batch_priority_vjp
 from refimpl.moe.buffers import LayerGradients, routed, routed_vjp
 from refimpl.moe.capacity import expert_capacity
+from refimpl.moe.deepseek_v3 import BiasedGradients, deepseek_v3_vjp, gates_by_masks
 from refimpl.moe.dispatch import combine_tensor, dispatch_by_indices, dispatch_vjp
 from refimpl.moe.expert_choice import (
     chosen_by_experts,
@@ -81,6 +82,7 @@ from refimpl.moe.switch import switch_routing, switch_vjp
 from refimpl.moe.upcycling import virtual_groups
 
 __all__ = [
+    "BiasedGradients",
     "Convention",
     "ExpertGradients",
     "ExpertOptions",
@@ -109,6 +111,7 @@ __all__ = [
     "combine_tensor",
     "communication_balance_loss",
     "communication_balance_loss_vjp",
+    "deepseek_v3_vjp",
     "dense_mixture",
     "dense_mixture_vjp",
     "device_balance_loss",
@@ -127,6 +130,7 @@ __all__ = [
     "future_hash",
     "gate_weights",
     "gate_weights_vjp",
+    "gates_by_masks",
     "gshard_as_coded_routing",
     "gshard_as_coded_vjp",
     "gshard_as_printed",

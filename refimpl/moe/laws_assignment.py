@@ -9,17 +9,13 @@ import numpy as np
 
 from refimpl.moe.laws_gating import demand, slack
 from refimpl.moe.samples import observed_weights, scaling_experts
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
 CHOICE = ("moe.expert_choice", "moe.expert_choice.mesh_tf")
 LARGEST_TERM = 1e-9  # of float64 scores of order 10, far above rounding and far below a mistake
-
-
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
 
 
 def with_a_feature_of_one(x: FloatArray) -> FloatArray:
@@ -60,7 +56,7 @@ def experts_take_their_largest_shares(f: Function, case: Case, close: Close) -> 
 def shares_grow_with_their_logit(f: Function, case: Case, close: Close) -> None:
     """A token's shares of two experts differ by the exponential of the difference of their logits."""
     x, w_router = case.args[:2]
-    logits = _wide(x) @ _wide(w_router)
+    logits = in_float64(x) @ in_float64(w_router)
     dense = _of_all(f, case.without("padding_mask"))
     ratio = dense * np.exp(logits.max(axis=1, keepdims=True, initial=-np.inf) - logits)
     demand(np.ptp(ratio, axis=1) <= 10 * slack(close) * ratio.max(initial=0), "shares are no softmax")
@@ -136,7 +132,7 @@ def no_round_of_moves_gains(f: Function, case: Case, close: Close) -> None:  # n
     """No exchange of tokens between two or more experts has a larger total score: it is the optimum."""
     from refimpl.moe.base_assignment import best_exchange
 
-    scores = _wide(case.args[0])
+    scores = in_float64(case.args[0])
     gain = best_exchange(scores, np.asarray(case.call(f)))
     demand(gain <= LARGEST_TERM, f"a round of moves gains {gain}")
 
@@ -165,11 +161,11 @@ def _base_weights(f: Function, case: Case) -> FloatArray:
     """Return the weights without the residual, which is seen with experts that give 0."""
     x, w_router = case.args[:2]
     E, D = w_router.shape[1], x.shape[1]
-    tokens, weights = _wide(x), np.zeros((len(x), E))
+    tokens, weights = in_float64(x), np.zeros((len(x), E))
     square = np.sum(tokens * tokens, axis=1)
     for e in range(E):
         experts = (round_to(w, x.dtype) for w in scaling_experts(np.eye(E)[e], D))
-        y = _wide(case.without("w_gate").replace(x, w_router, *experts).call(f)) - tokens
+        y = in_float64(case.without("w_gate").replace(x, w_router, *experts).call(f)) - tokens
         weights[:, e] = np.divide(np.sum(tokens * y, axis=1), square, out=weights[:, e], where=square > 0)
     return weights
 
@@ -189,7 +185,7 @@ def the_gate_is_a_sigmoid_of_the_own_score(f: Function, case: Case, close: Close
     T, E = len(x), w_router.shape[1]
     weights = _base_weights(f, case)
     demand(np.count_nonzero(weights, axis=1) == 1, "a token has not exactly one expert")
-    scores = _wide(x) @ _wide(w_router)
+    scores = in_float64(x) @ in_float64(w_router)
     expected = np.where(weights != 0, 1 / (1 + np.exp(-scores)), 0)
     demand(abs(weights - expected) <= slack(close), "a gate is not the sigmoid of its score")
     if case.kwargs["assignment"] == "balanced":

@@ -10,15 +10,11 @@ import numpy as np
 from refimpl.moe.laws_assignment import with_a_feature_of_one
 from refimpl.moe.laws_gating import demand, slack
 from refimpl.moe.samples import observed_weights
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
-
-
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
 
 
 @law("moe.attention_router")
@@ -26,7 +22,7 @@ def no_queries_make_all_experts_equal(f: Function, case: Case, close: Close) -> 
     """With ``W_q = 0`` every expert's logit is the mean of v."""
     x, w_q, w_k, w_v = case.args
     flat = case.replace(x, np.zeros_like(w_q), w_k, w_v)
-    mean = (_wide(x) @ _wide(w_v)).mean(axis=1, keepdims=True)
+    mean = (in_float64(x) @ in_float64(w_v)).mean(axis=1, keepdims=True)
     close.on(flat)(flat.call(f), np.broadcast_to(mean, (len(x), w_v.shape[1])), "queries of 0")
 
 
@@ -34,9 +30,9 @@ def no_queries_make_all_experts_equal(f: Function, case: Case, close: Close) -> 
 def logits_lie_between_the_values(f: Function, case: Case, close: Close) -> None:
     """A logit is a mean of the token's values, so none is beyond the least and the largest."""
     x, *_, w_v = case.args
-    values = _wide(x) @ _wide(w_v)
+    values = in_float64(x) @ in_float64(w_v)
     low, high = values.min(axis=1, keepdims=True), values.max(axis=1, keepdims=True)
-    logits = _wide(case.call(f))
+    logits = in_float64(case.call(f))
     demand(
         (logits >= low - close.tolerance) & (logits <= high + close.tolerance), "a logit beyond all values"
     )
@@ -64,7 +60,7 @@ def sharp_diagonals_are_a_plain_router(f: Function, case: Case, close: Close) ->
     project[-1] = 100.0 * signs
     w_v = np.pad(w_v, ((0, 1), (0, 0)))[:, : len(signs)]
     sharp = case.replace(x, *(round_to(w, x.dtype) for w in (project, project)), w_v)
-    close.on(sharp)(sharp.call(f), _wide(x) @ _wide(w_v), "sharp attention")
+    close.on(sharp)(sharp.call(f), in_float64(x) @ in_float64(w_v), "sharp attention")
 
 
 @law("moe.attention_router")
@@ -77,8 +73,8 @@ def attention_is_the_softmax_of_products(f: Function, case: Case, close: Close) 
     w_q[-1], w_k[-1] = 1.0, np.log(np.arange(1, E + 1))
     w_q, w_k = (round_to(w, x.dtype) for w in (w_q, w_k))
     given = case.replace(x, w_q, w_k, w_v)
-    powers = np.exp(_wide(w_k)[-1])  # b, but for what the format rounds
-    mean = _wide(x) @ _wide(w_v) @ powers / powers.sum()
+    powers = np.exp(in_float64(w_k)[-1])  # b, but for what the format rounds
+    mean = in_float64(x) @ in_float64(w_v) @ powers / powers.sum()
     close.on(given)(given.call(f), np.repeat(mean[:, None], E, axis=1), "keys of log b")
 
 
@@ -97,7 +93,7 @@ def gates_come_from_attended_logits(f: Function, case: Case, close: Close) -> No
     from refimpl.moe.attention_router import attention_router
 
     x, w_q, w_k, w_v, *_ = case.args
-    logits = _wide(attention_router(*(_wide(array) for array in (x, w_q, w_k, w_v))))
+    logits = in_float64(attention_router(*(in_float64(array) for array in (x, w_q, w_k, w_v))))
     weights = _layer_weights(f, case)
     kept = weights != 0
     demand(np.count_nonzero(kept, axis=1) == case.kwargs["k"], "a token has not k experts")

@@ -9,15 +9,11 @@ import numpy as np
 
 from refimpl.moe.expert_ffn import ExpertOptions
 from refimpl.moe.laws_gating import demand, slack
-from refimpl.numerics import FloatArray, widen
+from refimpl.numerics import FloatArray, in_float64
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
-
-
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
 
 
 def _dense(options: Mapping[str, Any], x: Any, w_1: Any, w_2: Any) -> FloatArray:
@@ -25,8 +21,8 @@ def _dense(options: Mapping[str, Any], x: Any, w_1: Any, w_2: Any) -> FloatArray
 
     activation, gate = options.get("activation", "relu"), options.get("w_gate")
     if gate is None:
-        return ffn(_wide(x), _wide(w_1), _wide(w_2), activation=activation)
-    return gated_ffn(_wide(x), _wide(gate), _wide(w_1), _wide(w_2), activation=activation)
+        return ffn(in_float64(x), in_float64(w_1), in_float64(w_2), activation=activation)
+    return gated_ffn(in_float64(x), in_float64(gate), in_float64(w_1), in_float64(w_2), activation=activation)
 
 
 @law("moe.split_ffn")
@@ -51,7 +47,7 @@ def a_silent_part_is_its_units_removed(f: Function, case: Case, close: Close) ->
         gates = np.ones((len(x), E))
         gates[:, e] = 0
         partial = case.replace(gates=gates)
-        expected = _dense(case.kwargs, x, w_1, _wide(w_2) * kept[:, None])
+        expected = _dense(case.kwargs, x, w_1, in_float64(w_2) * kept[:, None])
         close.on(partial)(partial.call(f), expected, f"without expert {e}")
 
 
@@ -62,8 +58,8 @@ def gates_weigh_their_parts(f: Function, case: Case, close: Close) -> None:
     one = np.broadcast_to(np.arange(E) % 3, (len(x), E)).astype(float)
     two = 3.0 - one
     first, second, both = (case.replace(gates=gates) for gates in (one, two, one + two))
-    total = _wide(first.call(f)) + _wide(second.call(f))
-    close.on(both)(total, _wide(both.call(f)), "gates added", factor=2.0)
+    total = in_float64(first.call(f)) + in_float64(second.call(f))
+    close.on(both)(total, in_float64(both.call(f)), "gates added", factor=2.0)
 
 
 def _tokens(case: Case) -> FloatArray:
@@ -76,7 +72,7 @@ def upcycled_layers_compute_the_dense_one(f: Function, case: Case, close: Close)
     from refimpl.moe.sparse_mixture import sparse_mixture
     from refimpl.moe.upcycling import virtual_groups
 
-    experts = [_wide(w) for w in case.call(f) if w is not None]
+    experts = [in_float64(w) for w in case.call(f) if w is not None]
     options: ExpertOptions = {"w_gate": experts[2]} if len(experts) == 3 else {}
     x, segments, copies = _tokens(case), case.kwargs["segments"], case.kwargs["copies"]
     expected = _dense(case.kwargs, x, *case.args)

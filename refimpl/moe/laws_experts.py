@@ -9,15 +9,11 @@ import numpy as np
 
 from refimpl.moe.laws_gating import demand, slack
 from refimpl.moe.samples import observed_weights, scaling_experts
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
-
-
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
 
 
 def _softmax(z: FloatArray) -> FloatArray:
@@ -33,7 +29,7 @@ def _loosest(close: Close, *cases: Case) -> Close:
 def _demand_top_k(weights: FloatArray, case: Case, k: int, close: Close) -> None:
     """Require that weights (T, E) are those of the k largest logits ``x @ w_router`` under the convention."""
     x, w_router = case.args[:2]
-    logits = _wide(x) @ _wide(w_router)
+    logits = in_float64(x) @ in_float64(w_router)
     shares, kept = _softmax(logits), np.argsort(np.argsort(-logits, axis=1), axis=1) < k
     expected = np.where(kept, shares, 0)
     if case.kwargs["convention"] != "switch":
@@ -48,7 +44,7 @@ def _weights_of_segments(f: Function, case: Case) -> FloatArray:
     """Return the weight of each segment: one at a time is the identity, and the others give 0."""
     x, w_router, w_in, _ = case.args
     N, D, m = len(w_in), x.shape[1], case.kwargs["segments"]
-    tokens, weights = _wide(x), np.zeros((len(x), N * m))
+    tokens, weights = in_float64(x), np.zeros((len(x), N * m))
     square = np.sum(tokens * tokens, axis=1)
     ins, outs = scaling_experts(np.ones(1), D)
     for n, j in np.ndindex(N, m):
@@ -56,7 +52,7 @@ def _weights_of_segments(f: Function, case: Case) -> FloatArray:
         units = slice(j * 2 * D, (j + 1) * 2 * D)
         probe_in[n, :, units], probe_out[n, units] = ins[0], outs[0]
         experts = (round_to(w, x.dtype) for w in (probe_in, probe_out))
-        y = _wide(case.without("w_gate").replace(x, w_router, *experts).call(f))
+        y = in_float64(case.without("w_gate").replace(x, w_router, *experts).call(f))
         scaled = np.sum(tokens * y, axis=1)
         weights[:, n * m + j] = np.divide(scaled, square, out=np.zeros(len(x)), where=square > 0)
     return weights
@@ -109,15 +105,15 @@ def silent_routed_experts_leave_the_shared(f: Function, case: Case, close: Close
     from refimpl.transformer.ffn import ffn, gated_ffn
 
     alone = _shared_alone(case)
-    x, *_, shared_in, shared_out = (_wide(array) for array in case.args)
+    x, *_, shared_in, shared_out = (in_float64(array) for array in case.args)
     gate, router = (case.kwargs.get(name) for name in ("shared_gate", "shared_router"))
     total = np.zeros(x.shape)
     for s, (w_in, w_out) in enumerate(zip(shared_in, shared_out, strict=True)):
-        factor = 1.0 if router is None else 1 / (1 + np.exp(-(x @ _wide(router)[:, s : s + 1])))
+        factor = 1.0 if router is None else 1 / (1 + np.exp(-(x @ in_float64(router)[:, s : s + 1])))
         if gate is None:
             total += factor * ffn(x, w_in, w_out, activation=case.kwargs["activation"])
         else:
-            part = gated_ffn(x, _wide(gate)[s], w_in, w_out, activation=case.kwargs["activation"])
+            part = gated_ffn(x, in_float64(gate)[s], w_in, w_out, activation=case.kwargs["activation"])
             total += factor * part
     close.on(alone)(alone.call(f), total, "routed experts that give 0")
 
@@ -126,8 +122,10 @@ def silent_routed_experts_leave_the_shared(f: Function, case: Case, close: Close
 def shared_and_routed_add_up(f: Function, case: Case, close: Close) -> None:
     """The layer is its shared experts alone plus its routed ones alone."""
     parts = _shared_alone(case), _without_shared(case)
-    alone, routed = (_wide(part.call(f)) for part in parts)
-    _loosest(close, *parts)(alone + routed, _wide(case.call(f)), "shared alone plus routed alone", factor=2.0)
+    alone, routed = (in_float64(part.call(f)) for part in parts)
+    _loosest(close, *parts)(
+        alone + routed, in_float64(case.call(f)), "shared alone plus routed alone", factor=2.0
+    )
 
 
 @law("moe.shared_experts")
@@ -184,7 +182,7 @@ def _expert_weights(f: Function, case: Case) -> FloatArray:
 def one_expert_a_token(f: Function, case: Case, close: Close) -> None:
     """Exactly one expert counts for a token, its best; in the paper with its share of the softmax."""
     x, router = case.args[0], case.args[3]
-    logits = _wide(x) @ _wide(router)
+    logits = in_float64(x) @ in_float64(router)
     weights = _expert_weights(f, case)
     seen = np.any(x != 0, axis=1)
     demand((np.count_nonzero(weights, axis=1) == 1)[seen], "a token has not exactly one expert")
@@ -197,8 +195,8 @@ def one_expert_a_token(f: Function, case: Case, close: Close) -> None:
 def dense_and_expert_add_up(f: Function, case: Case, close: Close) -> None:
     """The layer is its dense part alone plus its expert alone."""
     parts = _residual_parts(case)
-    routed, dense = (_wide(part.call(f)) for part in parts)
-    _loosest(close, *parts)(routed + dense, _wide(case.call(f)), "dense plus expert", factor=2.0)
+    routed, dense = (in_float64(part.call(f)) for part in parts)
+    _loosest(close, *parts)(routed + dense, in_float64(case.call(f)), "dense plus expert", factor=2.0)
 
 
 @law("moe.residual")
@@ -207,7 +205,7 @@ def silent_experts_leave_the_dense_layer(f: Function, case: Case, close: Close) 
     from refimpl.transformer.ffn import ffn
 
     silent = _residual_parts(case)[1]
-    x, w_1, w_2 = (_wide(array) for array in case.args[:3])
+    x, w_1, w_2 = (in_float64(array) for array in case.args[:3])
     dense = ffn(x, w_1, w_2, activation=case.kwargs["activation"])
     close.on(silent)(silent.call(f), dense, "experts that give 0")
 
@@ -219,9 +217,9 @@ def coefficients_share_one(f: Function, case: Case, close: Close) -> None:
 
     *rest, w_c = case.args
     flat, other = case.replace(*rest, np.zeros_like(w_c)), case.replace(*rest, w_c[:, ::-1])
-    paper = _wide(residual(*(_wide(array) for array in rest), activation=case.kwargs["activation"]))
+    paper = in_float64(residual(*(in_float64(array) for array in rest), activation=case.kwargs["activation"]))
     close.on(flat)(2 * np.asarray(flat.call(f)), paper, "coefficients of one half", factor=2.0)
-    both = _wide(case.call(f)) + _wide(other.call(f))
+    both = in_float64(case.call(f)) + in_float64(other.call(f))
     _loosest(close, other)(both, paper, "both orders of the coefficients", factor=2.0)
 
 
@@ -255,5 +253,5 @@ def a_pyramid_is_its_layers_in_turn(f: Function, case: Case, close: Close) -> No
     rest = case.replace(np.asarray(one.call(f))).replace(layers=layers[1:])
     close(rest.call(f), case.call(f), "first layer, then the others")
     if layers:
-        y = residual(_wide(x), *map(_wide, layers[0]), activation=case.kwargs["activation"])
-        close.on(one)(one.call(f), _wide(x) + _wide(y), "one layer")
+        y = residual(in_float64(x), *map(in_float64, layers[0]), activation=case.kwargs["activation"])
+        close.on(one)(one.call(f), in_float64(x) + in_float64(y), "one layer")

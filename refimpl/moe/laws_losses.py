@@ -7,18 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.moe.losses_importance import EPSILON
 from refimpl.numerics import Array, FloatArray
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Loss = Callable[..., Any]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
 
 
 def only_in_float64(case: Case) -> None:
@@ -176,7 +170,7 @@ def certain_experts_have_equal_loads(f: Loss, case: Case, close: Close) -> None:
 def deepseek_changes_its_coefficient_with_size(f: Loss, case: Case, close: object) -> None:  # noqa: ARG001
     """DeepSeekMoE weighs its expert loss 0.01 at 2B, 0.001 at 16B and 0.003 at 145B."""
     found = [float(f(model=f"deepseekmoe-{size}").expert) for size in ("2b", "16b", "145b")]
-    _require(found == [0.01, 0.001, 0.003], f"the coefficients are {found}")
+    require(found == [0.01, 0.001, 0.003], f"the coefficients are {found}")
 
 
 @law("moe.loss_coefficients")
@@ -184,7 +178,7 @@ def vision_weighs_its_losses_a_twentieth(f: Loss, case: Case, close: object) -> 
     """V-MoE halves 0.01 between importance and load, where Shazeer et al. have 0.1 for each."""
     for model, each in (("shazeer", 0.1), ("v-moe", 0.005)):
         found = f(model=model)
-        _require((found.importance, found.load) == (each, each), f"{model}: {found.importance}, {found.load}")
+        require((found.importance, found.load) == (each, each), f"{model}: {found.importance}, {found.load}")
 
 
 @law("moe.loss_coefficients")
@@ -192,8 +186,8 @@ def devices_are_balanced_where_there_are_several(f: Loss, case: Case, close: obj
     """Only models with experts on several devices have a device loss; it weighs more than the experts'."""
     found = f(model=case.kwargs["model"])
     spread = case.kwargs["model"] in ("deepseekmoe-145b", "deepseek-v2")
-    _require((found.device > 0) == spread, f"{case.kwargs['model']}: device loss {found.device}")
-    _require(
+    require((found.device > 0) == spread, f"{case.kwargs['model']}: device loss {found.device}")
+    require(
         not spread or found.device > found.expert, f"device loss {found.device}, expert loss {found.expert}"
     )
 
@@ -202,6 +196,6 @@ def devices_are_balanced_where_there_are_several(f: Loss, case: Case, close: obj
 def a_model_has_one_kind_of_balance(f: Loss, case: Case, close: object) -> None:  # noqa: ARG001
     """A model has importance and load losses, or a balance loss, or an expert loss."""
     found = f(model=case.kwargs["model"])
-    _require((found.importance > 0) == (found.load > 0), "importance and load go together")
+    require((found.importance > 0) == (found.load > 0), "importance and load go together")
     kinds = [found.importance > 0, found.balance > 0, found.expert > 0]
-    _require(sum(kinds) == 1, f"{case.kwargs['model']} has {sum(kinds)} kinds of balance")
+    require(sum(kinds) == 1, f"{case.kwargs['model']} has {sum(kinds)} kinds of balance")

@@ -7,20 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.moe.laws_losses import only_in_float64
 from refimpl.numerics import FloatArray
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Loss = Callable[..., Any]
 # A gate this sure is one-hot in float64.
 SURE = 1000.0
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
 
 
 def _sure(experts: FloatArray, E: int) -> FloatArray:
@@ -77,7 +71,7 @@ def information_lies_between_nothing_and_log_experts(f: Loss, case: Case, close:
     # ModuleFormer's 1e-8 in the logarithm adds up to 1e-8 for each expert.
     room = 2 * close.tolerance + E * 1e-8 * (case.kwargs["marginal"] == "moduleformer")
     least = -float(np.log(max(min(T, E), 1)))
-    _require(least - room <= found <= room, f"loss {found} of {T} tokens and {E} experts")
+    require(least - room <= found <= room, f"loss {found} of {T} tokens and {E} experts")
 
 
 @law("moe.mutual_information_loss")
@@ -180,7 +174,7 @@ def normalization_takes_scale_and_shift_away(f: Loss, case: Case, close: Close) 
     close.on(moved)(moved.call(f), case.call(f), "normalised logits", factor=4.0)
     order = np.argsort(case.args[0], axis=1)
     sorted_ = np.take_along_axis(np.asarray(case.call(f)), order, axis=1)
-    _require(bool(np.all(np.diff(sorted_, axis=1) >= 0)), "the order of experts changed")
+    require(bool(np.all(np.diff(sorted_, axis=1) >= 0)), "the order of experts changed")
 
 
 @law("moe.adaptive_coefficient")

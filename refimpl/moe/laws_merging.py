@@ -9,15 +9,11 @@ import numpy as np
 
 from refimpl.moe.laws_assignment import with_a_feature_of_one
 from refimpl.moe.samples import scaling_experts
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
-
-
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
 
 
 def _router_of(weights: FloatArray, x: FloatArray) -> FloatArray:
@@ -75,13 +71,15 @@ def linear_outputs_are_mixed(f: Function, case: Case, close: Close) -> None:
     x, w_router, w_in, w_out = case.args
     E = w_router.shape[1]
     router = _router_of(np.arange(1, E + 1) / (E * (E + 1) / 2), x)
-    weights = np.exp(_wide(router)[-1]) / np.exp(_wide(router)[-1]).sum()  # with what the format rounds
+    weights = (
+        np.exp(in_float64(router)[-1]) / np.exp(in_float64(router)[-1]).sum()
+    )  # with what the format rounds
     gate = case.kwargs.get("w_gate")
     options = {} if gate is None else {"w_gate": np.repeat(gate[:1], E, axis=0)}
     mixed = case.replace(x, router, np.repeat(w_in[:1], E, axis=0), w_out)
     mixed = mixed.replace(**options)
     alone = [_expert(mixed, e) for e in range(E)]
-    parts = np.stack([_wide(one.call(f)) for one in alone])
+    parts = np.stack([in_float64(one.call(f)) for one in alone])
     loosest = max((close.on(one) for one in (mixed, *alone)), key=lambda found: found.tolerance)
     loosest(mixed.call(f), np.tensordot(weights, parts, axes=1), "outputs mixed", factor=float(E))
 

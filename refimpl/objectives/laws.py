@@ -7,17 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.numerics import Array, BoolArray, FloatArray
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Loss = Callable[..., Any]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
 
 
 def _weights(case: Case) -> FloatArray:
@@ -113,7 +107,7 @@ def every_label_counts(f: Loss, case: Case, close: Close) -> None:  # noqa: ARG0
         raised = logits.copy()
         raised[b, t, tokens[b, t + 1]] += 1
         after = float(_with_logits(case, raised).call(f))
-        _require(after < before, f"logits [{b}, {t}] of the label after them: {before} became {after}")
+        require(after < before, f"logits [{b}, {t}] of the label after them: {before} became {after}")
 
 
 @law("objectives.next_token", "objectives.instruction")

@@ -7,21 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
-from refimpl.numerics import Array
+from refimpl.numerics import in_float64
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
-
-
-def _wide(array: Array) -> Array:
-    return np.asarray(array, np.float64)
 
 
 # Bradley-Terry (objectives.bradley_terry)
@@ -50,7 +40,7 @@ def one_of_two_wins(f: Function, case: Case, close: Close) -> None:
     if "rankings" in case.kwargs or not chosen.size:
         return
     swapped = float(case.replace(rejected, chosen).call(f))
-    margin = float(np.mean(_wide(chosen) - _wide(rejected)))
+    margin = float(np.mean(in_float64(chosen) - in_float64(rejected)))
     close(swapped - float(case.call(f)), margin, "loss of the other outcome", factor=2.0)
 
 
@@ -73,7 +63,7 @@ def falls_with_the_margin_and_is_convex(f: Function, case: Case, close: Close) -
         return
     costs = [float(case.replace(chosen + step, rejected).call(f)) for step in (0, 1, 2)]
     falls = [costs[0] - costs[1], costs[1] - costs[2]]
-    _require(falls[0] > falls[1] > 0, f"rewards 1 and 2 higher lower the loss by {falls}")
+    require(falls[0] > falls[1] > 0, f"rewards 1 and 2 higher lower the loss by {falls}")
 
 
 @law("objectives.bradley_terry")
@@ -125,8 +115,8 @@ def bits_do_not_depend_on_tokens(f: Function, case: Case, close: Close) -> None:
 def perplexity_is_at_least_one(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """A perplexity is at least 1, and 1 without any loss."""
     nats, tokens, n_bytes = case.args
-    _require(case.call(f)[0] >= 1, "a perplexity below 1")
-    _require(case.replace(np.zeros_like(nats), tokens, n_bytes).call(f)[0] == 1, "no loss, not 1")
+    require(case.call(f)[0] >= 1, "a perplexity below 1")
+    require(case.replace(np.zeros_like(nats), tokens, n_bytes).call(f)[0] == 1, "no loss, not 1")
 
 
 # pass@k (objectives.metrics.pass_at_k)
@@ -147,8 +137,8 @@ def all_samples_pass_if_one_does(f: Function, case: Case, close: Close) -> None:
     k = case.kwargs["k"]
     for c, n in zip(correct.tolist(), samples.tolist(), strict=True):
         whole = float(np.asarray(case.replace(np.array([c]), np.array([n]), k=n).call(f))[0])
-        _require(whole == (c > 0), f"pass@{n} of {c} correct in {n} is {whole}")
-    _require((case.call(f) == 1) | (samples - correct >= k), f"not 1 with fewer than {k} wrong samples")
+        require(whole == (c > 0), f"pass@{n} of {c} correct in {n} is {whole}")
+    require((case.call(f) == 1) | (samples - correct >= k), f"not 1 with fewer than {k} wrong samples")
 
 
 @law("objectives.metrics.pass_at_k")
@@ -168,7 +158,7 @@ def more_correct_samples_pass_more(f: Function, case: Case, close: Close) -> Non
     """Another correct sample never lowers the estimate."""
     correct, samples = case.args
     better = case.replace(np.minimum(correct + 1, samples), samples)
-    _require(np.asarray(better.call(f)) >= np.asarray(case.call(f)), "one more correct sample lowers pass@k")
+    require(np.asarray(better.call(f)) >= np.asarray(case.call(f)), "one more correct sample lowers pass@k")
 
 
 # Standard error (objectives.metrics.standard_error)

@@ -15,7 +15,7 @@ import numpy as np
 from refimpl.errors import OptionError
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, floating, fraction, positive
+from refimpl.validation import bind_axes, floating, fraction, positive, whole
 
 __all__ = ["AdamStep", "AdamW", "adam_step", "adamw_step"]
 
@@ -128,8 +128,7 @@ def adamw_step(
     """
     p, g, m, v = floating(parameters=parameters, gradient=gradient, momentum=momentum, variance=variance)
     bind_axes({"parameters": (p, "n"), "gradient": (g, "n"), "momentum": (m, "n"), "variance": (v, "n")})
-    if step < 1:
-        raise OptionError(f"step: expected at least 1, got {step}")
+    whole("step", step)
     beta1, beta2 = optimizer.betas
     dtype, (p, g, m, v) = p.dtype, (widen(x) for x in (p, g, m, v))
     m = beta1 * m + (1 - beta1) * g

@@ -9,13 +9,12 @@ import numpy as np
 
 from refimpl.numerics import FloatArray
 from refimpl.parallel.laws_pipeline import on_one_device
-from refimpl.parallel.laws_tensor import require
 from refimpl.parallel.mesh import Mesh
 from refimpl.parallel.mixed_precision import LossScale, initial_state, optimizer_step
 from refimpl.parallel.mixture import MixtureConfig, model_shapes
 from refimpl.parallel.tensor_layers import SPLIT
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 MESH = "parallel.mesh"

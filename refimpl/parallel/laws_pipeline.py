@@ -9,10 +9,10 @@ import numpy as np
 
 from refimpl.numerics import FloatArray
 from refimpl.parallel.decoder_stages import decoder_params, decoder_vector
-from refimpl.parallel.laws_tensor import require, sent_bytes
+from refimpl.parallel.laws_tensor import sent_bytes
 from refimpl.parallel.network import cross_entropy
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 from refimpl.transformer.model import decoder_logits, decoder_logits_vjp
 
 Function = Callable[..., Any]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from refimpl.parallel.laws_tensor import require
 from refimpl.parallel.schedules import check_schedule, steps_of
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 SCHEDULE = "parallel.pipeline.schedule"

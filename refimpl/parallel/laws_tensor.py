@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.parallel.comm import Traffic
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 from refimpl.tolerances import outputs
 from refimpl.transformer.blocks import decoder, decoder_vjp
 
@@ -18,12 +17,6 @@ Function = Callable[..., Any]
 FORWARD, BACKWARD = "parallel.tensor", "parallel.tensor.backward"
 SPLIT = ("ranks", "sequence_parallel")
 TENSOR_PHASES = ("tensor all-reduce", "tensor all-gather", "tensor reduce-scatter")
-
-
-def require(holds: bool, what: str) -> None:
-    """Raise `LawViolation` unless the claim holds."""
-    if not holds:
-        raise LawViolation(what)
 
 
 def sent_bytes(f: Function, case: Case, phases: tuple[str, ...]) -> list[int]:

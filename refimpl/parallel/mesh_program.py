@@ -26,7 +26,7 @@ from refimpl.parallel.mixture import EXPERTS, own_experts
 from refimpl.parallel.network import Batch
 from refimpl.parallel.passes import Weights
 from refimpl.parallel.pipeline_program import run_stages, sum_of_both_ends
-from refimpl.parallel.schedules import Schedule, pipeline_schedule, steps_of
+from refimpl.parallel.schedules import Schedule, Step, planned_steps
 from refimpl.parallel.sharding import shard_vector
 from refimpl.parallel.tensor_layers import SPLIT, own_weights
 from refimpl.parallel.zero import gather_unit, reduce_gradient, zero_initial, zero_update
@@ -43,7 +43,7 @@ class MeshPlan:
     config: DecoderConfig
     mesh: Mesh
     stage: int = 1
-    schedule: Schedule = "1f1b"
+    schedule: Schedule | IntArray = "1f1b"
     chunks: int = 1
     recompute: bool = False
     sequence_parallel: bool = False
@@ -176,6 +176,12 @@ def train_rank(comm: Comm, plan: MeshPlan, params: Weights, tokens: IntArray, ma
         Parameters are whole units of this rank's part, or its chunks of them in stage 3.
     """
     place, data = plan.mesh.place(comm.rank), plan.mesh.axes(comm).data
+    steps = planned_steps(
+        plan.schedule,
+        ranks=plan.mesh.pipeline,
+        micro_batches=tokens.shape[1],
+        chunks=plan.chunks,
+    )[place.pipeline]
     own = own_weights(own_experts(params, place.data, plan.mesh.data), place.tensor, plan.mesh.tensor)
     owners = (data, group(comm, [comm.rank]))
     shares = [
@@ -187,14 +193,14 @@ def train_rank(comm: Comm, plan: MeshPlan, params: Weights, tokens: IntArray, ma
     most_bytes, most_held = sum(share.nbytes for share in shares), 0
     for words, counts in zip(tokens, mask, strict=True):
         batches = [Batch(*pair) for pair in zip(words[:, place.data], counts[:, place.data], strict=True)]
-        loss, nbytes, held = _train_step(comm, plan, shares, batches)
+        loss, nbytes, held = _train_step(comm, plan, shares, batches, steps)
         losses.append(loss)
         most_bytes, most_held = max(most_bytes, nbytes), max(most_held, held)
     return TrainedRank([share.state.parameters for share in shares], losses, most_bytes, most_held)
 
 
 def _train_step(
-    comm: Comm, plan: MeshPlan, shares: Sequence[Share], batches: Sequence[Batch]
+    comm: Comm, plan: MeshPlan, shares: Sequence[Share], batches: Sequence[Batch], steps: Sequence[Step]
 ) -> tuple[float, int, int]:
     """Train one step; return the loss a token, bytes of states and activations held."""
     place, axes = plan.mesh.place(comm.rank), plan.mesh.axes(comm)
@@ -207,17 +213,12 @@ def _train_step(
         for share in shares:
             share.take(key, found)
 
-    schedule = pipeline_schedule(
-        schedule=plan.schedule,
-        ranks=plan.mesh.pipeline,
-        micro_batches=len(batches),
-        chunks=plan.chunks,
-    )
-    scale = shares[0].state.optimizer.loss_scale.scale
+    # A rank whose stages have no layers has no share either: it passes on what it gets.
+    scale = shares[0].state.optimizer.loss_scale.scale if shares else 1.0
     loss, most = run_stages(
         axes,
         plan.config,
-        steps=steps_of(schedule[place.pipeline]),
+        steps=steps,
         stages=plan.stages,
         batches=batches,
         factor=scale / counted,

@@ -20,7 +20,7 @@ from refimpl.parallel.schedules import SCHEDULES, Schedule
 from refimpl.parallel.tensor_layers import joined_weights
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.config import DecoderConfig
-from refimpl.validation import bind_axes
+from refimpl.validation import bind_axes, whole
 
 __all__ = ["MeshTraining", "mesh_training"]
 
@@ -112,6 +112,7 @@ _EDGE: dict[str, Any] = {"steps": 1, "micro": 2, "B": 1, "tokens": 2, "extra": "
         {**_EDGE, "tensor": 1, "pipeline": 2, "data": 3, "make": "gpt2", "schedule": "interleaved"},
         {**_EDGE, "tensor": 2, "pipeline": 1, "data": 2, "extra": "clip", "split": "sequence"},
         {**_EDGE, "tensor": 1, "pipeline": 3, "data": 1, "B": 0, "schedule": "gpipe"},
+        {**_EDGE, "tensor": 1, "pipeline": 4, "data": 2, "extra": "clip"},  # a rank without layers
         {**_EDGE, "tensor": 2, "pipeline": 1, "data": 2, "extra": "clip", "make": "mixture", "stage": 2},
         {**_EDGE, "tensor": 1, "pipeline": 2, "data": 4, "make": "mixture", "split": "tensor", "stage": 3},
     ),
@@ -126,7 +127,7 @@ def mesh_training(
     config: DecoderConfig,
     mesh: Mesh,
     stage: int = 1,
-    schedule: Schedule = "1f1b",
+    schedule: Schedule | IntArray = "1f1b",
     chunks: int = 1,
     recompute: bool = False,
     sequence_parallel: bool = False,
@@ -154,7 +155,7 @@ def mesh_training(
         Of ZeRO along the data dimension: optimizer states, gradients too, parameters too are divided.  An
         expert's are not: one rank along the data has it.
     schedule, chunks
-        As for `refimpl.parallel.schedules.pipeline_schedule`.
+        As for `refimpl.parallel.schedules.planned_steps`.
     recompute : bool
         Keep the inputs of layers alone, and run them once more on the way back.
     sequence_parallel : bool
@@ -179,6 +180,8 @@ def mesh_training(
         If the arrays do not fit, or something does not divide.
     OptionError
         If there is no such stage or schedule, or a number is out of range.
+    ScheduleError
+        If ranks cannot execute the steps given.
 
     References
     ----------
@@ -211,7 +214,7 @@ def mesh_training(
         mesh=mesh,
         stage=stage,
         schedule=schedule,
-        chunks=chunks,
+        chunks=whole("chunks", chunks),
         recompute=recompute,
         sequence_parallel=sequence_parallel,
         optimizer=optimizer or AdamW(),
@@ -223,10 +226,10 @@ def mesh_training(
             return train_rank(comm, plan, params, tokens, mask)
 
     results = launch(mesh.size, run, traffic=traffic)
-    whole, spread = _put_together(plan, results)
+    trained, spread = _put_together(plan, results)
     last = results[mesh.rank(Place(0, mesh.pipeline - 1, 0))]
     return MeshTraining(
-        round_to(decoder_vector(config, whole), dtype),
+        round_to(decoder_vector(config, trained), dtype),
         np.array(last.losses, np.float64),
         np.array([rank.held_bytes for rank in results]),
         np.array([rank.in_flight for rank in results]),
@@ -253,12 +256,12 @@ def _put_together(plan: MeshPlan, ranks: Sequence[TrainedRank]) -> tuple[dict[st
             for number, unit in enumerate(experts):
                 own = [unit.weights(shares[1][number]) for shares in held]
                 parts[tensor] |= {name: np.concatenate([part[name] for part in own]) for name in unit.shapes}
-    whole = joined_weights(parts)
+    joined = joined_weights(parts)
     for part in parts[1:]:
         for name, array in part.items():
-            if array.shape == whole[name].shape:
-                spread = max(spread, _difference(whole[name], array))
-    return whole, spread
+            if array.shape == joined[name].shape:
+                spread = max(spread, _difference(joined[name], array))
+    return joined, spread
 
 
 def _difference(a: FloatArray, b: FloatArray) -> float:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from refimpl.numerics import Array, FloatArray, round_to, wide_dtype, widen
 from refimpl.parallel.adam import AdamW, adamw_step
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = [
     "LossScale",
@@ -69,7 +69,7 @@ def next_loss_scale(state: LossScale, *, overflow: bool, growth_interval: int = 
     """
     if overflow:
         return LossScale(state.scale / 2, 0)
-    if state.good_steps + 1 >= growth_interval:
+    if state.good_steps + 1 >= whole("growth_interval", growth_interval):
         return LossScale(state.scale * 2, 0)
     return LossScale(state.scale, state.good_steps + 1)
 

@@ -20,7 +20,7 @@ from refimpl.parallel.mixture import MixtureConfig, model_shapes
 from refimpl.parallel.network import Batch
 from refimpl.parallel.passes import Weights
 from refimpl.parallel.pipeline_program import run_stages, sum_of_both_ends
-from refimpl.parallel.schedules import SCHEDULES, Schedule, pipeline_schedule, steps_of
+from refimpl.parallel.schedules import SCHEDULES, Schedule, planned_steps
 from refimpl.registry import Case, Source, technique
 from refimpl.transformer.config import DecoderConfig
 from refimpl.transformer.embedding import indices
@@ -111,7 +111,7 @@ def pipeline_parallel(
     *,
     config: DecoderConfig,
     ranks: int,
-    schedule: Schedule = "1f1b",
+    schedule: Schedule | IntArray = "1f1b",
     chunks: int = 1,
     recompute: bool = False,
     traffic: Traffic | None = None,
@@ -132,7 +132,7 @@ def pipeline_parallel(
     ranks : int
         p.
     schedule, chunks
-        As for `refimpl.parallel.schedules.pipeline_schedule`.
+        As for `refimpl.parallel.schedules.planned_steps`: a name, or steps of one's own.
     recompute : bool
         Keep the inputs of layers alone, and run them once more on the way back.
     traffic : Traffic, optional
@@ -150,7 +150,9 @@ def pipeline_parallel(
     ShapeError, DTypeError
         If the arrays do not fit.
     OptionError
-        If a token is outside the vocabulary, a number is out of range, or the schedule does not fit.
+        If a token is outside the vocabulary, a number is out of range, or a named schedule does not fit.
+    ScheduleError
+        If ranks cannot execute the steps given.
 
     Notes
     -----
@@ -178,9 +180,8 @@ def pipeline_parallel(
     """
     dtype, params, tokens, mask = training_input(parameters, tokens, mask, config)
     bind_axes({"tokens": (tokens, "m B T+1"), "mask": (mask, "m B T")})
-    plan = pipeline_schedule(
-        schedule=schedule, ranks=whole("ranks", ranks), micro_batches=len(tokens), chunks=chunks
-    )
+    ranks, chunks = whole("ranks", ranks), whole("chunks", chunks)
+    plan = planned_steps(schedule, ranks=ranks, micro_batches=len(tokens), chunks=chunks)
     batches = [Batch(*pair) for pair in zip(tokens, mask, strict=True)]
     stages = ranks * chunks
     counted = max(int(mask.sum()), 1)
@@ -197,7 +198,7 @@ def pipeline_parallel(
         loss, most = run_stages(
             Axes(tensor=alone, pipeline=comm, data=alone),
             config,
-            steps=steps_of(plan[comm.rank]),
+            steps=plan[comm.rank],
             stages=stages,
             batches=batches,
             factor=1 / counted,

@@ -16,7 +16,7 @@ import numpy as np
 from refimpl.errors import FrugalError, OptionError
 from refimpl.numerics import IntArray
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import whole
+from refimpl.validation import as_array, whole
 
 __all__ = [
     "SCHEDULES",
@@ -25,6 +25,7 @@ __all__ = [
     "Step",
     "check_schedule",
     "pipeline_schedule",
+    "planned_steps",
     "steps_of",
 ]
 
@@ -211,8 +212,10 @@ def check_schedule(
     Raises
     ------
     ScheduleError
-        If a step is missing, doubled, or on a rank that has not its stage; if ranks would wait for each other
-        for ever; or if a rank holds more than it has room for.
+        If it is no list of steps for each rank; if a step is missing, doubled, or on a rank that has not its
+        stage; if ranks would wait for each other for ever; or if a rank holds more than it has room for.
+    OptionError
+        If a number is out of range.
 
     Examples
     --------
@@ -223,8 +226,19 @@ def check_schedule(
     Traceback (most recent call last):
     refimpl.parallel.schedules.ScheduleError: rank 0 waits: backward of micro-batch 0 in stage 0
     """
-    ranks, stages = len(schedule), len(schedule) * chunks
-    rows = [steps_of(row) for row in schedule]
+    plan = as_array("schedule", schedule)
+    whole_numbers = np.issubdtype(plan.dtype, np.integer)
+    if not (whole_numbers and plan.ndim == 3 and plan.shape[2] == 3 and len(plan)):
+        raise ScheduleError(
+            f"schedule: expected whole numbers (ranks, steps, 3), got {plan.dtype} of shape {plan.shape}"
+        )
+    if not np.isin(plan[..., 0], (0, 1)).all():
+        raise ScheduleError("schedule: expected 0, forward, or 1, backward, at the start of each step")
+    ranks = len(plan)
+    if in_flight is not None and len(in_flight) != ranks:
+        raise ScheduleError(f"in_flight: expected a number for each of {ranks} ranks, got {len(in_flight)}")
+    micro_batches, stages = whole("micro_batches", micro_batches), ranks * whole("chunks", chunks)
+    rows = [steps_of(row) for row in plan]
     _each_step_once(rows, micro_batches, stages)
     done: set[Step] = set()
     at, held, peaks = [0] * ranks, [0] * ranks, [0] * ranks
@@ -246,6 +260,39 @@ def check_schedule(
         if peak > room:
             raise ScheduleError(f"rank {rank} holds {peak} activations at once; it has room for {room}")
     return peaks
+
+
+def planned_steps(
+    schedule: Schedule | IntArray, *, ranks: int, micro_batches: int, chunks: int
+) -> list[list[Step]]:
+    """Return the steps of each rank by a schedule that is named, or given and found to be executable.
+
+    Parameters
+    ----------
+    schedule : {"gpipe", "1f1b", "interleaved"} or ndarray of int, shape (p, steps, 3)
+        A name that `pipeline_schedule` knows, or what `check_schedule` accepts.
+    ranks, micro_batches, chunks : int
+        p, m and v.
+
+    Raises
+    ------
+    ScheduleError
+        If the schedule is given, and not one of p ranks that can execute it.
+    OptionError
+        As for `pipeline_schedule`.
+
+    Examples
+    --------
+    >>> planned_steps(np.array([[[0, 0, 0], [1, 0, 0]]]), ranks=1, micro_batches=1, chunks=1)
+    [[Step(backward=False, micro=0, stage=0), Step(backward=True, micro=0, stage=0)]]
+    """
+    if isinstance(schedule, str):
+        plan = pipeline_schedule(schedule=schedule, ranks=ranks, micro_batches=micro_batches, chunks=chunks)
+        return [steps_of(row) for row in plan]
+    held = check_schedule(schedule, micro_batches=micro_batches, chunks=chunks)
+    if len(held) != ranks:
+        raise ScheduleError(f"schedule: expected steps of {ranks} ranks, got those of {len(held)}")
+    return [steps_of(row) for row in schedule]
 
 
 def _each_step_once(rows: Sequence[Sequence[Step]], micro_batches: int, stages: int) -> None:

@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics import Array, FloatArray, round_to, widen
+from refimpl.numerics import Array, in_float64, round_to, widen
 from refimpl.peft.lora import scaling
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
-
-
-def _wide(array: Any) -> FloatArray:
-    return widen(np.asarray(array)).astype(np.float64)
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -36,7 +32,7 @@ def a_low_rank_can_be_full(f: Function, case: Case, close: Close) -> None:
     """LoRA of rank K with A = 1 represents any update."""
     from refimpl.peft.lora import lora_linear
 
-    x, delta, weight = (_wide(array) for array in case.args)
+    x, delta, weight = (in_float64(array) for array in case.args)
     close(case.call(f), lora_linear(x, np.eye(x.shape[1]), delta, weight), "LoRA of full rank")
 
 
@@ -57,7 +53,7 @@ def a_zero_factor_is_the_base(f: Function, case: Case, close: Close) -> None:
     x, a, b, weight = case.args
     for factors in ((a, b * 0), (a * 0, b)):
         start = case.replace(x, *factors, weight)
-        close.on(start)(start.call(f), _wide(x) @ _wide(weight), "the base layer", factor=2.0)
+        close.on(start)(start.call(f), in_float64(x) @ in_float64(weight), "the base layer", factor=2.0)
 
 
 @law("peft.lora", "peft.lora.merge", "peft.lora.embedding", "peft.lora.fused")
@@ -81,9 +77,9 @@ def the_factor_is_alpha_over_rank(f: Function, case: Case, close: Close) -> None
         case.replace(x, *wider, weight, lora_alpha=2 * alpha).call(f), case.call(f), "rank and alpha doubled"
     )
     base = case.replace(x, a, b * 0, weight).call(f)
-    update = _wide(case.call(f)) - _wide(base)
+    update = in_float64(case.call(f)) - in_float64(base)
     twice = case.replace(lora_alpha=2 * alpha)
-    close.on(twice)(_wide(twice.call(f)) - _wide(base), 2 * update, "alpha doubled", factor=4.0)
+    close.on(twice)(in_float64(twice.call(f)) - in_float64(base), 2 * update, "alpha doubled", factor=4.0)
 
 
 @law("peft.lora")
@@ -92,7 +88,7 @@ def merged_it_is_one_matrix(f: Function, case: Case, close: Close) -> None:
     from refimpl.peft.merge import lora_merge
 
     plain = case.without("dropout_mask")
-    x, a, b, weight = (_wide(array) for array in case.args)
+    x, a, b, weight = (in_float64(array) for array in case.args)
     merged = lora_merge(a, b, weight, lora_alpha=case.kwargs["lora_alpha"])
     close.on(plain)(plain.call(f), x @ merged, "the merged weight", factor=2.0)
 
@@ -120,7 +116,7 @@ def what_is_added_is_the_scaled_product(f: Function, case: Case, close: Close) -
     """Merged into a weight of zeros it is lora_alpha / R times A B."""
     a, b, weight = case.args
     alone = case.replace(a, b, weight * 0)
-    expected = scaling(case.kwargs["lora_alpha"], a.shape[1]) * (_wide(a) @ _wide(b))
+    expected = scaling(case.kwargs["lora_alpha"], a.shape[1]) * (in_float64(a) @ in_float64(b))
     close.on(alone)(alone.call(f), expected, "the update alone", factor=2.0)
 
 
@@ -140,7 +136,9 @@ def updates_add(f: Function, case: Case, close: Close) -> None:
 def a_token_reads_one_row(f: Function, case: Case, close: Close) -> None:
     """The same token gives the same vector, that of the merged table."""
     a, b, table, tokens = case.args
-    merged = _wide(table) + scaling(case.kwargs["lora_alpha"], a.shape[1]) * (_wide(a) @ _wide(b))
+    merged = in_float64(table) + scaling(case.kwargs["lora_alpha"], a.shape[1]) * (
+        in_float64(a) @ in_float64(b)
+    )
     close(case.call(f), merged[tokens], "rows of the merged table")
 
 
@@ -149,7 +147,7 @@ def parts_are_layers_of_their_own(f: Function, case: Case, close: Close) -> None
     """An adapted part is LoRA on its columns, the others are the base layer."""
     from refimpl.peft.lora import lora_linear
 
-    x, a, b, weight = (_wide(array) for array in case.args)
+    x, a, b, weight = (in_float64(array) for array in case.args)
     parts = np.split(weight, len(case.kwargs["enabled"]), axis=1)
     found, adapted = [], 0
     for part, on in zip(parts, case.kwargs["enabled"], strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.errors import LawViolation
 from refimpl.moe.gating import dense_mixture
-from refimpl.numerics import Array, FloatArray, round_to, widen
+from refimpl.numerics import Array, in_float64, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -17,12 +17,8 @@ Function = Callable[..., Any]
 EXPERT_OPTIONS = ("w_gate", "delta_gate")
 
 
-def _wide(array: Any) -> FloatArray:
-    return widen(np.asarray(array)).astype(np.float64)
-
-
 def _same(one: Any, other: Any, message: str) -> None:
-    if not np.array_equal(_wide(one), _wide(other)):
+    if not np.array_equal(in_float64(one), in_float64(other)):
         raise LawViolation(message)
 
 
@@ -54,7 +50,7 @@ def trained_experts_are_the_sum(f: Function, case: Case, close: Close) -> None:
     mask = np.asarray(case.kwargs["trained"])[:, None, None]
 
     def added(w: Array, delta: Array) -> Array:
-        return round_to(_wide(w) + np.where(mask, _wide(delta), 0.0), w.dtype)
+        return round_to(in_float64(w) + np.where(mask, in_float64(delta), 0.0), w.dtype)
 
     options: dict[str, Any] = {"trained": np.zeros(len(w_in), bool)}
     if case.kwargs.get("delta_gate") is not None:
@@ -92,12 +88,14 @@ def untrained_it_is_the_layer_before(f: Function, case: Case, close: Close) -> N
     if case.kwargs.get("delta_gate") is not None:
         bare = bare.replace(delta_gate=case.kwargs["delta_gate"] * 0)
     bias = case.kwargs.get("router_bias")
-    is_open = np.ones(E, bool) if bias is None else np.isfinite(_wide(bias))
+    is_open = np.ones(E, bool) if bias is None else np.isfinite(in_float64(bias))
     options: dict[str, Any] = {"activation": case.kwargs["activation"]}
     if case.kwargs.get("w_gate") is not None:
-        options["w_gate"] = _wide(case.kwargs["w_gate"])[is_open]
-    layer = (_wide(w_router)[:, is_open], _wide(w_in)[is_open], _wide(w_out)[is_open])
-    close.on(bare)(bare.call(f), dense_mixture(_wide(x), *layer, **options), "the dense mixture", factor=2.0)
+        options["w_gate"] = in_float64(case.kwargs["w_gate"])[is_open]
+    layer = (in_float64(w_router)[:, is_open], in_float64(w_in)[is_open], in_float64(w_out)[is_open])
+    close.on(bare)(
+        bare.call(f), dense_mixture(in_float64(x), *layer, **options), "the dense mixture", factor=2.0
+    )
 
 
 @law("peft.expert_tuning")
@@ -107,9 +105,9 @@ def experts_beyond_k_do_not_run(f: Function, case: Case, close: Close) -> None:
     if not len(x):
         return
     bias = case.kwargs.get("router_bias")
-    logits = _wide(x[:1]) @ _wide(w_router) + (0 if bias is None else _wide(bias))
+    logits = in_float64(x[:1]) @ in_float64(w_router) + (0 if bias is None else in_float64(bias))
     best = np.argsort(-logits[0], kind="stable")[: case.kwargs["k"]]
     chosen = np.isin(np.arange(len(w_in)), best)[:, None, None]
-    odd = [round_to(np.where(chosen, _wide(w), 7.0), w.dtype) for w in (w_in, w_out)]
+    odd = [round_to(np.where(chosen, in_float64(w), 7.0), w.dtype) for w in (w_in, w_out)]
     one, other = (case.replace(x[:1], delta_in, delta_out, w_router, *w) for w in ((w_in, w_out), odd))
     close.on(one)(other.call(f), one.call(f), "other weights where the token does not go")

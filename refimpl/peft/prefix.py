@@ -279,11 +279,12 @@ def _extended(
     B, P, Tq, Tk = (size[name] for name in ("B", "P", "Tq", "Tk"))
     k = np.concatenate([np.broadcast_to(prefix_k, (B, *prefix_k.shape)), k], axis=1)
     v = np.concatenate([np.broadcast_to(prefix_v, (B, *prefix_v.shape)), v], axis=1)
-    if causal is False:
+    if isinstance(causal, bool | np.bool_) and not causal:
         return k, v, None
-    if causal is True and Tq != Tk:
-        raise OptionError(f"causal: True needs Tq == Tk, else name an alignment; got Tq={Tq}, Tk={Tk}")
-    if causal not in (True, "top_left", "bottom_right"):
+    aligned = isinstance(causal, str) and causal in ("top_left", "bottom_right")
+    if not aligned and not isinstance(causal, bool | np.bool_):  # 1 is not True
         raise OptionError(f"causal: expected False, True, 'top_left' or 'bottom_right', got {causal!r}")
+    if not aligned and Tq != Tk:
+        raise OptionError(f"causal: True needs Tq == Tk, else name an alignment; got Tq={Tq}, Tk={Tk}")
     text = np.tri(Tq, Tk, Tk - Tq if causal == "bottom_right" else 0, dtype=bool)
     return k, v, np.concatenate([np.ones((Tq, P), bool), text], axis=1)

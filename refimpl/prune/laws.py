@@ -7,22 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
-from refimpl.numerics import Array, FloatArray, round_to, widen
+from refimpl.numerics import Array, in_float64, round_to, widen
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 STRUCTURED = ("prune.structured", "prune.structured.heads", "prune.structured.width")
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
-
-
-def _wide(array: Any) -> FloatArray:
-    return widen(np.asarray(array)).astype(np.float64)
 
 
 def _times(x: Array, factor: float) -> Array:
@@ -37,11 +27,11 @@ def _times(x: Array, factor: float) -> Array:
 def no_other_choice_costs_less(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """The removed weights are `keep` fewer than all, and none costs more than one that stays."""
     mask = np.asarray(case.call(f))
-    w, h = (_wide(array) for array in case.args)
+    w, h = (in_float64(array) for array in case.args)
     cost = h * w**2
-    _require(int(mask.sum()) == case.kwargs["keep"], f"{mask.sum()} weights stay")
+    require(int(mask.sum()) == case.kwargs["keep"], f"{mask.sum()} weights stay")
     if mask.any():
-        _require(cost[~mask] <= cost[mask].min(), "a removed weight costs more than one that stays")
+        require(cost[~mask] <= cost[mask].min(), "a removed weight costs more than one that stays")
 
 
 @law("prune.constrained")
@@ -51,7 +41,7 @@ def equal_curvature_is_magnitude(f: Function, case: Case, close: Close) -> None:
 
     w, h = case.args
     flat = case.replace(w, np.ones_like(h)).call(f)
-    _require(np.asarray(flat) == magnitude(w, keep=case.kwargs["keep"]), "not the largest magnitudes")
+    require(np.asarray(flat) == magnitude(w, keep=case.kwargs["keep"]), "not the largest magnitudes")
 
 
 @law("prune.constrained")
@@ -60,20 +50,20 @@ def curvature_and_weight_trade(f: Function, case: Case, close: Close) -> None:  
     w, h = case.args
     half = np.arange(w.size) % 2 == 0
     other = case.replace(np.where(half, _times(w, 2.0), w), np.where(half, _times(h, 0.25), h))
-    _require(np.asarray(other.call(f)) == case.call(f), "the choice changes")
+    require(np.asarray(other.call(f)) == case.call(f), "the choice changes")
 
 
 @law("prune.magnitude")
 def the_largest_stay(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Exactly `keep` weights stay, none smaller than one that goes; of equals the first."""
-    mask, size = np.asarray(case.call(f)), np.abs(_wide(case.args[0]))
-    _require(int(mask.sum()) == case.kwargs["keep"], f"{mask.sum()} weights stay")
+    mask, size = np.asarray(case.call(f)), np.abs(in_float64(case.args[0]))
+    require(int(mask.sum()) == case.kwargs["keep"], f"{mask.sum()} weights stay")
     if mask.any():
         least = size[mask].min()
-        _require(size[~mask] <= least, "a larger weight went")
+        require(size[~mask] <= least, "a larger weight went")
         tied = np.flatnonzero((size == least).reshape(-1))
         stay = mask.reshape(-1)[tied]
-        _require(stay == np.sort(stay)[::-1], "of equal weights a later one stays")
+        require(stay == np.sort(stay)[::-1], "of equal weights a later one stays")
 
 
 @law("prune.magnitude")
@@ -82,7 +72,7 @@ def masks_are_nested(f: Function, case: Case, close: Close) -> None:  # noqa: AR
     keep = case.kwargs["keep"]
     if keep:
         fewer = np.asarray(case.replace(keep=keep - 1).call(f))
-        _require(~fewer | np.asarray(case.call(f)), "masks are not nested")
+        require(~fewer | np.asarray(case.call(f)), "masks are not nested")
 
 
 @law("prune.magnitude", "prune.magnitude.n_m")
@@ -90,20 +80,20 @@ def scale_and_sign_do_not_matter(f: Function, case: Case, close: Close) -> None:
     """Minus four times the weights have the same mask, and masked weights keep theirs."""
     (w,) = case.args
     mask = np.asarray(case.call(f))
-    _require(np.asarray(case.replace(_times(w, -4.0)).call(f)) == mask, "the mask changes with the scale")
+    require(np.asarray(case.replace(_times(w, -4.0)).call(f)) == mask, "the mask changes with the scale")
     again = np.asarray(case.replace(np.where(mask, w, w * 0)).call(f))
-    _require((again == mask) | (_wide(w) == 0), "the mask of masked weights is another one")
+    require((again == mask) | (in_float64(w) == 0), "the mask of masked weights is another one")
 
 
 @law("prune.magnitude.n_m")
 def n_of_every_m(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Every group keeps exactly its n largest magnitudes."""
     n, m = case.kwargs["n"], case.kwargs["m"]
-    w = np.abs(_wide(case.args[0])).reshape(-1, m) if case.args[0].size else np.zeros((0, m))
+    w = np.abs(in_float64(case.args[0])).reshape(-1, m) if case.args[0].size else np.zeros((0, m))
     mask = np.asarray(case.call(f)).reshape(w.shape)
-    _require(mask.sum(axis=1) == n, f"a group does not keep {n}")
+    require(mask.sum(axis=1) == n, f"a group does not keep {n}")
     lost, kept = np.where(mask, -1.0, w), np.where(mask, w, np.inf)
-    _require(lost.max(axis=1, initial=-1) <= kept.min(axis=1, initial=np.inf), "a larger weight went")
+    require(lost.max(axis=1, initial=-1) <= kept.min(axis=1, initial=np.inf), "a larger weight went")
 
 
 @law("prune.magnitude.n_m")
@@ -115,7 +105,7 @@ def groups_are_independent(f: Function, case: Case, close: Close) -> None:  # no
         return
     turned = w.reshape(len(w), -1, m)[:, ::-1].reshape(w.shape)
     mask = np.asarray(case.replace(turned).call(f)).reshape(len(w), -1, m)[:, ::-1].reshape(w.shape)
-    _require(mask == case.call(f), "a group's mask depends on another group")
+    require(mask == case.call(f), "a group's mask depends on another group")
 
 
 # Units
@@ -147,9 +137,9 @@ def all_units_are_the_whole_layer(f: Function, case: Case, close: Close) -> None
 
     *arrays, keep = case.args
     full = case.replace(*arrays, np.ones_like(keep))
-    wide = [_wide(array) for array in arrays]
+    wide = [in_float64(array) for array in arrays]
     if close.technique.name == "prune.structured":
-        biases = [_wide(case.kwargs[name]) if name in case.kwargs else None for name in ("b_1", "b_2")]
+        biases = [in_float64(case.kwargs[name]) if name in case.kwargs else None for name in ("b_1", "b_2")]
         truth = ffn(*wide, b_1=biases[0], b_2=biases[1])
     elif close.technique.name == "prune.structured.heads":
         truth = multi_head_attention(*wide, num_heads=keep.size, **case.kwargs)
@@ -162,8 +152,8 @@ def all_units_are_the_whole_layer(f: Function, case: Case, close: Close) -> None
 def units_add_up(f: Function, case: Case, close: Close) -> None:
     """The kept and the removed units together are the whole layer, the last bias counted once."""
     *arrays, keep = case.args
-    parts = [_wide(case.replace(*arrays, mask).call(f)) for mask in (keep, ~keep)]
-    bias = _wide(case.kwargs.get("b_2", np.zeros(1)))
+    parts = [in_float64(case.replace(*arrays, mask).call(f)) for mask in (keep, ~keep)]
+    bias = in_float64(case.kwargs.get("b_2", np.zeros(1)))
     full = case.replace(*arrays, np.ones_like(keep))
     close.on(full)(full.call(f), parts[0] + parts[1] - bias, "both halves", factor=4.0)
 
@@ -173,7 +163,7 @@ def the_mean_counts_kept_features(f: Function, case: Case, close: Close) -> None
     """Rows of equal magnitude are normed to 1, however many features went."""
     x, gamma, weight, keep = case.args
     flat = case.replace(np.full_like(x, 2), np.ones_like(gamma), weight, keep)
-    truth = np.repeat(_wide(weight)[keep].sum(axis=0, keepdims=True), len(x), axis=0)
+    truth = np.repeat(in_float64(weight)[keep].sum(axis=0, keepdims=True), len(x), axis=0)
     room = 4.0 if x.dtype.itemsize == 8 else 16.0
     scale = 2 / np.sqrt(4 + 1e-6)
     close.on(flat)(flat.call(f), truth * scale, "rows of twos", factor=room)

@@ -7,22 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 DOMAINS = ("prune.dynamic_batch_loading", "prune.dynamic_batch_loading.released")
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
-
-
-def _wide(array: Any) -> FloatArray:
-    return widen(np.asarray(array)).astype(np.float64)
 
 
 def _like(array: Any, case: Case) -> Any:
@@ -35,35 +25,35 @@ def _like(array: Any, case: Case) -> Any:
 @law("prune.hard_concrete")
 def masks_lie_in_the_unit_interval(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """A mask is 0 to 1, and both ends are reached by draws near 0 and near 1."""
-    z = _wide(case.call(f))
-    _require((z >= 0) & (z <= 1), "a mask outside [0, 1]")
+    z = in_float64(case.call(f))
+    require((z >= 0) & (z <= 1), "a mask outside [0, 1]")
     ends = case.replace(_like([0.0, 0.0], case), _like([2.0**-7, 1 - 2.0**-7], case)).call(f)
-    _require(_wide(ends) == [0, 1], f"draws at the ends give {_wide(ends)}")
+    require(in_float64(ends) == [0, 1], f"draws at the ends give {in_float64(ends)}")
 
 
 @law("prune.hard_concrete")
 def masks_grow_with_alpha_and_draw(f: Function, case: Case, close: Close) -> None:
     """A larger log alpha, or a larger draw, never gives a smaller mask."""
     log_alpha, u = case.args
-    z = _wide(case.call(f))
+    z = in_float64(case.call(f))
     room = 2 * close.tolerance
     for other in (
-        case.replace(_like(_wide(log_alpha) + 1, case), u),
-        case.replace(log_alpha, _like((_wide(u) + 1) / 2, case)),
+        case.replace(_like(in_float64(log_alpha) + 1, case), u),
+        case.replace(log_alpha, _like((in_float64(u) + 1) / 2, case)),
     ):
-        _require(_wide(other.call(f)) >= z - room, "a mask falls")
+        require(in_float64(other.call(f)) >= z - room, "a mask falls")
 
 
 @law("prune.hard_concrete")
 def open_and_closed_mirror(f: Function, case: Case, close: Close) -> None:
     """With log alpha negated and the draw 1 - u the mask is 1 - z."""
     log_alpha, u = case.args
-    u = _like(np.clip(_wide(u), 2.0**-6, 1 - 2.0**-6), case)
-    turned = case.replace(-log_alpha, _like(1 - _wide(u), case))
+    u = _like(np.clip(in_float64(u), 2.0**-6, 1 - 2.0**-6), case)
+    turned = case.replace(-log_alpha, _like(1 - in_float64(u), case))
     straight = case.replace(log_alpha, u)
-    if np.all(_wide(turned.args[1]) == 1 - _wide(u)):
+    if np.all(in_float64(turned.args[1]) == 1 - in_float64(u)):
         close.on(straight)(
-            1 - _wide(turned.call(f)), _wide(straight.call(f)), "the mirrored mask", factor=4.0
+            1 - in_float64(turned.call(f)), in_float64(straight.call(f)), "the mirrored mask", factor=4.0
         )
 
 
@@ -74,19 +64,19 @@ def as_often_open_as_it_says(f: Function, case: Case, close: Close) -> None:  # 
     for log_alpha in (-2.0, 0.0, 1.0):
         # The draw at which the stretched number crosses 0: σ((log u/(1-u) + log α) β⁻¹) = γ / (γ - ζ).
         truth = 1 / (1 + np.exp(-(log_alpha - (2 / 3) * np.log(0.1 / 1.1))))
-        z = _wide(case.replace(_like(np.full(4096, log_alpha), case), _like(draws, case)).call(f))
+        z = in_float64(case.replace(_like(np.full(4096, log_alpha), case), _like(draws, case)).call(f))
         room = 1e-2 if case.args[0].dtype.itemsize < 4 else 1e-3
-        _require(abs(np.mean(z > 0) - truth) < room, f"log alpha {log_alpha}: {np.mean(z > 0)} of {truth}")
+        require(abs(np.mean(z > 0) - truth) < room, f"log alpha {log_alpha}: {np.mean(z > 0)} of {truth}")
 
 
 @law("prune.hard_concrete.open")
 def probability_grows_from_0_to_1(f: Function, case: Case, close: Close) -> None:
     """The probability is monotone, near 0 far to the left and near 1 far to the right."""
     (log_alpha,) = case.args
-    ends = _wide(case.replace(_like([-100.0, 100.0], case)).call(f))
-    _require((ends[0] < 0.06, ends[1] > 0.99), f"ends {ends}")
-    more = _wide(case.replace(_like(_wide(log_alpha) + 1, case)).call(f))
-    _require(more >= _wide(case.call(f)) - 2 * close.tolerance, "the probability falls")
+    ends = in_float64(case.replace(_like([-100.0, 100.0], case)).call(f))
+    require((ends[0] < 0.06, ends[1] > 0.99), f"ends {ends}")
+    more = in_float64(case.replace(_like(in_float64(log_alpha) + 1, case)).call(f))
+    require(more >= in_float64(case.call(f)) - 2 * close.tolerance, "the probability falls")
 
 
 @law("prune.hard_concrete.open")
@@ -96,7 +86,7 @@ def half_open_where_it_should_be(f: Function, case: Case, close: Close) -> None:
     steps = np.array([0.0, 0.25, 0.5, 1.0])
     right = case.replace(_like(center + steps, case))
     left = case.replace(_like(center - steps, case))
-    total = _wide(right.call(f)) + _wide(left.call(f))
+    total = in_float64(right.call(f)) + in_float64(left.call(f))
     room = 2.0 if case.args[0].dtype == np.float64 else 64.0
     close.on(right)(total, np.ones(4), "the two sides", factor=room)
 
@@ -108,7 +98,7 @@ def half_open_where_it_should_be(f: Function, case: Case, close: Close) -> None:
 def met_targets_cost_nothing(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """At its target a sparsity costs 0, whatever the multipliers."""
     sparsity = case.args[0]
-    _require(_wide(case.replace(target=sparsity.copy()).call(f)) == 0, "a met target costs something")
+    require(in_float64(case.replace(target=sparsity.copy()).call(f)) == 0, "a met target costs something")
 
 
 @law("prune.target_structure")
@@ -118,9 +108,9 @@ def even_and_odd_parts(f: Function, case: Case, close: Close) -> None:
     gap = _like(np.full(sparsity.size, 0.25), case)
     above = case.replace(_like(np.full(sparsity.size, 0.75), case), first, second, target=gap * 0 + gap + gap)
     below = above.replace(_like(np.full(sparsity.size, 0.25), case), first, second)
-    up, down = _wide(above.call(f)), _wide(below.call(f))
-    close.on(above)((up - down) / 2, 0.25 * _wide(first), "the odd part", factor=4.0)
-    close.on(above)((up + down) / 2, 0.0625 * _wide(second), "the even part", factor=4.0)
+    up, down = in_float64(above.call(f)), in_float64(below.call(f))
+    close.on(above)((up - down) / 2, 0.25 * in_float64(first), "the odd part", factor=4.0)
+    close.on(above)((up + down) / 2, 0.0625 * in_float64(second), "the even part", factor=4.0)
 
 
 # Domains
@@ -135,8 +125,8 @@ def _mixed(close: Close, shares: FloatArray) -> FloatArray:
 @law(*DOMAINS)
 def shares_sum_to_one(f: Function, case: Case, close: Close) -> None:
     """Shares are at least 0 and sum to 1."""
-    shares = _wide(case.call(f))
-    _require(shares >= 0, "a negative share")
+    shares = in_float64(case.call(f))
+    require(shares >= 0, "a negative share")
     close(np.asarray(shares.sum()), np.asarray(1.0), "the sum of shares", factor=2.0 * shares.size)
 
 
@@ -157,7 +147,7 @@ def a_common_lag_changes_nothing(f: Function, case: Case, close: Close) -> None:
     weights = case.args[0]
     ones = np.ones(weights.size)
     even = case.replace(weights, _like(2 * ones, case), _like(ones, case))
-    w = _mixed(close, _wide(weights) / _wide(weights).sum())
+    w = _mixed(close, in_float64(weights) / in_float64(weights).sum())
     close.on(even)(even.call(f), w, "a common lag", factor=4.0)
 
 
@@ -165,15 +155,15 @@ def a_common_lag_changes_nothing(f: Function, case: Case, close: Close) -> None:
 def a_share_of_zero_stays(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """A domain with share 0 keeps it, however far it lags."""
     closed = case.replace(*(_like(x, case) for x in ([0.0, 1.0], [9.0, 1.0], [1.0, 1.0])))
-    _require(_wide(closed.call(f)) == [0, 1], "a share of 0 came back")
+    require(in_float64(closed.call(f)) == [0, 1], "a share of 0 came back")
 
 
 @law("prune.dynamic_batch_loading")
 def domains_ahead_keep_their_ratio(f: Function, case: Case, close: Close) -> None:
     """Domains below their reference, by however much, keep their shares."""
     weights, _, reference = case.args
-    ahead = round_to(_wide(reference) - 1 - np.arange(weights.size), weights.dtype)
-    w = _wide(weights) / _wide(weights).sum()
+    ahead = round_to(in_float64(reference) - 1 - np.arange(weights.size), weights.dtype)
+    w = in_float64(weights) / in_float64(weights).sum()
     below = case.replace(weights, ahead, reference)
     close.on(below)(below.call(f), w, "all ahead", factor=4.0)
 
@@ -181,7 +171,7 @@ def domains_ahead_keep_their_ratio(f: Function, case: Case, close: Close) -> Non
 @law("prune.dynamic_batch_loading.released")
 def no_share_vanishes(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Every domain keeps at least c / n, also one whose share was 0, and one ahead loses."""
-    shares = _wide(case.call(f))
-    _require(shares >= 0.9e-4 / max(shares.size, 1), "a share vanishes")
+    shares = in_float64(case.call(f))
+    require(shares >= 0.9e-4 / max(shares.size, 1), "a share vanishes")
     ahead = case.replace(*(_like(x, case) for x in ([0.5, 0.5], [1.0, 1.0], [1.0, 3.0])))
-    _require(_wide(ahead.call(f))[1] < 0.2, "a domain ahead of its reference does not lose")
+    require(in_float64(ahead.call(f))[1] < 0.2, "a domain ahead of its reference does not lose")

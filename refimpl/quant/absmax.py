@@ -7,7 +7,6 @@ of operations give the same codes bit for bit.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from refimpl.errors import OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.numerics import Array, BoolArray, FloatArray, IntArray, wide_dtype, widen
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import bind_axes, floating, number
 
 __all__ = [
     "LIMIT",
@@ -259,7 +258,7 @@ def _outlier_cells(wide: FloatArray, threshold: float | None, convention: Conven
     _check_convention(convention)
     if threshold is None:
         return np.zeros(wide.shape, bool)
-    if not threshold > 0 or math.isnan(threshold):
+    if not number("threshold", threshold) > 0:
         raise OptionError(f"threshold: expected a number above 0, or None for no outliers; got {threshold}")
     limit = wide.dtype.type(threshold)
     # Said in the negative, so that NaN is an outlier and never hidden in a code.

@@ -13,7 +13,7 @@ import numpy as np
 from refimpl.errors import OptionError, ShapeError
 from refimpl.numerics import Array, BoolArray, FloatArray, IntArray, wide_dtype, widen
 from refimpl.quant.blocks import Block, expand
-from refimpl.validation import floating
+from refimpl.validation import flag, floating, whole
 
 __all__ = [
     "Quantized",
@@ -99,8 +99,9 @@ def code_range(bits: int, scheme: Scheme, signed: bool) -> tuple[int, int]:
     >>> code_range(8, "symmetric", True), code_range(8, "affine", True), code_range(4, "affine", False)
     ((-127, 127), (-128, 127), (0, 15))
     """
-    if bits not in range(2, 9):
+    if whole("bits", bits) not in range(2, 9):
         raise OptionError(f"bits: expected 2 to 8, got {bits}")
+    flag("signed", signed)
     if scheme not in ("symmetric", "symmetric_full", "affine"):
         raise OptionError(f"scheme: expected 'symmetric', 'symmetric_full' or 'affine', got {scheme!r}")
     half = 2 ** (bits - 1)

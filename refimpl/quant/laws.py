@@ -7,18 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.numerics import Array, FloatArray, widen
 from refimpl.quant.blocks import block_sizes, expand
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Quantizer = Callable[..., Any]
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
 
 
 def _parts(case: Case, f: Quantizer) -> tuple[Array, FloatArray, Array]:
@@ -54,7 +48,7 @@ def error_within_half_a_step(f: Quantizer, case: Case, close: Close) -> None:  #
     x = _wide(case)
     rounding = 4 * _eps(case) * (np.abs(x) + scale)
     excess = np.abs(x - scale * (codes - zero)) - scale / 2 - rounding
-    _require(excess <= 0, f"a number moves by half a step and {np.max(excess, initial=0)} more")
+    require(excess <= 0, f"a number moves by half a step and {np.max(excess, initial=0)} more")
 
 
 @law("quant.uniform")
@@ -65,7 +59,7 @@ def zero_stays_zero(f: Quantizer, case: Case, close: Close) -> None:  # noqa: AR
     x[..., ::2] = 0
     case = case.replace(x)
     codes, _, zero = _parts(case, f)
-    _require((codes == zero)[x == 0], "0 is not represented exactly")
+    require((codes == zero)[x == 0], "0 is not represented exactly")
 
 
 @law("quant.uniform")
@@ -75,11 +69,11 @@ def codes_fit_their_bits(f: Quantizer, case: Case, close: Close) -> None:  # noq
     half = 2 ** (case.kwargs["bits"] - 1)
     shift = 0 if case.kwargs.get("signed", True) else half
     low = shift - half + _is(case, "symmetric")
-    _require((codes >= low) & (codes <= shift + half - 1), f"a code outside [{low}, {shift + half - 1}]")
+    require((codes >= low) & (codes <= shift + half - 1), f"a code outside [{low}, {shift + half - 1}]")
     dtype = np.asarray(case.call(f)[0]).dtype
-    _require(dtype == (np.uint8 if shift else np.int8), f"codes are {dtype}")
+    require(dtype == (np.uint8 if shift else np.int8), f"codes are {dtype}")
     if not _is(case, "affine"):
-        _require(zero == shift, f"a symmetric zero point that is not {shift}")
+        require(zero == shift, f"a symmetric zero point that is not {shift}")
 
 
 @law("quant.uniform")
@@ -87,7 +81,7 @@ def order_is_kept(f: Quantizer, case: Case, close: Close) -> None:  # noqa: ARG0
     """Of two numbers on one grid the larger does not get the smaller code."""
     case = case.without("block")
     codes = _parts(case, f)[0].ravel()[np.argsort(_wide(case), axis=None, kind="stable")]
-    _require(np.diff(codes) >= 0, "a larger number got a smaller code")
+    require(np.diff(codes) >= 0, "a larger number got a smaller code")
 
 
 @law("quant.uniform")
@@ -97,7 +91,7 @@ def codes_are_fixed_points(f: Quantizer, case: Case, close: Close) -> None:  # n
         return  # other schemes leave the largest number between two codes, and its grid moves
     codes, scale, zero = _parts(case, f)
     again = _parts(case.replace((scale * (codes - zero)).astype(np.float64)), f)[0]
-    _require(again == codes, "codes change when quantised again")
+    require(again == codes, "codes change when quantised again")
 
 
 @law("quant.uniform")
@@ -106,9 +100,9 @@ def powers_of_two_scale_through(f: Quantizer, case: Case, close: Close) -> None:
     (x,) = case.args
     codes, scale, zero = _parts(case, f)
     larger = _parts(case.replace((widen(x) * 4).astype(x.dtype)), f)
-    _require((larger[0] == codes) & (larger[2] == zero), "4 times the numbers have other codes")
+    require((larger[0] == codes) & (larger[2] == zero), "4 times the numbers have other codes")
     empty = expand(_largest_of_blocks(case) == 0, x.shape, case.kwargs.get("block"))
-    _require((larger[1] == 4 * scale) | empty, "4 times the numbers do not have 4 times the scale")
+    require((larger[1] == 4 * scale) | empty, "4 times the numbers do not have 4 times the scale")
 
 
 @law("quant.uniform")
@@ -120,9 +114,9 @@ def blocks_stand_alone(f: Quantizer, case: Case, close: Close) -> None:  # noqa:
     for index in np.ndindex(scale.shape):
         where = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, extents, strict=True))
         alone = case.without("block").replace(x[where]).call(f)
-        _require(np.asarray(alone[0]) == codes[where], f"block {index} has other codes than alone")
-        _require(np.ravel(alone[1]) == scale[index], f"block {index} has another scale than alone")
-        _require(np.ravel(alone[2]) == zero[index], f"block {index} has another zero point than alone")
+        require(np.asarray(alone[0]) == codes[where], f"block {index} has other codes than alone")
+        require(np.ravel(alone[1]) == scale[index], f"block {index} has another scale than alone")
+        require(np.ravel(alone[2]) == zero[index], f"block {index} has another zero point than alone")
 
 
 @law("quant.uniform")
@@ -131,7 +125,7 @@ def finer_blocks_have_finer_steps(f: Quantizer, case: Case, close: Close) -> Non
     whole = _parts(case.without("block"), f)[1]
     scale = _parts(case, f)[1]
     empty = expand(_largest_of_blocks(case) == 0, scale.shape, case.kwargs.get("block"))
-    _require((scale <= whole) | empty, "a block has a larger scale than the tensor")
+    require((scale <= whole) | empty, "a block has a larger scale than the tensor")
 
 
 @law("quant.uniform")
@@ -144,7 +138,7 @@ def a_bit_more_halves_the_step(f: Quantizer, case: Case, close: Close) -> None: 
     fewer, more = (_parts(case.replace(bits=b), f)[1] for b in (bits, bits + 1))
     steps = [2**b - (2 if _is(case, "symmetric") else 1) for b in (bits, bits + 1)]
     ranges = fewer * steps[0], more * steps[1]
-    _require(
+    require(
         np.abs(ranges[0] - ranges[1]) <= 8 * _eps(case) * np.abs(ranges[0]), "the range depends on the bits"
     )
 
@@ -160,8 +154,8 @@ def halves_go_where_they_are_told(f: Quantizer, case: Case, close: Close) -> Non
     even = told.kwargs.get("rounding", "half_even") == "half_even"
     below, away = np.floor(halves), halves + np.copysign(0.5, halves)
     expected = np.where(below % 2 == 0, below, below + 1) if even else away
-    _require(scale == 1, "a grid of whole numbers does not have scale 1")
-    _require((codes - zero)[2:] == expected, "a half went the wrong way")
+    require(scale == 1, "a grid of whole numbers does not have scale 1")
+    require((codes - zero)[2:] == expected, "a half went the wrong way")
 
 
 def _largest_of_blocks(case: Case) -> FloatArray:
@@ -191,8 +185,8 @@ def mean_square_scales_squared(f: Quantizer, case: Case, close: Close) -> None: 
     """Twice the numbers have 4 times the mean square error and the same signal-to-noise ratio."""
     x, y = case.args
     one, two = case.call(f), case.replace(*((2 * widen(a)).astype(a.dtype) for a in (x, y))).call(f)
-    _require(float(two[1]) == 4 * float(one[1]), f"mean square {one[1]} becomes {two[1]}")
-    _require(float(two[2]) == float(one[2]), f"ratio {one[2]} becomes {two[2]}")
+    require(float(two[1]) == 4 * float(one[1]), f"mean square {one[1]} becomes {two[1]}")
+    require(float(two[2]) == float(one[2]), f"ratio {one[2]} becomes {two[2]}")
 
 
 @law("quant.error")
@@ -200,7 +194,7 @@ def nothing_lost_is_no_error(f: Quantizer, case: Case, close: Close) -> None:  #
     """Numbers that are on the grid have error 0 and an infinite ratio."""
     x = case.args[0]
     e, mse, sqnr = case.replace(x, x).call(f)
-    _require(not np.any(e) and float(mse) == 0 and float(sqnr) == np.inf, f"mse {mse}, ratio {sqnr}")
+    require(not np.any(e) and float(mse) == 0 and float(sqnr) == np.inf, f"mse {mse}, ratio {sqnr}")
 
 
 @law("quant.error")
@@ -209,8 +203,8 @@ def uniform_numbers_err_by_a_twelfth(f: Quantizer, case: Case, close: Close) -> 
     n, step = 64, 0.25
     x = step * (np.arange(8 * n) + 0.5) / n  # cell centres: they fall short of S²/12 by 1 / (n cells)²
     e, mse, _ = f(x, step * np.rint(x / step))
-    _require(abs(float(mse) - step**2 / 12 * (1 - n**-2)) <= 1e-12, f"mse {mse}, expected S²/12")
-    _require(abs(float(np.mean(e))) <= 1e-12, f"mean error {np.mean(e)}")
+    require(abs(float(mse) - step**2 / 12 * (1 - n**-2)) <= 1e-12, f"mse {mse}, expected S²/12")
+    require(abs(float(np.mean(e))) <= 1e-12, f"mean error {np.mean(e)}")
 
 
 # Integer products (quant.int8_matmul, quant.integer_matmul)
@@ -225,7 +219,7 @@ def product_of_transposes(f: Quantizer, case: Case, close: Close) -> None:  # no
     zeros = {"a_zero_point": "b_zero_point", "b_zero_point": "a_zero_point"}
     options = {zeros[key]: value.T for key, value in case.kwargs.items() if key in zeros}
     swapped = Case((np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)), options)
-    _require(np.asarray(case.call(f)) == np.asarray(swapped.call(f)).T, "(Bᵀ Aᵀ)ᵀ is not A B")
+    require(np.asarray(case.call(f)) == np.asarray(swapped.call(f)).T, "(Bᵀ Aᵀ)ᵀ is not A B")
 
 
 @law(*PRODUCTS)
@@ -235,7 +229,7 @@ def halves_of_the_sum_add_up(f: Quantizer, case: Case, close: Close) -> None:  #
     cut = a.shape[1] // 3
     parts = [case.replace(a[:, s].copy(), b[s].copy()).call(f) for s in (slice(0, cut), slice(cut, None))]
     total = np.add(*parts, dtype=np.int64)
-    _require(total == np.asarray(case.call(f)), "parts of K do not add up to the whole")
+    require(total == np.asarray(case.call(f)), "parts of K do not add up to the whole")
 
 
 @law(*PRODUCTS)
@@ -249,7 +243,7 @@ def product_does_not_wrap(f: Quantizer, case: Case, close: Close) -> None:  # no
         if i >= 0 and j >= 0 and a.shape[0] and b.shape[1]:
             left, right = a[i].astype(object) - zero_a[i, 0], b[:, j].astype(object) - zero_b[0, j]
             expected = sum(int(p) * int(q) for p, q in zip(left, right, strict=True))
-            _require(int(got[i, j]) == expected, f"[{i}, {j}]: got {got[i, j]}, expected {expected}")
+            require(int(got[i, j]) == expected, f"[{i}, {j}]: got {got[i, j]}, expected {expected}")
 
 
 @law("quant.integer_matmul")
@@ -260,4 +254,4 @@ def a_shift_of_codes_and_zero_point_cancels(f: Quantizer, case: Case, close: Clo
         return
     zero = np.asarray(case.kwargs.get("a_zero_point", 0))
     moved = case.replace((a.astype(np.int16) + 128).astype(np.uint8), b, a_zero_point=zero + 128)
-    _require(np.asarray(moved.call(f)) == np.asarray(case.call(f)), "uint8 codes around 128 differ from int8")
+    require(np.asarray(moved.call(f)) == np.asarray(case.call(f)), "uint8 codes around 128 differ from int8")

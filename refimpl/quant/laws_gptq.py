@@ -8,27 +8,18 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import FrugalError, LawViolation
-from refimpl.numerics import FloatArray, widen
+from refimpl.numerics import in_float64
 from refimpl.quant.qmoe import qmoe_decode
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 ROUNDERS = ("quant.gptq", "quant.qmoe.ternary")
 
 
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
-
-
-def _wide(array: Any) -> FloatArray:
-    return widen(np.asarray(array)).astype(np.float64)
-
-
 def _plain(case: Case) -> Any:
     """Return the codes of plain rounding."""
-    weight = _wide(case.args[0])
+    weight = in_float64(case.args[0])
     if "bits" in case.kwargs:
         top = 2 ** (case.kwargs["bits"] - 1) - 1
         largest = np.max(np.abs(weight), axis=0, initial=0.0)
@@ -42,16 +33,16 @@ def without_data_it_is_plain_rounding(f: Function, case: Case, close: Close) -> 
     """Without calibration inputs, or with orthogonal features of one size, every weight is just rounded."""
     weight, x = case.args
     plain = _plain(case)
-    _require(case.replace(weight, x[:0]).call(f)[0] == plain, "no inputs: a code differs from plain rounding")
+    require(case.replace(weight, x[:0]).call(f)[0] == plain, "no inputs: a code differs from plain rounding")
     square = np.eye(weight.shape[0], dtype=np.float64).astype(x.dtype) * x.dtype.type(2)
-    _require(case.replace(weight, square).call(f)[0] == plain, "orthogonal features: a code differs")
+    require(case.replace(weight, square).call(f)[0] == plain, "orthogonal features: a code differs")
 
 
 @law(*ROUNDERS)
 def the_first_feature_is_rounded(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Nothing comes before the first feature: its codes are those of plain rounding."""
     if case.args[0].size:
-        _require(np.asarray(case.call(f)[0])[0] == _plain(case)[0], "the first feature moved before rounding")
+        require(np.asarray(case.call(f)[0])[0] == _plain(case)[0], "the first feature moved before rounding")
 
 
 @law(*ROUNDERS)
@@ -60,7 +51,7 @@ def outputs_are_independent(f: Function, case: Case, close: Close) -> None:  # n
     weight, x = case.args
     turned = case.replace(weight[:, ::-1].copy(), x).call(f)
     for part, other in zip(case.call(f), turned, strict=True):
-        _require(np.asarray(part)[..., ::-1] == other, "an output depends on another")
+        require(np.asarray(part)[..., ::-1] == other, "an output depends on another")
 
 
 @law(*ROUNDERS)
@@ -72,7 +63,7 @@ def inputs_only_count_by_their_products(f: Function, case: Case, close: Close) -
     other = case.replace(weight, (x[::-1] * x.dtype.type(-2)).copy()).call(f)
     same = np.asarray(other[0]) == case.call(f)[0]
     # Sums in another order may decide a tie otherwise; more than a code in twenty is no tie.
-    _require(
+    require(
         np.mean(same) > 0.95 if same.size else True, "the codes depend on the order or size of the inputs"
     )
 
@@ -83,8 +74,8 @@ def a_twin_makes_good_the_error(f: Function, case: Case, close: Close) -> None: 
     weight = np.array([[0.4, 1.3], [2.4, 2.4], [7.0, -7.0]], case.args[0].dtype)
     x = np.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [0.0, 0.0, 3.0]], case.args[1].dtype)
     codes, scale = case.replace(weight, x, bits=4, damping=1e-6).call(f)
-    _require(np.asarray(codes) == [[0, 1], [3, 3], [7, -7]], f"codes {np.asarray(codes).tolist()}")
-    _require(_wide(scale) == 1.0, "the step is not the absmax over the greatest code")
+    require(np.asarray(codes) == [[0, 1], [3, 3], [7, -7]], f"codes {np.asarray(codes).tolist()}")
+    require(in_float64(scale) == 1.0, "the step is not the absmax over the greatest code")
 
 
 @law("quant.gptq")
@@ -92,9 +83,9 @@ def steps_are_fixed_ahead(f: Function, case: Case, close: Close) -> None:
     """The step of an output is its largest weight over the greatest code, before any weight moves."""
     codes, scale = case.call(f)
     top = 2 ** (case.kwargs["bits"] - 1) - 1
-    largest = np.max(np.abs(_wide(case.args[0])), axis=0, initial=0.0)
-    close(_wide(scale), np.where(largest > 0, largest / top, 1.0), "the steps", of="scale")
-    _require(np.abs(np.asarray(codes).astype(int)) <= top, f"a code beyond {top}")
+    largest = np.max(np.abs(in_float64(case.args[0])), axis=0, initial=0.0)
+    close(in_float64(scale), np.where(largest > 0, largest / top, 1.0), "the steps", of="scale")
+    require(np.abs(np.asarray(codes).astype(int)) <= top, f"a code beyond {top}")
 
 
 @law("quant.qmoe.ternary")
@@ -102,12 +93,14 @@ def extremes_and_halves(f: Function, case: Case, close: Close) -> None:  # noqa:
     """The least and greatest numbers are the levels; a number at half a level is 0."""
     weight, x = case.args
     codes, low, high = case.call(f)
-    _require(_wide(low) == np.min(_wide(weight), axis=0, initial=0.0), "low is not the least number")
-    _require(_wide(high) == np.max(_wide(weight), axis=0, initial=0.0), "high is not the greatest number")
-    _require(np.isin(np.asarray(codes), (-1, 0, 1)), "a code that is not ternary")
+    require(in_float64(low) == np.min(in_float64(weight), axis=0, initial=0.0), "low is not the least number")
+    require(
+        in_float64(high) == np.max(in_float64(weight), axis=0, initial=0.0), "high is not the greatest number"
+    )
+    require(np.isin(np.asarray(codes), (-1, 0, 1)), "a code that is not ternary")
     halves = np.array([[1.0], [0.5], [-0.25], [-0.5]], weight.dtype)
     found = case.replace(halves, np.zeros((0, 4), x.dtype)).call(f)[0]
-    _require(np.asarray(found)[:, 0] == [1, 0, 0, -1], "a half is rounded away from 0")
+    require(np.asarray(found)[:, 0] == [1, 0, 0, -1], "a half is rounded away from 0")
 
 
 @law("quant.qmoe")
@@ -119,7 +112,7 @@ def decoding_restores_the_weights(f: Function, case: Case, close: Close) -> None
         back = qmoe_decode(*coded, n=weights.shape[1], **case.kwargs)
     except FrugalError as error:  # the decoder's words on codes that stand for other rows
         raise LawViolation(f"what was coded: {error}") from None
-    _require(back == weights, "a weight changed")
+    require(back == weights, "a weight changed")
 
 
 @law("quant.qmoe")
@@ -127,10 +120,10 @@ def rows_are_coded_by_themselves(f: Function, case: Case, close: Close) -> None:
     """The codewords of a row are those it has alone, and stand between its starts."""
     (weights,) = case.args
     codewords, starts = (np.asarray(part) for part in case.call(f))
-    _require(len(starts) == len(weights) + 1 and starts[-1] == len(codewords), "starts do not frame the rows")
+    require(len(starts) == len(weights) + 1 and starts[-1] == len(codewords), "starts do not frame the rows")
     for row in range(len(weights)):
         alone = case.replace(weights[row : row + 1]).call(f)[0]
-        _require(np.array_equal(alone, codewords[starts[row] : starts[row + 1]]), f"row {row} differs alone")
+        require(np.array_equal(alone, codewords[starts[row] : starts[row + 1]]), f"row {row} differs alone")
 
 
 @law("quant.qmoe")
@@ -138,9 +131,9 @@ def no_more_than_a_codeword_a_pair(f: Function, case: Case, close: Close) -> Non
     """A row of n weights takes at most ceil(n / 2) codewords, and zeros take the fewest of all rows."""
     (weights,) = case.args
     lengths = np.diff(np.asarray(case.call(f)[1]))
-    _require(lengths <= -(-weights.shape[1] // 2), "more codewords than pairs")
+    require(lengths <= -(-weights.shape[1] // 2), "more codewords than pairs")
     zeros = np.diff(np.asarray(case.replace(weights * 0).call(f)[1]))
     if case.kwargs["bits"] == 8 and weights.size:  # the longest run of zeros is in the dictionary
-        _require(zeros <= lengths, "zeros take more codewords than other weights")
+        require(zeros <= lengths, "zeros take more codewords than other weights")
         pairs = -(-weights.shape[1] // 2)
-        _require(zeros == -(-pairs // case.kwargs["max_pairs"]), "zeros in short runs")
+        require(zeros == -(-pairs // case.kwargs["max_pairs"]), "zeros in short runs")

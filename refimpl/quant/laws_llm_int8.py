@@ -7,19 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.numerics import Array, round_to, widen
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Linear = Callable[..., Any]
 
 LINEAR = ("quant.llm_int8", "quant.llm_int8_fused")
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
 
 
 def _out(case: Case, f: Linear) -> Array:
@@ -45,7 +39,7 @@ def without_outliers_all_is_int8(f: Linear, case: Case, close: Close) -> None:  
     """A threshold above every number gives what no threshold gives, bit for bit."""
     x = _arrays(case)[0]
     beyond = 4 * float(np.max(np.abs(x), initial=0)) + 1
-    _require(
+    require(
         _out(case.replace(threshold=beyond), f) == _out(case.replace(threshold=None), f),
         "a threshold above every number changes the output",
     )
@@ -89,7 +83,7 @@ def error_stays_within_its_bound(f: Linear, case: Case, close: Close) -> None:
     sums = np.abs(codes_x).sum(1, keepdims=True) / 2 + np.abs(codes_w).sum(0, keepdims=True) / 2
     bound = steps_x * steps_w * (sums + x.shape[1] / 4) * (1 + 1e-5) + 2 * close.on(case).tolerance
     error = np.abs(_out(case, f) - (x @ weight + bias))
-    _require(error <= bound, f"error beyond its bound by {np.max(error - bound, initial=0)}")
+    require(error <= bound, f"error beyond its bound by {np.max(error - bound, initial=0)}")
 
 
 @law(*LINEAR)
@@ -112,7 +106,7 @@ def threshold_itself(f: Linear, case: Case, close: Close) -> None:  # noqa: ARG0
     tie = _case(case.without("bias"), np.array([[6.0, 0.02]]), np.eye(2), threshold=6.0)
     survives = _out(tie, f)[0, 1] != 0
     inclusive = case.kwargs.get("convention", "released") == "released"
-    _require(survives == inclusive, f"|x| = threshold is {'an' if survives else 'no'} outlier")
+    require(survives == inclusive, f"|x| = threshold is {'an' if survives else 'no'} outlier")
 
 
 @law(*LINEAR)
@@ -123,7 +117,7 @@ def scale_of_a_row(f: Linear, case: Case, close: Close) -> None:  # noqa: ARG001
     x = np.array([[9.0, 0.5], [5.0, 0.01], [0.0, 0.5]])
     out = _out(_case(case.without("bias"), x, np.eye(2), threshold=6.0), f)
     cells = case.kwargs.get("convention", "released") == "released"
-    _require((out[1, 1] == 0) == cells, f"0.01 beside 5.0 in an outlier column becomes {out[1, 1]}")
+    require((out[1, 1] == 0) == cells, f"0.01 beside 5.0 in an outlier column becomes {out[1, 1]}")
 
 
 @law(*LINEAR)
@@ -132,7 +126,7 @@ def halves_round_to_even(f: Linear, case: Case, close: Close) -> None:  # noqa: 
     x = np.array([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
     ties = _case(case.without("bias"), x, np.eye(6), threshold=None)
     expected = np.array([[127.0, 0.0, 2.0, 2.0, 0.0, -2.0]])
-    _require(np.abs(_out(ties, f) - expected) < 0.1, f"halves became {_out(ties, f)[0].tolist()}")
+    require(np.abs(_out(ties, f) - expected) < 0.1, f"halves became {_out(ties, f)[0].tolist()}")
 
 
 @law(*LINEAR)
@@ -154,7 +148,7 @@ def tokens_and_features_permute(f: Linear, case: Case, close: Close) -> None:  #
     rows, columns = rng.permutation(x.shape[0]), rng.permutation(weight.shape[1])
     moved = case.replace(x[rows], weight[:, columns]).replace(threshold=None)
     whole = _out(case.replace(threshold=None), f)
-    _require(_out(moved, f) == whole[rows][:, columns], "permuting tokens or features changes outputs")
+    require(_out(moved, f) == whole[rows][:, columns], "permuting tokens or features changes outputs")
 
 
 @law(*LINEAR)
@@ -165,7 +159,7 @@ def powers_of_two_scale_the_output(f: Linear, case: Case, close: Close) -> None:
     scaled = _case(case, 2 * x, weight / 4)
     if scaled.args[0].dtype.itemsize == 2:
         return  # halves may be subnormal there
-    _require(2 * _out(scaled, f) == _out(case, f), "the output does not scale with its operands")
+    require(2 * _out(scaled, f) == _out(case, f), "the output does not scale with its operands")
 
 
 @law(*LINEAR)
@@ -176,5 +170,5 @@ def nan_stays_in_its_row(f: Linear, case: Case, close: Close) -> None:  # noqa: 
         return
     x[0, -1] = np.nan
     out = _out(_case(case, x, weight), f)
-    _require(np.isnan(out[0]), "NaN in a row gives finite outputs")
-    _require(np.isfinite(out[1:]), "NaN in one row spoils another")
+    require(np.isnan(out[0]), "NaN in a row gives finite outputs")
+    require(np.isfinite(out[1:]), "NaN in one row spoils another")

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import DTypeError, LawViolation, OptionError
+from refimpl.errors import DTypeError, OptionError
 from refimpl.numerics import Array, IntArray
 from refimpl.registry import Case, Source, law, technique
+from refimpl.testing import require
 from refimpl.validation import as_array
 
 __all__ = ["twos_complement"]
@@ -75,18 +76,13 @@ def _values(case: Case, f: Callable[..., Any], patterns: Array, bits: int) -> Ar
     return np.asarray(case.replace(patterns, bits=bits).call(f)).astype(np.int64)
 
 
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
-
-
 @law("quant.twos_complement")
 def adding_patterns_adds_values(f: Callable[..., Any], case: Case, close: object) -> None:  # noqa: ARG001
     """Patterns add modulo 2**bits as their values do."""
     bits, (a,) = case.kwargs["bits"], case.args
     b = a[::-1]
     total = _values(case, f, (a + b) % 2**bits, bits)
-    _require((total - _values(case, f, a, bits) - _values(case, f, b, bits)) % 2**bits == 0, "sums differ")
+    require((total - _values(case, f, a, bits) - _values(case, f, b, bits)) % 2**bits == 0, "sums differ")
 
 
 @law("quant.twos_complement")
@@ -95,7 +91,7 @@ def all_patterns_make_the_range(f: Callable[..., Any], case: Case, close: object
     bits = case.kwargs["bits"]
     half = 2 ** (bits - 1)
     got = _values(case, f, np.arange(2 * half), bits).tolist()
-    _require(got == [*range(half), *range(-half, 0)], f"{bits} bits stand for {got}")
+    require(got == [*range(half), *range(-half, 0)], f"{bits} bits stand for {got}")
 
 
 @law("quant.twos_complement")
@@ -104,7 +100,7 @@ def repeating_the_sign_bit_keeps_the_value(f: Callable[..., Any], case: Case, cl
     bits, (a,) = case.kwargs["bits"], case.args
     if bits < 8:
         extended = a | (a >> (bits - 1)) << bits
-        _require(_values(case, f, extended, bits + 1) == _values(case, f, a, bits), "sign extension")
+        require(_values(case, f, extended, bits + 1) == _values(case, f, a, bits), "sign extension")
 
 
 @law("quant.twos_complement")
@@ -113,4 +109,4 @@ def complement_plus_one_negates(f: Callable[..., Any], case: Case, close: object
     bits, (a,) = case.kwargs["bits"], case.args
     values = _values(case, f, a, bits)
     negated = _values(case, f, (~a + 1) % 2**bits, bits)
-    _require((negated == -values) | (values == -(2 ** (bits - 1))) & (negated == values), "negation")
+    require((negated == -values) | (values == -(2 ** (bits - 1))) & (negated == values), "negation")

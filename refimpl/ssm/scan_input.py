@@ -11,7 +11,7 @@ from refimpl.numerics import FloatArray, wide_dtype
 from refimpl.ssm.discretization import Discretization, discretize, step_size
 from refimpl.ssm.recurrence import Step
 from refimpl.transformer.activations import activate
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import bind_axes, flag, floating
 
 __all__ = ["ScanInput", "ScanOptions", "System", "Tokens", "outputs", "scan_input", "steps"]
 
@@ -137,7 +137,13 @@ def scan_input(
     discretize(np.zeros(0), np.zeros(0), discretization)  # refuses an unknown one even if there is no token
     return ScanInput(
         Tokens(found["u"], found["delta"], found["B"], found["C"], found.get("z")),
-        System(found["A"], found.get("D"), found.get("delta_bias"), bool(delta_softplus), discretization),
+        System(
+            found["A"],
+            found.get("D"),
+            found.get("delta_bias"),
+            flag("delta_softplus", delta_softplus),
+            discretization,
+        ),
         found.get("initial_state"),
         (size["B"], size["T"], size["Din"], size["N"]),
         dtype,

@@ -9,17 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.numerics import IntArray
 from refimpl.registry import Case, law
+from refimpl.testing import require
 from refimpl.tokenization.split import chunks_of
 
 Words = list[tuple[int, ...]]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise LawViolation(message)
 
 
 def _words(case: Case) -> Words:
@@ -55,8 +50,8 @@ def every_merge_is_the_most_frequent_pair(f: Callable[..., Any], case: Case, clo
     for rank, pair in enumerate(_learned(f, case)):
         counts = _adjacent(words)
         most = max(counts.values(), default=0)
-        _require(0 < counts[pair] == most, f"merge {rank}, {pair}, occurs {counts[pair]} times, not {most}")
-        _require(most >= case.kwargs["min_count"], f"merge {rank} occurs only {most} times")
+        require(0 < counts[pair] == most, f"merge {rank}, {pair}, occurs {counts[pair]} times, not {most}")
+        require(most >= case.kwargs["min_count"], f"merge {rank} occurs only {most} times")
         words = _applied(words, pair, 256 + rank)
 
 
@@ -68,7 +63,7 @@ def ties_go_as_they_say(f: Callable[..., Any], case: Case, close: object) -> Non
         counts = _adjacent(words)
         equals = [other for other, count in counts.items() if count == counts[pair]]
         best = min(equals, default=None) if case.kwargs["ties"] == "lowest" else next(iter(equals), None)
-        _require(pair == best, f"merge {rank} joins {pair}, of equals {equals}")
+        require(pair == best, f"merge {rank} joins {pair}, of equals {equals}")
         words = _applied(words, pair, 256 + rank)
 
 
@@ -78,7 +73,7 @@ def fewer_merges_are_a_prefix(f: Callable[..., Any], case: Case, close: object) 
     learned = _learned(f, case)
     for count in (0, len(learned) // 2):
         found = _learned(f, case.replace(merges=count))
-        _require(found == learned[:count], f"the first {count} merges became {found}")
+        require(found == learned[:count], f"the first {count} merges became {found}")
 
 
 @law("tokenization.bpe")
@@ -89,15 +84,15 @@ def training_stops_only_when_nothing_is_left(f: Callable[..., Any], case: Case, 
         words = _applied(words, pair, 256 + rank)
     left = max(_adjacent(words).values(), default=0)
     stopped = len(learned) < case.kwargs["merges"]
-    _require(not stopped or left < case.kwargs["min_count"], f"stopped though a pair occurs {left} times")
-    _require(len(learned) <= case.kwargs["merges"], f"{len(learned)} merges, {case.kwargs['merges']} asked")
+    require(not stopped or left < case.kwargs["min_count"], f"stopped though a pair occurs {left} times")
+    require(len(learned) <= case.kwargs["merges"], f"{len(learned)} merges, {case.kwargs['merges']} asked")
 
 
 @law("tokenization.bpe")
 def a_text_read_twice_teaches_the_same(f: Callable[..., Any], case: Case, close: object) -> None:  # noqa: ARG001
     """Two copies of a text, side by side as chunks, give the merges of one: only proportions count."""
     twice = case.replace([*case.args[0], *case.args[0]], min_count=2 * case.kwargs["min_count"])
-    _require(_learned(f, twice) == _learned(f, case), "the merges of two copies of the text differ")
+    require(_learned(f, twice) == _learned(f, case), "the merges of two copies of the text differ")
 
 
 # Encoding (tokenization.bpe.encode)
@@ -121,14 +116,14 @@ def tokens_spell_the_text(f: Callable[..., Any], case: Case, close: object) -> N
     """What the tokens spell, joined, is the text, byte for byte."""
     spelled = _spelled(case.args[1])
     text = b"".join(spelled[token] for token in _tokens(f, case))
-    _require(text == b"".join(case.args[0]), f"{case.args[0]} is spelled {text!r}")
+    require(text == b"".join(case.args[0]), f"{case.args[0]} is spelled {text!r}")
 
 
 @law("tokenization.bpe.encode")
 def without_merges_tokens_are_bytes(f: Callable[..., Any], case: Case, close: object) -> None:  # noqa: ARG001
     """Before anything is learned every byte is a token."""
     tokens = _tokens(f, case.replace(case.args[0], case.args[1][:0]))
-    _require(tokens == list(b"".join(case.args[0])), f"without merges: {tokens}")
+    require(tokens == list(b"".join(case.args[0])), f"without merges: {tokens}")
 
 
 @law("tokenization.bpe.encode")
@@ -138,7 +133,7 @@ def merges_apply_in_the_order_learned(f: Callable[..., Any], case: Case, close: 
     for rank, (left, right) in enumerate(case.args[1].tolist()):
         words = _applied(words, (left, right), 256 + rank)
     expected = [token for word in words for token in word]
-    _require(_tokens(f, case) == expected, f"expected {expected}, got {_tokens(f, case)}")
+    require(_tokens(f, case) == expected, f"expected {expected}, got {_tokens(f, case)}")
 
 
 @law("tokenization.bpe.encode")
@@ -146,7 +141,7 @@ def more_merges_never_lengthen(f: Callable[..., Any], case: Case, close: object)
     """Each further merge leaves the number of tokens or lowers it."""
     text, merges = case.args
     sizes = [len(_tokens(f, case.replace(text, merges[:count]))) for count in range(len(merges) + 1)]
-    _require(sizes == sorted(sizes, reverse=True), f"tokens by number of merges: {sizes}")
+    require(sizes == sorted(sizes, reverse=True), f"tokens by number of merges: {sizes}")
 
 
 @law("tokenization.bpe.encode")
@@ -154,4 +149,4 @@ def chunks_are_encoded_apart(f: Callable[..., Any], case: Case, close: object) -
     """No token reaches over two chunks: the tokens of all are those of each, one after the other."""
     text, merges = case.args
     apart = [token for chunk in text for token in _tokens(f, case.replace([chunk], merges))]
-    _require(_tokens(f, case) == apart, f"the chunks apart give {apart}")
+    require(_tokens(f, case) == apart, f"the chunks apart give {apart}")

@@ -26,7 +26,7 @@ def _sample(
     "transformer.ffn_decomposition",
     entries=(12,),
     kind="identity",
-    source=Source("Wang et al. 2022", "OpenReview RftryyYyjiG (ICLR 2022)", "section 2, FFN"),
+    source=Source("Ren et al. 2022", "arXiv:2205.10036", "section 2, FFN"),
     axes={"T": (0, 4), "M": (1, 5), "F": (1, 8), "parts": (1, 9)},
     options={"activation": get_args(Activation), "bias": (False, True)},
     edges=({"T": 0}, {"T": 1, "M": 1, "F": 1, "parts": 1}, {"F": 7, "parts": 3}, {"F": 4, "parts": 4}),
@@ -71,7 +71,8 @@ def ffn_decomposition(
 
     References
     ----------
-    .. [1] Wang et al., 2022, "Exploring extreme parameter compression for pre-trained language models", ICLR.
+    .. [1] Ren et al., 2022, "Exploring extreme parameter compression for pre-trained language models",
+       arXiv:2205.10036 (ICLR 2022, whose program names Wang first).
 
     Examples
     --------

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import LawViolation
-from refimpl.numerics import Array, FloatArray, round_to, widen
+from refimpl.numerics import Array, in_float64, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -18,10 +18,6 @@ NORMS = ("transformer.layer_norm", "transformer.rms_norm")
 # The least value of x Φ(x) is -0.16997, at -0.7518; that of the sigmoid form is above it.
 LEAST_GELU = -0.1701
 FORM_ERROR = {"exact": 0.0, "tanh": 4.74e-4, "sigmoid": 2.04e-2}
-
-
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
 
 
 def _scaled(x: Array, factor: float) -> Array:
@@ -36,13 +32,15 @@ def _scaled(x: Array, factor: float) -> Array:
 def mirrored_parts_differ_by_x(f: Function, case: Case, close: Close) -> None:
     """GeLU(x) - GeLU(-x) = x, in every form."""
     (x,) = case.args
-    close.on(case)(_wide(case.call(f)) - _wide(case.replace(-x).call(f)), _wide(x), "GeLU(x) - GeLU(-x)")
+    close.on(case)(
+        in_float64(case.call(f)) - in_float64(case.replace(-x).call(f)), in_float64(x), "GeLU(x) - GeLU(-x)"
+    )
 
 
 @law("transformer.gelu")
 def gelu_lies_between_bounds(f: Function, case: Case, close: Close) -> None:
     """GeLU(x) lies between 0 and x to the right of 0, and between -0.1701 and 0 to the left."""
-    y, x = _wide(case.call(f)), _wide(case.args[0])
+    y, x = in_float64(case.call(f)), in_float64(case.args[0])
     room = close.tolerance
     low, high = np.where(x > 0, 0.0, np.maximum(x, LEAST_GELU)), np.maximum(x, 0.0)
     if not np.all((y >= low - room) & (y <= high + room)):
@@ -53,7 +51,7 @@ def gelu_lies_between_bounds(f: Function, case: Case, close: Close) -> None:
 def forms_are_close_to_the_exact_one(f: Function, case: Case, close: Close) -> None:
     """The tanh form is within 4.74e-4 of the exact one, the sigmoid form within 2.04e-2."""
     bound = FORM_ERROR[case.kwargs.get("form", "exact")]
-    apart = np.abs(_wide(case.call(f)) - _wide(case.replace(form="exact").call(f)))
+    apart = np.abs(in_float64(case.call(f)) - in_float64(case.replace(form="exact").call(f)))
     if not np.all(apart <= bound + 2 * close.tolerance):
         raise LawViolation(f"the form is {np.max(apart)} away from the exact one, expected at most {bound}")
 
@@ -66,9 +64,9 @@ def tokens_do_not_meet(f: Function, case: Case, close: Close) -> None:
     """Each token's output is what it is without the others."""
     x, *weights = case.args
     order = np.arange(len(x))[::-1]
-    alone = [_wide(case.replace(x[t : t + 1], *weights).call(f)) for t in order]
+    alone = [in_float64(case.replace(x[t : t + 1], *weights).call(f)) for t in order]
     if alone:
-        close(np.concatenate(alone), _wide(case.call(f))[order], "tokens one by one")
+        close(np.concatenate(alone), in_float64(case.call(f))[order], "tokens one by one")
 
 
 @law(*FFN)
@@ -86,9 +84,9 @@ def relu_is_positively_homogeneous(f: Function, case: Case, close: Close) -> Non
     """With ReLU and no biases, doubling the input doubles the output, and a unit's scale moves through it."""
     case = case.without("b_1", "b_2").replace(activation="relu")
     x, w_1, w_2 = case.args
-    once = _wide(case.call(f))
+    once = in_float64(case.call(f))
     close = close.on(case)
-    close(_wide(case.replace(_scaled(x, 2), w_1, w_2).call(f)), 2 * once, "input doubled", factor=2.0)
+    close(in_float64(case.replace(_scaled(x, 2), w_1, w_2).call(f)), 2 * once, "input doubled", factor=2.0)
     moved = case.replace(x, _scaled(w_1, 4), _scaled(w_2, 0.25))
     close(moved.call(f), once, "units times 4 in, by 4 out")
 
@@ -100,7 +98,7 @@ def output_bias_is_added_once(f: Function, case: Case, close: Close) -> None:
     shift = np.random.default_rng(0).standard_normal(w_2.shape[1]).astype(np.float64)
     shift = round_to(shift, w_2.dtype)
     plain, shifted = case.without("b_2"), case.replace(b_2=shift)
-    close.on(shifted)(shifted.call(f), _wide(plain.call(f)) + _wide(shift), "output bias added")
+    close.on(shifted)(shifted.call(f), in_float64(plain.call(f)) + in_float64(shift), "output bias added")
 
 
 @law("transformer.ffn_decomposition")
@@ -118,7 +116,7 @@ def linear_in_the_ungated_half(f: Function, case: Case, close: Close) -> None:
     """Doubling W_up doubles the output: only the other half passes the activation."""
     x, w_gate, w_up, w_down = case.args
     doubled = case.replace(x, w_gate, _scaled(w_up, 2), w_down)
-    close(_wide(doubled.call(f)), 2 * _wide(case.call(f)), "W_up doubled", factor=2.0)
+    close(in_float64(doubled.call(f)), 2 * in_float64(case.call(f)), "W_up doubled", factor=2.0)
 
 
 @law("transformer.gated_ffn")
@@ -133,7 +131,7 @@ def hidden_units_of_a_gated_layer_may_be_reordered(f: Function, case: Case, clos
 def zero_gate_closes(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """Every activation is 0 at 0, so a gate of zeros gives exactly 0."""
     x, w_gate, w_up, w_down = case.args
-    if np.any(_wide(case.replace(x, np.zeros_like(w_gate), w_up, w_down).call(f)) != 0):
+    if np.any(in_float64(case.replace(x, np.zeros_like(w_gate), w_up, w_down).call(f)) != 0):
         raise LawViolation("a gate of zeros lets something pass")
 
 
@@ -153,7 +151,7 @@ def linear_in_the_gain(f: Function, case: Case, close: Close) -> None:
     """Doubling gain and shift doubles the output."""
     x, *gains = case.args
     doubled = case.replace(x, *(_scaled(gain, 2) for gain in gains))
-    close(_wide(doubled.call(f)), 2 * _wide(case.call(f)), "gain and shift doubled", factor=2.0)
+    close(in_float64(doubled.call(f)), 2 * in_float64(case.call(f)), "gain and shift doubled", factor=2.0)
 
 
 @law(*NORMS)
@@ -161,7 +159,7 @@ def rows_have_their_size(f: Function, case: Case, close: Close) -> None:
     """Before gain and shift, the mean square of a row is v / (v + eps), v the variance of x or its own."""
     x, *gains = case.args
     neutral = Case((x, np.ones_like(gains[0]), *(np.zeros_like(g) for g in gains[1:])), case.kwargs)
-    y, wide = _wide(neutral.call(f)), _wide(x)
+    y, wide = in_float64(neutral.call(f)), in_float64(x)
     v = np.mean(np.square(wide), axis=-1) if len(gains) == 1 else np.var(wide, axis=-1)
     v = np.where(np.ptp(wide, axis=-1) == 0, 0, v) if len(gains) == 2 else v
     expected = v / (v + case.kwargs["eps"])
@@ -174,8 +172,8 @@ def rows_have_mean_of_the_shift(f: Function, case: Case, close: Close) -> None:
     """With equal gains every row has the mean of the shift."""
     x, gamma, beta = case.args
     flat = case.replace(x, np.full_like(gamma, 1.0), beta)
-    mean = np.mean(_wide(flat.call(f)), axis=-1)
-    close.on(flat)(mean, np.full_like(mean, np.mean(_wide(beta))), "means of the rows")
+    mean = np.mean(in_float64(flat.call(f)), axis=-1)
+    close.on(flat)(mean, np.full_like(mean, np.mean(in_float64(beta))), "means of the rows")
 
 
 @law("transformer.layer_norm")
@@ -192,4 +190,4 @@ def shifting_a_token_changes_nothing(f: Function, case: Case, close: Close) -> N
 def rms_norm_is_odd(f: Function, case: Case, close: Close) -> None:
     """Turning a token around turns its output around: there is no mean and no shift."""
     x, gamma = case.args
-    close(_wide(case.replace(-x, gamma).call(f)), -_wide(case.call(f)), "x turned around")
+    close(in_float64(case.replace(-x, gamma).call(f)), -in_float64(case.call(f)), "x turned around")

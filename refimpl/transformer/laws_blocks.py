@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.numerics import Array, FloatArray, round_to, widen
+from refimpl.numerics import Array, in_float64, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
 Function = Callable[..., Any]
 BLOCKS = ("transformer.encoder", "transformer.decoder")
-
-
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
 
 
 def _changed(x: Array, where: Array) -> Array:
@@ -45,7 +41,7 @@ def silent_sublayers_leave_the_residual(f: Function, case: Case, close: Close) -
         name for name in case.kwargs if name.removeprefix("cross_") in ("w_o", "b_o", "w_2", "b_2", "w_down")
     ]
     silent = case.replace(**{name: np.zeros_like(case.kwargs[name]) for name in outputs})
-    expected = _wide(case.args[0])
+    expected = in_float64(case.args[0])
     if case.kwargs["order"] == "post":
         options = {"eps": case.kwargs.get("eps", 1e-5)}
         for part in ("{}_1", "cross_{}", "{}_2"):
@@ -53,9 +49,9 @@ def silent_sublayers_leave_the_residual(f: Function, case: Case, close: Close) -
             if gain is None:
                 continue
             if case.kwargs["norm"] == "layer_norm":
-                expected = layer_norm(expected, _wide(gain), _wide(shift), **options)
+                expected = layer_norm(expected, in_float64(gain), in_float64(shift), **options)
             else:
-                expected = rms_norm(expected, _wide(gain), **options)
+                expected = rms_norm(expected, in_float64(gain), **options)
     close.on(silent)(silent.call(f), expected, "output weights of 0", factor=4.0)
 
 
@@ -77,7 +73,7 @@ def hidden_tokens_do_not_matter(f: Function, case: Case, close: Close) -> None:
     seen = mask[:, 0, 0, :, None]
     case = case.replace(attn_mask=mask)
     other = case.replace(_changed(x, ~seen))
-    here, there = (np.where(seen, _wide(c.call(f)), 0.0) for c in (case, other))
+    here, there = (np.where(seen, in_float64(c.call(f)), 0.0) for c in (case, other))
     close.on(other)(there, here, "other tokens behind the mask")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import LawViolation
-from refimpl.numerics import Array, FloatArray, widen
+from refimpl.numerics import Array, FloatArray, in_float64
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -17,12 +17,8 @@ ROTARY = "transformer.positions.rotary"
 SINUSOIDAL = "transformer.positions"
 
 
-def _wide(value: Any) -> FloatArray:
-    return widen(np.asarray(value)).astype(np.float64)
-
-
 def _equal(actual: Any, expected: Any, what: str) -> None:
-    if not np.array_equal(_wide(actual), _wide(expected)):
+    if not np.array_equal(in_float64(actual), in_float64(expected)):
         raise LawViolation(f"{what}: not equal")
 
 
@@ -33,16 +29,16 @@ def _equal(actual: Any, expected: Any, what: str) -> None:
 def products_depend_on_the_distance(f: Function, case: Case, close: Close) -> None:
     """The product of two positions' vectors depends on their difference only."""
     (p,) = case.args
-    here, there = (_wide(case.replace(p + shift).call(f)) for shift in (0, 23))
+    here, there = (in_float64(case.replace(p + shift).call(f)) for shift in (0, 23))
     close.on(case.replace(p + 23))(there @ there.T, here @ here.T, "moved by 23", factor=4.0 * here.shape[-1])
 
 
 @law(SINUSOIDAL)
 def every_pair_has_norm_one(f: Function, case: Case, close: Close) -> None:
     """sin² + cos² of every pair is 1, and position 0 is made of sines 0 and cosines 1."""
-    y = _wide(case.call(f))
+    y = in_float64(case.call(f))
     close(np.sum(np.square(y), axis=-1), np.full(y.shape[:-1], y.shape[-1] / 2), "squares of a row")
-    start = _wide(case.replace(np.zeros_like(case.args[0])).call(f))
+    start = in_float64(case.replace(np.zeros_like(case.args[0])).call(f))
     if not np.all((start == 0) | (start == 1)) or np.any(start.sum(axis=-1) != start.shape[-1] / 2):
         raise LawViolation("position 0 is not made of zeros and ones")
 
@@ -51,7 +47,7 @@ def every_pair_has_norm_one(f: Function, case: Case, close: Close) -> None:
 def wave_lengths_grow_geometrically(f: Function, case: Case, close: Close) -> None:
     """At position 1, pair i of M / 2 holds the sine and the cosine of base^(-2i/M)."""
     one = case.replace(np.ones(1))
-    y = _wide(one.call(f))[0]
+    y = in_float64(one.call(f))[0]
     pairs = (
         y.reshape(-1, 2).T if case.kwargs.get("layout", "interleaved") == "interleaved" else y.reshape(2, -1)
     )
@@ -78,7 +74,7 @@ def positions_pick_their_rows(f: Function, case: Case, close: Close) -> None:  #
 def slopes_of_a_power_of_two_are_geometric(f: Function, case: Case, close: Close) -> None:
     """Where H is a power of two, slope h is the first one to the power h, and the last is 2^-8."""
     heads = 1 << (case.kwargs["num_heads"].bit_length() - 1)
-    slopes = _wide(f(num_heads=heads))
+    slopes = in_float64(f(num_heads=heads))
     close.on(Case((), {"num_heads": heads}))(slopes, slopes[0] ** np.arange(1, heads + 1), "powers")
     if slopes[-1] != 2.0**-8:
         raise LawViolation(f"the last slope is {slopes[-1]}, expected 2**-8")
@@ -87,7 +83,7 @@ def slopes_of_a_power_of_two_are_geometric(f: Function, case: Case, close: Close
 @law("transformer.positions.alibi")
 def slopes_differ_and_are_below_one(f: Function, case: Case, close: Close) -> None:  # noqa: ARG001
     """All slopes differ and lie in [2^-8, 1)."""
-    slopes = _wide(case.call(f))
+    slopes = in_float64(case.call(f))
     if len(set(slopes.tolist())) != case.kwargs["num_heads"]:
         raise LawViolation("two heads have the same slope")
     if not np.all((slopes >= 2.0**-8) & (slopes < 1)):
@@ -99,9 +95,9 @@ def slopes_between_powers_come_from_both(f: Function, case: Case, close: Close) 
     """The first slopes are those of the power of two below, the others come from the one above."""
     heads = case.kwargs["num_heads"]
     below = 1 << (heads.bit_length() - 1)
-    slopes = _wide(case.call(f))
+    slopes = in_float64(case.call(f))
     _equal(slopes[:below], f(num_heads=below), "first slopes")
-    above = set(_wide(f(num_heads=2 * below)).tolist())
+    above = set(in_float64(f(num_heads=2 * below)).tolist())
     if not set(slopes[below:].tolist()) <= above:
         raise LawViolation("a slope is of neither power of two")
 
@@ -110,7 +106,7 @@ def slopes_between_powers_come_from_both(f: Function, case: Case, close: Close) 
 
 
 def _turned(case: Case, f: Function, x: Array, p: Array) -> FloatArray:
-    return _wide(case.replace(x, p).call(f))
+    return in_float64(case.replace(x, p).call(f))
 
 
 @law(ROTARY)
@@ -118,7 +114,7 @@ def scores_depend_on_the_distance(f: Function, case: Case, close: Close) -> None
     """The product of a turned query and a turned key depends on the difference of their positions only."""
     x, p = case.args
     moved = case.replace(x, p + 17)
-    here, there = _wide(case.call(f)), _wide(moved.call(f))
+    here, there = in_float64(case.call(f)), in_float64(moved.call(f))
     products = [np.einsum("bihd,bjhd->bhij", y, np.flip(y, axis=1)) for y in (here, there)]
     close.on(moved)(products[1], products[0], "both moved by 17", factor=16.0 * x.shape[-1])
 
@@ -127,7 +123,7 @@ def scores_depend_on_the_distance(f: Function, case: Case, close: Close) -> None
 def norms_stay(f: Function, case: Case, close: Close) -> None:
     """Turning changes no norm of a head's vector."""
     x = case.args[0]
-    before, after = (np.sqrt(np.sum(np.square(_wide(y)), axis=-1)) for y in (x, case.call(f)))
+    before, after = (np.sqrt(np.sum(np.square(in_float64(y)), axis=-1)) for y in (x, case.call(f)))
     close(after, before, "norms", factor=4.0)
 
 
@@ -161,7 +157,7 @@ def angles_fall_geometrically(f: Function, case: Case, close: Close) -> None:
     unit = np.zeros_like(x)
     unit[..., first] = 1
     case = case.replace(unit, np.ones_like(p))
-    y = _wide(case.call(f))
+    y = in_float64(case.call(f))
     angles = case.kwargs.get("base", 10000.0) ** (-np.arange(width // 2) / (width // 2))
     for part, expected in ((first, np.cos(angles)), (second, np.sin(angles))):
         close.on(case)(y[..., part], np.broadcast_to(expected, y[..., part].shape), "position 1")
@@ -181,7 +177,7 @@ def vocabulary_may_be_renumbered(f: Function, case: Case, close: Close) -> None:
 def embedding_is_a_product_with_one_hot_rows(f: Function, case: Case, close: Close) -> None:
     """Embedding is the product of one-hot rows with the table, times the scale."""
     table, tokens = case.args
-    expected = np.eye(len(table))[tokens] @ _wide(table) * case.kwargs.get("scale", 1.0)
+    expected = np.eye(len(table))[tokens] @ in_float64(table) * case.kwargs.get("scale", 1.0)
     close(case.call(f), expected, "one-hot rows")
 
 

@@ -315,6 +315,7 @@ BY_LAW = {
     "sliding_window-window_wraps_around", "sliding_window-one_key_less",
     "sliding_window-blocks_see_their_own_keys_only", "dilated_window-dilation_ignored",
     "dilated_window-span_not_widened", "global_tokens-hubs_only_see", "global_tokens-hubs_are_only_seen",
+    "global_tokens-hubs_in_the_window_count_twice", "bigbird-blocks_counted_as_often_as_named",
     "longformer-second_projections_unused", "longformer-global_keys_from_the_second_set",
     "bigbird-random_blocks_forgotten", "bigbird-last_block_not_global", "bigbird-global_blocks_do_not_see",
     "shifted_groups-nothing_shifted", "shifted_groups-every_head_shifted", "shifted_groups-the_other_ends",

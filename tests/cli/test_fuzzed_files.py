@@ -45,6 +45,17 @@ MODELS: list[dict[str, Any]] = [
      "vocab_size": 90},
     {"model_type": "gpt_neox", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
      "vocab_size": 90, "intermediate_size": 64},
+    LLAMA | {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 30.0},
+    LLAMA | {"model_type": "phi", "qk_layernorm": True},
+    LLAMA | {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    LLAMA | {"model_type": "bamba", "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": "auto"},
+    {"model_type": "dbrx", "d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 90,
+     "attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 3}},
+    {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+     "vocab_size": 90, "feed_forward_proj": "gated-gelu"},
+    {"model_type": "bart", "d_model": 32, "vocab_size": 90, "max_position_embeddings": 16,
+     "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64,
+     "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
 ]  # fmt: skip
 RUNS: list[dict[str, Any]] = [
     {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True},

@@ -70,7 +70,7 @@ def test_slopes_are_those_of_the_times(play: Callable[..., Any]) -> None:
     assert (line["within"], square["within"]) == (True, False)
     assert result.exit_code == 1
     assert result.problem == "slopes off by more than 0.15: square"
-    assert result.totals == {"methods": 2, "within": 1, "outside": 1}
+    assert result.totals == {"methods": 2, "within": 1, "outside": 1, "not_judged": 0}
     assert [row["time_s"] for row in result.rows[:4]] == pytest.approx([1.0, 2.0, 4.0, 8.0])
 
 
@@ -93,7 +93,8 @@ def test_fewer_sizes_have_no_verdict(play: Callable[..., Any]) -> None:
     result = play(method=lambda n: 0.125 * n**2, sizes=(8, 16, 32))
     (slope,) = result.views[1].rows
     assert (slope["time_slope"], slope["within"], result.exit_code) == (None, None, 0)
-    assert result.details[-1] == "Fewer than 4 sizes make no slope."
+    assert result.details[-1] == "No verdict on method: a slope needs 4 sizes; give more with --n."
+    assert result.totals == {"methods": 1, "within": 0, "outside": 0, "not_judged": 1}
 
 
 def test_the_least_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +181,7 @@ def test_the_command(rows: Rows) -> None:
     assert [(row["method"], row["n"]) for row in found["rows"]] == [(m, n) for m in NAMES for n in (64, 128)]
     assert all(row["time_s"] > 0 and row["peak_bytes"] > 0 and row["flops"] > 0 for row in found["rows"])
     assert {row["within"] for row in found["rows"]} == {None}
-    assert found["totals"] == {"methods": 5, "within": 0, "outside": 0}
+    assert found["totals"] == {"methods": 5, "within": 0, "outside": 0, "not_judged": 5}
 
 
 def test_tables_and_picture(run: Callable[..., Any], tmp_path: Any) -> None:

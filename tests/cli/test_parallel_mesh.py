@@ -35,6 +35,15 @@ def test_a_mesh_with_experts_agrees(rows):
     assert sent["dispatch"] == sent["combine gradients"] == [2 * 4 * 2 * 2 * 16 * 16 * 8] * 4
 
 
+def test_one_rank_alone_and_ranks_without_layers_agree(rows, run):
+    document = rows("parallel", "mesh", "--tp", "1", "--pp", "1,6", "--dp", "1", "--steps", "1")
+    assert document["totals"]["disagree"] == 0
+    alone, *_ = document["rows"]
+    assert (alone["collective"], alone["sent_bytes"], alone["model_sent_bytes"]) == ("none", [0], [0])
+    table = run("parallel", "mesh", "--tp", "1", "--pp", "1", "--dp", "1", "--steps", "1").stdout
+    assert [line.split()[-2:] for line in table.splitlines() if " none " in line] == [["0", "yes"]]
+
+
 def test_a_mesh_that_differs_is_seen(run):
     with mock.patch.object(mesh_program, "sum_of_both_ends", lambda pipe, gradient: gradient):
         done = run("parallel", "mesh", "--tp", "1", "--dp", "1", "--steps", "2", code=1)

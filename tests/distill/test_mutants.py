@@ -19,6 +19,7 @@ from refimpl.distill import (
     sequence_level_loss,
     soft_target_loss,
     tinybert_layer_loss,
+    tinybert_layer_loss_vjp,
 )
 from refimpl.errors import OptionError, ShapeError
 from tests.survivors import Mutants
@@ -252,3 +253,12 @@ def test_a_score_of_minus_100_is_masked() -> None:
     given = (zero - 100, zero, one, one, one[0])
     assert tinybert_layer_loss(*given, convention="released") == 0
     assert tinybert_layer_loss(*given, convention="paper") == 1e4
+    apart = (zero - 100, zero + 5, *given[2:])
+    assert tinybert_layer_loss_vjp(*apart, 1.0, convention="released").student_scores == 0
+    assert tinybert_layer_loss_vjp(*apart, 1.0, convention="paper").student_scores == -210
+
+
+def test_a_draw_at_the_probability_replaces_nothing() -> None:
+    """Uniform draws of [0, 1) are below p with probability p: ``u < p``."""
+    tokens, candidates, u = np.array([7, 8]), np.array([[1], [2]]), np.array([[0.5, np.nextafter(0.5, 0)]])
+    assert augment(tokens, candidates, u, 0 * u, probability=0.5).tolist() == [[7, 8], [7, 2]]

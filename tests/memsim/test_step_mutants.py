@@ -48,11 +48,14 @@ def bounds() -> None:
 
 
 def optimizer() -> None:
-    """Adam reads 4 and 12 bytes and writes 12 and 2; offloaded, 4 and 2 cross the link to the host."""
+    """A gradient of 4 bytes is read for the norm, clipped in place, read by Adam and set to zero: 20 bytes.
+
+    Adam reads and writes 12 and writes 2.  Offloaded, 4 and 2 cross the link to the host.
+    """
     setting = Setting("gpt2", "a100-80gb", 1, 1, 64)
     step = training_step(setting, Division())
     count = step.value("P_first")
-    assert step.value("optimizer") * 2_039_000_000_000 == count * 30
+    assert step.value("optimizer") * 2_039_000_000_000 == count * (20 + 24 + 2)
     away = training_step(setting, Division(offload=True))
     assert away.value("optimizer") * 32_000_000_000 == count * 6
 
@@ -170,6 +173,17 @@ STEP_MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("bubble", "(p - 1)", "p", pipeline),
     ("g_qkv", "2*FLOP", "FLOP", step_tests.test_gradients_of_products_are_two_products),
     ("optimizer", "2y_o", "y_o", optimizer),
+    ("optimizer", "5y_g", "y_g", optimizer),
+    ("again", "f_core + f_softmax", "f_core", step_tests.test_selective_recomputation_is_attention_again),
+    ("bytes_softmax", "(2y + 1)", "2y", step_tests.test_dropout_of_scores_has_a_mask_of_bytes),
+    ("g_softmax", "(3y", "(2y", step_tests.test_gradients_of_products_are_two_products),
+    (
+        "tensor_hidden",
+        "min(f_qkv + f_up, ",
+        "(",
+        step_tests.test_all_reduces_hide_behind_gradients_of_weights,
+    ),
+    ("tensor_hidden", "(1 - q/2)", "1", step_tests.test_all_reduces_hide_behind_gradients_of_weights),
     ("optimizer", "/(C*", "/(M*", optimizer),
     ("FLOP_model", "6B*s*s", "12B*s*s", utilization),
     ("FLOP_again", "2B*s*(W_q", "2B*s*(W_h + W_q", utilization),

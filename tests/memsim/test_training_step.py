@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import pytest
@@ -152,8 +153,47 @@ def test_gradients_of_products_are_two_products() -> None:
         assert flash.value(f"g_{name}") == 2 * flash.value(f"f_{name}")
     assert flash.value("g_core") == Fraction(5, 2) * flash.value("f_core")
     assert standard.value("FLOP_core") == 2 * flash.value("FLOP_core")  # no half is left out
-    scores = 32 * 32 * 4096**2  # layers, heads; written, read, written and read again, 2 bytes each
-    assert standard.value("bytes_core") - flash.value("bytes_core") == 8 * scores
+    # Layers, heads; the products write S and read P; softmax reads S and writes P; its gradient reads P and
+    # dP and writes dS; 2 bytes each.
+    scores = 32 * 32 * 4096**2
+    assert standard.value("bytes_core") - flash.value("bytes_core") == 4 * scores
+    assert standard.value("bytes_softmax") == 4 * scores
+    assert standard.value("g_softmax") * 2_039_000_000_000 == 6 * scores
+    assert flash.value("bytes_softmax") == flash.value("g_softmax") == 0
+
+
+def test_dropout_of_scores_has_a_mask_of_bytes() -> None:
+    step = training_step(
+        Setting("llama-2-7b", "a100-80gb", 1, 1, 4096, attention="standard", dropout=True), Division()
+    )
+    scores = 32 * 32 * 4096**2  # dropout reads and writes 2 bytes, and writes a byte; its gradient reads it
+    assert step.value("bytes_softmax") == (4 + 5) * scores
+    assert step.value("g_softmax") * 2_039_000_000_000 == (6 + 5) * scores
+
+
+def test_all_reduces_hide_behind_gradients_of_weights() -> None:
+    """Those of the backward pass, as long as products take; half of them with sequence parallelism."""
+    # Narrow products are too short to hide what is sent.
+    for model, parallel in product(("gpt3-175b", "gpt2"), (False, True)):
+        shown, hidden = (
+            training_step(
+                Setting(model, "a100-80gb", 4, 8, 1024, tensor_overlap=overlap),
+                Division(tensor=4, sequence_parallel=parallel),
+            )
+            for overlap in (False, True)
+        )
+        room = hidden.value("f_qkv") + hidden.value("f_up")
+        sent = hidden.value("tensor_f") * (Fraction(1, 2) if parallel else 1)
+        assert shown.value("tensor_hidden") == 0
+        assert shown.value("tensor") - hidden.value("tensor") == min(room, sent) > 0
+        assert (sent > room) == (model == "gpt2")
+
+
+def test_selective_recomputation_is_attention_again() -> None:
+    step = training_step(MEGATRON, PAPER)
+    assert step.value("again") == step.value("f_core") + step.value("f_softmax")
+    assert step.value("f_core") > 0
+    assert step.value("f_softmax") > 0
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -1,107 +1,220 @@
-"""Predictions against measured steps: held-out errors stay below what others reach, and bounds hold."""
+"""Measurements and what is predicted of them: the data, the fit, the waves, and the bars."""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from memsim.training_setting import Setting
+from memsim import data_files, efficiency, measurements
+from memsim.derivation import derive
+from memsim.division_memory import MEMORY
+from memsim.division_time import TIME
+from memsim.efficiency import LETTERS, fit, stacks
+from memsim.formula import evaluate
+from memsim.hardware import hardware
+from memsim.measurements import Measurement, measurement, predict, rows_of
 from memsim.training_step import training_step
-from memsim.validation import Efficiencies, fit, measured, predicted, sets, validate
-from refimpl.errors import UnknownNameError
-
-IDEAL = Efficiencies(1.0, 1.0, 1.0, 1.0)
-
-# Other simulators on the same rows (memsim's notes): Calculon's mean error, or where it was not run, a bound
-# that a later change of the formulas must not pass.  Nothing here was fitted on the rows it counts.
-HELD_OUT = {
-    "megatron-table1": 0.079,
-    "foundry-a100-80gb": 0.09,
-    "foundry-a100-40gb": 0.09,
-    "foundry-h100": 0.10,
-}
-# The 12 rows of LLM Foundry on which Calculon's mean error is 17.0 %: model, sequence, recomputation.
-TWELVE = {
-    *((name, 2048, "none") for name in ("125m", "350m", "760m", "1b", "3b", "7b", "13b")),
-    ("7b", 4096, "full"), ("13b", 4096, "full"), ("30b", 2048, "full"), ("7b", 8192, "full"),
-    ("3b", 8192, "none"),
-}  # fmt: skip
+from memsim.validation import Checked, bars, summaries, traffic_rows, validate
+from memsim.waves import PRODUCTS, extra, in_waves
+from refimpl.errors import OptionError, UnknownNameError
+from tests.oracles.validation import layer_by_hand
 
 
-@pytest.mark.parametrize("name", HELD_OUT)
-def test_held_out_errors(name: str) -> None:
-    found = validate(name)
-    held = [row for row in found.rows if not row.fitted]
-    assert len(held) >= 10
-    assert found.held_out_error == pytest.approx(np.mean([abs(row.deviation) for row in held]))
-    assert found.held_out_error < HELD_OUT[name]
+@pytest.fixture(scope="module")
+def rows() -> list[Checked]:
+    return validate()
 
 
-def test_the_rows_that_another_simulator_was_run_on() -> None:
-    rows = [
-        row
-        for row in validate("foundry-a100-80gb").rows
-        if (row.step.name, row.step.setting.sequence, row.step.division.recompute) in TWELVE
-        and row.step.setting.accelerators == 8
-        and not row.fitted
-    ]
-    assert len(rows) >= 8  # some of the twelve are among the fitted quarter
-    assert np.mean([abs(row.deviation) for row in rows]) < 0.17 / 2
+def test_the_bars_are_met(rows: list[Checked]) -> None:
+    found = {bar.name: bar for bar in bars(rows)}
+    assert [(bar.rows, bar.mean_limit, bar.worst_limit) for bar in found.values()] == [
+        (8, 0.0365, 0.089), (10, 0.079, None), (12, 0.12, None), (3, None, 0.05), (8, None, 0.1),
+    ]  # fmt: skip
+    assert all(bar.met for bar in found.values())
+    assert not any(bar.infeasible for bar in found.values())
 
 
-def test_one_card_s_efficiencies_hold_for_its_sister() -> None:
-    """Fitted on the A100 with 80 GB, nothing on the one with 40 GB and slower memory."""
-    assert validate("foundry-a100-40gb", validate("foundry-a100-80gb").efficiencies).held_out_error < 0.1
+def test_nothing_that_ran_is_called_infeasible(rows: list[Checked]) -> None:
+    steps = [row for row in rows if row.fits is not None]
+    assert len(steps) == 19 + 219
+    assert all(row.fits for row in steps)
+    # Nor does it call everything feasible: without recomputation, or without FSDP, these do not fit.
+    row = measurement("foundry.a100-80gb.30b.2048.g8")
+    for changed in ({"recompute": "none"}, {"zero": 1}, {"micro_batch": 21}):
+        other = replace(row, division=replace(row.division, **changed))
+        assert not predict([other], {})["fits"][0]
 
 
-def test_what_ran_is_said_to_fit() -> None:
-    rows = [row for name in sets() for row in validate(name).rows]
-    assert len(rows) > 200
-    assert all(row.fits for row in rows)
+def test_a_bar_needs_all_its_rows_and_can_be_missed(rows: list[Checked]) -> None:
+    table = [row for row in rows if row.belongs == "table 5"]
+    assert [bar.name for bar in bars(table)] == ["Korthikanti, Table 5"]
+    assert bars(table[1:]) == []
+    worse = [replace(row, error=row.error + 0.05) for row in table]
+    assert [bar.met for bar in bars(worse)] == [False]
+    twelve = [row for row in rows if row.belongs == "twelve"]
+    assert [bar.met for bar in bars(twelve)] == [True]
+    full = [replace(twelve[0], fits=False), *twelve[1:]]
+    (bar,) = bars(full)
+    assert (bar.met, bar.infeasible) == (False, (twelve[0].id,))
 
 
-@pytest.mark.parametrize("name", sets())
-def test_ideal_efficiencies_are_a_lower_bound(name: str) -> None:
-    """No measured step is faster than the model at efficiencies of 1."""
-    for step in measured(name):
-        seconds, _ = predicted(step, IDEAL)
-        assert seconds < step.seconds
+def test_few_rows_calibrate_and_few_parameters_are_fitted(rows: list[Checked]) -> None:
+    for stack in stacks():
+        fitted = efficiency.efficiency(stack)
+        assert len(fitted) <= 6
+        assert len(fitted) < len(rows_of(stack, "calibration")) < len(rows_of(stack, "held out"))
+        assert all(value == round(value, 2) for value in fitted.values())
+    # Of the rows with a bar, none calibrates.
+    assert {row.use for row in rows if row.belongs} == {"held out"}
+    assert len(rows) == len({row.id for row in rows}) == 26 + 219 + 11
 
 
-def test_predictions_are_those_of_the_training_step() -> None:
-    step = measured("megatron-table5")[3]
-    setting = step.setting
-    exact = training_step(
-        Setting(
-            setting.model, setting.hardware, 64, 64, 2048, attention="standard", dropout=True,
-            compute=0.5, scores=0.25, memory=0.75, network=0.125,
-        ),
-        step.division,
-    )  # fmt: skip
-    seconds, memory = predicted(step, (0.5, 0.25, 0.75, 0.125))
-    assert seconds == pytest.approx(float(exact.time.total), rel=1e-13)
-    assert memory == pytest.approx(float(exact.memory.total), rel=1e-13)
+@pytest.mark.parametrize("stack", stacks())
+def test_the_fit_finds_the_parameters_again(stack: str) -> None:
+    assert fit(stack) == efficiency.efficiency(stack)
 
 
-def test_a_fit_finds_what_made_the_times() -> None:
-    """Steps whose times the model itself made, at efficiencies of the grid, give these back."""
-    truth = Efficiencies(0.65, 0.35, 0.6, 0.7)
-    steps = [
-        step._replace(seconds=float(predicted(step, truth)[0])) for step in measured("foundry-a100-40gb")[::5]
-    ]
-    assert fit(steps)[:3] == truth[:3]  # links hide behind computation in a node
+def test_the_fit_sees_only_rows_that_calibrate(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = "llm-foundry on A100"
+    known = rows_of(stack)
+    held = tuple(replace(row, printed="1") if row.use == "held out" else row for row in known)
+    monkeypatch.setattr(measurements, "measurements", lambda: held)
+    assert fit(stack) == efficiency.efficiency(stack)
+    twice = tuple(replace(row, printed=str(2 * row.measured)) for row in known)
+    monkeypatch.setattr(measurements, "measurements", lambda: twice)
+    assert fit(stack) != efficiency.efficiency(stack)
+    monkeypatch.setattr(measurements, "measurements", lambda: known[:2])
+    with pytest.raises(OptionError, match="rows that calibrate"):
+        fit(stack)
 
 
-def test_printed_units() -> None:
-    by_name = {name: measured(name)[0] for name in sets()}
-    assert by_name["megatron-table5"].seconds == 1.42
-    table1 = by_name["megatron-table1"]  # 96BLsh²(1 + s/6h + V/16Lh) over 137 TFLOP/s of each of 32
-    B, L, s, h = 512, 24, 2048, 2304
-    work = 96 * B * L * s * h**2 * (1 + s / (6 * h) + 51200 / (16 * L * h))
-    assert table1.seconds == pytest.approx(work / (137e12 * 32))
-    foundry = by_name["foundry-a100-80gb"]
-    setting = foundry.setting
-    tokens = setting.batch * setting.sequence
-    assert foundry.seconds == pytest.approx(tokens / (float(foundry.printed) * setting.accelerators))
-    with pytest.raises(UnknownNameError, match="set of measured steps"):
-        measured("foundry-b200")
+def test_the_fit_finds_what_made_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that the model itself makes, of the rows that calibrate, give its efficiencies back."""
+    stack = "Megatron-LM on A100"
+    made = {"compute": 0.61, "attention": 0.33, "memory": 0.78, "network": 0.52}
+    rows = rows_of(stack, "calibration")
+    values = predict(rows, {LETTERS[name]: value for name, value in made.items()})["value"]
+    times = tuple(replace(row, printed=repr(float(value))) for row, value in zip(rows, values, strict=True))
+    monkeypatch.setattr(measurements, "measurements", lambda: times)
+    assert fit(stack) == made
+
+
+@pytest.mark.parametrize("stack", stacks())
+def test_nothing_that_was_measured_beats_the_hardware(stack: str) -> None:
+    """With every efficiency 1 and everything hidden that can be, the model is a lower bound of the times."""
+    rows = rows_of(stack)
+    ideal = predict(rows, {"ω": 1.0, "τ": 1.0} if stack.startswith("Megatron") else {})["value"]
+    for row, value in zip(rows, ideal, strict=True):
+        assert (value > row.measured) == (row.unit in ("TFLOP/s", "tokens/s/GPU")), row.id
+
+
+def test_no_row_has_anything_of_its_own() -> None:
+    """A row names shapes, sizes and how it was divided; facts of the software stand with its group."""
+    allowed = {
+        "id", "printed", "use", "set", "shape", "sequence", "gpus", "batch", "micro_batch", "recompute",
+        "zero", "parameters", "quantity", "tensor", "pipeline", "interleave", "sequence_parallel",
+    }  # fmt: skip
+    for name in measurements.SOURCES:
+        for group in data_files.read(name, "validation")["group"]:
+            assert all(set(row) <= allowed for row in group["rows"])
+
+
+@pytest.mark.parametrize("name", ["megatron.table5.175B.present", "foundry.h100.7b.2048.g8"])
+def test_arrays_are_the_exact_formulas(name: str) -> None:
+    row = measurement(name)
+    letters = row.setting.letters() | row.division.letters(row.setting)
+    letters["S"] = hardware(row.setting.hardware).sms.value
+    exact = derive((*MEMORY, *in_waves(TIME)), letters)
+    value = evaluate(
+        measurements.QUANTITIES[row.quantity], letters | {key: item.value for key, item in exact.items()}
+    )
+    found = predict([row], {})
+    assert math.isclose(found["value"][0], value, rel_tol=1e-12)
+    # Waves only add: the step without them is faster, and has the same memory.
+    plain = training_step(row.setting, row.division)
+    assert plain.time.total < exact["step"].value
+    assert plain.value("memory") == exact["memory"].value
+
+
+def test_the_hardware_rate_is_megatrons() -> None:
+    """F = 96 B s L h² (1 + s/6h + V/16Lh): arXiv:2104.04473, equation 3."""
+    row = measurement("megatron.table1.145.6B")
+    step = replace(row, quantity="step", unit="s")
+    B, s, L, h, V = 2304, 2048, 80, 12288, 51200
+    flop = 96 * B * s * L * h**2 * (1 + s / (6 * h) + V / (16 * L * h))
+    for efficiencies in ({}, {"η_c": 0.5}):
+        rate, time = (predict([one], efficiencies)["value"][0] for one in (row, step))
+        assert math.isclose(rate, flop / time / 1536 / 1e12, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_layer_by_hand(sequence_parallel: bool) -> None:
+    kind = "sequence." if sequence_parallel else ""
+    both = [measurement(f"megatron.layer.{kind}{way}") for way in ("forward", "backward")]
+    letters = efficiency.efficiency_letters("Megatron-LM on A100")
+    assert predict(both, letters)["value"].tolist() == pytest.approx(
+        layer_by_hand(sequence_parallel, letters), rel=1e-9
+    )
+
+
+@given(rows=st.integers(1, 3000), columns=st.integers(1, 3000), processors=st.integers(1, 150))
+def test_waves_by_counting(rows: int, columns: int, processors: int) -> None:
+    computed = []
+    for height, width in ((256, 128), (128, 256)):
+        tiles = len(range(0, rows, height)) * len(range(0, columns, width))
+        waves = len(range(0, tiles, processors))
+        computed.append(waves * processors * height * width)
+    found = evaluate(extra(str(rows), str(columns)), {"S": processors})
+    assert found == Fraction(min(computed), rows * columns) >= 1
+
+
+def test_waves_reach_every_product() -> None:
+    names = {definition.name for definition in in_waves(TIME)}
+    assert {f"waves_{way}_{product.name}" for product in PRODUCTS for way in "fg"} <= names
+    broken = [item._replace(formula="1") if item.name == "f_qkv" else item for item in TIME]
+    with pytest.raises(ValueError, match="f_qkv"):
+        list(in_waves(broken))
+
+
+def test_traffic_is_near_what_is_compulsory() -> None:
+    found = {row.id: row for row in traffic_rows()}
+    unit = 64 * 16 * 1024 * 64 * 2 / 1e6
+    assert found["hbm.hopper.read"].predicted == pytest.approx(3 * unit)
+    assert 0.9 * unit < found["hbm.hopper.write.first"].predicted < unit
+    assert found["hbm.fa2.loop.read"].predicted == pytest.approx(6 * unit + unit / 16, rel=1e-6)
+
+
+def test_summaries_keep_calibration_apart() -> None:
+    def row(error: float, use: str) -> Checked:
+        return Checked("", "", "1", "s", 1 + error, error, use, "x", "y", "")
+
+    found = summaries([row(0.1, "held out"), row(-0.3, "held out"), row(0.5, "calibration")])
+    assert [(one.use, one.rows) for one in found] == [("held out", 2), ("calibration", 1)]
+    assert found[0][4:] == pytest.approx((0.2, 0.3, -0.1))
+    assert found[1][4:] == (0.5, 0.5, 0.5)
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnknownNameError, match="table 5"):
+        validate("table 6")
+    with pytest.raises(UnknownNameError):
+        validate("")
+    with pytest.raises(UnknownNameError, match="measurement"):
+        measurement("megatron.table6")
+    with pytest.raises(UnknownNameError, match="stack"):
+        efficiency.efficiency("Megatron-LM on V100")
+    assert set(LETTERS.values()) <= set(_letters(measurement("foundry.h100.7b.2048.g8")))
+    data: dict[str, Any] = data_files.read("llm_foundry", "validation")
+    wrong = {**data["settings"], **data["group"][0], **data["group"][0]["rows"][0], "parameters": 1}
+    with pytest.raises(ValueError, match="1 parameters are printed"):
+        measurements._measurement(data, wrong)
+
+
+def _letters(row: Measurement) -> dict[str, Any]:
+    return dict(row.setting.letters())

@@ -255,7 +255,7 @@ def qmoe_by_all_sequences(weights: Any, /, *, bits: int, max_pairs: int) -> Any:
     # Runs of zeros are the only long sequences among the most probable of a small dictionary.
     for length in range(4, max_pairs + 1):
         for place in (None, *itertools.product(range(length), range(9))):
-            run = [(0, 0)] * length
+            run: list[tuple[int, ...]] = [(0, 0)] * length
             if place is not None:
                 run[place[0]] = pairs[place[1]]
             item = (
@@ -266,7 +266,8 @@ def qmoe_by_all_sequences(weights: Any, /, *, bits: int, max_pairs: int) -> Any:
             if item not in every:
                 every.append(item)
     ranked = sorted(item for item in every if len(item[2]) <= max_pairs)
-    dictionary, singles = [], 9
+    dictionary: list[tuple[tuple[int, ...], ...]] = []
+    singles = 9
     for _, _, sequence in ranked:
         if len(dictionary) + singles == 2**bits:
             break
