@@ -184,8 +184,11 @@ class Hand:
         core = Work(2 * 2 * pairs * s.head / (2 if self.flash else 1))
         everyone = self.division.context * x  # tokens
         core.moved = y * (2 * x * F(self.queries, t) + 2 * everyone * F(self.keys, t))
-        if not self.flash:
-            core.moved += pairs * (4 * y + self.dropout * (2 * y + 1))
+        if not self.flash:  # scores are written and weights are read
+            core.moved += pairs * 2 * y
+            # Between them softmax reads and writes, and dropout, with a mask; back, softmax reads one more.
+            masked = self.dropout * (2 * y + 1)
+            found["softmax"] = Work(0, pairs * (2 * y + masked)), Work(0, pairs * (3 * y + masked))
         add("core", core, flop=F(5, 2) if self.flash else 2)
         norms, additions, masks = 2 * 2, 2 * 3, 2 * self.dropout
         point = Work(0, (y * (norms + additions) + masks) * self.outside * s.width)
@@ -289,7 +292,8 @@ def agrees(shape: Shape, division: Division, options: dict[str, Any]) -> bool:
         assert step.value(f"g_{name}") == hand.layers * hand.seconds(name, back), name
     ways = [hand.layers * sum(hand.seconds(k, pair[way]) for k, pair in found.items()) for way in (0, 1)]
     assert [step.value("forward"), step.value("gradient")] == ways
-    again = {"none": 0, "selective": step.value("f_core"), "full": ways[0]}[division.recompute]
+    scores = step.value("f_core") + step.value("f_softmax")
+    again = {"none": 0, "selective": scores, "full": ways[0]}[division.recompute]
     assert step.value("again") == again
     forward, back = hand.head()
     assert (step.value("FLOP_head"), step.value("bytes_head")) == (forward.flop, forward.moved)
