@@ -24,6 +24,7 @@ from refimpl.parallel.schedules import pipeline_schedule
 from tests.memsim import test_inference as inference_tests
 from tests.memsim import test_step_by_hand as hand
 from tests.memsim import test_training_step as step_tests
+from tests.memsim.counted_step import Shape
 
 TABLE_2 = [(parallel, recompute) for parallel in (False, True) for recompute in ("none", "selective", "full")]
 
@@ -80,9 +81,9 @@ def utilization() -> None:
 
 
 SHAPES = (
-    hand.Shape(4, 64, 8, 4, 16, 96, 4, 2, 48, gated=True, tied=False),
-    hand.Shape(6, 512, 8, 8, 64, 1024, 0, 1, 48, gated=False, tied=True),
-    hand.Shape(4, 4096, 8, 4, 64, 0, 4, 1, 2048, gated=True, tied=True),
+    Shape(4, 64, 8, 4, 16, 96, 4, 2, 48, gated=True, tied=False),
+    Shape(6, 512, 8, 8, 64, 1024, 0, 1, 48, gated=False, tied=True),
+    Shape(4, 4096, 8, 4, 64, 0, 4, 1, 2048, gated=True, tied=True),
 )
 CASES: tuple[tuple[Division, dict[str, Any]], ...] = (
     (Division(tensor=2, data=2, expert=2, zero=3, sequence_parallel=True), {"attention": "flash"}),
