@@ -31,7 +31,7 @@ Examples:
   frugal plan --model gpt3-175b --gpus 64 --batch 64 --sequence 2048 --attention standard --dropout
   frugal plan --model llama-3-70b --gpus 256 --hardware h100-sxm --batch 512 --sequence 8192 --explain
   frugal plan --config my/config.json --gpus 64 --hardware h200 --batch 256 --sequence 8192 --capacity 130GB
-  frugal plan --model gpt2 --gpus 8 --batch 64 --sequence 1024 --against tensor=8,recompute=full
+  frugal plan --model llama-2-7b --gpus 8 --batch 64 --sequence 4096 --stack "llm-foundry on A100"
   mpiexec -n 8 frugal plan --executor mpi --model deepseek-v2 --gpus 2048 --batch 9216 --sequence 4096""",
     short_help="The fastest way to divide training that fits.",
 )
@@ -71,7 +71,8 @@ def command(
     """Search tensor x pipeline x data x context x expert parallelism, and all that goes with them.
 
     The table is the front: divisions than which nothing is both faster and smaller.  Times are lower bounds
-    as long as every efficiency is 1.  Workspaces and fragmentation need room: set --capacity below the whole.
+    as long as every efficiency is 1; --stack takes measured ones.  Workspaces and fragmentation need room:
+    set --capacity below the whole.  The host's memory is not limited.
     """
     from memsim.plan_space import space
     from memsim.planner import plan
