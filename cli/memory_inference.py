@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -84,8 +85,9 @@ def inference_command(
 ) -> Result:
     """Give the memory of a rank, the batch limit, time to the first token and of a step of decoding.
 
-    Times are lower bounds as long as every efficiency is 1.  With --draft, also what speculative decoding
-    gains on this hardware at this batch.
+    Times are lower bounds as long as every efficiency is 1; those of a batch that does not fit are what it
+    would take.  With --draft, also what speculative decoding gains on this hardware at this batch, and memory
+    and limit of both models together.
     """
     from memsim.huggingface import read_model
     from memsim.inference import Serving, inference, served_speculation
@@ -102,9 +104,13 @@ def inference_command(
             latency, compute, memory, network,
         )  # fmt: skip
         served = inference(one)
-        gain = served_speculation(one, draft, alpha=alpha, gamma=gamma) if draft else None
         found.append(served)
-        rows.append(_row(one, served) | ({"speedup": float(gain.total)} if gain else {}))
+        row = _row(one, served)
+        if draft:
+            beside = inference(replace(one, model=draft))
+            gain = served_speculation(one, draft, alpha=alpha, gamma=gamma)
+            row |= _beside(one, served, beside) | {"speedup": float(gain.total)}
+        rows.append(row)
     details: list[str] = []
     for row, served in zip(rows, found, strict=True) if explain else ():
         details += ["", ", ".join(f"{key} {row[key]}" for key in INPUTS)]
@@ -134,6 +140,21 @@ def _row(one: Serving, served: Inference) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _beside(one: Serving, served: Inference, draft: Inference) -> dict[str, Any]:
+    """Return the memory of a target and its draft on one rank, which work in turns, and what fits then."""
+    held = {name: served.value(name) + draft.value(name) for name in ("weights", "cache")}
+    working = max(served.value("working"), draft.value("working"))
+    left = served.value("capacity_left") - draft.value("weights") - (working - served.value("working"))
+    limit = left * one.batch / held["cache"]
+    return {
+        "draft_weights_bytes": float(draft.value("weights")),
+        "draft_cache_bytes": float(draft.value("cache")),
+        "memory_bytes": float(sum(held.values()) + working),
+        "batch_limit": max(0, int(limit)),
+        "fits": limit >= one.batch,
+    }
+
+
 def _columns(rows: Sequence[Row]) -> list[Column]:
     """Return the columns; of the inputs, the model and what differs between rows."""
     shown = [key for key in INPUTS if key == "model" or len({row[key] for row in rows}) > 1]
@@ -144,6 +165,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         Column("cache_bytes", "cache", right=True, text=bytes_text),
         Column("memory_bytes", "memory a rank", right=True, text=bytes_text),
         Column("batch_limit", "batch at most", right=True),
+        *([] if all(row["fits"] for row in rows) else [Column("fits")]),
         Column("prefill_s", "first token", right=True, text=time_text),
         Column("decode_s", "each further", right=True, text=time_text),
         Column("tokens_per_s", "tokens/s", right=True, text=lambda value: f"{value:.4g}"),

@@ -28,6 +28,7 @@ __all__ = [
     "MODEL",
     "PRECISIONS",
     "SIZES",
+    "STACK",
     "TECHNIQUE",
     "AxisValue",
     "ListOf",
@@ -241,6 +242,12 @@ def _model_names() -> list[str]:
     return model_names()
 
 
+def _stack_names() -> list[str]:
+    from memsim.efficiency import stacks
+
+    return stacks()
+
+
 COUNT = _Count()
 COUNTS: ListOf[int] = ListOf(COUNT)
 COUNT_FROM_0 = _Count(0)
@@ -253,3 +260,4 @@ TECHNIQUE = _Named("name", _technique_names)
 APPLICABLE = _Named("name", _applicable_names)
 HARDWARE = _Named("hardware", _hardware_names)
 MODEL = _Named("model", _model_names)
+STACK = _Named("stack", _stack_names)

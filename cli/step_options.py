@@ -1,4 +1,4 @@
-"""Options that say what is trained, on what, and how it is divided; `plan` and `timeline` share them."""
+"""Options that say what is trained, on what, and how it is divided, for the commands about a step."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.parameters import COUNT, HARDWARE, MODEL, AxisValue, Number
+from cli.parameters import COUNT, HARDWARE, MODEL, STACK, AxisValue, Number
 
 if TYPE_CHECKING:
     from memsim.division import Division
     from memsim.training_setting import Setting
 
-__all__ = ["division_of", "division_row", "setting_of", "setting_options"]
+__all__ = ["division_of", "division_row", "scores_note", "setting_of", "setting_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 SHARE = Number(0.0, 1.0, min_open=True)
@@ -40,14 +40,18 @@ _OPTIONS = (
         help="megatron: 18 bytes a parameter, with fp32 gradients; zero: 16.",
     ),
     click.option("--latency", type=Number(0.0, 1.0), default=0.0, help="Seconds a message."),
-    click.option("--compute", type=SHARE, default=1.0, help="Share of the peak rate that products reach."),
+    click.option(
+        "--stack",
+        type=STACK,
+        help="Efficiencies fitted to measurements of one: see `frugal validate`.  [default: every one is 1]",
+    ),
+    click.option("--compute", type=SHARE, help="Share of the peak rate that products reach."),
     click.option("--scores", type=SHARE, help="Share that attention reaches.  [default: --compute]"),
-    click.option("--memory", type=SHARE, default=1.0, help="Share of the memory bandwidth reached."),
-    click.option("--network", type=SHARE, default=1.0, help="Share of the links' bandwidth reached."),
+    click.option("--memory", type=SHARE, help="Share of the memory bandwidth reached."),
+    click.option("--network", type=SHARE, help="Share of the links' bandwidth reached."),
     click.option(
         "--overlap",
         type=Number(0.0, 1.0),
-        default=1.0,
         help="Share of computation behind which data and context parallelism hide.",
     ),
 )
@@ -75,7 +79,7 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
         raise click.UsageError("expected one of --model and --config")
     model = read_model(options["config"]) if options["model"] is None else options["model"]
 
-    names = ("attention", "dropout", "states", "latency", "compute", "memory", "network", "overlap", "scores")
+    names = ("attention", "dropout", "states", "latency")
     return Setting(
         model,
         options["hardware"],
@@ -83,7 +87,22 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
         options["batch"],
         options["sequence"],
         **{name: options[name] for name in names},
+        **_efficiencies(options),
     )
+
+
+def _efficiencies(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the stack, and before them the ones that are given."""
+    names = ("compute", "scores", "memory", "network", "overlap")
+    given = {name: options[name] for name in names if options[name] is not None}
+    if options["stack"] is None:
+        return given
+    from memsim.efficiency import efficiency
+
+    fitted: dict[str, Any] = efficiency(options["stack"])
+    if "attention" in fitted:
+        fitted["scores"] = fitted.pop("attention")
+    return {**fitted, **given}
 
 
 def division_of(axes: Mapping[str, AxisValue]) -> Division:
@@ -111,3 +130,10 @@ def division_of(axes: Mapping[str, AxisValue]) -> Division:
 def division_row(division: Division) -> dict[str, Any]:
     """Return the parts of a division by name."""
     return {name: getattr(division, name) for name in division.__slots__}
+
+
+def scores_note(setting: Setting) -> list[str]:
+    """Return why a utilization can exceed 100 %, where it can."""
+    if setting.attention != "flash":
+        return []
+    return ["MFU counts scores in full, as Megatron's formula does; the causal kernel computes half of them"]

@@ -26,11 +26,11 @@ from refimpl.registry import Case, Source, technique
 __all__ = ["FORMULAS", "collectives", "sent_by_rank"]
 
 Operation = Literal["reduce_scatter", "all_gather", "all_reduce", "broadcast", "reduce", "all_to_all"]
-Algorithm = Literal["ring", "recursive", "tree", "pairwise"]
+Algorithm = Literal["ring", "recursive", "doubling", "tree", "pairwise", "bruck"]
 _THAKUR = "Thakur et al. 2005, doi:10.1177/1094342005051521"
 # (operation, algorithm): seconds of latency, of transfer, of reduction, and the section of the source.
 # p ranks, n elements of e bytes; q the largest power of two up to p, l = log2(q), f = 1 if q < p and else 0,
-# k = ceil(log2(p)).
+# k = ceil(log2(p)), o the ones in the binary digits of 1 to p - 1.
 FORMULAS: dict[tuple[str, str], tuple[str, str, str, str]] = {
     ("reduce_scatter", "ring"): ("(p - 1)*α", "(p - 1)*ceil(n/p)*e*β", "(p - 1)*ceil(n/p)*e*γ", "4.4"),
     ("all_gather", "ring"): ("(p - 1)*α", "(p - 1)*ceil(n/p)*e*β", "", "4.1"),
@@ -41,10 +41,13 @@ FORMULAS: dict[tuple[str, str], tuple[str, str, str, str]] = {
         "((q - 1)*ceil(n/q) + f*n)*e*γ",
         "4.5",
     ),
+    ("all_reduce", "doubling"): ("(l + 2f)*α", "(l + 2f)*n*e*β", "(l + f)*n*e*γ", "4.5"),
     ("all_reduce", "tree"): ("2k*α", "2k*n*e*β", "k*n*e*γ", "4.4"),
     ("broadcast", "tree"): ("k*α", "k*n*e*β", "", "4.2"),
     ("reduce", "tree"): ("k*α", "k*n*e*β", "k*n*e*γ", "4.4"),
     ("all_to_all", "pairwise"): ("(p - 1)*α", "(p - 1)*ceil(n/p)*e*β", "", "4.3"),
+    ("all_gather", "bruck"): ("k*α", "(p - 1)*ceil(n/p)*e*β", "", "4.1"),
+    ("all_to_all", "bruck"): ("k*α", "o*ceil(n/p)*e*β", "", "4.3"),
 }
 
 
@@ -76,7 +79,8 @@ def sent_by_rank(
     Returns
     -------
     list of Sent
-        In order of rank; equal to what `refimpl.parallel` counts.
+        In order of rank; equal to what `refimpl.parallel` counts, and of recursive doubling and Bruck's
+        algorithms, which it has not, to what Open MPI sends (`memsim.mpi_collectives`).
 
     Raises
     ------
@@ -99,6 +103,11 @@ def sent_by_rank(
     match operation, algorithm:
         case "all_reduce", "recursive":
             return _recursive(elements, itemsize, ranks)
+        case "all_reduce", "doubling":
+            return _doubling(whole, ranks)
+        case _, "bruck":
+            moved = ranks - 1 if operation == "all_gather" else _ones(ranks)
+            return [Sent((ranks - 1).bit_length(), moved * chunk)] * ranks
         case "all_reduce", "tree":
             up, down = ([tree(place, ranks) for place in range(ranks)] for tree in (_ups, _downs))
             return [Sent(u + d, (u + d) * whole) for u, d in zip(up, down, strict=True)]
@@ -128,6 +137,19 @@ def _recursive(elements: int, itemsize: int, ranks: int) -> list[Sent]:
     whole, folded = elements * itemsize, 2 * (ranks - power)
     kinds = Sent(messages, core), Sent(1, whole), Sent(messages + 1, core + whole)
     return [kinds[0 if rank >= folded else 1 + rank % 2] for rank in range(ranks)]
+
+
+def _doubling(whole: int, ranks: int) -> list[Sent]:
+    """Return the whole vector in each round; beyond a power of two, even ranks leave it to odd ones."""
+    power = 1 << (ranks.bit_length() - 1)
+    rounds, folded = power.bit_length() - 1, 2 * (ranks - power)
+    counts = [rounds if rank >= folded else rank % 2 * rounds + 1 for rank in range(ranks)]
+    return [Sent(count, count * whole) for count in counts]
+
+
+def _ones(ranks: int) -> int:
+    """Return how many blocks Bruck's exchange moves: block i in each round that is a digit of i."""
+    return sum(block.bit_count() for block in range(1, ranks))
 
 
 def _sample(rng: np.random.Generator, *, kind: str, **axes: int) -> Case:
@@ -172,8 +194,9 @@ def collectives(
     ----------
     operation : {"reduce_scatter", "all_gather", "all_reduce", "broadcast", "reduce", "all_to_all"}
         What is done.
-    algorithm : {"ring", "recursive", "tree", "pairwise"}
-        How; `FORMULAS` lists the pairs there are.
+    algorithm : {"ring", "recursive", "doubling", "tree", "pairwise", "bruck"}
+        How; `FORMULAS` lists the pairs there are.  "recursive" is halving, then doubling of what is left;
+        "doubling" exchanges whole vectors.
     elements : int
         n: length of the vector that is reduced, gathered, broadcast, or that a rank holds for all others.
     ranks : int
@@ -216,7 +239,13 @@ def collectives(
         )
     p = int(values["p"])
     power = 1 << (p.bit_length() - 1)
-    values |= {"q": power, "l": power.bit_length() - 1, "f": int(power < p), "k": (p - 1).bit_length()}
+    values |= {
+        "q": power,
+        "l": power.bit_length() - 1,
+        "f": int(power < p),
+        "k": (p - 1).bit_length(),
+        "o": _ones(p),
+    }
     values |= _costs(α=latency, β=byte_time, γ=reduce_time)
     *formulas, section = FORMULAS[operation, algorithm]
     names, symbols = ("latency", "transfer", "reduction"), "αβγ"

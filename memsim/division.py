@@ -69,6 +69,18 @@ class Division:
     offload: bool = False
     precision: Precision = "bf16"
 
+    def __str__(self) -> str:
+        """Return what is not plain, as ``frugal timeline --division`` reads it.
+
+        >>> str(Division(tensor=8, zero=1, sequence_parallel=True)), str(Division())
+        ('tensor=8,zero=1,sequence_parallel=true', 'one rank')
+        """
+        plain = Division()
+        parts = {name: getattr(self, name) for name in self.__slots__}
+        shown = {name: value for name, value in parts.items() if value != getattr(plain, name)}
+        texts = (f"{name}={'true' if value is True else value}" for name, value in shown.items())
+        return ",".join(texts) or "one rank"
+
     def letters(self, setting: Setting) -> dict[str, Number]:
         """Return the values of this division's letters.
 

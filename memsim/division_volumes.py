@@ -36,6 +36,15 @@ def _shards(name: str, size: str, what: str) -> tuple[Definition, ...]:
 VOLUMES = (
     # Each half of a layer ends in an all-reduce, or has an all-gather before and a reduce-scatter behind it.
     Definition("sent_t", "4(t - 1)*y*x*h*L*ρ/t", "B", "activations to tensor-parallel ranks, forward", _TP),
+    # Where a rank keeps its part of the sequence only, what goes into a product is gathered once more for the
+    # gradient of the weights, behind the product that makes the gradient of the input.
+    Definition(
+        "sent_q",
+        "2(t - 1)*y*x*h*L*ρ/t if q > 0 else 0",
+        "B",
+        "activations gathered again, backward",
+        "Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2",
+    ),
     # Keys and values travel once around the ring; backward their gradients go with them.
     Definition("sent_c", "(c - 1)*y*x*(A_k + A_v)*L*ρ/t", "B", "keys and values around the ring", _CP),
     Definition("sent_e", "2(e - 1)*y*x*h*K_x*ρ/(e*u)", "B", "tokens to experts and back, forward", _EP),
@@ -44,7 +53,7 @@ VOLUMES = (
     Definition("P_most", "max(P_first, P_last)", "parameters", "parameters of the larger end stage", _DP),
     *_shards("g", "y_g", "gradients"),
     *_shards("w", "y_w", "weights"),
-    Definition("tensor_volume", "m*sent_t*(3 if r > 1 else 2)", "B", "tensor parallelism", _TP),
+    Definition("tensor_volume", "m*(sent_t*(3 if r > 1 else 2) + sent_q)", "B", "tensor parallelism", _TP),
     Definition("context_volume", "m*sent_c*((2 if r > 0 else 1) + 2)", "B", "context parallelism", _CP),
     Definition("expert_volume", "m*sent_e*(3 if r > 1 else 2)", "B", "expert parallelism", _EP),
     Definition("pipeline_volume", "m*sent_p", "B", "pipeline parallelism", _PP),

@@ -15,13 +15,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from memsim.collectives import collectives
+from memsim.collectives import collectives, sent_by_rank
 from memsim.estimate import Estimate, estimate
 from memsim.training_memory import positive_values
 from memsim.units import Quantity
 from refimpl.errors import OptionError
+from refimpl.parallel.comm import Sent
 
-__all__ = ["PHASES", "Level", "hierarchical"]
+__all__ = ["PHASES", "Level", "hierarchical", "sent_in_two_levels"]
 
 
 class Level(NamedTuple):
@@ -119,3 +120,40 @@ def hierarchical(
         terms,
         leaves_out="contention, overlap of the levels, overlap with computation",
     )
+
+
+def sent_in_two_levels(
+    operation: str, *, elements: int, node_size: int, nodes: int, itemsize: int = 1
+) -> list[Sent]:
+    """Return the messages and bytes that each rank sends, node by node.
+
+    Parameters
+    ----------
+    operation, elements, node_size, nodes, itemsize
+        As for `hierarchical`; rank 0 is the root of a broadcast or reduction, whose ranks across are the
+        first of each node.
+
+    Raises
+    ------
+    OptionError
+        If nobody has that operation, or a number is out of range.
+
+    Examples
+    --------
+    >>> sent_in_two_levels("all_reduce", elements=64, node_size=4, nodes=2)[0]
+    Sent(messages=8, bytes=112)
+    """
+    if operation not in PHASES:
+        raise OptionError(f"operation: expected one of {', '.join(PHASES)}; got {operation!r}")
+    totals = [[0, 0] for _ in range(node_size * nodes)]
+    for phase, algorithm, level, whole in PHASES[operation]:
+        size = elements if whole else -(-elements // node_size)
+        ranks = node_size if level == "inside" else nodes
+        sent = sent_by_rank(phase, algorithm, elements=size, itemsize=itemsize, ranks=ranks)
+        for rank, total in enumerate(totals):
+            node, place = divmod(rank, node_size)
+            if level == "inside" or place == 0 or operation not in ("broadcast", "reduce"):
+                one = sent[place if level == "inside" else node]
+                total[0] += one.messages
+                total[1] += one.bytes
+    return [Sent(*total) for total in totals]

@@ -168,17 +168,31 @@ def _binomial_reduce(n: int, p: int) -> Messages:
     return [[n] if rank else [] for rank in range(p)]
 
 
+def _bruck_all_gather(n: int, p: int) -> Messages:
+    """All that a rank has, to the rank as far below as it has blocks, until it has all."""
+    held = [1 << k for k in range((p - 1).bit_length())]
+    return [[min(blocks, p - blocks) * (n // p) for blocks in held]] * p
+
+
+def _bruck_all_to_all(n: int, p: int) -> Messages:
+    """In the round of each binary digit, the blocks whose distance has it."""
+    digits = range((p - 1).bit_length())
+    return [[sum(block >> k & 1 for block in range(p)) * (n // p) for k in digits]] * p
+
+
 ALGORITHMS: dict[tuple[str, str], Callable[[int, int], Messages]] = {
     ("all_reduce", "ring"): _ring_all_reduce,
     ("all_reduce", "rabenseifner"): _rabenseifner_all_reduce,
     ("all_reduce", "recursive_doubling"): _doubling_all_reduce,
     ("all_gather", "ring"): _each_block_once,
+    ("all_gather", "bruck"): _bruck_all_gather,
     ("reduce_scatter", "ring"): _each_block_once,
     ("reduce_scatter", "recursive_halving"): _halving_reduce_scatter,
     ("reduce_scatter", "butterfly"): _butterfly_reduce_scatter,
     ("reduce_scatter_block", "recursive_halving"): _halving_reduce_scatter,
     ("reduce_scatter_block", "butterfly"): _butterfly_of_blocks,
     ("all_to_all", "pairwise"): _each_block_once,
+    ("all_to_all", "bruck"): _bruck_all_to_all,
     ("broadcast", "binomial"): _binomial_broadcast,
     ("reduce", "binomial"): _binomial_reduce,
 }

@@ -77,7 +77,9 @@ def _head(name: str, tokens: str, what: str) -> Definition:
 
 SERVING = (
     *CACHE,
-    Definition("d_c", "min(t, H_c)", "1", "ranks that divide the cache; the rest hold copies", _MQA),
+    Definition(
+        "d_c", "H_c/ceil(H_c/t)", "1", "share of the cache's heads on the fullest rank, inverted", _MQA
+    ),
     Definition("β", "(W if t <= N else min(W, w))*η_n", "B/s", "bandwidth of a ring of ranks", _TP),
     Definition("weights", "((P_a + P_f + P_x)*y_w + (P_i + P_o)*y_h)/t + P_r*y_h", "B", "weights", _POPE),
     Definition("cache", "b*(s + g)*token/d_c", "B", "cache of prompt and answer", _MQA),
@@ -89,9 +91,10 @@ SERVING = (
         _POPE,
     ),
     Definition("memory", "weights + cache + working", "B", "memory of a rank", _POPE),
+    Definition("capacity_left", "capacity - weights - working", "B", "memory that a cache may fill", _POPE),
     Definition(
         "limit",
-        "(capacity - weights - working)/((s + g)*token/d_c)",
+        "capacity_left/((s + g)*token/d_c)",
         "1",
         "sequences that fit beside the weights",
         _POPE,

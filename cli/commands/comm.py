@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +15,12 @@ from cli.result import Column, Result
 
 if TYPE_CHECKING:
     from memsim.estimate import Estimate
+    from refimpl.parallel.comm import Sent
 
 __all__ = ["command"]
 
 OPERATIONS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "reduce", "all_to_all")
-ALGORITHMS = ("ring", "recursive", "tree", "pairwise")
+ALGORITHMS = ("ring", "recursive", "doubling", "tree", "pairwise", "bruck")
 
 
 SECONDS = Number(0.0, 1e9)
@@ -87,26 +89,15 @@ def command(
             byte_time=0 if rate is None else 1 / rate,
         )
         estimates.append(time)
-        rows.append(
-            {
-                "op": operation,
-                "algorithm": how,
-                "ranks": count,
-                "vector_bytes": size,
-                "sent_bytes_max": max(rank.bytes for rank in sent),
-                "sent_bytes_total": sum(rank.bytes for rank in sent),
-                "messages_max": max(rank.messages for rank in sent),
-                "time_s": float(time.total) if latency or rate else None,
-            }
-        )
+        seconds = float(time.total) if latency or rate else None
+        rows.append(_row(operation, how, size, sent) | {"time_s": seconds})
     if hardware:
         for size, count in itertools.product(sizes, ranks):
             found = _two_levels(operation, hardware, size // width, width, count, latency)
             if found is not None:
-                estimates.append(found)
-                counts = dict.fromkeys(("sent_bytes_max", "sent_bytes_total", "messages_max"))
-                row = {"op": operation, "algorithm": "two levels", "ranks": count, "vector_bytes": size}
-                rows.append({**row, **counts, "time_s": float(found.total)})
+                time, sent = found
+                estimates.append(time)
+                rows.append(_row(operation, "two levels", size, sent) | {"time_s": float(time.total)})
     details: list[str] = []
     for row, time in zip(rows, estimates, strict=True) if explain else ():
         details += ["", f"{row['op']} by {row['algorithm']}, {row['ranks']} ranks, {row['vector_bytes']} B"]
@@ -128,6 +119,18 @@ def command(
     )
 
 
+def _row(operation: str, algorithm: str, size: int, sent: Sequence[Sent]) -> dict[str, Any]:
+    return {
+        "op": operation,
+        "algorithm": algorithm,
+        "ranks": len(sent),
+        "vector_bytes": size,
+        "sent_bytes_max": max(rank.bytes for rank in sent),
+        "sent_bytes_total": sum(rank.bytes for rank in sent),
+        "messages_max": max(rank.messages for rank in sent),
+    }
+
+
 def _slowest(hardware: str, ranks: int) -> int:
     """Return the bandwidth of the slowest link of a ring: within a node, or between nodes."""
     from memsim.hardware import hardware as card_of
@@ -138,17 +141,16 @@ def _slowest(hardware: str, ranks: int) -> int:
 
 def _two_levels(
     operation: str, hardware: str, elements: int, itemsize: int, ranks: int, latency: float
-) -> Estimate | None:
-    """Return the time in two levels, or None where ranks fill no two nodes."""
+) -> tuple[Estimate, list[Sent]] | None:
+    """Return the time in two levels and what ranks send, or None where ranks fill no two nodes."""
     from memsim.hardware import hardware as card_of
-    from memsim.hierarchy import Level, hierarchical
+    from memsim.hierarchy import Level, hierarchical, sent_in_two_levels
 
     card = card_of(hardware)
     size = card.node_size.value
     if ranks <= size or ranks % size:
         return None
     inside, across = (Level(latency, 1 / rate.value) for rate in (card.link, card.network))
-    return hierarchical(
-        operation, elements=elements, itemsize=itemsize, node_size=size, nodes=ranks // size,
-        inside=inside, across=across,
-    )  # fmt: skip
+    shape = {"elements": elements, "itemsize": itemsize, "node_size": size, "nodes": ranks // size}
+    time = hierarchical(operation, **shape, inside=inside, across=across)
+    return time, sent_in_two_levels(operation, **shape)

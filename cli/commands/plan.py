@@ -13,7 +13,7 @@ from cli.output import output_options, progress
 from cli.parameters import AXES, BYTES, COUNT, AxisValue, ListOf
 from cli.quantities import bytes_text, time_text
 from cli.result import Column, Result, Row
-from cli.step_options import division_of, division_row, setting_of, setting_options
+from cli.step_options import division_of, division_row, scores_note, setting_of, setting_options
 
 if TYPE_CHECKING:
     from memsim.division import Division
@@ -31,7 +31,7 @@ Examples:
   frugal plan --model gpt3-175b --gpus 64 --batch 64 --sequence 2048 --attention standard --dropout
   frugal plan --model llama-3-70b --gpus 256 --hardware h100-sxm --batch 512 --sequence 8192 --explain
   frugal plan --config my/config.json --gpus 64 --hardware h200 --batch 256 --sequence 8192 --capacity 130GB
-  frugal plan --model gpt2 --gpus 8 --batch 64 --sequence 1024 --against tensor=8,recompute=full
+  frugal plan --model llama-2-7b --gpus 8 --batch 64 --sequence 4096 --stack "llm-foundry on A100"
   mpiexec -n 8 frugal plan --executor mpi --model deepseek-v2 --gpus 2048 --batch 9216 --sequence 4096""",
     short_help="The fastest way to divide training that fits.",
 )
@@ -71,7 +71,8 @@ def command(
     """Search tensor x pipeline x data x context x expert parallelism, and all that goes with them.
 
     The table is the front: divisions than which nothing is both faster and smaller.  Times are lower bounds
-    as long as every efficiency is 1.  Workspaces and fragmentation need room: set --capacity below the whole.
+    as long as every efficiency is 1; --stack takes measured ones.  Workspaces and fragmentation need room:
+    set --capacity below the whole.  The host's memory is not limited.
     """
     from memsim.plan_space import space
     from memsim.planner import plan
@@ -86,6 +87,8 @@ def command(
         precisions=precision,  # type: ignore[arg-type]
         largest_micro_batch=largest_micro_batch,
     )
+    if timing and executor == "mpi":
+        raise click.UsageError("--timing tells of one core: not with --executor mpi")
     with _pool(executor) as pool:
         if executor == "mpi" and pool is None:
             return Result([], (), silent=True)  # this process searched for another one
@@ -124,7 +127,7 @@ def _result(
     if given is not None:
         rows.insert(0, _row("given", given, training_step(setting, given)))
         totals["speedup"] = rows[0]["time_s"] / rows[1]["time_s"]
-    details = ["", *_summary(found.step)]
+    details = ["", *_summary(found.step), *scores_note(setting)]
     if explain:
         details += ["", *(f"  {item.explain()}" for item in found.step.quantities.values())]
     return Result(
@@ -191,11 +194,30 @@ def _summary(step: TrainingStep) -> list[str]:
 
 
 def _draw(axes: Any, rows: Sequence[Row]) -> None:
-    """Draw memory against time, and the given division apart."""
-    for kind, marker in (("front", "o-"), ("given", "x")):
-        points = [(row["time_s"], row["memory_bytes"] / 1e9) for row in rows if row["kind"] == kind]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker, label=kind)
+    """Draw the front as the edge that it is, and the given division apart."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    front = [(row["time_s"], row["memory_bytes"] / 1e9) for row in rows if row["kind"] == "front"]
+    axes.step(
+        *zip(*front, strict=True), "o-", where="post", markersize=4, label="nothing is faster and smaller"
+    )
+    for row in rows:
+        if row["kind"] == "given":
+            axes.plot(row["time_s"], row["memory_bytes"] / 1e9, "x", color="tab:red", label="given")
     axes.set(xscale="log", yscale="log", xlabel="time of a step / s", ylabel="memory a rank / GB")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter("")
+    axes.annotate(
+        _short(next(row for row in rows if row["kind"] == "front")),
+        front[0], xytext=(8, 2), textcoords="offset points", fontsize=7,
+    )  # fmt: skip
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
+
+
+def _short(row: Row) -> str:
+    """Return a division in a few words: its ranks, and what it recomputes."""
+    ranks = [f"{_SHORT[key]} {row[key]}" for key in ("tensor", "pipeline", "data", "context", "expert")]
+    return ", ".join([*(text for text in ranks if not text.endswith(" 1")), f"recompute {row['recompute']}"])

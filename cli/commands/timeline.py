@@ -12,14 +12,24 @@ from cli.output import output_options, say, write_whole
 from cli.parameters import AXES, AxisValue
 from cli.quantities import time_text
 from cli.result import Column, Result
-from cli.step_options import division_of, division_row, setting_of, setting_options
+from cli.step_options import division_of, division_row, scores_note, setting_of, setting_options
 
 if TYPE_CHECKING:
-    from memsim.streams import Event
+    from memsim.streams import Event, Task
 
 __all__ = ["command"]
 
-_COLORS = {"compute": "tab:blue", "links": "tab:red", "send": "tab:orange", "send back": "tab:orange"}
+PIXELS = 900  # of a picture, in time
+COLORS = {
+    "forward": "tab:blue",
+    "backward": "tab:cyan",
+    "head": "tab:purple",
+    "optimizer": "tab:gray",
+    "links": "tab:red",
+    "send": "tab:orange",
+    "weights": "tab:olive",
+    "gradients": "tab:green",
+}
 
 
 @click.command(
@@ -60,7 +70,8 @@ def command(
     from memsim.training_step import training_step
 
     chosen = division_of(division)
-    step = training_step(setting_of(options), chosen)
+    setting = setting_of(options)
+    step = training_step(setting, chosen)
     played = step_timeline(step, chosen, schedule=schedule, prefetch=prefetch)  # type: ignore[arg-type]
     if trace is not None:
         write_whole(trace, json.dumps(chrome_trace(played.events)).encode())
@@ -74,6 +85,7 @@ def command(
         }
         for rank, spent in enumerate(usage(played.events))
     ]
+    plain = division_row(type(chosen)())
     return Result(
         rows,
         (
@@ -83,7 +95,7 @@ def command(
             Column("idle_s", "bubble", right=True, text=time_text),
         ),
         totals={
-            **{name: value for name, value in division_row(chosen).items() if value not in (1, 0, False)},
+            **{name: value for name, value in division_row(chosen).items() if value != plain[name]},
             "time_s": float(played.time),
             "closed_form_s": float(step.time.total),
             "bubble_share": float(played.bubble),
@@ -92,24 +104,35 @@ def command(
             "hfu": float(played.hfu),
         },
         sources=list(dict.fromkeys(item.source for item in step.time.terms)),
+        details=["", *note] if (note := scores_note(setting)) else (),
         draw=lambda axes: _draw(axes, played.events),
     )
 
 
 def _draw(axes: Any, events: Sequence[Event]) -> None:
-    """Draw a bar for every task, a row for each stream of each rank: a Gantt chart."""
+    """Draw a bar for every task, a row for each stream of each rank: a Gantt chart.
+
+    What takes less than a pixel is drawn as wide as one, or it would come and go with the width of the
+    picture.
+    """
+    from matplotlib.patches import Patch
+
     lanes = sorted({(event.task.rank, event.task.stream) for event in events})
-    bars: dict[tuple[int, str, bool], list[tuple[float, float]]] = {}
+    least = max((float(event.end) for event in events), default=0.0) / PIXELS
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for event in events:
-        lane = lanes.index((event.task.rank, event.task.stream))
-        back = event.task.name.startswith("backward")
-        bars.setdefault((lane, event.task.stream, back), []).append(
-            (float(event.start), float(event.task.duration))
-        )
-    for (lane, stream, back), spans in bars.items():
-        color = "tab:cyan" if back else _COLORS.get(stream, "tab:green")
+        if event.task.duration:
+            lane = lanes.index((event.task.rank, event.task.stream))
+            span = float(event.start), max(float(event.task.duration), least)
+            bars.setdefault((lane, kind_of(event.task)), []).append(span)
+    for (lane, kind), spans in bars.items():
         axes.broken_barh(
-            spans, (lane - 0.4, 0.8), facecolors=color, edgecolor="white", linewidth=0.2 * (len(spans) < 100)
+            spans,
+            (lane - 0.4, 0.8),
+            facecolors=COLORS[kind],
+            edgecolor="white",
+            linewidth=0.2 * (len(spans) < 100),
+            snap=False,
         )
     axes.set(
         xlabel="time / s",
@@ -118,3 +141,14 @@ def _draw(axes: Any, events: Sequence[Event]) -> None:
     )
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=max(3, 8 - len(lanes) // 12))
+    shown = {kind for _, kind in bars}
+    handles = [Patch(color=color, label=kind) for kind, color in COLORS.items() if kind in shown]
+    axes.legend(
+        handles=handles, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False
+    )
+
+
+def kind_of(task: Task) -> str:
+    """Return what a task is in the legend."""
+    first = task.name.split(",")[0].split(" ")[0]
+    return first if task.stream in ("compute", "data") else task.stream.split(" ")[0]

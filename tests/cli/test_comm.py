@@ -29,8 +29,10 @@ def test_time_is_latency_and_transfer(rows):
         "--bandwidth",
         "100",
     ]
-    (row,) = rows("comm", *arguments)["rows"]
+    (row,) = rows("comm", *arguments, "--algorithm", "ring")["rows"]
     assert row["time_s"] == pytest.approx(4 * 2 + 4 * 200 / 100)
+    (row,) = rows("comm", *arguments, "--algorithm", "bruck")["rows"]
+    assert row["time_s"] == pytest.approx(3 * 2 + 4 * 200 / 100)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,9 @@ def test_two_levels_on_hardware(rows, run):
     assert ("two levels", 8) not in found
     # 8 nodes of 8: 2 * 7/8 of 16 GB over 300 GB/s inside, of an eighth of it over 25 GB/s across.
     assert found["two levels", 64] == pytest.approx(2 * 7 / 8 * 16e9 / 300e9 + 2 * 7 / 8 * 2e9 / 25e9)
+    two = next(row for row in document["rows"] if row["algorithm"] == "two levels")
+    # As much as a ring, 2 * 63/64 of the vector, in 2 * 7 + 2 * 7 messages.
+    assert (two["sent_bytes_max"], two["messages_max"]) == (2 * 63 * 16e9 / 64, 28)
     assert found["ring", 64] == pytest.approx(2 * 63 / 64 * 16e9 / 25e9)
     assert (
         "not both"
@@ -64,3 +69,22 @@ def test_two_levels_on_hardware(rows, run):
             "comm", "--op", "reduce", "--bytes", "1MB", "--bandwidth", "1GB", "--hardware", "h200", code=2
         ).stderr
     )
+
+
+def test_whole_nodes_have_two_levels_only(rows):
+    base = ("--op", "all_reduce", "--bytes", "16MB", "--hardware", "a100-80gb", "--algorithm", "ring")
+    document = rows("comm", *base, "--ranks", "8,12,16")
+    found = {(row["algorithm"], row["ranks"]): row["time_s"] for row in document["rows"]}
+    assert set(found) == {("ring", 8), ("ring", 12), ("ring", 16), ("two levels", 16)}
+    assert found["ring", 8] == pytest.approx(2 * 7 / 8 * 16e6 / 300e9)  # a node's own links
+    assert found["ring", 16] == pytest.approx(2 * 15 / 16 * 16e6 / 25e9)
+
+
+def test_few_rounds_for_short_vectors(rows):
+    """Of 8 ranks: 3 rounds against 7; Bruck's exchange moves 12 blocks of 8 where pairs move 7."""
+    arguments = ("--op", "all_to_all", "--bytes", "800", "--ranks", "8")
+    found = {row["algorithm"]: row for row in rows("comm", *arguments)["rows"]}
+    for name, counts in (("pairwise", (7, 700)), ("bruck", (3, 1200))):
+        assert (found[name]["messages_max"], found[name]["sent_bytes_max"]) == counts
+    reduced = rows("comm", "--op", "all_reduce", "--bytes", "800", "--ranks", "8")["rows"]
+    assert {row["algorithm"] for row in reduced} == {"ring", "recursive", "doubling", "tree"}

@@ -26,6 +26,8 @@ def test_stages_spend_the_whole_time(rows):
     document = rows("timeline", *PIPE)
     totals = document["totals"]
     assert (totals["tensor"], totals["pipeline"]) == (2, 4)
+    assert totals["sequence_parallel"] is True
+    assert "zero" not in totals
     assert [row["rank"] for row in document["rows"]] == [0, 1, 2, 3]
     for row in document["rows"]:
         spent = row["computing_s"] + row["exposed_s"] + row["idle_s"]
@@ -50,14 +52,17 @@ def test_trace_and_picture(run, tmp_path):
     events = json.loads(trace.read_text())["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X"}
     assert f"wrote {len([e for e in events if e['ph'] == 'X'])} events" in done.stderr
-    assert "0 compute" in picture.read_text()
+    text = picture.read_text()
+    assert all(word in text for word in ("0 compute", "forward", "backward", "send", "links", "optimizer"))
+    assert "MFU counts scores in full" in done.stdout
+    assert "MFU counts" not in run("timeline", *PIPE, "--attention", "standard").stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ((*PIPE, "--schedule", "interleaved"), "interleave"),
-        ((*ZERO[:-1], "data=4"), "accelerators"),
+        ((*ZERO[:-1], "data=4,zero=1,offload=true"), "got data=4,zero=1,offload=true on 8 accelerators"),
         ((*PIPE, "--trace", "/no/such/folder/x.json"), "cannot write"),
     ],
 )

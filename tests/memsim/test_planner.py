@@ -100,6 +100,27 @@ def test_slices_change_nothing(cells: int) -> None:
     assert plan(setting, SPACES[1]).best.time == whole.time[0]
 
 
+@pytest.mark.parametrize("capacity", [1.4e9, 80e9])
+def test_the_front_is_that_of_all_divisions_one_by_one(capacity: float) -> None:
+    setting = Setting("gpt2", "a100-80gb", 2, 2, 1024, attention="standard", latency=1e-5)
+    kept = []
+    for t, p, d, c in [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)]:
+        for v, b, z in itertools.product(divisors(6), (1, 2), range(4)):
+            for r, q, o in itertools.product(("none", "selective", "full"), (False, True), (False, True)):
+                division = Division(t, p, d, c, 1, v, b, z, r, q, o)
+                if reason_against(setting, division) is None:
+                    step = training_step(setting, division)
+                    kept.append((step.time.total, step.memory.total))
+    fitting = {pair for pair in kept if pair[1] <= capacity}
+    best = {a for a in fitting if not any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in fitting)}
+    found = plan(setting, capacity=capacity)
+    assert found.runnable == len(kept)
+    assert (capacity < 80e9) == (len(fitting) < len(set(kept)))
+    front = [training_step(setting, item.division) for item in found.front]
+    assert {(step.time.total, step.memory.total) for step in front} == best
+    assert found.step.time.total == min(time for time, _ in fitting)
+
+
 def test_gpt_3_is_planned_at_least_as_well_as_its_authors_did() -> None:
     found = plan(GPT3)
     assert 0 < found.fitting < found.runnable < found.grid

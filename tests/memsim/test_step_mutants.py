@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ from memsim.training_setting import Setting
 from memsim.training_step import training_step
 from refimpl.parallel.schedules import pipeline_schedule
 from tests.memsim import test_inference as inference_tests
+from tests.memsim import test_step_by_hand as hand
 from tests.memsim import test_training_step as step_tests
+from tests.memsim.counted_step import Shape
 
 TABLE_2 = [(parallel, recompute) for parallel in (False, True) for recompute in ("none", "selective", "full")]
 
@@ -76,7 +80,74 @@ def utilization() -> None:
     step_tests.test_the_paper_s_plan_is_a_lower_bound_of_its_measurement()
 
 
+SHAPES = (
+    Shape(4, 64, 8, 4, 16, 96, 4, 2, 48, gated=True, tied=False),
+    Shape(6, 512, 8, 8, 64, 1024, 0, 1, 48, gated=False, tied=True),
+    Shape(4, 4096, 8, 4, 64, 0, 4, 1, 2048, gated=True, tied=True),
+)
+CASES: tuple[tuple[Division, dict[str, Any]], ...] = (
+    (Division(tensor=2, data=2, expert=2, zero=3, sequence_parallel=True), {"attention": "flash"}),
+    (Division(tensor=2, pipeline=2, interleave=2, offload=True, zero=1), {"attention": "standard"}),
+    (Division(pipeline=2, data=2, expert=2, zero=1, offload=True), {"attention": "flash"}),
+    (Division(context=2, recompute="selective"), {"attention": "standard", "dropout": True}),
+    (
+        Division(tensor=4, micro_batch=2, recompute="full"),
+        {"attention": "flash", "scores": Fraction(1, 10**4)},
+    ),
+)
+
+
+def shapes() -> None:
+    """Against tensors and products counted from their shapes."""
+    for shape, case in itertools.product(SHAPES, CASES):
+        assert hand.agrees(shape, *case)
+
+
+def exchanges() -> None:
+    hand.test_experts_exchange_the_part_of_a_sequence_that_a_rank_has()
+
+
+def places() -> None:
+    for division, name, share in hand.PLACES:
+        hand.test_links_of_a_group_are_those_of_its_place(division, name, share)
+
+
+def rings() -> None:
+    hand.test_keys_and_values_hide_behind_scores_both_ways()
+
+
 STEP_MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
+    ("bytes_experts", "W_x/(e*t)", "W_x/t", shapes),
+    ("bytes_experts", "2h*K_x", "h*K_x", shapes),
+    ("FLOP_experts", "2x", "x", shapes),
+    ("bytes_core", "c*A_k", "A_k", shapes),
+    ("bytes_core", "2y*b", "y*b", shapes),
+    ("bytes_softmax", "2y + 1", "2y", shapes),
+    ("g_softmax", "3y", "2y", shapes),
+    ("again", "f_core + f_softmax", "f_core", shapes),
+    ("bytes_up", "h*L_f", "h*L", shapes),
+    ("bytes_head", "12x", "4x", shapes),
+    ("bytes_pointwise", "10h", "8h", shapes),
+    ("g_pointwise", "1.5", "2", shapes),
+    ("f_core", "η_a", "η_m", shapes),
+    ("a_s", "4H*x/t", "4H*x", shapes),
+    ("a_f", "F + F_x", "F", shapes),
+    ("a_x", "L*u", "L", shapes),
+    ("a_out", "4x", "2x", shapes),
+    ("gathered", "2y_w", "y_w", shapes),
+    ("P_expert", "e*t", "e", shapes),
+    ("P_last", "P_e", "0", shapes),
+    ("host", " + P_expert/x_o", "", shapes),
+    ("x_o", "d*c/e", "d*c", shapes),
+    ("l_last", "*p + 1", "*p", shapes),
+    ("sent_e", "e*u", "e", exchanges),
+    ("expert_f", "L_x", "L", exchanges),
+    ("β_d", "max(1, N/(t))", "1", places),
+    ("β_e", "t*c*e", "e", places),
+    ("β_x", "t*e", "t", places),
+    ("β_c", "t*c <= N", "c <= N", places),
+    ("context", "2ring_f", "ring_f", rings),
+    ("ring_f", "(c - 1)*α", "c*α", rings),
     ("a_r", "4y", "2y", table_2),
     ("a_r", "/u", "/t", table_2),
     ("a_a", "A_v", "0", table_2),
@@ -91,6 +162,8 @@ STEP_MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("n_g", "z > 1", "z > 2", step_tests.test_states_are_divided_as_zero_divides_them),
     ("host", "o*y_o", "y_o", step_tests.test_states_are_divided_as_zero_divides_them),
     ("sent_t", "4(t - 1)", "2(t - 1)", volumes),
+    ("sent_q", "2(t - 1)", "(t - 1)", volumes),
+    ("sent_q", "if q > 0", "if q > 1", volumes),
     ("tensor_volume", "3 if", "4 if", bounds),
     ("tensor", "3 if r > 1 else 2", "2", bounds),
     ("sent_c", "(c - 1)", "c", volumes),
@@ -148,7 +221,23 @@ def by_hand() -> None:
     inference_tests.test_one_sequence_reads_every_weight()
 
 
+def nodes() -> None:
+    hand.test_a_prompt_and_a_step_on_16_ranks_by_hand()
+
+
 SERVING_MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
+    ("weights", "(P_i + P_o)*y_h", "(P_i + P_o)*y_w", nodes),
+    ("weights", "P_r*y_h", "P_r*y_h/t", nodes),
+    ("working", "j*max", "2max", nodes),
+    ("links_step", "+ α", "+ α/t", nodes),
+    ("β", "t <= N", "t <= 2N", nodes),
+    ("head_prompt", "2b", "b", nodes),
+    (
+        "d_c",
+        "ceil(H_c/t)",
+        "(H_c/t)",
+        hand.test_key_heads_that_ranks_cannot_divide_evenly_fill_some_ranks_more,
+    ),
     ("FLOP_prompt", "2b", "b", by_hand),
     ("read_step", "W_o", "0", by_hand),
     ("attention_step", "(n + a)", "n", by_hand),
@@ -156,9 +245,9 @@ SERVING_MUTANTS: list[tuple[str, str, str, Callable[[], None]]] = [
     ("head_step", "y_h", "y_w*2", by_hand),
     ("n", "(g + 1)/2", "g", by_hand),
     ("weights", "(P_i + P_o)", "P_i", by_hand),
-    ("d_c", "min(t, H_c)", "t", inference_tests.test_few_key_heads_and_latents_are_copied_among_ranks),
+    ("d_c", "H_c/ceil(H_c/t)", "t", inference_tests.test_few_key_heads_and_latents_are_copied_among_ranks),
     ("touched_step", "1 - K_x", "1 - 2K_x", inference_tests.test_experts_are_read_as_a_batch_needs_them),
-    ("limit", "- working", "", inference_tests.test_the_batch_limit_is_where_memory_ends),
+    ("capacity_left", "- working", "", inference_tests.test_the_batch_limit_is_where_memory_ends),
     ("answer", "(g - 1)", "g", inference_tests.test_answers_add_up),
 ]
 

@@ -119,6 +119,27 @@ def test_gpt_3_hides_its_sends() -> None:
     assert plain.bubble > 2 * played.bubble  # (p - 1)/m against (p - 1)/(v m)
 
 
+def test_durations_of_chunks_add_up_to_those_of_a_micro_batch() -> None:
+    setting = Setting("gpt2", "a100-80gb", 8, 16, 1024, latency=Fraction(1, 10**5))
+    division = Division(tensor=2, pipeline=2, data=2, interleave=3, zero=1, recompute="full")
+    step = training_step(setting, division)
+    one = durations_of(step, division)
+    worked = step.value("forward") + step.value("gradient") + step.value("again")
+    assert 3 * (one.forward + one.backward) == worked
+    assert 3 * (one.linked_forward + one.linked_backward) == step.value("tensor")
+    assert 3 * (one.send + one.send) == step.value("hops")  # onward and back
+    assert 3 * (one.gather + one.reduce) == step.value("data")
+    assert one.head_forward + one.head_backward == step.value("head")
+
+
+def test_stage_1_gathers_all_at_once_and_stage_3_a_piece_ahead() -> None:
+    schedule = pipeline_schedule(schedule="1f1b", ranks=1, micro_batches=1)
+    durations = Durations(40, 80, gather=4)
+    for zero, starts in ((1, [0, 1, 2, 3]), (3, [0, 1, 11, 21])):
+        events = play(step_tasks(durations, schedule, zero=zero, pieces=4))
+        assert [event.start for event in events if event.task.name == "weights"][:4] == starts
+
+
 def test_tasks_wait() -> None:
     tasks = [Task("a", 0, "x", 2, (1,)), Task("b", 1, "x", 3), Task("c", 0, "x", 1)]
     assert [(e.start, e.end) for e in play(tasks)] == [(3, 5), (0, 3), (5, 6)]
@@ -148,6 +169,8 @@ def test_a_trace_holds_every_event_in_microseconds() -> None:
     for entry, event in zip(shown, events, strict=True):
         assert entry["ts"] == event.start * 10**6
         assert entry["dur"] == event.task.duration * 10**6
+    nothing = chrome_trace(play([Task("a", 0, COMPUTE, 0), Task("b", 0, COMPUTE, 1)]))["traceEvents"]
+    assert [entry["name"] for entry in nothing if entry["ph"] == "X"] == ["b"]
     for rank in range(3):  # what one thread shows never overlaps
         for thread in {entry["tid"] for entry in shown if entry["pid"] == rank}:
             own = sorted((e["ts"], e["dur"]) for e in shown if (e["pid"], e["tid"]) == (rank, thread))

@@ -215,6 +215,10 @@ def test_volumes_of_every_other_kind() -> None:
     m, tokens, layers, width = 8, 512, 16, 4096  # of a rank: half of the sequence, half of the layers
     all_reduces = 4 * layers  # 2 forward, 2 backward, of a layer; on 2 ranks each sends half twice
     assert sent["tensor parallelism"] == m * all_reduces * 2 * Fraction(1, 2) * 2 * tokens * width
+    # A rank that keeps half of the tokens gathers the inputs of both halves of a layer once more.
+    parted = training_step(setting, replace(division, sequence_parallel=True)).sent
+    gathers = (4 * 2 + 2) * layers  # an all-reduce is two rings; each sends half
+    assert parted["tensor parallelism"] == m * gathers * Fraction(1, 2) * 2 * tokens * width
     keys_and_values = 2 * 8 * 128 // 2  # of a tensor-parallel rank
     assert sent["context parallelism"] == m * layers * (1 + 2) * 2 * tokens * keys_and_values
     exchanges = 4 * layers  # dispatch and combine, forward and backward, of 2 experts a token; half stays

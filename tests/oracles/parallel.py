@@ -224,6 +224,24 @@ def timed_round_by_round(
             while reached < ranks:
                 rounds.round([whole] * min(reached, ranks - reached), reduces=phase)
                 reached *= 2
+    elif algorithm == "bruck":
+        distance = 1
+        while distance < ranks:
+            if operation == "all_gather":
+                blocks = min(distance, ranks - distance)
+            else:
+                blocks = sum(1 for block in range(ranks) if block // distance % 2)
+            rounds.round([chunk * blocks] * ranks, reduces=False)
+            distance *= 2
+    elif algorithm == "doubling":
+        power, distance = 1, 1
+        while 2 * power <= ranks:
+            power *= 2
+        rounds.round([whole] * (ranks - power), reduces=True)
+        while distance < power:
+            rounds.round([whole] * power, reduces=True)
+            distance *= 2
+        rounds.round([whole] * (ranks - power), reduces=False)
     else:
         power = 1
         while 2 * power <= ranks:

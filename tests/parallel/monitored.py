@@ -36,14 +36,16 @@ class Row(NamedTuple):
 ROWS = (
     Row("all_reduce", "allreduce", 4, ("all_reduce", "ring"), ("all_reduce", "ring")),
     Row("all_reduce", "allreduce", 6, ("all_reduce", "rabenseifner")),
-    Row("all_reduce", "allreduce", 3, ("all_reduce", "recursive_doubling")),
+    Row("all_reduce", "allreduce", 3, ("all_reduce", "recursive_doubling"), ("all_reduce", "doubling")),
     Row("all_gather", "allgather", 4, ("all_gather", "ring"), ("all_gather", "ring")),
+    Row("all_gather", "allgather", 2, ("all_gather", "bruck"), ("all_gather", "bruck")),
     Row("reduce_scatter", "reduce_scatter", 3, ("reduce_scatter", "ring"), ("reduce_scatter", "ring")),
     Row("reduce_scatter", "reduce_scatter", 2, ("reduce_scatter", "recursive_halving")),
     Row("reduce_scatter", "reduce_scatter", 4, ("reduce_scatter", "butterfly")),
     Row("reduce_scatter_block", "reduce_scatter_block", 3, ("reduce_scatter_block", "recursive_halving")),
     Row("reduce_scatter_block", "reduce_scatter_block", 4, ("reduce_scatter_block", "butterfly")),
     Row("all_to_all", "alltoall", 2, ("all_to_all", "pairwise"), ("all_to_all", "pairwise")),
+    Row("all_to_all", "alltoall", 3, ("all_to_all", "bruck"), ("all_to_all", "bruck")),
     Row("broadcast", "bcast", 6, ("broadcast", "binomial")),
     Row("reduce", "reduce", 5, ("reduce", "binomial"), ("reduce", "tree")),
 )
