@@ -140,8 +140,8 @@ def _matrices(part: Part, width: int) -> Counted:
         raise OptionError("model_flops: what a scan of Mamba-2 computes in chunks is not counted here")
     if part.kind == "mamba":  # in, to Δ, B and C, Δ back, out, and the taps of the convolution
         names = {"i": "inner", "k": "kernel", "r": "rank", "n": "state"}
-        letters = {letter: part.sizes[name] for letter, name in names.items()}
-        return "d*2i + i*(r + 2n) + r*i + i*d + i*k", {"d": width, **letters}
+        values = {"d": width, **{letter: part.sizes[name] for letter, name in names.items()}}
+        return "d*2i + i*(r + 2n) + r*i + i*d + i*k", values
     bare: Mapping[str, str | bool] = {
         k: v for k, v in part.choices.items() if k not in ("bias", "sinks", "tied")
     }

@@ -78,7 +78,7 @@ def test_a_gate_of_shared_experts_keeps_what_it_weighs() -> None:
 
 
 def test_dropout_of_the_embedding_is_korthikantis() -> None:
-    shape = {"batch": 2, "sequence": 64}
+    shape: dict[str, Any] = {"batch": 2, "sequence": 64}
     with_mask, without = (
         activations(model="gpt3-175b", **shape, dropout=dropout)["embeddings: tokens"]
         for dropout in (True, False)
@@ -89,7 +89,7 @@ def test_dropout_of_the_embedding_is_korthikantis() -> None:
 
 def test_embedding_s_dropout_of_every_waiting_micro_batch() -> None:
     """Korthikanti et al., section 4.3: s b h p / t, as p micro-batches wait; the head in the last stage."""
-    shape = {"hidden": 64, "batch": 2, "sequence": 8, "layers": 12, "heads": 4, "tensor": 2}
+    shape: dict[str, Any] = {"hidden": 64, "batch": 2, "sequence": 8, "layers": 12, "heads": 4, "tensor": 2}
     found = korthikanti_activations(**shape, pipeline=3, sequence_parallel=True, vocabulary=100)
     assert found["embedding's dropout"] == 8 * 2 * 64 * 3 // 2
     assert len(found.terms) == 2
@@ -110,3 +110,13 @@ def test_ranks_norm_their_own_heads() -> None:
         for name, heads in (("query", 4), ("key", 2)):
             assert kept[f"block: {name} norm"] == 8 * (2 * 16 + 4) * heads // tensor
     assert parameters(model=rank_model(described, tensor=2)).terms[3].value == 16
+
+
+def test_jamba_s_mixer_keeps_what_its_norms_split() -> None:
+    """SelectiveScanFn's tensors for T 5, i 8192, n 16, and what stands between its three kernels."""
+    tokens, i, n = 5, 8192, 16
+    scan = 2 * tokens * (i + i + i + i + n + n) + 4 * i * n + 4 * i * 2 * n  # u, Δ, z, out, B, C; A; states
+    outside = 2 * tokens * (i + i) + 4 * i * n  # the convolution's input, the gated output; an exponential
+    kept = activations(model="jamba", batch=1, sequence=tokens)
+    layers = sum(item.value for item in kept.terms if item.name.endswith(": mamba"))
+    assert layers == 28 * (scan + outside)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from memsim.decoder import decoder_letters
 from memsim.model import Part, dense, model, model_names, padded_vocabulary
 from memsim.parameters import PARTS, non_embedding_parameters, parameters
 from refimpl import registry
@@ -119,6 +120,13 @@ def test_padding_is_megatrons() -> None:
 def test_a_padded_description_is_a_padded_count(name: str) -> None:
     padded = parameters(model=padded_vocabulary(model(name), 4096)).total
     assert padded == parameters(model=name, pad_vocabulary=4096).total > parameters(model=name).total
+
+
+def test_a_tied_head_is_held_again_by_the_last_stage() -> None:
+    assert decoder_letters("gpt2")["P_e"] == 50257 * 768
+    assert decoder_letters("gpt2", pad_vocabulary=128)["P_e"] == 50304 * 768
+    assert decoder_letters("opt-350m")["P_e"] == 50272 * 512
+    assert decoder_letters("llama-2-7b")["P_e"] == 0
 
 
 def test_terms_add_up_and_name_their_tensors() -> None:
