@@ -15,7 +15,9 @@ from cli.result import Column, Result
 from cli.step_options import division_of, division_row, scores_note, setting_of, setting_options
 
 if TYPE_CHECKING:
+    from memsim.step_timeline import StepTimeline
     from memsim.streams import Event, Task
+    from memsim.training_step import TrainingStep
 
 __all__ = ["command"]
 
@@ -104,8 +106,17 @@ def command(
             "hfu": float(played.hfu),
         },
         sources=list(dict.fromkeys(item.source for item in step.time.terms)),
-        details=["", *note] if (note := scores_note(setting)) else (),
+        details=["", _summary(played, step), *scores_note(setting)],
         draw=lambda axes: _draw(axes, played.events),
+    )
+
+
+def _summary(played: StepTimeline, step: TrainingStep) -> str:
+    """Return the step in a line for people."""
+    shares = {"bubble": played.bubble, "exposed": played.exposed, "MFU": played.mfu, "HFU": played.hfu}
+    return (
+        f"a step: {time_text(float(played.time))}, by the closed form {time_text(float(step.time.total))}; "
+        + ", ".join(f"{name} {100 * float(share):.1f} %" for name, share in shares.items())
     )
 
 

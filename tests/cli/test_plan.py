@@ -27,7 +27,8 @@ def test_gpt_3_against_the_paper_s_plan(rows):
     assert best["time_s"] <= given["time_s"] < 13.75
     assert document["totals"]["speedup"] == given["time_s"] / best["time_s"] >= 1
     assert document["totals"]["runnable"] > document["totals"]["fitting"] > 0
-    assert document["totals"]["divisions_per_s"] > 0
+    totals = document["totals"]
+    assert totals["divisions_per_s"] == round(totals["runnable"] / totals["search_s"])
     for before, after in zip([best, *others], others, strict=False):
         assert before["time_s"] < after["time_s"]
         assert before["memory_bytes"] > after["memory_bytes"]
@@ -64,6 +65,9 @@ def test_choices_are_narrowed(rows):
     )
     for row in document["rows"]:
         assert (row["zero"], row["recompute"], row["offload"], row["precision"]) == (3, "full", False, "fp32")
+    for stages in ("0", "1", "1,2"):
+        found = rows("plan", *SMALL, "--zero", stages)["rows"]
+        assert {str(row["zero"]) for row in found} <= set(stages)
 
 
 def test_a_config_is_planned_as_the_model_it_describes(rows, run, tmp_path):

@@ -45,7 +45,7 @@ def test_zero_3_gathers_ahead(rows):
     assert ahead["exposed_share"] < behind["exposed_share"]
 
 
-def test_trace_and_picture(run, tmp_path):
+def test_trace_and_picture(rows, run, tmp_path):
     pytest.importorskip("matplotlib")
     trace, picture = tmp_path / "step.json", tmp_path / "step.svg"
     done = run("timeline", *PIPE, "--trace", str(trace), "--plot", str(picture))
@@ -55,6 +55,9 @@ def test_trace_and_picture(run, tmp_path):
     text = picture.read_text()
     assert all(word in text for word in ("0 compute", "forward", "backward", "send", "links", "optimizer"))
     assert "MFU counts scores in full" in done.stdout
+    totals = rows("timeline", *PIPE)["totals"]
+    assert f"bubble {100 * totals['bubble_share']:.1f} %, exposed" in done.stdout
+    assert f"MFU {100 * totals['mfu']:.1f} %" in done.stdout
     assert "MFU counts" not in run("timeline", *PIPE, "--attention", "standard").stdout
 
 

@@ -158,8 +158,14 @@ def test_more_memory_is_never_slower() -> None:
 
 def test_what_does_not_fit_says_how_much_it_needs() -> None:
     setting = Setting("gpt3-175b", "l4", 8, 8, 2048)
-    with pytest.raises(OptionError, match=r"nothing fits: of \d+ divisions the smallest needs \d+\.\d\d GB"):
+    with pytest.raises(
+        OptionError, match=r"nothing fits: of \d+ divisions the smallest needs \d+\.\d\d GB"
+    ) as said:
         plan(setting)
+    least = float(str(said.value).split("needs ")[1].split(" GB")[0]) * 1e9
+    assert plan(setting, capacity=least + 5e6).fitting > 0
+    with pytest.raises(OptionError, match="nothing fits"):
+        plan(setting, capacity=least - 6e6)
     with pytest.raises(OptionError, match="no layout of 13 ranks"):
         plan(Setting("gpt2", "l4", 13, 8, 1024))
 
