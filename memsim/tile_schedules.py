@@ -20,12 +20,13 @@ __all__ = [
     "AttentionShape",
     "Schedule",
     "flash1_forward",
-    "flash2_backward",
     "flash2_forward",
     "hopper_forward",
     "int8_gemm",
     "portable_forward",
+    "rows_of",
     "standard_forward",
+    "tiles_of",
 ]
 
 Schedule = tuple[list[Kernel], dict[str, int]]
@@ -67,12 +68,13 @@ class AttentionShape(NamedTuple):
         }
 
 
-def _tiles(length: int, size: int) -> list[tuple[int, int]]:
+def tiles_of(length: int, size: int) -> list[tuple[int, int]]:
     """Return first row and rows of each tile; the last one may be shorter."""
     return [(start, min(size, length - start)) for start in range(0, length, size)]
 
 
-def _rows(array: str, head: int, length: int, tile: tuple[int, int], bytes_of_row: int) -> Access:
+def rows_of(array: str, head: int, length: int, tile: tuple[int, int], bytes_of_row: int) -> Access:
+    """Return the reading of the rows of a tile of one head."""
     return Access(array, (head * length + tile[0]) * bytes_of_row, tile[1] * bytes_of_row)
 
 
@@ -85,14 +87,14 @@ def flash1_forward(
     for head in range(shape.heads):
         moves = []
         if initialize:
-            moves += [_rows("O", head, N, (0, N), width)._replace(kind="write")]
-            moves += [_rows(name, head, N, (0, N), 4)._replace(kind="write") for name in ("l", "m")]
-        for keys in _tiles(Tk, columns):
-            moves += [_rows(name, shape.shared(head), Tk, keys, width) for name in ("K", "V")]
-            for queries in _tiles(N, rows):
-                moves.append(_rows("Q", head, N, queries, width))
-                moves.append(_rows("O", head, N, queries, width)._replace(kind="update"))
-                moves += [_rows(name, head, N, queries, 4)._replace(kind="update") for name in ("l", "m")]
+            moves += [rows_of("O", head, N, (0, N), width)._replace(kind="write")]
+            moves += [rows_of(name, head, N, (0, N), 4)._replace(kind="write") for name in ("l", "m")]
+        for keys in tiles_of(Tk, columns):
+            moves += [rows_of(name, shape.shared(head), Tk, keys, width) for name in ("K", "V")]
+            for queries in tiles_of(N, rows):
+                moves.append(rows_of("Q", head, N, queries, width))
+                moves.append(rows_of("O", head, N, queries, width)._replace(kind="update"))
+                moves += [rows_of(name, head, N, queries, 4)._replace(kind="update") for name in ("l", "m")]
         blocks.append(Block(tuple(moves)))
     arrays = shape.arrays(("Q", "O"), ("K", "V"), ("l", "m"))
     return [Kernel("flash1 forward", tuple(blocks), workers)], arrays
@@ -114,13 +116,13 @@ def _forward(
     blocks = []
     for head, queries in places:
         end = min(Tk, sum(queries)) if causal else Tk
-        tiles = [tile for tile in _tiles(Tk, columns) if tile[0] < end]
-        moves = [_rows("Q", head, N, queries, width)]
+        tiles = [tile for tile in tiles_of(Tk, columns) if tile[0] < end]
+        moves = [rows_of("Q", head, N, queries, width)]
         for keys in reversed(tiles) if backwards else tiles:
-            moves += [_rows(array, shape.shared(head), Tk, keys, width) for array in ("K", "V")]
-        moves.append(_rows("O", head, N, queries, width)._replace(kind="write"))
+            moves += [rows_of(array, shape.shared(head), Tk, keys, width) for array in ("K", "V")]
+        moves.append(rows_of("O", head, N, queries, width)._replace(kind="write"))
         if lse:
-            moves.append(_rows("lse", head, N, queries, 4)._replace(kind="write"))
+            moves.append(rows_of("lse", head, N, queries, 4)._replace(kind="write"))
         blocks.append(Block(tuple(moves)))
     return [Kernel(name, tuple(blocks), workers)], shape.arrays(("Q", "O"), ("K", "V"), ("lse",) * lse)
 
@@ -129,7 +131,7 @@ def flash2_forward(
     shape: AttentionShape, *, rows: int, columns: int, workers: int = 1, causal: bool = False
 ) -> Schedule:
     """Return Algorithm 1 of arXiv:2307.08691, head by head, with the log-sum-exp; keys from the last on."""
-    places = ((head, tile) for head in range(shape.heads) for tile in _tiles(shape.N, rows))
+    places = ((head, tile) for head in range(shape.heads) for tile in tiles_of(shape.N, rows))
     return _forward(
         "flash2 forward", shape, places, columns, workers, causal=causal, backwards=True, lse=True
     )
@@ -145,7 +147,7 @@ def portable_forward(
     lse: bool = False,
 ) -> Schedule:
     """Return the order of ``cuda_backend.attention.forward_portable``: in a head, the last queries first."""
-    places = ((head, tile) for head in range(shape.heads) for tile in reversed(_tiles(shape.N, rows)))
+    places = ((head, tile) for head in range(shape.heads) for tile in reversed(tiles_of(shape.N, rows)))
     return _forward("portable", shape, places, columns, workers, causal=causal, backwards=False, lse=lse)
 
 
@@ -175,43 +177,11 @@ def hopper_forward(
 def _sections(
     shape: AttentionShape, rows: int, section: int, causal: bool
 ) -> Iterator[tuple[int, tuple[int, int]]]:
-    tiles = _tiles(shape.N, rows)
+    tiles = tiles_of(shape.N, rows)
     for first in range(0, shape.heads, section):
         for tile in reversed(tiles) if causal else tiles:
             for head in range(first, min(first + section, shape.heads)):
                 yield head, tile
-
-
-def flash2_backward(shape: AttentionShape, *, rows: int, columns: int, workers: int = 1) -> Schedule:
-    """Return Algorithm 2 of arXiv:2307.08691 as FlashAttention 2 launches it: three kernels.
-
-    Row sums of dO O, where the fp32 dQ is set to zero; the loop with keys outside, which adds to it; and dQ
-    in the inputs' format.
-    """
-    N, Tk, width, wide = shape.N, shape.keys, shape.D * shape.e, shape.D * 4
-    sums, loop, convert = [], [], []
-    for head in range(shape.heads):
-        for queries in _tiles(N, rows):
-            moves = [_rows(name, head, N, queries, width) for name in ("O", "dO")]
-            moves.append(_rows("delta", head, N, queries, 4)._replace(kind="write"))
-            moves.append(_rows("dQ sum", head, N, queries, wide)._replace(kind="write"))
-            sums.append(Block(tuple(moves)))
-            back = [_rows("dQ sum", head, N, queries, wide)]
-            back.append(_rows("dQ", head, N, queries, width)._replace(kind="write"))
-            convert.append(Block(tuple(back)))
-        for keys in _tiles(Tk, columns):
-            moves = [_rows(name, shape.shared(head), Tk, keys, width) for name in ("K", "V")]
-            for queries in _tiles(N, rows):
-                moves += [_rows(name, head, N, queries, width) for name in ("Q", "dO")]
-                moves += [_rows(name, head, N, queries, 4) for name in ("lse", "delta")]
-                moves.append(_rows("dQ sum", head, N, queries, wide)._replace(kind="update"))
-            moves += [_rows(name, head, Tk, keys, width)._replace(kind="write") for name in ("dK", "dV")]
-            loop.append(Block(tuple(moves)))
-    arrays = shape.arrays(("Q", "O", "dO", "dQ"), ("K", "V"), ("lse", "delta"))
-    arrays |= dict.fromkeys(("dK", "dV"), shape.heads * Tk * width)
-    arrays["dQ sum"] = shape.heads * N * wide
-    named = (("flash2 row sums", sums), ("flash2 backward", loop), ("flash2 convert dQ", convert))
-    return [Kernel(name, tuple(blocks), workers) for name, blocks in named], arrays
 
 
 def standard_forward(shape: AttentionShape, *, rows: int, workers: int = 1) -> Schedule:
@@ -222,10 +192,10 @@ def standard_forward(shape: AttentionShape, *, rows: int, workers: int = 1) -> S
     N, Tk, width = shape.N, shape.keys, shape.D * shape.e
     passes: dict[str, list[Block]] = {"S = Q Kᵀ": [], "P = softmax(S)": [], "O = P V": []}
     for head in range(shape.heads):
-        for queries in _tiles(N, rows):
-            S, P = (_rows(name, head, N, queries, Tk * shape.e) for name in ("S", "P"))
-            Q, O = (_rows(name, head, N, queries, width) for name in ("Q", "O"))  # noqa: E741
-            K, V = (_rows(name, shape.shared(head), Tk, (0, Tk), width) for name in ("K", "V"))
+        for queries in tiles_of(N, rows):
+            S, P = (rows_of(name, head, N, queries, Tk * shape.e) for name in ("S", "P"))
+            Q, O = (rows_of(name, head, N, queries, width) for name in ("Q", "O"))  # noqa: E741
+            K, V = (rows_of(name, shape.shared(head), Tk, (0, Tk), width) for name in ("K", "V"))
             passes["S = Q Kᵀ"].append(Block((Q, K, S._replace(kind="write"))))
             passes["P = softmax(S)"].append(Block((S, P._replace(kind="write"))))
             passes["O = P V"].append(Block((P, V, O._replace(kind="write"))))
@@ -264,12 +234,12 @@ def int8_gemm(
         are counted as if they were stored tile by tile.
     """
     blocks = []
-    downs, acrosses = _tiles(M, rows), _tiles(N, columns)
+    downs, acrosses = tiles_of(M, rows), tiles_of(N, columns)
     for first in range(0, len(downs), group):
         for across in acrosses:
             for down in downs[first : first + group]:
                 moves: list[Access] = []
-                for step in _tiles(K, depth):
+                for step in tiles_of(K, depth):
                     moves.append(Access("A", down[0] * K + down[1] * step[0], down[1] * step[1]))
                     moves.append(Access("B", across[0] * K + across[1] * step[0], across[1] * step[1]))
                 start = (down[0] * N + down[1] * across[0]) * out

@@ -11,55 +11,19 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-from memsim import data_files, tile_schedules
+from memsim import data_files
+from memsim.checked import Checked
+from memsim.counted_traffic import traffic_ids, traffic_rows
 from memsim.efficiency import efficiency_letters, stacks
-from memsim.hardware import hardware
 from memsim.measurements import SOURCES, predict, rows_of
-from memsim.replay import replay
 from refimpl.errors import UnknownNameError
 
-__all__ = ["Bar", "Checked", "Summary", "bars", "summaries", "traffic_rows", "validate"]
+__all__ = ["Bar", "Checked", "Summary", "bars", "summaries", "validate"]
 
 HBM = "hbm"
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """One measured number beside the predicted one.
-
-    Attributes
-    ----------
-    id, source, published, unit : str
-        Its name, where it stands, its digits and their unit.
-    predicted, error : float
-        In `unit`, and ``predicted / published - 1``.
-    use : {"calibration", "held out"}
-        Whether efficiencies were fitted to it.
-    stack, hardware, belongs : str
-        What ran it, on what, and the set of rows that a bar is about.
-    memory : float or None
-        Bytes that the fullest rank is predicted to hold.
-    fits : bool or None
-        Whether they are there: it ran, so anything but True is wrong.
-    """
-
-    id: str
-    source: str
-    published: str
-    unit: str
-    predicted: float
-    error: float
-    use: str
-    stack: str
-    hardware: str
-    belongs: str
-    memory: float | None = None
-    fits: bool | None = None
 
 
 class Summary(NamedTuple):
@@ -116,17 +80,12 @@ def validate(belongs: str | None = None, only: str | None = None) -> list[Checke
                 bar["rows"] for name in (*SOURCES, HBM) for bar in data_files.read(name, "validation")["bar"]
             ]
             raise UnknownNameError("set of measurements", belongs, known)
-    elif only is None or any(fnmatch.fnmatchcase(name, only) for name in _counted()):
+    elif only is None or any(fnmatch.fnmatchcase(name, only) for name in traffic_ids()):
         rows += traffic_rows()
     chosen = [row for row in rows if only is None or fnmatch.fnmatchcase(row.id, only)]
     if not chosen:
-        raise UnknownNameError("measured row", str(only), [*(row.id for row in rows), *_counted()])
+        raise UnknownNameError("measured row", str(only), [*(row.id for row in rows), *traffic_ids()])
     return chosen
-
-
-def _counted() -> list[str]:
-    """Return the ids of the rows that need a replay, which takes seconds."""
-    return [row["id"] for group in data_files.read(HBM, "validation")["group"] for row in group["rows"]]
 
 
 def _times(stack: str) -> list[Checked]:
@@ -151,39 +110,6 @@ def _times(stack: str) -> list[Checked]:
     ]
 
 
-@lru_cache(maxsize=1)
-def traffic_rows() -> tuple[Checked, ...]:
-    """Return the bytes between L2 and HBM that were counted, beside those of the replayed schedules.
-
-    Each kernel starts with an empty cache, as the profiler makes it.
-    """
-    data = data_files.read(HBM, "validation")
-    card = hardware(data["hardware"])
-    cache = card.l2.value // data["partitions"]["value"]
-    rows = []
-    for group in data["group"]:
-        shape = tile_schedules.AttentionShape(**group["shape"])
-        kernels, arrays = getattr(tile_schedules, group["schedule"])(shape, **group["tiles"])
-        named = {kernel.name: replay([kernel], arrays, cache=cache)[0] for kernel in kernels}
-        for row in group["rows"]:
-            predicted = getattr(named[row["kernel"]], row["counter"]) / 1e6
-            rows.append(
-                Checked(
-                    id=row["id"],
-                    source=f"{group['work']}, {group['identifier']}, {group['locator']}",
-                    published=row["printed"],
-                    unit="MB",
-                    predicted=predicted,
-                    error=predicted / float(row["printed"]) - 1,
-                    use="held out",
-                    stack=group["stack"],
-                    hardware=card.name,
-                    belongs=group["set"],
-                )
-            )
-    return tuple(rows)
-
-
 def summaries(rows: Iterable[Checked]) -> list[Summary]:
     """Return the errors of each stack on each card, rows that calibrate apart from those held out."""
     groups: dict[tuple[str, str, str], list[float]] = {}
@@ -200,7 +126,9 @@ def bars(rows: Sequence[Checked]) -> list[Bar]:
     found = []
     for name in (*SOURCES, HBM):
         data = data_files.read(name, "validation")
-        belongs = [row.get("set", group.get("set", "")) for group in data["group"] for row in group["rows"]]
+        belongs = [
+            row.get("set", group.get("set", "")) for group in data.get("group", ()) for row in group["rows"]
+        ] or list(traffic_ids().values())
         for limit in data["bar"]:
             held = [row for row in rows if row.belongs == limit["rows"] and row.use == "held out"]
             if held and len(held) == belongs.count(limit["rows"]):

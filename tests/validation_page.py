@@ -15,7 +15,7 @@ HEAD = """# Models against measurements
     frugal validate --markdown --plot validation.svg
 
 Below stands what the command prints; `python -m tests.validation_page` renews this page, and a test looks.
-The data: `memsim/data/validation/*.toml`.
+The data: `memsim/data/validation/*.toml`; what was measured here, dated: `memsim/data/measured/*.toml`.
 
 ![Predicted over published, for every row](validation.svg)
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from memsim import replay as module
 from memsim.attention_io import attention_traffic
+from memsim.backward_schedules import flash2_backward, portable_backward, standard_backward
 from memsim.replay import Access, Block, Kernel, replay, total
 from memsim.tile_schedules import (
     AttentionShape,
     flash1_forward,
-    flash2_backward,
     flash2_forward,
     hopper_forward,
     int8_gemm,
@@ -169,6 +169,43 @@ def test_standard_attention_in_one_tile_a_head(shape: dict[str, int], workers: i
     assert (found.dram_read, found.dram_write) == (expected["bytes_read"], expected["bytes_written"])
     enough = total(replay(kernels, arrays, cache=EVERYTHING))
     assert enough.dram_read == arrays["Q"] + arrays["K"] + arrays["V"]
+
+
+@given(shape=st.fixed_dictionaries(shapes), workers=st.integers(1, 4))
+@settings(max_examples=40)
+def test_the_standard_backward_pass_in_one_tile_a_head(shape: dict[str, int], workers: int) -> None:
+    sizes = AttentionShape(**shape)
+    kernels, arrays = standard_backward(sizes, rows=max(sizes.N, sizes.keys), workers=workers)
+    expected = attention_traffic(
+        algorithm="standard", direction="backward", Tq=sizes.N, Tk=sizes.keys, D=sizes.D, H=sizes.H,
+        B=sizes.B, itemsize=sizes.e,
+    )  # fmt: skip
+    found = total(replay(kernels, arrays, cache=0))
+    assert (found.dram_read, found.dram_write) == (expected["bytes_read"], expected["bytes_written"])
+    enough = total(replay(kernels, arrays, cache=EVERYTHING))
+    assert enough.dram_read == sum(arrays[name] for name in ("Q", "K", "V", "dO", "P"))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(32, 16), (16, 32), (64, 64)])
+def test_the_portable_backward_pass_by_hand(rows: int, columns: int, causal: bool) -> None:
+    """Four query heads on two key heads; under a mask, tiles that have no pair to compute are left out."""
+    N, D, H, G = 70, 8, 4, 2
+    kernels, arrays = portable_backward(
+        AttentionShape(B=1, H=H, N=N, D=D, G=G), rows=rows, columns=columns, causal=causal
+    )
+    tile, keys = D * 2 * N, range(0, N, columns)
+    seen = 0  # rows of K (and of V) that the tiles of queries ask for
+    for start in range(0, N, rows):
+        seen += sum(min(columns, N - key) for key in keys if not causal or key < start + rows)
+    asked = 0  # rows of Q that the tiles of keys ask for
+    for key in keys:
+        asked += N - (key // rows * rows if causal else 0)
+    first, second = replay(kernels, arrays, cache=0)
+    assert first[3:5] == (H * (3 * tile + 4 * N + 2 * seen * D * 2), H * (4 * N + tile))
+    assert second[3:5] == (G * 2 * tile + H * asked * (2 * D * 2 + 8), G * 2 * tile)
+    enough = replay(kernels, arrays, cache=EVERYTHING)
+    assert total(enough).dram_read == sum(arrays[name] for name in ("Q", "K", "V", "O", "dO", "lse"))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memsim import data_files, efficiency, measurements
+from memsim.checked import Checked
+from memsim.counted_traffic import traffic_rows
 from memsim.derivation import derive
 from memsim.division_memory import MEMORY
 from memsim.division_time import TIME
@@ -20,7 +22,7 @@ from memsim.formula import evaluate
 from memsim.hardware import hardware
 from memsim.measurements import Measurement, measurement, predict, rows_of
 from memsim.training_step import training_step
-from memsim.validation import Checked, bars, summaries, traffic_rows, validate
+from memsim.validation import bars, summaries, validate
 from memsim.waves import PRODUCTS, extra, in_waves
 from refimpl.errors import OptionError, UnknownNameError
 from tests.oracles.validation import layer_by_hand
@@ -184,10 +186,13 @@ def test_waves_reach_every_product() -> None:
 
 def test_traffic_is_near_what_is_compulsory() -> None:
     found = {row.id: row for row in traffic_rows()}
+    start = "traffic.h200."
     unit = 64 * 16 * 1024 * 64 * 2 / 1e6
-    assert found["hbm.hopper.read"].predicted == pytest.approx(3 * unit)
-    assert 0.9 * unit < found["hbm.hopper.write.first"].predicted < unit
-    assert found["hbm.fa2.loop.read"].predicted == pytest.approx(6 * unit + unit / 16, rel=1e-6)
+    assert found[f"{start}hopper_forward.64x16x1024x64.cold.dram_read"].predicted == pytest.approx(3 * unit)
+    assert 0.9 * unit < found[f"{start}hopper_forward.64x16x1024x64.cold.dram_write"].predicted < unit
+    assert found[f"{start}flash2_backward.64x16x1024x64.cold.2.dram_read"].predicted == pytest.approx(
+        6 * unit + unit / 16, rel=1e-6
+    )
 
 
 def test_summaries_keep_calibration_apart() -> None:

@@ -1,0 +1,296 @@
+"""Bytes of HBM and L2 that kernels move, counted by Nsight Compute and written for `frugal validate`.
+
+``run FILE`` calls every case twice, of which ``ncu --profile-from-start off`` records the second; FILE gets
+what was run, in order.  ``write FILE COLD WARM FOLDER`` makes one dated file of it and of two CSV reports.
+`tests.cuda.measure` does both on a GPU.
+
+A case starts with an empty kernel whose grid has as many blocks as its number, from 1 on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from memsim.counted_traffic import SCHEDULES, schedule_of
+from memsim.measured_files import document, file_name, toml_text
+from memsim.nsight import METRICS, Launch, between_markers, parse_report
+from tests.cuda import algorithm_1
+
+__all__ = ["MARKER", "cases", "run", "traffic_document"]
+
+MARKER = "measurement_marker"
+# B, H, N, D
+SIZES = (
+    (64, 16, 1024, 64),
+    (8, 16, 4096, 64),
+    (16, 16, 1024, 128),
+    (4, 16, 4096, 128),
+    (1, 16, 16384, 128),
+    (2, 4, 512, 64),  # all of it stays in the L2
+)
+PRODUCTS = (
+    (4096, 4096, 4096),
+    (8192, 8192, 8192),
+    (16384, 4096, 4096),
+    (4096, 28672, 8192),
+    (1024, 1024, 1024),
+)
+OWN, PYTORCH = ("own kernels on {}", "own kernels"), ("PyTorch's kernels on {}", "PyTorch's kernels")
+SHARED, RESERVED, THREADS = 233_472, 1024, 2048  # of a multiprocessor of sm_90; reserved for each block
+MOST_SCORES = 40e9  # bytes of four matrices of scores that a GPU should have room for
+Named = tuple[str, dict[str, Any], Callable[[], Any]]
+Case = tuple[dict[str, Any], Callable[[], Any]]
+
+
+def cases(card: str, processors: int) -> Iterator[Case]:
+    """Yield what to run: its description, with the schedule that it should follow, and the call."""
+    for sizes in SIZES:
+        shape = dict(zip("BHND", sizes, strict=True))
+        for (stack, rows), found in ((OWN, _own(shape, processors)), (PYTORCH, _pytorch(shape, processors))):
+            for schedule, tiles, call in found:
+                yield _case(stack.format(card), rows, schedule, shape, tiles), call
+    for product in PRODUCTS:
+        shape = dict(zip("MNK", product, strict=True))
+        tiles, call = _int8(**shape, processors=processors)
+        yield _case(OWN[0].format(card), OWN[1], "int8_gemm", shape, tiles), call
+    shape = {"B": 64, "H": 16, "N": 1024, "D": algorithm_1.WIDTH, "e": 4}
+    tiles, call = _algorithm_1(shape, processors)
+    yield _case(OWN[0].format(card), OWN[1], "flash1_forward", shape, tiles), call
+
+
+def _case(
+    stack: str, rows: str, function: str, shape: dict[str, int], tiles: dict[str, Any]
+) -> dict[str, Any]:
+    schedule = function.removeprefix("cudnn_").removeprefix("fa2_")
+    schedule = schedule if schedule in SCHEDULES else f"flash2_{schedule}"
+    return {
+        "stack": stack, "set": rows, "function": function, "schedule": schedule, "shape": shape,
+        "tiles": tiles,
+    }  # fmt: skip
+
+
+def _own(shape: dict[str, int], processors: int) -> Iterator[Named]:
+    """Yield this project's attention: Hopper and portable, forward and backward, full and causal."""
+    import cuda_backend
+    from cuda_backend.attention.plan_hopper import section_of
+    from cuda_backend.attention.variant_backward import BackwardVariant
+    from cuda_backend.attention.variant_hopper import choose
+    from cuda_backend.attention.variant_portable import Features, Variant
+    from cuda_backend.attention.variant_portable import choose as choose_portable
+    from cuda_backend.launch import shared_memory_bytes
+
+    B, H, N, D = shape.values()
+    q, k, v = (drawn((B, N, H, D)) for _ in range(3))
+    for causal in (False, True):
+        variant = choose("f16", D, D, causal, rows=N, heads=B * H, processors=processors)
+        section = section_of(B * H, 4 * N * D) if causal else 1
+        tiles = {"rows": variant.block_m, "columns": variant.block_n, "section": section}
+        mask: Any = "top_left" if causal else False
+        tiles |= {"workers": processors, "causal": causal}
+        yield "hopper_forward", tiles, partial(cuda_backend.flash_attention_hopper, q, k, v, causal=mask)
+    room = shared_memory_bytes()
+    options: dict[str, Any] = {
+        "block_sizes": None,
+        "sram": None,
+        "capacity": None if room is None else room // 4,
+    }
+    forward = choose_portable("float16", D, D, Features(lse=True), form=Variant, **options)
+    tiles = _resident(forward, processors) | {"lse": True}
+    call = partial(cuda_backend.flash_attention, q, k, v, return_lse=True)
+    yield "portable_forward", tiles, call
+    back = choose_portable("float16", D, D, Features(), form=BackwardVariant, **options)
+    o, lse = call()
+    do = drawn((B, N, H, D))
+    yield (
+        "portable_backward",
+        _resident(back, processors),
+        partial(cuda_backend.flash_attention_vjp, q, k, v, o, lse, do),
+    )
+
+
+def _resident(variant: Any, processors: int) -> dict[str, int]:
+    """Return the tiles, and how many blocks run at once: shared memory and threads allow so many."""
+    together = max(1, min(SHARED // (variant.shared_bytes + RESERVED), THREADS // variant.threads))
+    return {"rows": variant.Br, "columns": variant.Bc, "workers": processors * together}
+
+
+def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
+    """Yield eager attention in the operations of Algorithms 0 and 3, and two backends of SDPA.
+
+    FlashAttention 2 has tiles of 128 x 128, 64 keys where heads are wider than 64; of cuDNN's kernels, whose
+    sources are closed, only that queries (backward keys) are outside is taken for granted.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    B, H, N, D = shape.values()
+    q, k, v, do = (drawn((B, H, N, D)) for _ in range(4))
+    flat = [x.view(B * H, N, D) for x in (q, k, v, do)]
+    tiles = {"rows": 128, "workers": processors}
+    if 8 * B * H * N * N < MOST_SCORES:
+        yield "standard_forward", tiles, partial(_eager, *flat[:3])
+        weights = torch.softmax(flat[0] @ flat[1].transpose(1, 2), -1)
+        yield "standard_backward", tiles, partial(_eager_backward, (*flat, weights))
+        del weights
+    for name, backend, blocks in (
+        ("fa2", "FLASH_ATTENTION", 2 if D <= 64 else 1),
+        ("cudnn", "CUDNN_ATTENTION", 1),
+    ):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            out = torch.nn.functional.scaled_dot_product_attention(*leaves)
+        columns = 128 if D <= 64 else 64
+        forward = {"rows": 128, "columns": columns, "workers": blocks * processors}
+        yield f"{name}_forward", forward, partial(_sdpa, getattr(SDPBackend, backend), q, k, v)
+        backward = {"rows": 128 if D <= 64 else 64, "columns": 128, "workers": processors}
+        yield f"{name}_backward", backward, partial(torch.autograd.grad, out, leaves, do, retain_graph=True)
+
+
+def _eager(q: Any, k: Any, v: Any) -> Any:
+    import torch
+
+    return torch.softmax(q @ k.transpose(1, 2), -1) @ v
+
+
+def _eager_backward(operands: tuple[Any, ...]) -> Any:
+    import torch
+
+    q, k, v, do, weights = operands
+    dp = do @ v.transpose(1, 2)
+    dv = weights.transpose(1, 2) @ do
+    ds = torch._softmax_backward_data(dp, weights, -1, weights.dtype)
+    return ds @ k, ds.transpose(1, 2) @ q, dv
+
+
+def _sdpa(backend: Any, q: Any, k: Any, v: Any) -> Any:
+    import torch
+    from torch.nn.attention import sdpa_kernel
+
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def _int8(M: int, N: int, K: int, processors: int) -> tuple[dict[str, Any], Callable[[], Any]]:
+    import torch
+
+    import cuda_backend
+    from cuda_backend.int8.gemm_hopper import GROUP
+    from cuda_backend.int8.variant_hopper import STEP, choose
+
+    wide: Any = choose("float16", "released", M, N, K, processors)
+    a, b = (torch.randint(-127, 128, size, dtype=torch.int8, device="cuda") for size in ((M, K), (N, K)))
+    scales = [torch.ones(size, device="cuda") for size in (M, N)]
+    call = partial(
+        cuda_backend.scaled_int8_matmul, a, b.t(), a_absmax=scales[0], b_absmax=scales[1], dtype="float16"
+    )
+    tiles = {"rows": wide.block_m, "columns": wide.block_n, "depth": STEP, "group": GROUP}
+    return tiles | {"workers": processors}, call
+
+
+def _algorithm_1(shape: dict[str, int], processors: int) -> tuple[dict[str, Any], Callable[[], Any]]:
+    import torch
+
+    heads, N, D = shape["B"] * shape["H"], shape["N"], shape["D"]
+    q, k, v, o = torch.randn(4, heads, N, D, device="cuda")
+    statistics = torch.empty(2, heads, N, device="cuda")
+    kernel, rows = algorithm_1.build(), algorithm_1.ROWS
+    together = SHARED // (8 * rows * D + RESERVED)
+    tiles = {"rows": N, "columns": rows, "workers": processors * together, "initialize": True}
+
+    def call() -> None:
+        kernel[heads, rows](q, k, v, o, *statistics, D**-0.5)
+
+    return tiles, call
+
+
+def drawn(shape: tuple[int, ...]) -> Any:
+    """Return normal numbers in float16 on the GPU."""
+    import torch
+
+    return torch.randn(shape, device="cuda", dtype=torch.float16)
+
+
+def run(file: Path) -> None:
+    """Run every case; one that fails is left out, and says why."""
+    import torch
+
+    from cli.commands.bench import recognised
+    from cuda_backend._numba import cuda
+    from cuda_backend.timing import device_name
+    from memsim.hardware import hardware_names
+
+    def measurement_marker() -> None:
+        return
+
+    mark = cuda.jit(measurement_marker)
+
+    card = recognised(device_name(), hardware_names()) or "unknown"
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    profiler: Any = torch.cuda.profiler
+    done = []
+    for number, (case, call) in enumerate(cases(card, processors), 1):
+        try:
+            call()
+            torch.cuda.synchronize()
+        except Exception as error:  # a library refuses in ways of its own; the other cases can run
+            sys.stderr.write(f"{case}: {type(error).__name__}: {error}\n")
+            continue
+        profiler.start()
+        mark[number, 1]()
+        call()
+        torch.cuda.synchronize()
+        profiler.stop()
+        done.append({"number": number, **case})
+    file.write_text(json.dumps({"hardware": card, "cases": done}), encoding="utf-8")
+
+
+def traffic_document(ran: dict[str, Any], reports: dict[str, str], tool: str) -> dict[str, Any]:
+    """Return what a file of counted traffic holds, from the reports of cold and warm caches."""
+    found = []
+    for cache, report in reports.items():
+        launches = between_markers(parse_report(report), MARKER)
+        for case in ran["cases"]:
+            described = {key: value for key, value in case.items() if key != "number"}
+            kernels = [_counters(launch) for launch in launches.get(case["number"], ())]
+            kernels = [kernel for kernel in kernels if len(kernel) > 1]
+            if kernels:
+                described |= {"cache": cache, "kernels": _matched(kernels, described)}
+                found.append(described)
+    return document("traffic", ran["hardware"], tool, case=found)
+
+
+def _counters(launch: Launch) -> dict[str, Any]:
+    names = {"dram_read": METRICS[0], "dram_write": METRICS[1], "l2": METRICS[2], "l2_asked": METRICS[3]}
+    counted = {name: launch.bytes[metric] for name, metric in names.items() if metric in launch.bytes}
+    return {"name": launch.kernel[:80], **counted}
+
+
+def _matched(kernels: list[dict[str, Any]], case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the kernels one by one if the schedule has as many, otherwise their sum."""
+    if len(kernels) == len(schedule_of(case)[0]):
+        return kernels
+    names = [name for name in kernels[0] if name != "name"]
+    return [
+        {"name": f"{len(kernels)} kernels"}
+        | {name: sum(one.get(name, 0) for one in kernels) for name in names}
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    """Run the cases, or write the file."""
+    if arguments[0] == "run":
+        run(Path(arguments[1]))
+        return
+    ran, cold, warm = (Path(name).read_text(encoding="utf-8") for name in arguments[1:4])
+    tool = "Nsight Compute, --clock-control none"
+    found = traffic_document(json.loads(ran), {"cold": cold, "warm": warm}, tool)
+    (Path(arguments[4]) / file_name(found)).write_text(toml_text(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
