@@ -98,7 +98,6 @@ def test_explanations_flops_and_csv(run, rows):
         (["--model", "dbrx", "--reading", "facts"], "--table"),
         (["--model", "mixtral"], "did you mean"),
         (["--model", "gpt2", "--ranks", "2"], "no experts"),
-        (["--model", "jamba", "--sequence", "8"], "Mamba"),
         (["--model", "dbrx", "--ranks", "0"], "--ranks"),
         (["--model", "dbrx", "--ranks", "2", "--capacity-factor", "0"], "--capacity-factor"),
         (["--model", "dbrx", "--ranks", "2", "--capacity-factor", "nan"], "number"),
