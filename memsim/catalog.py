@@ -51,6 +51,7 @@ MODULES = (
     "tensor_parallel",
     "tensor_prices",
     "training_memory",
+    "weight_only_prices",
     "zero",
     "zero_r",
 )
