@@ -1,9 +1,9 @@
-"""Products of a warp: 16 rows, 8 columns, 16 terms, float32 sums of fp16 or bf16, and how their operands are made.
+"""Products of a warp, float32 sums of fp16 or bf16, and how operands are made of packed codes.
 
-Lane l of the warp, g = l // 4 and t = l % 4, holds of A [16, 16] the pairs (row g, columns 2t and 2t + 1), (row
-g + 8, the same), (row g, columns 2t + 8 and 2t + 9), (row g + 8, the same); of B [16, 8] the pairs (rows 2t
-and 2t + 1, column g) and (rows 2t + 8 and 2t + 9, column g); of C and D [16, 8] columns 2t and 2t + 1 of row g
-and of row g + 8.  The first of a pair is in the low half of its word.
+Lane l of the warp, g = l // 4 and t = l % 4, holds of A [16, 16] the pairs (row g, columns 2t and 2t + 1),
+(row g + 8, the same), (row g, columns 2t + 8 and 2t + 9), (row g + 8, the same); of B [16, 8] the pairs (rows
+2t and 2t + 1, column g) and (rows 2t + 8 and 2t + 9, column g); of C and D [16, 8] columns 2t and 2t + 1 of
+row g and of row g + 8.  The first of a pair is in the low half of its word.
 
 Source: PTX ISA 8.7, "Matrix multiply-accumulate operation using mma instruction", figures for m16n8k16.
 """

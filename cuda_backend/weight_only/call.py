@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda
-from cuda_backend.arrays import View, is_host, library_of, view
+from cuda_backend.arrays import View, is_host, view
 from cuda_backend.context import current_device
 from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.int8.memory import allocated
@@ -18,7 +18,7 @@ from cuda_backend.launch import allow_shared_memory, simulation, stream_of, wait
 from cuda_backend.weight_only.prepared import PreparedInt8, PreparedNF4
 from cuda_backend.weight_only.variant import MOST_TOKENS, ROWS, Variant, choose, deep
 from refimpl.errors import UnsupportedError
-from refimpl.numerics import Array, round_to
+from refimpl.numerics import Array
 from refimpl.quant.double_quantization import dynamic_map
 from refimpl.quant.nf4 import LEVELS
 from refimpl.validation import bind_axes, floating
@@ -164,14 +164,22 @@ def _decode(
     tokens = view("x", np.ascontiguousarray(floats["x"]) if is_host(x) else x, on)
     pitch = tokens.strides[0] if M > 1 else 2 * K
     if tokens.strides[1] != 2 or pitch % 8 or not 0 < pitch < 2**31 or tokens.address % 8:
-        raise UnsupportedError(f"{caller}: x has strides of {tokens.strides} bytes: rows must be whole, at 8s")
-    given = [] if bias is None else [view("bias", np.ascontiguousarray(floats["bias"]) if is_host(x) else bias, on)]
-    wait_for([*views, tokens, *given], on)
-    tables = _tables(KINDS[dtype], 0 if SIMULATOR else current_device()) if kind == "nf4" else []
-    named = [*views, *[None] * (4 - len(views)), *(tables or [None] * 2), tokens, *(given or [None]), out]
-    addresses = [0 if item is None else _address(item) for item in named]
-    plan = _plan(kind, KINDS[dtype], M, K, N, pitch, groups, share, 0 if SIMULATOR else current_device())
-    plan.enqueue(on, addresses)
+        raise UnsupportedError(
+            f"{caller}: x has strides of {tokens.strides} bytes: rows must be whole, at 8s"
+        )
+    added = 0
+    if bias is not None:
+        given = view("bias", np.ascontiguousarray(floats["bias"]) if is_host(x) else bias, on)
+        if given.strides != (2,):
+            raise UnsupportedError(f"{caller}: bias has strides of {given.strides} bytes; expected (2,)")
+        wait_for([given], on)
+        added = _address(given)
+    wait_for([*views, tokens], on)
+    device = 0 if SIMULATOR else current_device()
+    tables = [_address(table) for table in _tables(KINDS[dtype], device)] if kind == "nf4" else [0, 0]
+    stored = [*map(_address, views), 0, 0][:4]
+    plan = _plan(kind, KINDS[dtype], M, K, N, pitch, groups, share, device)
+    plan.enqueue(on, [*stored, *tables, _address(tokens), added, _address(out)])
     return result()
 
 
@@ -237,7 +245,7 @@ def _compiled(variant: Variant) -> Image:
 
 
 def pair_table(kind: str) -> Array:
-    """Return the two levels of each byte of NF4 codes as a word, the first, of the high nibble, in its low half.
+    """Return the two levels of each byte of NF4 codes as a word, that of the high nibble in its low half.
 
     >>> hex(pair_table("f16")[0xF7])
     '0x3c00'
@@ -248,7 +256,8 @@ def pair_table(kind: str) -> Array:
         bits = LEVELS.view(np.uint32)  # to nearest even, as `refimpl.numerics.round_to`
         halves = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)) >> np.uint32(16)
     byte = np.arange(256)
-    return halves[byte >> 4] | halves[byte & 15] << np.uint32(16)
+    pairs: Array = halves[byte >> 4] | halves[byte & 15] << np.uint32(16)
+    return pairs
 
 
 @functools.cache

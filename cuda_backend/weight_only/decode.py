@@ -1,4 +1,4 @@
-"""Decoding: a few tokens times a weight in int8 or NF4, which arrives as it is stored and is widened in registers.
+"""Decoding: a few tokens times a weight in int8 or NF4, which is widened in registers as it arrives.
 
 A tile is 16 output features.  The warps of a block share its input features, chunk by chunk, and add their
 sums at the end, in one order; a block works on one tile after the other.  A lane asks for the codes of two
@@ -7,16 +7,18 @@ chunks ahead, in vectors of 16 bytes that lie side by side in memory, so that th
 Products run on tensor cores, the weight as the matrix of 16 rows and the tokens as its 8 or 16 columns: a
 weight costs an eighth of an instruction there, and what counts is how it gets there.
 
-- int8: a byte becomes the fp16 number 1024 + code + 128 by placing it behind 0x64, and one subtraction of two
-  numbers gives two codes.  In bf16, 128 + (code + 128) % 128 less 128 or 256.
+- int8: a byte becomes the fp16 number 1024 + code + 128 by placing it behind 0x64, and one subtraction of
+  two numbers gives two codes.  In bf16, 128 + (code + 128) % 128 less 128 or 256.
 - NF4: one look-up gives two levels for a byte of two codes.  Each bank of shared memory has the table to
   itself, so 32 lanes look up 32 bytes at once, whichever they are.
 
-Scales multiply sums, not weights: one multiply-add for 64 (NF4) or 128 (int8) weights of a row.  The absmax of
-NF4 come as codes of their own and are restored on the way.
+Scales multiply sums, not weights: one multiply-add for 64 (NF4) or 128 (int8) weights of a row.  The absmax
+of NF4 come as codes of their own and are restored on the way.
 
-Sources: Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6; PTX ISA 8.7, "mma"; the placing of bytes behind an
-exponent is that of Kim et al. 2022, arXiv:2211.10017.
+Not yet run on a device.
+
+Sources: Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6; PTX ISA 8.7, "mma"; bytes are placed behind an
+exponent as by Kim et al. 2022, arXiv:2211.10017.
 """
 
 from __future__ import annotations
@@ -113,7 +115,9 @@ def build(variant: Variant) -> Callable[..., None]:
                     activations(pairs, 0, x_low + 32 * step, token_low)
                     if WIDE:
                         activations(pairs, 4, x_high + 32 * step, token_high)
-                at = 16 * slot + step // 8 * 8 + step % 8 // 2 if NF4 else 16 * slot + step // 4 * 8 + step % 4
+                at = (
+                    16 * slot + step // 8 * 8 + step % 8 // 2 if NF4 else 16 * slot + step // 4 * 8 + step % 4
+                )
                 low, high = uint32(words[at]), uint32(words[at + 4])
                 half = step % 2
                 a0, a2 = widen(base, bank, low, half)
@@ -281,7 +285,12 @@ def _widening(variant: Variant) -> Callable[..., Any]:
 
     @device_function
     def brains(base: Any, bank: Any, word: Any, half: Any) -> Any:  # noqa: ARG001
-        exponents, low, top, sign = uint32(0x43434343), uint32(0xFF7FFF7F), uint32(0x800080), uint32(0x43804380)
+        exponents, low, top, sign = (
+            uint32(0x43434343),
+            uint32(0xFF7FFF7F),
+            uint32(0x800080),
+            uint32(0x43804380),
+        )
         q = machine.permute(word, exponents, uint32(0x4140))
         first = subtract(q & low, (q & top) ^ sign)
         q = machine.permute(word, exponents, uint32(0x4342))

@@ -86,7 +86,8 @@ def _as_warp(function: Callable[[list[Any]], Any], value: Any) -> Any:
 
 def _at(address: Any, size: int) -> Any:
     """Return memory of the host as bytes."""
-    return np.frombuffer((ctypes.c_char * size).from_address(int(address)), np.uint8)
+    memory: Any = (ctypes.c_char * size).from_address(int(address))
+    return np.frombuffer(memory, np.uint8)
 
 
 def _shared(address: Any, size: int) -> Any:

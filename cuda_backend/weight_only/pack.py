@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuda_backend._numba import cuda, kernel, types
+from cuda_backend._numba import SIMULATOR, cuda, kernel, types
 from cuda_backend.arrays import View, view
 from cuda_backend.int8.memory import allocated
 from cuda_backend.launch import launch
@@ -26,7 +26,8 @@ from cuda_backend.weight_only.variant import ROWS, deep
 
 __all__ = ["Order", "absmax_order", "int8_order", "moved", "nf4_order", "scale_order"]
 
-AXES, THREADS = 8, 256
+AXES = 8
+THREADS, MOST_BLOCKS = (16, 1) if SIMULATOR else (256, 8192)
 _INDEX = 0x7FFFFFFFFFFFFFFF
 
 
@@ -97,7 +98,7 @@ def moved(source: View, order: Order, like: Any, stream: int, *, features: int, 
         launch(
             _build(source.dtype),
             [source, out, table, np.int64(size), np.int64(features), np.int64(flip)],
-            blocks=-(-size // THREADS),
+            blocks=min(MOST_BLOCKS, -(-size // THREADS)),
             threads=THREADS,
             shared_bytes=0,
             stream=stream,
@@ -115,8 +116,7 @@ def _build(dtype: str) -> Any:
     number = getattr(np, dtype)
 
     def move(source: Any, out: Any, order: Any, size: Any, features: Any, flip: Any) -> None:
-        place = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
-        if place < size:
+        for place in range(cuda.blockIdx.x * THREADS + cuda.threadIdx.x, size, cuda.gridDim.x * THREADS):
             rest, row, column = place, 0, 0
             for axis in range(AXES):
                 i = AXES - 1 - axis

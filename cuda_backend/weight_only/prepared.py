@@ -1,4 +1,4 @@
-"""Weights made ready for decoding: stored as the references store them, then put in the kernel's order, once."""
+"""Weights made ready for decoding: as the references store them, then in the kernel's order, once."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
     ShapeError, DTypeError
         If the parts do not fit.
     UnsupportedError
-        If K is no multiple of 256, blocks are not of 64 weights, or the absmax that share a scale are no power
-        of two of at least 4.
+        If K is no multiple of 256, blocks are not of 64 weights, or no power of two from 4 on of absmax
+        share a scale.
 
     Examples
     --------
