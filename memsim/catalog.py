@@ -19,6 +19,7 @@ MODULES = (
     "errata_moe",
     "expert_parallel_prices",
     "fine_tuning_prices",
+    "int8_attention_prices",
     "korthikanti",
     "laws",
     "laws_collectives",

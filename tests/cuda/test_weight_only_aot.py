@@ -1,4 +1,4 @@
-"""Kernels for quantised weights compiled ahead of time: no spills, vectors of 16 bytes, few instructions a weight.
+"""Kernels for quantised weights compiled ahead of time: no spills, wide loads, few instructions a weight.
 
 ``pytest -s -m aot tests/cuda/test_weight_only_aot.py`` prints registers and instructions of each.
 """
@@ -32,9 +32,7 @@ for kernel, fields, capability in json.loads(sys.argv[1]):
         variant, how = product_portable.Variant(*fields), {}
         function, signature = product_portable.source(variant), product_portable.signature(variant)
     with aot.pretended(capability):
-        ptx, _ = cuda.compile(function, signature, cc=capability, device=False, abi="numba", output="ptx", **how)
-    # Of the loop that ends with products, the last of its copies: what a chunk costs.
-    lines = [line.strip() for line in ptx.splitlines()]
+        ptx, _ = cuda.compile(function, signature, cc=capability, device=False, abi="numba", **how)
     found.append(aot.resources(ptx, capability)._asdict() | {
         "threads": variant.threads,
         "vectors": len(re.findall(r"ld.global.v4.b32", ptx)),
