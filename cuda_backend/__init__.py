@@ -4,8 +4,8 @@ Importing this package imports neither numba nor a CUDA driver: it tells the reg
 and loads a function when it is first asked for.
 
 >>> import cuda_backend
->>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
-['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'scaled_dot_product_attention']
+>>> [name for name in sorted(cuda_backend.__all__) if "flash" in name]
+['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp']
 >>> [name for name in sorted(cuda_backend.__all__) if "llm" in name]
 ['llm_int8_linear', 'llm_int8_linear_fused', 'llm_int8_linear_hopper']
 """
@@ -22,6 +22,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_hopper",
     "flash_attention_vjp",
+    "int8_attention",
     "int8_linear_decode",
     "int8_matmul",
     "int8_matmul_hopper",
@@ -55,6 +56,7 @@ _HOME = {
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
     "supports": f"{_FORWARD}:supports",
+    "int8_attention": "cuda_backend.attention.int8_call:int8_attention",
     "dequantize_product": f"{_INT8}.gemm:dequantize_product",
     "int8_matmul": f"{_INT8}.gemm:int8_matmul",
     "llm_int8_linear": f"{_INT8}.linear:llm_int8_linear",
@@ -89,6 +91,7 @@ for _technique, _function in (
     ("quant.weight_only_int8", "int8_weight_linear"),
     ("quant.weight_only_nf4", "nf4_linear"),
     ("quant.qlora", "qlora_linear"),
+    ("attention.int8", "int8_attention"),
 ):
     add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
 for _technique, _function in (
