@@ -16,7 +16,6 @@ import numpy as np
 
 from cuda_backend._numba import SIMULATOR
 from cuda_backend.ptx import copy, mma, registers
-from refimpl.numerics import round_to
 
 __all__ = [
     "load_8",
@@ -168,15 +167,18 @@ def _numbers(kind: str, words: Any) -> Any:
     return (halves << np.uint32(16)).view(np.float32)
 
 
+def _float_to_brain(x: Any) -> int:
+    """Return the bits of bfloat16 nearest to a finite float32, to even."""
+    bits = int(x.view(np.uint32))
+    return bits + 0x7FFF + (bits >> 16 & 1) >> 16
+
+
 def _packed(kind: str, low: Any, high: Any) -> Any:
     if kind == "f16":
         with np.errstate(over="ignore"):
             low, high = (int(np.float16(x).view(np.uint16)) for x in (low, high))
     else:
-        import ml_dtypes
-
-        dtype = np.dtype(ml_dtypes.bfloat16)
-        low, high = (int(round_to(np.array([x], np.float32), dtype).view(np.uint16)[0]) for x in (low, high))
+        low, high = (int(_float_to_brain(np.float32(x))) for x in (low, high))
     return np.uint32(low | high << 16)
 
 
