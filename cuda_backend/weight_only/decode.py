@@ -34,6 +34,8 @@ from cuda_backend.weight_only.variant import BLOCK, CHUNK_BYTES, ROWS, Variant
 
 __all__ = ["SIGNATURE", "build"]
 
+BATCH = 8  # loads of activations that a thread has under way while the tables are made
+
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 SIGNATURE = types.void(
@@ -57,7 +59,10 @@ def build(variant: Variant) -> Callable[..., None]:
     NF4, RESIDENT, WIDE = variant.weight == "nf4", variant.resident, variant.wide
     WARPS, THREADS, DEPTH, SUMS = variant.warps, variant.threads, variant.depth, variant.sums
     CHUNK, TABLE, MAP, X_AT = variant.chunk, variant.table_at, variant.map_at, variant.x_at
-    WORDS, EXTRA = 16 * DEPTH, 4 * DEPTH
+    WORDS, EXTRA, GIVEN = 16 * DEPTH, 4 * DEPTH, 2 * BATCH
+    ENTRIES = 256 // WARPS  # pairs of levels that a warp writes, a warp's lanes at once
+    AT_ONCE = min(32, ENTRIES)
+    PARTS, LEVELS = ENTRIES // AT_ONCE, max(1, 256 // THREADS)
     FLUSHES, STEPS = (4, 4) if NF4 else (1, 8)  # sums that a scale multiplies, products of each
     multiply = machine.product(variant.kind)
     pack, unpack = machine.pack_pair(variant.kind), machine.unpack_low(variant.kind)
@@ -148,7 +153,9 @@ def build(variant: Variant) -> Callable[..., None]:
         words = cuda.local.array(WORDS, uint32)
         extra = cuda.local.array(EXTRA, uint32)
         total = cuda.local.array(SUMS, float32)
-        eight = cuda.local.array(2, uint32)
+        given = cuda.local.array(GIVEN, uint32)
+        entries = cuda.local.array(PARTS, uint32)
+        levels = cuda.local.array(LEVELS, float32)
 
         thread = int32(cuda.threadIdx.x)
         warp, lane = machine.uniform(int32(thread >> 5)), int32(thread & 31)
@@ -175,23 +182,42 @@ def build(variant: Variant) -> Callable[..., None]:
         offset = float32(0.0)
         if NF4:
             offset = machine.load_float(offset_at)
-            for i in range(256 // WARPS):
-                byte = int32(warp + WARPS * i)
-                pair = machine.load_word(pairs_at + uint64(4) * uint64(byte))
-                machine.store_shared_word(base + uint32(TABLE + 256 * byte + 4 * lane), pair)
-            for code in range(thread, 256, THREADS):
-                level = machine.load_float(levels_at + uint64(4) * uint64(code))
-                machine.store_shared_float(base + uint32(MAP + 4 * code), level)
+            # A lane loads a pair or few, and all lanes store each: no load waits for another.
+            for part in range(PARTS):
+                entry = uint64(ENTRIES * warp + AT_ONCE * part + (lane & (AT_ONCE - 1)))
+                entries[part] = machine.load_word(pairs_at + uint64(4) * entry)
+            for i in range(LEVELS):
+                code = int32(thread + THREADS * i)
+                if code < 256:
+                    levels[i] = machine.load_float(levels_at + uint64(4) * uint64(code))
         K = int32(chunks * CHUNK)
         if RESIDENT:
             quarters = int32(K >> 2)
-            for token in range(M):
-                source = x + uint64(token) * uint64(pitch)
-                target = uint32(X_AT) + uint32(token) * uint32(2 * K + 64)
-                for q in range(thread, quarters, THREADS):
-                    machine.load_8(eight, int32(0), source + uint64(8) * uint64(q))
-                    unit = (q >> 3 << 3) + ((q & 3) << 1) + ((q >> 2) & 1)
-                    machine.store_shared_8(base + target + uint32(8 * unit), eight[0], eight[1])
+            for start in range(0, M * quarters, BATCH * THREADS):
+                for i in range(BATCH):
+                    e = int32(start + THREADS * i + thread)
+                    if e < M * quarters:
+                        token = machine.quotient(e, quarters)
+                        source = x + uint64(token) * uint64(pitch)
+                        machine.load_8(given, int32(2 * i), source + uint64(8) * uint64(e - token * quarters))
+                for i in range(BATCH):
+                    e = int32(start + THREADS * i + thread)
+                    if e < M * quarters:
+                        token = machine.quotient(e, quarters)
+                        q = int32(e - token * quarters)
+                        unit = (q >> 3 << 3) + ((q & 3) << 1) + ((q >> 2) & 1)
+                        target = uint32(X_AT + token * (2 * K + 64) + 8 * unit)
+                        machine.store_shared_8(base + target, given[2 * i], given[2 * i + 1])
+        if NF4:
+            for part in range(PARTS):
+                pair = uint32(entries[part])
+                for i in range(AT_ONCE):
+                    entry_at = uint32(TABLE + 256 * (ENTRIES * warp + AT_ONCE * part + i) + 4 * lane)
+                    machine.store_shared_word(base + entry_at, machine.from_lane(pair, int32(i)))
+            for i in range(LEVELS):
+                code = int32(thread + THREADS * i)
+                if code < 256:
+                    machine.store_shared_float(base + uint32(MAP + 4 * code), levels[i])
         cuda.syncthreads()
 
         # Columns beyond the last token repeat it, and are never stored.

@@ -18,6 +18,7 @@ from cuda_backend._numba import SIMULATOR
 from cuda_backend.ptx import copy, mma, registers
 
 __all__ = [
+    "from_lane",
     "load_8",
     "load_16",
     "load_float",
@@ -221,6 +222,16 @@ def _simulated_product(kind: str) -> Pair:
     return product
 
 
+def _from_lane(value: Any, lane: Any) -> Any:
+    """Exchange once for the lanes that are asked for in turn, from 0 on: a meeting takes milliseconds."""
+    thread: Any = threading.current_thread()
+    if int(lane) == 0:
+        thread.given, _ = _as_warp(list, value)
+    if thread.given[int(thread.threadIdx.x) % WARP] != value:
+        raise ValueError("from_lane: the value has changed since lane 0 was asked for")
+    return thread.given[int(lane)]
+
+
 def _quotient(x: Any, y: Any) -> Any:
     return np.int32(int(x) // int(y))
 
@@ -248,4 +259,5 @@ product: Any = _simulated_product if SIMULATOR else mma.product
 subtract_pair: Any = _simulated_subtract if SIMULATOR else mma.subtract_pair
 pack_pair: Any = _simulated_pack if SIMULATOR else registers.pack_pair
 unpack_low: Any = _simulated_unpack if SIMULATOR else registers.unpack_low
+from_lane: Any = _from_lane if SIMULATOR else registers.from_lane
 quotient: Any = _quotient if SIMULATOR else registers.quotient

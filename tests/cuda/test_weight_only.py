@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import cuda_backend
 from cuda_backend.arrays import poisoned_outputs
-from cuda_backend.weight_only import call, pack, prepared
+from cuda_backend.weight_only import call, decode, pack, prepared
 from cuda_backend.weight_only.variant import Variant, choose
 from refimpl import quant
 from refimpl.errors import DTypeError, ShapeError, UnsupportedError
@@ -215,6 +216,34 @@ def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> Non
         call._tables.cache_clear()
         assert decoding_difference(weight, case, "float16") is not None
     call._tables.cache_clear()
+
+
+# What stands in the source of the kernel, and what is put in its place.
+IN_THE_KERNEL = {
+    "sums of one warp": ("nf4", "for w in range(WARPS)", "for w in range(1)"),
+    "tokens exchanged": ("nf4", "2 * (owner & 3) + (i & 1)", "2 * (owner & 3) + 1 - (i & 1)"),
+    "rows exchanged": ("int8", "8 * ((i >> 1) & 1)", "8 * (1 - (i >> 1) & 1)"),
+    "no offset of absmax": ("nf4", ".view(np.float32) + offset", ".view(np.float32)"),
+    "scale of the other row": ("int8", "uint32(extra[4 * slot + i]).v", "uint32(extra[4 * slot + 1 - i]).v"),
+    "sums kept for the next tile": ("int8", "total[i] = float32(0.0)\n                        cuda", "cuda"),
+    "chunk of the next warp": ("nf4", "int32(2 * CHUNK * chunk)", "int32(2 * CHUNK * (chunk ^ 1))"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", IN_THE_KERNEL)
+def test_mistakes_in_the_kernel_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, right, wrong = IN_THE_KERNEL[mistake]
+    text = inspect.getsource(decode.build)
+    changed = text.replace(right, wrong)
+    assert changed != text
+    space = dict(vars(decode))
+    exec(compile(changed, decode.__file__, "exec"), space)
+    case = case_of(weight, "float16", M=3, K=512, N=49)  # two tiles for each of two blocks
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "build", space["build"])
+        call._plan.cache_clear()
+        assert decoding_difference(weight, case, "float16") is not None
+    call._plan.cache_clear()
 
 
 def test_padding_repeats_a_row() -> None:
