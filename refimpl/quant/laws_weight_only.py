@@ -71,7 +71,7 @@ def integers_of_127_are_exact(f: Linear, case: Case, close: Close) -> None:
 
 
 @law("quant.weight_only_int8")
-def error_within_half_a_step(f: Linear, case: Case, close: Close) -> None:
+def weights_within_half_a_step(f: Linear, case: Case, close: Close) -> None:
     """An output is within the sum of |x| times half a step of each group of the product."""
     x, weight, bias = _arrays(case)
     size, K = case.kwargs.get("group_size", 128), weight.shape[0]
@@ -97,7 +97,7 @@ def levels_of_a_block_are_exact(f: Linear, case: Case, close: Close) -> None:
 
 
 @law("quant.weight_only_nf4")
-def error_within_half_a_gap(f: Linear, case: Case, close: Close) -> None:
+def weights_within_half_a_gap(f: Linear, case: Case, close: Close) -> None:
     """An output is within |x| times half a gap of NF4 and of its scales' map, and the dtype's rounding."""
     x, weight, bias = _arrays(case)
     size, inner = case.kwargs.get("block_size", 64), case.kwargs.get("scale_block_size", 256)
@@ -136,7 +136,7 @@ def outputs_are_linear_in_x(f: Linear, case: Case, close: Close) -> None:
 
 
 @law(*BOTH)
-def tokens_are_independent(f: Linear, case: Case, close: Close) -> None:
+def tokens_do_not_meet(f: Linear, case: Case, close: Close) -> None:
     """Each token alone has the output that it has among others."""
     x, weight = case.args
     whole = _out(case, f)
