@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,9 @@ from cuda_backend.int8.memory import allocated
 from cuda_backend.launch import launch
 from cuda_backend.weight_only.variant import ROWS, deep
 
-__all__ = ["Order", "absmax_order", "int8_order", "moved", "nf4_order", "scale_order"]
+__all__ = [
+    "Order", "absmax_order", "int8_order", "moved", "mover", "nf4_order", "scale_order", "signature",
+]  # fmt: skip
 
 AXES = 8
 THREADS, MOST_BLOCKS = (16, 1) if SIMULATOR else (256, 8192)
@@ -106,13 +109,19 @@ def moved(source: View, order: Order, like: Any, stream: int, *, features: int, 
     return result()
 
 
+def signature(dtype: str) -> Any:
+    """Return the argument types of the kernel: source [features, units], out, order, and three numbers."""
+    unit, order = getattr(types, dtype), types.Array(types.int64, 2, "A")
+    return types.void(types.Array(unit, 2, "A"), types.Array(unit, 1, "A"), order, *[types.int64] * 3)
+
+
 @functools.cache
 def _build(dtype: str) -> Any:
-    unit = getattr(types, dtype)
-    vector, matrix = types.Array(unit, 1, "A"), types.Array(unit, 2, "A")
-    signature = types.void(
-        matrix, vector, types.Array(types.int64, 2, "A"), types.int64, types.int64, types.int64
-    )
+    return kernel(signature(dtype))(mover(dtype))
+
+
+def mover(dtype: str) -> Callable[..., None]:
+    """Return the kernel that moves units of `dtype` as a Python function."""
     number = getattr(np, dtype)
 
     def move(source: Any, out: Any, order: Any, size: Any, features: Any, flip: Any) -> None:
@@ -128,4 +137,4 @@ def _build(dtype: str) -> Any:
             row = min(row, features - 1)
             out[place & _INDEX] = number(source[row & _INDEX, column & _INDEX] ^ number(flip))
 
-    return kernel(signature)(move)
+    return move

@@ -16,9 +16,10 @@ import pytest
 PROGRAM = """
 import json, re, subprocess, sys, tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from cuda_backend import aot
 from cuda_backend._numba import cuda
-from cuda_backend.weight_only import decode, product_portable
+from cuda_backend.weight_only import decode, pack, product_portable
 from cuda_backend.weight_only.variant import Variant
 
 found = []
@@ -28,6 +29,9 @@ for kernel, fields, capability in json.loads(sys.argv[1]):
         variant = Variant(*fields)
         function, signature = decode.build(variant), decode.SIGNATURE
         how = {"launch_bounds": (variant.threads, variant.blocks)}
+    elif kernel == "pack":
+        variant, how = SimpleNamespace(threads=pack.THREADS), {}
+        function, signature = pack.mover(*fields), pack.signature(*fields)
     else:
         variant, how = product_portable.Variant(*fields), {}
         function, signature = product_portable.source(variant), product_portable.signature(variant)
@@ -98,6 +102,9 @@ def test_decoding_on_ampere() -> None:
 @pytest.mark.aot
 @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm_80", "sm_90a"])
 def test_products(capability: list[object]) -> None:
+    units = [("pack", (unit,), capability) for unit in ("uint8", "uint16", "uint32")]
+    for each in compiled(list(units)):
+        assert each["spill_bytes"] == each["local_bytes"] == 0
     for fields, found in zip(
         PRODUCT, compiled([("product", fields, capability) for fields in PRODUCT]), strict=True
     ):
