@@ -14,9 +14,15 @@ from cuda_backend.context import current_device
 from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.int8.memory import allocated
 from cuda_backend.int8.operands import described, one_format, one_library
-from cuda_backend.launch import allow_shared_memory, simulation, stream_of, wait_for
+from cuda_backend.launch import (
+    allow_shared_memory,
+    shared_memory_bytes,
+    simulation,
+    stream_of,
+    wait_for,
+)
 from cuda_backend.weight_only.prepared import PreparedInt8, PreparedNF4
-from cuda_backend.weight_only.variant import MOST_TOKENS, ROWS, Variant, choose, deep
+from cuda_backend.weight_only.variant import MOST_TOKENS, ROWS, SHARED_LIMIT, Variant, choose, deep
 from refimpl.errors import UnsupportedError
 from refimpl.numerics import Array
 from refimpl.quant.double_quantization import dynamic_map
@@ -199,7 +205,7 @@ class Plan(NamedTuple):
 def _plan(
     weight: str, kind: str, M: int, K: int, N: int, pitch: int, groups: int, share: int, device: int
 ) -> Plan:
-    variant = choose(weight, kind, M, K)
+    variant = choose(weight, kind, M, K, shared_memory_bytes() or SHARED_LIMIT)
     tiles, chunks = -(-N // ROWS), K // deep(weight)
     numbers = [M, N, chunks, tiles, pitch, groups, share]
     if SIMULATOR:

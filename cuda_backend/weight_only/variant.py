@@ -10,8 +10,8 @@ ROWS = 16  # output features of a tile: what one product of a warp has
 MOST_TOKENS = 16
 CHUNK_BYTES = 2048  # of codes that a warp asks for at once: 4 vectors of 16 bytes a lane
 BLOCK = 64  # weights that share an absmax in NF4
-SHARED_LIMIT = 232_448 - 1024  # bytes that a block may use on sm_90, less what aligns them
-SMALL_SHARED = 110_000  # two blocks find room on a multiprocessor
+SHARED_LIMIT = 232_448  # bytes that a block may use on sm_90
+RESERVED = 1024  # of shared memory, for each block, by the system
 TABLE_BYTES = 1 << 16  # of pairs of NF4 levels: 256 rows of 256 bytes, the first half of each in use
 
 
@@ -99,8 +99,8 @@ def x_pitch(K: int) -> int:
     return 2 * K + 64
 
 
-def choose(weight: str, kind: str, tokens: int, K: int) -> Variant:
-    """Return the variant for a layer.
+def choose(weight: str, kind: str, tokens: int, K: int, limit: int = SHARED_LIMIT) -> Variant:
+    """Return the variant for a layer on a GPU whose blocks may use `limit` bytes of shared memory.
 
     Two blocks of 8 warps on a multiprocessor cover each other's reductions where their memory allows it.
 
@@ -111,7 +111,7 @@ def choose(weight: str, kind: str, tokens: int, K: int) -> Variant:
     """
     wide = tokens > 8
     small = Variant(weight, kind, 8, wide, resident=True)
-    if small.shared_bytes(tokens, K) <= SMALL_SHARED:
+    if 2 * (small.shared_bytes(tokens, K) + RESERVED) <= limit:
         return small
     large = Variant(weight, kind, 16, wide, resident=True)
-    return large if large.shared_bytes(tokens, K) <= SHARED_LIMIT else large._replace(resident=False)
+    return large if large.shared_bytes(tokens, K) <= limit else large._replace(resident=False)
