@@ -67,8 +67,9 @@ def result_rows(
     rival_of: dict[str, Rival] = {}
     for name, f in _our_functions(problem, backend, tier):
         call = functools.partial(f, **problem.options)
-        status, detail = _verified(problem, f, call, ours, backend, supply)
-        rows.append(_row(problem, name, ours=True, status=status, detail=detail))
+        status, detail, error = _verified(problem, f, call, ours, backend, supply)
+        row = _row(problem, name, ours=True, status=status, detail=detail)
+        rows.append(row | {"rms_error": error})
         if status == "verified":
             ready[name] = call
     if rivals:
@@ -120,7 +121,7 @@ def _verified(
     operands: Arrays,
     backend: str,
     supply: Supply,
-) -> tuple[str, str]:
+) -> tuple[str, str, float | None]:
     """Hold a function to its record on small cases, and sampled rows of the case to be timed."""
     from cuda_backend.arrays import poisoned_outputs
 
@@ -128,12 +129,15 @@ def _verified(
         try:
             output = call(*operands)
         except NotImplementedError as error:
-            return "refused", str(error)
+            return "refused", str(error), None
         wrong = problem.check(operands, output, supply.to_host)
         if wrong is None and problem.functions is None:
             axes = tuple(problem.axes.items())
             wrong = _law_broken(problem.technique, f, problem.dtype, backend, axes)
-    return ("failed", wrong) if wrong else ("verified", "")
+    if wrong:
+        return "failed", wrong, None
+    found = None if problem.error is None else problem.error(operands, output, supply.to_host)
+    return "verified", "", found
 
 
 @functools.cache
@@ -242,6 +246,7 @@ def _row(problem: Problem, name: str, *, ours: bool, status: str, detail: str) -
                 "peak_share",
                 "bandwidth_share",
                 "frugal_speedup",
+                "rms_error",
             )
         ),
     }
@@ -257,6 +262,8 @@ def _draw_on_host(shape: tuple[int, ...], dtype: str, seed: int, outliers: int =
     rng = np.random.default_rng(seed)
     if dtype == "int8":
         return rng.integers(-127, 128, shape, dtype=np.int8)
+    if dtype == "uint8":
+        return rng.integers(0, 256, shape, dtype=np.uint8)
     array = np.clip(rng.standard_normal(shape, dtype=np.float32), -5, 5)
     array[..., :outliers] = 20
     return round_to(array, dtype_named(dtype))

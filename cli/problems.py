@@ -51,6 +51,9 @@ class Problem:
     functions
         ``functions(backend)`` gives ours by name, where they are registered under no technique of their own:
         `check` alone judges them.
+    error
+        ``error(operands, output, to_host)``, the rms error relative to what an output without quantisation
+        would be: shown beside the time.
     """
 
     operation: str
@@ -68,6 +71,7 @@ class Problem:
     rival_names: tuple[str, ...]
     rivals: Callable[[], Mapping[str, Rival]]
     functions: Callable[[str], Mapping[str, Callable[..., Any]]] | None = None
+    error: Callable[[Arrays, Any, ToHost], float] | None = None
 
 
 def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem:
@@ -146,7 +150,7 @@ def _check_attention(dtype: str, causal: bool, operands: Arrays, output: Any, to
 
 
 def total_bytes(arrays: Arrays) -> int:
-    """Return the bytes of arrays, of tuples of them too.
+    """Return the bytes of arrays, of tuples of them too; sizes among them count nothing.
 
     >>> total_bytes((np.zeros(3, np.int8), (np.zeros(2, np.float32),)))
     11
@@ -155,6 +159,6 @@ def total_bytes(arrays: Arrays) -> int:
     for item in arrays:
         if isinstance(item, tuple):
             total += total_bytes(item)
-        else:
+        elif hasattr(item, "shape"):
             total += math.prod(item.shape) * int(item.dtype.itemsize)
     return total

@@ -4,8 +4,8 @@ Importing this package imports neither numba nor a CUDA driver: it tells the reg
 and loads a function when it is first asked for.
 
 >>> import cuda_backend
->>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
-['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'scaled_dot_product_attention']
+>>> [name for name in sorted(cuda_backend.__all__) if "flash" in name]
+['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp']
 >>> [name for name in sorted(cuda_backend.__all__) if "llm" in name]
 ['llm_int8_linear', 'llm_int8_linear_fused', 'llm_int8_linear_hopper']
 """
@@ -22,13 +22,25 @@ __all__ = [
     "flash_attention",
     "flash_attention_hopper",
     "flash_attention_vjp",
+    "int8_attention",
+    "int8_attention_hopper",
+    "int8_linear_decode",
     "int8_matmul",
     "int8_matmul_hopper",
+    "int8_weight_linear",
+    "int8_weight_linear_vjp",
     "llm_int8_linear",
     "llm_int8_linear_fused",
     "llm_int8_linear_hopper",
+    "nf4_linear",
+    "nf4_linear_decode",
+    "nf4_linear_vjp",
     "outlier_columns",
+    "prepare_int8_groups",
+    "prepare_nf4",
     "prepare_weight",
+    "qlora_linear",
+    "qlora_linear_vjp",
     "quantize_columns",
     "quantize_rows",
     "quantize_rows_hopper",
@@ -38,13 +50,15 @@ __all__ = [
 ]
 
 _FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.backward"
-_INT8 = "cuda_backend.int8"
+_INT8, _WEIGHT_ONLY = "cuda_backend.int8", "cuda_backend.weight_only"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
     "supports": f"{_FORWARD}:supports",
+    "int8_attention_hopper": "cuda_backend.attention.int8_call_hopper:int8_attention_hopper",
+    "int8_attention": "cuda_backend.attention.int8_call:int8_attention",
     "dequantize_product": f"{_INT8}.gemm:dequantize_product",
     "int8_matmul": f"{_INT8}.gemm:int8_matmul",
     "llm_int8_linear": f"{_INT8}.linear:llm_int8_linear",
@@ -57,6 +71,16 @@ _HOME = {
     "scaled_int8_matmul": f"{_INT8}.call_hopper:scaled_int8_matmul",
     "llm_int8_linear_hopper": f"{_INT8}.linear_hopper:llm_int8_linear_hopper",
     "prepare_weight": f"{_INT8}.linear_hopper:prepare_weight",
+    "int8_linear_decode": f"{_WEIGHT_ONLY}.call:int8_linear_decode",
+    "nf4_linear_decode": f"{_WEIGHT_ONLY}.call:nf4_linear_decode",
+    "prepare_int8_groups": f"{_WEIGHT_ONLY}.prepared:prepare_int8_groups",
+    "prepare_nf4": f"{_WEIGHT_ONLY}.prepared:prepare_nf4",
+    "int8_weight_linear": f"{_WEIGHT_ONLY}.linear:int8_weight_linear",
+    "int8_weight_linear_vjp": f"{_WEIGHT_ONLY}.linear:int8_weight_linear_vjp",
+    "nf4_linear": f"{_WEIGHT_ONLY}.linear:nf4_linear",
+    "nf4_linear_vjp": f"{_WEIGHT_ONLY}.linear:nf4_linear_vjp",
+    "qlora_linear": f"{_WEIGHT_ONLY}.qlora:qlora_linear",
+    "qlora_linear_vjp": f"{_WEIGHT_ONLY}.qlora:qlora_linear_vjp",
 }
 
 for _technique, _function in (
@@ -66,6 +90,10 @@ for _technique, _function in (
     ("quant.int8_matmul", "int8_matmul"),
     ("quant.llm_int8", "llm_int8_linear"),
     ("quant.llm_int8_fused", "llm_int8_linear_fused"),
+    ("quant.weight_only_int8", "int8_weight_linear"),
+    ("quant.weight_only_nf4", "nf4_linear"),
+    ("quant.qlora", "qlora_linear"),
+    ("attention.int8", "int8_attention"),
 ):
     add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
 for _technique, _function in (

@@ -39,9 +39,9 @@ class Image(NamedTuple):
     cubin: bytes
 
 
-def compiled(function: Callable[..., Any], signature: Any, *, threads: int) -> Image:
-    """Compile a kernel for the current GPU, one block of at most `threads` threads a multiprocessor."""
-    dispatcher = cuda.jit(signature, launch_bounds=(threads, 1))(function)
+def compiled(function: Callable[..., Any], signature: Any, *, threads: int, blocks: int = 1) -> Image:
+    """Compile a kernel for the current GPU: `blocks` blocks of at most `threads` threads a multiprocessor."""
+    dispatcher = cuda.jit(signature, launch_bounds=(threads, blocks))(function)
     (overload,) = dispatcher.overloads.values()
     library = overload._codelibrary
     return Image(library._entry_name, bytes(library.get_cubin().code))

@@ -29,6 +29,7 @@ __all__ = [
     "checked",
     "launch",
     "shared_memory_bytes",
+    "simulation",
     "stream_of",
     "torch_stream",
     "wait_for",
@@ -46,7 +47,7 @@ def launch(
     if SIMULATOR:
         fake = cuda.devicearray.FakeCUDAArray
         values = [fake(item.owner) if isinstance(item, View) else item for item in arguments]
-        with _simulation():
+        with simulation():
             kernel[blocks, threads, 0, shared_bytes](*values)
         return
     wait_for((item for item in arguments if isinstance(item, View)), stream)
@@ -173,7 +174,7 @@ def _packed(arguments: Sequence[Argument]) -> tuple[Any, npt.NDArray[np.uint64]]
 
 
 @contextmanager
-def _simulation() -> Iterator[None]:
+def simulation() -> Iterator[None]:
     """Make Python threads change places often, and let NumPy scalars overflow and be invalid in silence.
 
     The simulator polls its threads, and each barrier costs a few changes of threads: at Python's 5 ms a

@@ -20,6 +20,7 @@ __all__ = [
     "Rival",
     "attention_backward_rivals",
     "attention_rivals",
+    "byte_copy_rival",
     "copy_rivals",
     "draw",
     "int8_linear",
@@ -45,7 +46,7 @@ def missing() -> str | None:
 
 
 def draw(shape: tuple[int, ...], dtype: str, seed: int, outliers: int = 0) -> Any:
-    """Return a tensor on the GPU: normal numbers within ±5, or for int8 all codes from -127 to 127 alike.
+    """Return a tensor on the GPU: normal numbers within ±5; int8 from -127 to 127, or uint8, all alike.
 
     The first `outliers` columns are 20, which LLM.int8() sets aside.
     """
@@ -54,6 +55,8 @@ def draw(shape: tuple[int, ...], dtype: str, seed: int, outliers: int = 0) -> An
     generator = torch.Generator("cuda").manual_seed(seed)
     if dtype == "int8":
         return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda", generator=generator)
+    if dtype == "uint8":
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator)
     tensor = torch.randn(shape, device="cuda", generator=generator, dtype=getattr(torch, dtype)).clamp_(-5, 5)
     tensor[..., :outliers] = 20
     return tensor
@@ -220,6 +223,17 @@ def llm_int8_rivals(threshold: float) -> dict[str, Rival]:
         return out + x[:, columns] @ weight
 
     return {"LLM.int8() of PyTorch": Rival(recipe)} if hasattr(torch, "_int_mm") else {}
+
+
+def byte_copy_rival(count: int) -> Rival:
+    """Return a copy that moves `count` bytes, half of them read; operands are x and a larger weight."""
+
+    def prepare(_: Any, weight: Any) -> tuple[Any, ...]:
+        part = weight.reshape(-1) if weight.is_contiguous() else weight.t().reshape(-1)
+        part = part[: count // (2 * part.element_size())]
+        return part, part.clone()
+
+    return Rival(lambda source, target: target.copy_(source), prepare=prepare)
 
 
 def copy_rivals() -> dict[str, Rival]:

@@ -20,6 +20,7 @@ MODULES = (
     "expert_parallel_prices",
     "fine_tuning",
     "fine_tuning_prices",
+    "int8_attention_prices",
     "korthikanti",
     "laws",
     "laws_collectives",
@@ -53,6 +54,7 @@ MODULES = (
     "tensor_parallel",
     "tensor_prices",
     "training_memory",
+    "weight_only_prices",
     "zero",
     "zero_r",
 )

@@ -14,18 +14,25 @@ from click.core import ParameterSource
 from cli.backward_problem import attention_backward_problem
 from cli.commands.env import why_not
 from cli.growth_methods import NAMES
+from cli.int8_attention_problems import int8_attention_problem
 from cli.int8_problems import int8_problems, projections
 from cli.output import output_options, progress
 from cli.parameters import COUNTS, DTYPES, HARDWARE, ListOf
 from cli.problems import Problem, attention_problem
 from cli.result import Column, Result, cell_text
+from cli.weight_only_problems import weight_only_problems
 
 if TYPE_CHECKING:
     from memsim.hardware import Hardware
 
 __all__ = ["command"]
 
-AXES = {"attention": ("B", "H", "N", "D"), "int8": ("M", "K", "N")}
+AXES = {
+    "attention": ("B", "H", "N", "D"),
+    "int8": ("M", "K", "N"),
+    "weight-only": ("M", "K", "N"),
+    "int8-attention": ("B", "H", "N", "D"),
+}
 DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
     ("attention", "cuda"): (
         *((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128), (4, 16, 4096, 256)),
@@ -35,6 +42,12 @@ DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
     ("attention", "cudasim"): ((1, 2, 24, 8),),
     ("int8", "cuda"): ((16, 4096, 4096), (256, 4096, 4096), (4096, 4096, 4096), (8192, 8192, 8192)),
     ("int8", "cudasim"): ((16, 32, 16),),
+    ("weight-only", "cuda"): tuple(
+        (M, K, N) for K, N in ((8192, 28672), (28672, 8192), (16384, 16384)) for M in (1, 4, 16)
+    ),
+    ("weight-only", "cudasim"): ((1, 256, 16),),
+    ("int8-attention", "cuda"): ((1, 16, 8192, 128), (1, 16, 16384, 128), (4, 16, 8192, 128)),
+    ("int8-attention", "cudasim"): ((1, 1, 12, 8),),
 }
 DEFAULT_TOKENS = (16, 4096)
 DIRECTIONS = {
@@ -80,6 +93,9 @@ MEASURED = (
     Column("frugal_speedup", "frugal is faster by", right=True, text=_scaled(1, 2)),
     Column("host_s", "host/us", right=True, text=_scaled(1e6)),
 )
+ERROR = Column(
+    "rms_error", "rms error", right=True, text=lambda value: "" if value is None else f"{value:.1e}"
+)
 SIMULATION = (Column("simulator_s", "simulator/s", right=True, text=cell_text),)
 
 
@@ -102,6 +118,8 @@ Examples:
   frugal bench attention --shape 4,32,8,4096,128 --causal --rivals
   frugal bench int8 --shape 4096,4096,4096 --rivals --json
   frugal bench int8 --model llama-2-70b --tokens 16,4096 --dtype bf16 --rivals
+  frugal bench weight-only --rivals
+  frugal bench int8-attention --no-causal
   frugal bench attention --backend cudasim
   frugal bench growth --plot growth.svg
   frugal bench growth --method full,mamba --n 1024,2048,4096,8192""",
@@ -180,6 +198,9 @@ def command(
     Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
     simulator can run the same checks, and its seconds say nothing about a GPU.
 
+    WHAT = weight-only is decoding: a few tokens times a weight in int8 or NF4, stored ahead.  Of int8-attention
+    the time has the codes in it, and the error against exact attention stands beside it.
+
     WHAT = growth needs no GPU: it measures time and peak memory of the references against the length N, full
     attention beside sliding window, BigBird, linear attention and Mamba, and fits the power of N over the top
     four sizes.  If one is off theory by more than 0.15 the exit code is 1.
@@ -189,16 +210,20 @@ def command(
         from cli.growth import growth_result
 
         return growth_result(methods or NAMES, sizes, rounds or GROWTH_ROUNDS)
-    if what == "int8" and (causal, direction) != (None, None):
+    if what in ("int8", "weight-only") and (causal, direction) != (None, None):
         raise click.UsageError("--causal and --pass are options of attention")
-    if what == "int8" and not set(dtypes or ()) <= {"float16", "bfloat16"}:
-        raise click.UsageError("--dtype of int8 is float16 or bfloat16")
+    if what == "int8-attention" and direction not in (None, "fwd"):
+        raise click.UsageError("attention in int8 has no backward pass")
+    if what != "attention" and not set(dtypes or ()) <= {"float16", "bfloat16"}:
+        raise click.UsageError(f"--dtype of {what} is float16 or bfloat16")
     if what != "int8" and (models or tokens):
         raise click.UsageError("--model and --tokens are options of int8")
     if tokens and not models:
         raise click.UsageError("--tokens are the rows of a --model")
     for shape in shapes:
-        grouped = what == "attention" and direction in (None, "fwd") and len(shape) == len(AXES[what]) + 1
+        grouped = (
+            what.endswith("attention") and direction in (None, "fwd") and len(shape) == len(AXES[what]) + 1
+        )
         if grouped and shape[1] % shape[2]:
             raise click.UsageError(f"--shape: Hkv must divide H, got {_name(shape)}")
         if len(shape) != len(AXES[what]) and not grouped:
@@ -247,12 +272,17 @@ def _problems(
     if what == "int8":
         kinds = dtypes or ("float16",)
         return [problem for kind in kinds for shape in shapes for problem in int8_problems(shape, kind)]
+    if what == "weight-only":
+        kinds = dtypes or ("float16",)
+        return [
+            problem for kind in kinds for shape in shapes for problem in weight_only_problems(shape, kind)
+        ]
     masks = (False, True) if causal is None else (causal,)
     combinations = itertools.product(dtypes or ("float16",), shapes, masks)
     return [
         problem(shape, dtype, mask)
         for dtype, shape, mask in combinations
-        for problem in DIRECTIONS[direction]
+        for problem in ((int8_attention_problem,) if what == "int8-attention" else DIRECTIONS[direction])
     ]
 
 
@@ -312,7 +342,11 @@ def _result(
     timed = [row for row in rows if row["rate_op_per_s"] is not None]
     return Result(
         rows,
-        (*IDENTITY, *(SIMULATION if backend == "cudasim" else MEASURED)),
+        (
+            *IDENTITY,
+            *(SIMULATION if backend == "cudasim" else MEASURED),
+            *((ERROR,) if any(problem.error for problem in problems) else ()),
+        ),
         totals={"timed": sum(row["status"] == "timed" for row in rows), "failed": len(failed)},
         sources=sources,
         details=list(dict.fromkeys(details)),

@@ -22,6 +22,7 @@ __all__ = [
     "load_float",
     "load_half",
     "load_shared_16",
+    "load_shared_float",
     "load_shared_word",
     "load_word",
     "load_word_fresh",
@@ -33,6 +34,7 @@ __all__ = [
     "store_global_float",
     "store_global_half",
     "store_global_word",
+    "store_shared_8",
     "store_shared_float",
     "store_shared_word",
 ]
@@ -210,6 +212,24 @@ load_shared_word = instruction(
     "ld.shared.b32 $0, [$1];",
     "=r,r",
     'Load one 32-bit word from shared memory.  PTX ISA, "ld".',
+)
+
+load_shared_float = instruction(
+    "load_shared_float",
+    types.float32,
+    {"address": types.uint32},
+    "ld.shared.f32 $0, [$1];",
+    "=f,r",
+    'Load one float32 from shared memory.  PTX ISA, "ld".',
+)
+
+store_shared_8 = instruction(
+    "store_shared_8",
+    types.void,
+    {"address": types.uint32, **dict.fromkeys("ab", types.uint32)},
+    "st.shared.v2.b32 [$0], {$1, $2};",
+    "r,r,r",
+    'Store two words at a shared address that is a multiple of 8.  PTX ISA, "st".',
 )
 
 reduce_add = instruction(

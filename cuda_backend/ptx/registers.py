@@ -14,6 +14,7 @@ __all__ = [
     "exchange_float",
     "exchange_word",
     "exp2",
+    "from_lane",
     "fused_multiply_add",
     "give_registers",
     "largest_word",
@@ -176,6 +177,15 @@ exchange_word = instruction(
     "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
     "=r,r,r",
     'The same for a 32-bit word.  PTX ISA, "shfl.sync", .bfly.',
+)
+
+from_lane = instruction(
+    "from_lane",
+    _word,
+    {"value": _word, "lane": _int},
+    "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;",
+    "=r,r,r",
+    'The word of lane `lane`.  PTX ISA, "shfl.sync", .idx.',
 )
 
 word_below = instruction(

@@ -15,23 +15,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llvmlite import ir
+
 from cuda_backend.ptx.assembly import (
+    LLVM_TYPES,
     Intrinsic,
     Lowering,
     declare,
     element_pointers,
+    emit,
     instruction,
     passed,
     types,
 )
 
 __all__ = [
+    "MIDDLE",
     "commit",
     "descriptor_k_major",
     "descriptor_k_major_32",
     "descriptor_mn_major",
     "fence",
     "product_codes",
+    "product_codes_from_middle",
     "product_registers",
     "product_shared",
     "product_step",
@@ -40,6 +46,7 @@ __all__ = [
 ]
 
 SWIZZLE_128, SWIZZLE_32 = 1 << 62, 3 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
+MIDDLE, MIDDLE_BITS = 3.0 * 2**22, 0x4B400000  # float32, in whose neighbourhood a unit in the last place is 1
 PRODUCT = 'One chain of products.  PTX ISA, "wgmma.mma_async".'
 
 fence = instruction(
@@ -218,6 +225,49 @@ def product_codes(n: int, offsets: Sequence[int]) -> Intrinsic:
         return types.void(accumulators, types.uint64, types.uint64), codegen
 
     return declare(f"product_codes_{n}", ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def product_codes_from_middle(n: int, offsets: Sequence[int]) -> Intrinsic:
+    """Return D = A B of int8, both operands K-major in shared memory, sums that read as float32.
+
+    They start from the bits of `MIDDLE`.  Between 2**23 and 2**24 neighbouring float32 are neighbouring
+    integers, so their bits are those of MIDDLE plus the sum, exactly, if that is below 2**22: no conversion
+    is needed.  They must be waited for as integers: moving them to another register reads them.  The fence
+    stands in the same asm, behind the writes of the registers.
+
+    Parameters
+    ----------
+    n, offsets
+        As in `product_codes`.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(accumulators[n // 2] of int32, descriptor of A, descriptor of B)``.
+    """
+    count = n // 2
+    opcode = f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8"
+    lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;"]
+    lines += [f"mov.b32 ${i}, {MIDDLE_BITS:#x};" for i in range(count)]
+    lines.append("wgmma.fence.sync.aligned;")
+    for offset in offsets:
+        lines.append(f"add.s64 a, ${count}, {offset}; add.s64 b, ${count + 1}, {offset};")
+        lines.append(f"{opcode} {_registers(0, count)}, a, b, add;")
+    text = "\n".join([*lines, "}"])
+
+    def lower(accumulators: Any, *_: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            word = LLVM_TYPES[types.int32]
+            pointers = element_pointers(context, builder, signature.args[0], values[0], count)
+            constraints = ",".join(["=&r"] * count + ["l", "l", "~{memory}"])
+            found = emit(builder, ir.LiteralStructType([word] * count), list(values[1:]), text, constraints)
+            for i, pointer in enumerate(pointers):
+                builder.store(builder.extract_value(found, i), pointer)
+            return context.get_dummy_value()
+
+        return types.void(accumulators, types.uint64, types.uint64), codegen
+
+    return declare(f"product_codes_from_middle_{n}", ("accumulators", "a", "b"), PRODUCT, lower)
 
 
 def product_registers(n: int, kind: str, b_offsets: Sequence[int]) -> Intrinsic:

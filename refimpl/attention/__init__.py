@@ -27,6 +27,12 @@ from refimpl.attention.global_tokens import (
     global_tokens_attention_blocked_vjp,
     global_tokens_attention_vjp,
 )
+from refimpl.attention.int8_attention import (
+    Int8Blocks,
+    int8_attention,
+    key_mean,
+    quantize_token_blocks,
+)
 from refimpl.attention.lightweight_convolution import (
     dynamic_convolution,
     dynamic_convolution_vjp,
@@ -69,6 +75,7 @@ __all__ = [
     "AttentionGradients",
     "AttentionOutput",
     "ConvolutionStep",
+    "Int8Blocks",
     "LinearState",
     "bigbird_attention",
     "bigbird_attention_blocked",
@@ -95,6 +102,8 @@ __all__ = [
     "global_tokens_attention_vjp",
     "head_decomposition",
     "head_terms",
+    "int8_attention",
+    "key_mean",
     "lightweight_convolution",
     "lightweight_convolution_vjp",
     "linear_attention",
@@ -113,6 +122,7 @@ __all__ = [
     "multi_head_attention_vjp",
     "online_softmax",
     "online_softmax_vjp",
+    "quantize_token_blocks",
     "rapid_mixing",
     "rapid_mixing_sparse",
     "scaled_dot_product_attention",

@@ -24,6 +24,7 @@ from refimpl.quant.integer_matmul import MAX_INNER, int8_matmul, integer_matmul
 from refimpl.quant.llm_int8 import Int8Linear, llm_int8_linear, llm_int8_linear_fused
 from refimpl.quant.llm_int8_backward import Int8LinearGradients, llm_int8_linear_vjp
 from refimpl.quant.nf4 import NF4, nf4, nf4_dequantize, normal_float_levels
+from refimpl.quant.nf4_linear import nf4_linear, nf4_linear_vjp, nf4_quantize
 from refimpl.quant.optimal_codebook import optimal_codebook
 from refimpl.quant.qlora import (
     NF4Weight,
@@ -36,6 +37,14 @@ from refimpl.quant.qmoe import QMoE, qmoe, qmoe_decode
 from refimpl.quant.ternary import Ternary, ternary
 from refimpl.quant.twos_complement import twos_complement
 from refimpl.quant.uniform import uniform
+from refimpl.quant.weight_only import (
+    Int8Groups,
+    WeightOnlyGradients,
+    dequantize_groups,
+    int8_weight_linear,
+    int8_weight_linear_vjp,
+    quantize_groups,
+)
 
 __all__ = [
     "GPTQ",
@@ -44,6 +53,7 @@ __all__ = [
     "Codebook",
     "DoubleQuantized",
     "Int8Columns",
+    "Int8Groups",
     "Int8Linear",
     "Int8LinearGradients",
     "Int8Rows",
@@ -52,11 +62,13 @@ __all__ = [
     "QuantizationError",
     "Quantized",
     "Ternary",
+    "WeightOnlyGradients",
     "codebook",
     "codebook_dequantize",
     "codebook_dequantize_vjp",
     "dequantize",
     "dequantize_columns",
+    "dequantize_groups",
     "dequantize_product",
     "double",
     "double_dequantize",
@@ -65,6 +77,8 @@ __all__ = [
     "gptq",
     "gptq_blocked",
     "int8_matmul",
+    "int8_weight_linear",
+    "int8_weight_linear_vjp",
     "integer_matmul",
     "linear_centroids",
     "llm_int8_linear",
@@ -72,6 +86,9 @@ __all__ = [
     "llm_int8_linear_vjp",
     "nf4",
     "nf4_dequantize",
+    "nf4_linear",
+    "nf4_linear_vjp",
+    "nf4_quantize",
     "normal_float_levels",
     "optimal_codebook",
     "outlier_columns",
@@ -83,6 +100,7 @@ __all__ = [
     "qmoe_decode",
     "quantize",
     "quantize_columns",
+    "quantize_groups",
     "quantize_rows",
     "quantize_vjp",
     "ternary",

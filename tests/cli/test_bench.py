@@ -125,7 +125,7 @@ def test_without_a_gpu_the_exit_code_is_3(run: Callable[..., Any]) -> None:
         (("attention", "--model", "llama-2-7b"), "options of int8"),
         (("int8", "--causal"), "options of attention"),
         (("int8", "--pass", "bwd"), "options of attention"),
-        (("linear",), "Invalid value for '{attention|int8|growth}'"),
+        (("linear",), "Invalid value for '{attention|int8|weight-only|int8-attention|growth}'"),
         (("attention", "--shape", "1,2,0,4"), "at least 1"),
     ],
 )

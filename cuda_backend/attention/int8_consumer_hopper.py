@@ -1,0 +1,245 @@
+"""What a consumer warpgroup does for attention in int8: `consumer_hopper`'s steps, scores from codes.
+
+Scores of a key tile are integers times one factor, of the queries' block, the tile's and the scale.  They
+come as float32 of `wgmma.MIDDLE` plus the integer, which neither the mask nor the maximum minds, and one FMA
+takes them to the exponent: ``exp2(s * c - (MIDDLE * c + max))``.  Its constant is rounded at the size of
+MIDDLE * c, which moves the weights of a row and tile by a factor of 1 + c / 2 at most; c is a 2**-21st of the
+largest score that the codes can express.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.schedule_hopper import Schedule
+from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
+from cuda_backend.attention.variant_hopper import Variant
+from cuda_backend.ptx import barrier, copy, registers, wgmma
+from cuda_backend.ptx.assembly import types
+
+__all__ = ["CODE_BYTES", "build_consumer"]
+
+int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
+
+CODE_BYTES = 128  # of a row of codes: a head of up to 128, filled with zeros
+STEPS = [0, 2, 4, 6]  # along a row of codes, 32 each, in units of 16 bytes
+
+
+def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
+    """Return ``consume(base, thread, out, scales, scale, problem)``, a device function for a whole warpgroup.
+
+    ``scales`` are the addresses of the scales of q and k and how many of each a head has.
+    """
+    block_m, block_n, causal = variant.block_m, variant.block_n, variant.causal
+    s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
+    q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
+    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
+    place, key_tiles, next_stage, next_q_stage = schedule
+    mask, _, pack_scores = build_softmax(variant)
+    softmax_row = build_softmax_row(variant)
+    rescale, row_total, store_row = build_output(variant)
+    pin_scores = registers.pin(s_count)
+    k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
+    qk_product = wgmma.product_codes_from_middle(block_n, STEPS)
+    pv_product = wgmma.product_registers(variant.d_v, variant.kind, [128 * k for k in range(block_n // 16)])
+    scores_done, scores_first_done = wgmma.wait(0, s_count), wgmma.wait(1, s_count)
+    output_done = wgmma.wait(0, o_count)
+
+    @device_function
+    def softmax(
+        codes: Any,
+        s: Any,
+        factor: Any,
+        j: Any,
+        quad_lane: Any,
+        limit_low: Any,
+        limit_high: Any,
+        limit_group: Any,
+        max_low: Any,
+        sum_low: Any,
+        max_high: Any,
+        sum_high: Any,
+    ) -> Any:
+        """Turn scores of key tile `j` into weights; return maxima, sums and factors of what was before."""
+        for i in range(s_count):
+            s[i] = codes[i].view(np.float32)
+        start = j * block_n
+        if start + block_n > limit_group:
+            shift = start + 2 * quad_lane
+            mask(s, limit_low - shift, limit_high - shift)
+        max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
+        max_high, sum_high, factor_high = softmax_row(s, int32(2), factor, max_high, sum_high)
+        return max_low, sum_low, max_high, sum_high, factor_low, factor_high
+
+    @device_function
+    def consume(base: Any, thread: Any, out: Any, scales: Any, scale: Any, problem: Any) -> None:
+        _, per_head, section, heads, all_heads, group, tq, tk, offset, columns = problem
+        q_scales, k_scales, q_blocks, k_blocks = scales
+        codes = cuda.local.array(s_count, int32)
+        s = cuda.local.array(s_count, float32)
+        o = cuda.local.array(o_count, float32)
+        p = cuda.local.array(p_count, uint32)
+        lane = int32(thread & 31)
+        quad_lane = int32(lane & 3)
+        group_index = registers.uniform(int32(thread >> 7) - 1)
+        own_row = int32(64 * group_index + 16 * ((thread >> 5) & 3) + (lane >> 2))
+        stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
+        while True:
+            barrier.wait(base + q_full + 8 * q_stage, q_parity)
+            tile = int32(0)
+            if lane == 0:
+                tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
+            tile = registers.uniform(tile)
+            if tile < 0:
+                break
+            q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * CODE_BYTES))
+            row_block, head = place(tile, per_head, section, all_heads)
+            row = int32(row_block * block_m + own_row)
+            group_row = int32(row_block * block_m + 64 * group_index)
+            limit_low, limit_high, limit_group = tk, tk, tk
+            if causal:
+                limit_low = min(tk, row + offset + 1)
+                limit_high = min(tk, row + offset + 9)
+                limit_group = min(tk, group_row + offset + 1)
+            for i in range(o_count):
+                o[i] = float32(0.0)
+            max_low, max_high = float32(NO_KEY), float32(NO_KEY)
+            sum_low, sum_high = float32(0.0), float32(0.0)
+            j = int32(key_tiles((row_block + 1) * block_m, tq, tk, offset) - 1)
+            own = key_tiles(group_row + 64, tq, tk, offset) if group_row < tq else int32(0)
+            batch = registers.quotient(head, heads)
+            kv_head = registers.quotient(int32(head - batch * heads), group)
+            kv_heads = registers.quotient(heads, group)
+            line = uint64(batch) * uint64(kv_heads) + uint64(kv_head)
+            of_keys = k_scales + uint64(4) * line * uint64(k_blocks)
+            block = int32(min(registers.quotient(group_row, int32(64)), q_blocks - 1))
+            place_of_q = uint64(4) * (uint64(head) * uint64(q_blocks) + uint64(block))
+            q_factor = copy.load_float(q_scales + place_of_q) * scale
+            while j >= own:  # what only other warpgroups need
+                barrier.wait(base + k_full + 8 * stage, parity)
+                barrier.wait(base + v_full + 8 * stage, parity)
+                if lane == 0:
+                    barrier.arrive(base + k_empty + 8 * stage)
+                    barrier.arrive(base + v_empty + 8 * stage)
+                stage, parity = next_stage(stage, parity)
+                j = int32(j - 1)
+            if j >= 0:
+                k_factor = copy.load_float(of_keys + uint64(4) * uint64(j))
+                barrier.wait(base + k_full + 8 * stage, parity)
+                qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
+                wgmma.commit()
+                scores_done(codes)
+                if lane == 0:
+                    barrier.arrive(base + k_empty + 8 * stage)
+                max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
+                    codes,
+                    s,
+                    q_factor * k_factor,
+                    j,
+                    quad_lane,
+                    limit_low,
+                    limit_high,
+                    limit_group,
+                    max_low,
+                    sum_low,
+                    max_high,
+                    sum_high,
+                )
+                barrier.wait(base + v_full + 8 * stage, parity)
+                pack_scores(p, s)
+                j = int32(j - 1)
+                while j >= 0:
+                    old_stage = stage
+                    stage, parity = next_stage(stage, parity)
+                    k_factor = copy.load_float(of_keys + uint64(4) * uint64(j))
+                    barrier.wait(base + k_full + 8 * stage, parity)
+                    qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
+                    wgmma.commit()
+                    pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
+                    wgmma.commit()
+                    scores_first_done(codes)
+                    if lane == 0:
+                        barrier.arrive(base + k_empty + 8 * stage)
+                    max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
+                        codes,
+                        s,
+                        q_factor * k_factor,
+                        j,
+                        quad_lane,
+                        limit_low,
+                        limit_high,
+                        limit_group,
+                        max_low,
+                        sum_low,
+                        max_high,
+                        sum_high,
+                    )
+                    # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
+                    pin_scores(s)
+                    barrier.wait(base + v_full + 8 * stage, parity)
+                    output_done(o)
+                    if lane == 0:
+                        barrier.arrive(base + v_empty + 8 * old_stage)
+                    pack_scores(p, s)
+                    rescale(o, factor_low, factor_high)
+                    j = int32(j - 1)
+                if lane == 0:
+                    barrier.arrive(base + q_empty + 8 * q_stage)
+                wgmma.fence()
+                pv_product(o, p, v_descriptor(base + v_tiles + stage * v_bytes))
+                wgmma.commit()
+                output_done(o)
+                if lane == 0:
+                    barrier.arrive(base + v_empty + 8 * stage)
+                stage, parity = next_stage(stage, parity)
+            elif lane == 0:
+                barrier.arrive(base + q_empty + 8 * q_stage)
+            q_stage, q_parity = next_q_stage(q_stage, q_parity)
+
+            sum_low, sum_high = row_total(sum_low), row_total(sum_high)
+            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
+            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
+            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
+            row_bytes = uint64(2 * columns)
+            address = out + line * row_bytes
+            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
+            address += uint64(8 * heads) * row_bytes
+            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
+
+    return consume
+
+
+def build_softmax_row(variant: Variant) -> Callable[..., Any]:
+    """Return ``softmax_row(s, first, factor, old_max, old_sum)`` for scores of MIDDLE plus an integer.
+
+    As that of `softmax_hopper.build_softmax`, but maxima are of the scores times ``factor``, which is above 0
+    and changes from tile to tile.
+    """
+    count, middle = variant.block_n // 2, wgmma.MIDDLE
+
+    @device_function
+    def softmax_row(s: Any, first: Any, factor: Any, old_max: Any, old_sum: Any) -> Any:
+        largest = float32(NO_KEY)
+        for i in range(count // 4):
+            largest = registers.maximum(largest, s[4 * i + first])
+            largest = registers.maximum(largest, s[4 * i + first + 1])
+        largest = registers.maximum(largest, registers.exchange_float(largest, 1))
+        largest = registers.maximum(largest, registers.exchange_float(largest, 2))
+        new_max = registers.maximum(old_max, (largest - float32(middle)) * factor)
+        # A row without a key so far: exp2(-inf - 0) = 0, where exp2(-inf + inf) would be NaN.
+        top = new_max if new_max != float32(NO_KEY) else float32(0.0)
+        shrink = registers.exp2(old_max - top)
+        shift = registers.fused_multiply_add(float32(middle), factor, top)
+        total = float32(0.0)
+        for i in range(count // 4):
+            for e in range(2):
+                p = registers.exp2(registers.fused_multiply_add(s[4 * i + first + e], factor, -shift))
+                s[4 * i + first + e] = p
+                total += p
+        return new_max, old_sum * shrink + total, shrink
+
+    return softmax_row

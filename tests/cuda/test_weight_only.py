@@ -1,0 +1,253 @@
+"""The kernels for quantised weights in the simulator: decoding, gradients, QLoRA, and mistakes in them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuda_backend
+from cuda_backend.arrays import poisoned_outputs
+from cuda_backend.weight_only import call, decode, pack, prepared
+from cuda_backend.weight_only.variant import Variant, choose
+from refimpl import quant
+from refimpl.errors import DTypeError, ShapeError, UnsupportedError
+from refimpl.numerics import round_to, widen
+from refimpl.quant import Int8Groups, nf4_quantize, quantize_groups
+from tests.cuda.judge import DTYPES
+from tests.cuda.weight_only_judge import case_of, decoding, decoding_difference
+
+pytestmark = pytest.mark.cudasim
+
+NARROW = ("float16", "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(
+    ("weight", "sizes"),
+    [
+        ("int8", {"M": 1, "K": 384, "N": 17, "group_size": 128}),  # an odd number of chunks, a ragged tile
+        ("int8", {"M": 9, "K": 256, "N": 16, "group_size": 256}),
+        ("int8", {"M": 16, "K": 128, "N": 5, "group_size": 4096, "bias": False}),
+        ("nf4", {"M": 1, "K": 768, "N": 17, "scale_block_size": 256}),
+        ("nf4", {"M": 8, "K": 256, "N": 17, "scale_block_size": 4, "values": "scaled"}),
+        ("nf4", {"M": 16, "K": 256, "N": 16, "scale_block_size": 8, "bias": False}),
+    ],
+)
+def test_decoding_obeys_its_record(weight: str, sizes: dict[str, Any], dtype: str) -> None:
+    assert decoding_difference(weight, case_of(weight, dtype, **sizes), dtype) is None
+
+
+@pytest.mark.parametrize("weight", ["int8", "nf4"])
+def test_activations_from_global_memory(weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit into shared memory is read as it is needed, and gives the same bits."""
+    for M in (1, 11):
+        case = case_of(weight, "float16", M=M, K=256, N=20)
+        resident = case.call(decoding(weight))
+        with monkeypatch.context() as patch:
+            patch.setattr(call, "choose", lambda *a: choose(*a)._replace(resident=False))
+            call._plan.cache_clear()
+            assert np.array_equal(case.call(decoding(weight)), resident)
+        call._plan.cache_clear()
+
+
+def test_rows_with_a_pitch_and_nothing_to_do() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 264)).astype(np.float16)
+    weight = prepared.prepare_nf4(nf4_quantize(np.eye(256, 20, dtype=np.float32)))
+    assert np.array_equal(call.nf4_linear_decode(x[:, 4:260], weight), x[:, 4:24])
+    assert call.nf4_linear_decode(x[:0, :256], weight).shape == (0, 20)
+
+
+def test_packing_is_the_permutation_that_it_says() -> None:
+    """The order in which lanes read, written out by NumPy from the figures of the PTX ISA."""
+    K, N = 512, 16
+    rng = np.random.default_rng(0)
+    stored = Int8Groups(rng.integers(-127, 128, (K, N)).astype(np.int8), np.ones((4, N), np.float32))
+    found = prepared.prepare_int8_groups(stored).codes.reshape(4, 2, 2, 8, 4, 4, 4)
+    for chunk, part, half, g, t, step, i in [
+        (0, 0, 0, 0, 0, 0, 0),
+        (3, 1, 1, 7, 3, 3, 3),
+        (2, 0, 1, 5, 1, 2, 3),
+    ]:
+        k = 128 * chunk + 64 * part + 16 * step + 4 * t + i
+        assert found[chunk, part, half, g, t, step, i] == int(stored.codes[k, 8 * half + g]) + 128
+    weight = nf4_quantize(rng.standard_normal((K, N)).astype(np.float32))
+    bytes_ = weight.codes.reshape(N, K // 2)
+    lanes = prepared.prepare_nf4(weight).codes.view(np.uint8).reshape(2, 2, 2, 8, 4, 8, 2)
+    for chunk, part, half, g, t, step, i in [
+        (0, 0, 0, 0, 0, 0, 0),
+        (1, 1, 1, 7, 3, 7, 1),
+        (1, 0, 1, 2, 1, 5, 0),
+    ]:
+        k = 256 * chunk + 128 * part + 16 * step + 4 * t + 2 * i
+        assert lanes[chunk, part, half, g, t, step, i] == bytes_[8 * half + g, k // 2]
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_gradients(dtype: str) -> None:
+    """Of x and bias, within the error that the reference itself has in this format, three times."""
+    rng = np.random.default_rng(0)
+    x, dy, bias = (round_to(rng.standard_normal(s), DTYPES[dtype]) for s in ((5, 13), (5, 6), (6,)))
+    weight = rng.standard_normal((13, 6)).astype(np.float32)
+    stored = quantize_groups(weight, group_size=4)
+    packed = nf4_quantize(weight, block_size=8, scale_block_size=4)
+    for name, args, options in (
+        ("int8_weight_linear_vjp", (x, stored, dy), {"group_size": 4, "bias": bias}),
+        ("nf4_linear_vjp", (x, packed, dy), {"bias": bias}),
+    ):
+        with poisoned_outputs():
+            found = getattr(cuda_backend, name)(*args, **options)
+        _assert_near(found, getattr(quant, name), args, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_qlora_backward(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    shapes = (5, 11), (11, 3), (3, 6), (5, 6)
+    x, a, b, dy = (round_to(rng.standard_normal(s), DTYPES[dtype]) for s in shapes)
+    stored = quant.qlora_quantize(
+        rng.standard_normal((11, 6)).astype(np.float32), block_size=8, scale_block_size=4
+    )
+    for rank in (3, 0):
+        args = (x, a[:, :rank], b[:rank], stored, dy)
+        with poisoned_outputs():
+            found = cuda_backend.qlora_linear_vjp(*args, lora_alpha=2.0)
+        _assert_near(found, quant.qlora_linear_vjp, args, {"lora_alpha": 2.0}, dtype)
+
+
+def _assert_near(found: Any, reference: Any, args: Any, options: dict[str, Any], dtype: str) -> None:
+    """Hold outputs to the reference in float64, with three times the error that the reference has itself."""
+
+    def exact(value: Any) -> Any:
+        floats = getattr(value, "dtype", None) is not None and value.dtype.name in (*DTYPES, "bfloat16")
+        if isinstance(value, tuple):
+            return type(value)(*map(exact, value)) if hasattr(value, "_fields") else value
+        return widen(value).astype(np.float64) if floats else value
+
+    truth = reference(*map(exact, args), **{key: exact(value) for key, value in options.items()})
+    baseline = reference(*args, **options)
+    for name, wanted, own, mine in zip(truth._fields, truth, baseline, found, strict=True):
+        if wanted is None:
+            assert mine is None
+            continue
+        assert mine.dtype == own.dtype, name
+        assert mine.shape == wanted.shape, name
+        size = float(np.abs(wanted).max(initial=0.0))
+        error = np.abs(widen(own).astype(np.float64) - wanted).max(initial=0.0)
+        spacing = {"float32": 2.0**-22, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype] * size
+        assert np.abs(widen(mine).astype(np.float64) - wanted).max(initial=0.0) <= 3 * error + spacing, name
+
+
+def test_clear_refusals() -> None:
+    x = np.zeros((1, 256), np.float16)
+    weight = prepared.prepare_nf4(nf4_quantize(np.zeros((256, 4), np.float32)))
+    with pytest.raises(UnsupportedError, match="17 tokens; the kernel takes up to 16"):
+        call.nf4_linear_decode(np.zeros((17, 256), np.float16), weight)
+    with pytest.raises(UnsupportedError, match="inputs are float32; the kernel takes float16, bfloat16"):
+        call.nf4_linear_decode(x.astype(np.float32), weight)
+    with pytest.raises(ShapeError, match="axis K must equal that of x"):
+        call.nf4_linear_decode(x[:, 1:], weight)
+    with pytest.raises(UnsupportedError, match="K is 320; the kernel takes multiples of 256"):
+        prepared.prepare_nf4(nf4_quantize(np.zeros((320, 4), np.float32)))
+    with pytest.raises(UnsupportedError, match="group_size is 96"):
+        prepared.prepare_int8_groups(
+            quantize_groups(np.zeros((256, 4), np.float32), group_size=96), group_size=96
+        )
+    with pytest.raises(DTypeError, match="weight scale: expected float32, got float64"):
+        prepared.prepare_int8_groups(quantize_groups(np.zeros((128, 4))))
+
+
+def test_shared_memory_suffices() -> None:
+    """Every layer of usual models fits, with its activations if they are few."""
+    for weight in ("int8", "nf4"):
+        for tokens in (1, 4, 8, 16):
+            for K in (2048, 4096, 8192, 14336, 28672):
+                variant = choose(weight, "f16", tokens, K)
+                assert variant.blocks * (variant.shared_bytes(tokens, K) + 1024) <= 233_472
+                assert variant.table_at % 256 == variant.x_at % 16 == 0
+    assert choose("nf4", "f16", 1, 8192) == Variant("nf4", "f16", 8, wide=False, resident=True)
+
+
+# Mistakes: each changes one thing between the stored weight and the output, and must be seen by the record.
+
+
+def _swapped(order: Any, first: int, second: int) -> Any:
+    within = list(order.within)
+    within[first], within[second] = within[second], within[first]
+    return order._replace(within=tuple(within))
+
+
+def _rotated(order: Any) -> Any:
+    features = list(order.features)
+    features[3], features[4] = 1, 2
+    return order._replace(features=tuple(features))
+
+
+MISTAKES = {
+    "steps and lanes exchanged": ("int8", prepared, "int8_order", lambda f, *a: _swapped(f(*a), 5, 6)),
+    "rows interleaved": ("int8", prepared, "int8_order", lambda f, *a: _rotated(f(*a))),
+    "codes with their sign": ("int8", prepared, "moved", lambda f, *a, flip=0, **k: f(*a, **k)),
+    "scales of the first group": (
+        "int8", prepared, "scale_order", lambda f, *a: f(*a)._replace(within=(0,) * 8),
+    ),
+    "nibbles exchanged": (
+        "nf4", call, "pair_table", lambda f, *a: f(*a) >> np.uint32(16) | f(*a) << np.uint32(16),
+    ),
+    "pairs and lanes exchanged": (
+        "nf4", prepared, "nf4_order", lambda f, *a: _swapped(f(*a), 5, 6),
+    ),
+    "absmax of the next block": (
+        "nf4", prepared, "absmax_order", lambda f, *a: f(*a)._replace(within=(0,) * 5 + (4, 0, 0)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, module, name, change = MISTAKES[mistake]
+    case = case_of(weight, "float16", M=2, K=512, N=16)
+    right = getattr(module, name)
+    assert decoding_difference(weight, case, "float16") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, functools.partial(change, right))
+        call._tables.cache_clear()
+        assert decoding_difference(weight, case, "float16") is not None
+    call._tables.cache_clear()
+
+
+# What stands in the source of the kernel, and what is put in its place.
+IN_THE_KERNEL = {
+    "sums of one warp": ("nf4", "for w in range(WARPS)", "for w in range(1)"),
+    "tokens exchanged": ("nf4", "2 * (owner & 3) + (i & 1)", "2 * (owner & 3) + 1 - (i & 1)"),
+    "rows exchanged": ("int8", "8 * ((i >> 1) & 1)", "8 * (1 - (i >> 1) & 1)"),
+    "no offset of absmax": ("nf4", ".view(np.float32) + offset", ".view(np.float32)"),
+    "scale of the other row": ("int8", "uint32(extra[4 * slot + i]).v", "uint32(extra[4 * slot + 1 - i]).v"),
+    "sums kept for the next tile": ("int8", "total[i] = float32(0.0)\n                        cuda", "cuda"),
+    "chunk of the next warp": ("nf4", "int32(2 * CHUNK * chunk)", "int32(2 * CHUNK * (chunk ^ 1))"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", IN_THE_KERNEL)
+def test_mistakes_in_the_kernel_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, right, wrong = IN_THE_KERNEL[mistake]
+    text = inspect.getsource(decode.build)
+    changed = text.replace(right, wrong)
+    assert changed != text
+    space = dict(vars(decode))
+    exec(compile(changed, decode.__file__, "exec"), space)
+    case = case_of(weight, "float16", M=3, K=512, N=49)  # two tiles for each of two blocks
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "build", space["build"])
+        call._plan.cache_clear()
+        assert decoding_difference(weight, case, "float16") is not None
+    call._plan.cache_clear()
+
+
+def test_padding_repeats_a_row() -> None:
+    order = pack.int8_order(128, 17)
+    assert order.sizes[0] == 2
+    packed = prepared.prepare_int8_groups(quantize_groups(np.eye(128, 17, dtype=np.float32)))
+    assert packed.codes.nbytes == 2 * 16 * 128

@@ -1,0 +1,177 @@
+"""Quantised weights and attention in int8 on a GPU: decoding, any number of tokens, QLoRA, the Hopper kernel.
+
+``FRUGAL_TEST_GPU=1 pytest -s -m cuda tests/cuda/test_weight_only_device.py`` prints errors of attention too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuda_backend
+from refimpl import quant
+from refimpl.attention import scaled_dot_product_attention
+from refimpl.numerics import round_to, widen
+from refimpl.quant import nf4_quantize, quantize_groups
+from tests.cuda.int8_attention_judge import case_of as attention_case
+from tests.cuda.int8_attention_judge import int8_difference
+from tests.cuda.judge import DTYPES
+from tests.cuda.test_device import on_torch
+from tests.cuda.weight_only_judge import case_of, decoding, decoding_difference
+
+pytestmark = pytest.mark.cuda
+
+NARROW = ("float16", "bfloat16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    reason = cuda_backend.availability("cuda")
+    if reason:
+        pytest.skip(reason)
+
+
+def _hopper() -> None:
+    from cuda_backend.context import is_hopper
+
+    if not is_hopper():
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("weight", ["int8", "nf4"])
+@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 16])
+def test_decoding_obeys_its_record(M: int, weight: str, dtype: str) -> None:
+    for K, N in ((256, 5), (512, 16), (1280, 33), (4096, 1100), (8192, 300)):
+        case = case_of(weight, dtype, seed=N, M=M, K=K, N=N)
+        assert decoding_difference(weight, case, dtype) is None, (K, N)
+
+
+@pytest.mark.parametrize("weight", ["int8", "nf4"])
+def test_wide_layers_read_activations_from_global_memory(weight: str) -> None:
+    case = case_of(weight, "float16", M=16, K=28_672, N=64)
+    assert decoding_difference(weight, case, "float16") is None
+
+
+@pytest.mark.parametrize("group_size", [128, 256, 4096])
+def test_groups(group_size: int) -> None:
+    case = case_of("int8", "float16", M=3, K=2048, N=130, group_size=group_size)
+    assert decoding_difference("int8", case, "float16") is None
+
+
+@pytest.mark.parametrize("weight", ["int8", "nf4"])
+def test_torch_tensors_repeat_bit_for_bit(weight: str) -> None:
+    torch = pytest.importorskip("torch")
+    case = case_of(weight, "float16", M=5, K=4096, N=4096)
+    expected = case.call(decoding(weight))
+    f = decoding(weight, on_torch)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        found = [case.call(f) for _ in range(5)]
+    stream.synchronize()
+    for each in found:
+        assert isinstance(each, torch.Tensor)
+        assert np.array_equal(each.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_any_number_of_tokens(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    for M, K, N in ((1, 70, 33), (65, 300, 129), (200, 1024, 384)):
+        x = round_to(rng.standard_normal((M, K)), DTYPES[dtype])
+        weight = rng.standard_normal((K, N)).astype(np.float32) / np.sqrt(K)
+        bias = round_to(rng.standard_normal(N), DTYPES[dtype])
+        for name, stored in (
+            ("int8_weight_linear", quantize_groups(weight)),
+            ("nf4_linear", nf4_quantize(weight)),
+        ):
+            found = getattr(cuda_backend, name)(x, stored, bias=bias)
+            expected = getattr(quant, name)(x, stored, bias=bias)
+            _assert_near(found, expected, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_qlora_forward_and_backward(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    M, K, N, R = 150, 512, 384, 16
+    shapes = (M, K), (K, R), (R, N), (M, N)
+    x, a, b, dy = (round_to(rng.standard_normal(s) / 4, DTYPES[dtype]) for s in shapes)
+    stored = quant.qlora_quantize(rng.standard_normal((K, N)).astype(np.float32) / 20)
+    options: dict[str, Any] = {"lora_alpha": 32.0}
+    _assert_near(
+        cuda_backend.qlora_linear(x, a, b, stored, **options),
+        quant.qlora_linear(x, a, b, stored, **options),
+        dtype,
+        "forward",
+    )
+    found = cuda_backend.qlora_linear_vjp(x, a, b, stored, dy, **options)
+    expected = quant.qlora_linear_vjp(x, a, b, stored, dy, **options)
+    for name, mine, wanted in zip(expected._fields, found, expected, strict=True):
+        _assert_near(mine, wanted, dtype, name)
+
+
+def _assert_near(found: Any, expected: Any, dtype: str, what: str) -> None:
+    """Two evaluations in one format: within two units in the last place of the largest output."""
+    spacing = {"float32": 2.0**-18, "float16": 2.0**-9, "bfloat16": 2.0**-6}[dtype]
+    wanted = widen(expected).astype(np.float64)
+    assert found.dtype == expected.dtype, what
+    assert np.abs(widen(found).astype(np.float64) - wanted).max() <= spacing * np.abs(wanted).max(), what
+
+
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_portable_attention_in_int8(dtype: str, causal: Any) -> None:
+    for Tq, Tk in ((1, 1), (70, 131), (200, 200)):
+        case = attention_case(
+            dtype, Tq, B=2, Tq=Tq, Tk=Tk, Hkv=2, D=40, Dv=24, blocks="default", causal=causal
+        )
+        assert int8_difference(cuda_backend.int8_attention, case, dtype) is None, (Tq, Tk)
+
+
+@pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("D", [128, 64, 40])
+def test_hopper_attention_in_int8(D: int, dtype: str, causal: Any) -> None:
+    _hopper()
+    for Tq, Tk in ((1, 1), (64, 128), (65, 129), (200, 70), (300, 700)):
+        case = attention_case(
+            dtype, Tq, B=2, Tq=Tq, Tk=Tk, Hkv=2, group=2, D=D, Dv=D, blocks="default", causal=causal
+        )
+        assert int8_difference(cuda_backend.int8_attention_hopper, case, dtype) is None, (Tq, Tk)
+
+
+def test_zeros_and_masked_blocks() -> None:
+    _hopper()
+    q = np.zeros((1, 130, 2, 128), np.float16)
+    assert not cuda_backend.int8_attention_hopper(q, q, q, causal=True).any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_and_their_error(causal: bool) -> None:
+    """The error beside exact attention, smoothed or not, of keys that share a vector."""
+    _hopper()
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 8192, 4, 128, device="cuda", dtype=torch.float16, generator=generator) for _ in "qkv"
+    )
+    k += 2 * torch.randn(1, 1, 4, 128, device="cuda", dtype=torch.float16, generator=generator)
+    rows = np.arange(0, 8192, 1021)
+    host = [x[:, :, 1:2].double().cpu().numpy() for x in (q, k, v)]
+    mask = np.arange(8192)[None, :] <= rows[:, None] if causal else None
+    exact = scaled_dot_product_attention(host[0][:, rows], host[1], host[2], attn_mask=mask)
+    errors = {}
+    for name, f, options in (
+        ("int8", cuda_backend.int8_attention_hopper, {}),
+        ("int8, not smoothed", cuda_backend.int8_attention_hopper, {"smooth": False}),
+        ("fp16", cuda_backend.flash_attention_hopper, {}),
+    ):
+        outs = [f(q, k, v, causal=causal, **options) for _ in range(3)]
+        assert all(torch.equal(outs[0], out) for out in outs), "results repeat bit for bit"
+        mine = outs[0][:, torch.from_numpy(rows).cuda(), 1:2].double().cpu().numpy()
+        errors[name] = float(np.sqrt(np.mean(np.square(mine - exact)) / np.mean(np.square(exact))))
+    print(causal, errors)  # noqa: T201
+    assert errors["int8"] < 0.05
+    assert errors["int8"] < errors["int8, not smoothed"]
