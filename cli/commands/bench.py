@@ -198,8 +198,8 @@ def command(
     Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
     simulator can run the same checks, and its seconds say nothing about a GPU.
 
-    WHAT = weight-only is decoding: a few tokens times a weight in int8 or NF4, stored ahead.  Of int8-attention
-    the time has the codes in it, and the error against exact attention stands beside it.
+    WHAT = weight-only is decoding: a few tokens times a weight in int8 or NF4, stored ahead.  The time of
+    int8-attention has the codes in it, and the error against exact attention stands beside it.
 
     WHAT = growth needs no GPU: it measures time and peak memory of the references against the length N, full
     attention beside sliding window, BigBird, linear attention and Mamba, and fits the power of N over the top
