@@ -21,7 +21,7 @@ _OPTIONS = (
     click.option("--model", type=MODEL, help="Name of a model that memsim describes."),
     click.option("--config", type=click.Path(), help="config.json of a model, or the directory with it."),
     click.option("--gpus", type=COUNT, required=True, help="How many accelerators."),
-    click.option("--hardware", type=HARDWARE, default="a100-80gb", show_default=True, help="Which."),
+    click.option("--hardware", type=HARDWARE, help="Which.  [default: a100-80gb, or that of --calibration]"),
     click.option("--batch", type=COUNT, required=True, help="Sequences of a step, on all accelerators."),
     click.option("--sequence", type=COUNT, required=True, help="Tokens of a sequence; K is 1000."),
     click.option(
@@ -39,10 +39,15 @@ _OPTIONS = (
         show_default=True,
         help="megatron: 18 bytes a parameter, with fp32 gradients; zero: 16.",
     ),
+    click.option(
+        "--calibration",
+        type=click.Path(exists=True, dir_okay=False),
+        help="File of `frugal calibrate`: --compute, --scores and --memory of that card.",
+    ),
     click.option("--latency", type=click.FloatRange(0.0, 1.0), default=0.0, help="Seconds a message."),
-    click.option("--compute", type=SHARE, default=1.0, help="Share of the peak rate that products reach."),
+    click.option("--compute", type=SHARE, help="Share of the peak rate that products reach.  [default: 1]"),
     click.option("--scores", type=SHARE, help="Share that attention reaches.  [default: --compute]"),
-    click.option("--memory", type=SHARE, default=1.0, help="Share of the memory bandwidth reached."),
+    click.option("--memory", type=SHARE, help="Share of the memory bandwidth reached.  [default: 1]"),
     click.option("--network", type=SHARE, default=1.0, help="Share of the links' bandwidth reached."),
     click.option(
         "--overlap",
@@ -66,7 +71,7 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
     Raises
     ------
     click.UsageError
-        If they name no model, or two.
+        If they name no model, or two, or shares beside a calibration, or one of another card.
     """
     from memsim.huggingface import read_model
     from memsim.training_setting import Setting
@@ -75,15 +80,32 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
         raise click.UsageError("expected one of --model and --config")
     model = read_model(options["config"]) if options["model"] is None else options["model"]
 
-    names = ("attention", "dropout", "states", "latency", "compute", "memory", "network", "overlap", "scores")
+    names = ("attention", "dropout", "states", "latency", "network", "overlap")
+    card, shares = _card_and_shares(options)
     return Setting(
         model,
-        options["hardware"],
+        card,
         options["gpus"],
         options["batch"],
         options["sequence"],
         **{name: options[name] for name in names},
+        **shares,
     )
+
+
+def _card_and_shares(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the card, and what it reaches: as the options say, or as it was calibrated."""
+    given = {name: options[name] for name in ("compute", "scores", "memory") if options[name] is not None}
+    if options["calibration"] is None:
+        return options["hardware"] or "a100-80gb", given
+    from memsim.calibration import read_calibration
+
+    if given:
+        raise click.UsageError(f"--calibration says what --{', --'.join(given)} would")
+    found = read_calibration(options["calibration"])
+    if options["hardware"] not in (None, found.hardware):
+        raise click.UsageError(f"--calibration is of {found.hardware}, --hardware {options['hardware']}")
+    return found.hardware, found.shares()
 
 
 def division_of(axes: Mapping[str, AxisValue]) -> Division:
