@@ -35,6 +35,7 @@ COMMANDS = (
     "timeline",
     "roofline",
     "validate",
+    "calibrate",
     "speculate",
     "redundancy",
     "apply",

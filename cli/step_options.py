@@ -21,7 +21,7 @@ _OPTIONS = (
     click.option("--model", type=MODEL, help="Name of a model that memsim describes."),
     click.option("--config", type=click.Path(), help="config.json of a model, or the directory with it."),
     click.option("--gpus", type=COUNT, required=True, help="How many accelerators."),
-    click.option("--hardware", type=HARDWARE, default="a100-80gb", show_default=True, help="Which."),
+    click.option("--hardware", type=HARDWARE, help="Which.  [default: a100-80gb, or that of --calibration]"),
     click.option("--batch", type=COUNT, required=True, help="Sequences of a step, on all accelerators."),
     click.option("--sequence", type=COUNT, required=True, help="Tokens of a sequence; K is 1000."),
     click.option(
@@ -44,6 +44,11 @@ _OPTIONS = (
         "--stack",
         type=STACK,
         help="Efficiencies fitted to measurements of one: see `frugal validate`.  [default: every one is 1]",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Path(exists=True, dir_okay=False),
+        help="File of `frugal calibrate`: --compute, --scores and --memory of that card.",
     ),
     click.option("--compute", type=SHARE, help="Share of the peak rate that products reach."),
     click.option("--scores", type=SHARE, help="Share that attention reaches.  [default: --compute]"),
@@ -70,7 +75,7 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
     Raises
     ------
     click.UsageError
-        If they name no model, or two.
+        If they name no model, or two, or shares beside a calibration, or one of another card.
     """
     from memsim.huggingface import read_model
     from memsim.training_setting import Setting
@@ -80,29 +85,43 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
     model = read_model(options["config"]) if options["model"] is None else options["model"]
 
     names = ("attention", "dropout", "states", "latency")
+    card, shares = _card_and_shares(options)
     return Setting(
         model,
-        options["hardware"],
+        card,
         options["gpus"],
         options["batch"],
         options["sequence"],
         **{name: options[name] for name in names},
-        **_efficiencies(options),
+        **shares,
     )
 
 
-def _efficiencies(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the stack, and before them the ones that are given."""
-    names = ("compute", "scores", "memory", "network", "overlap")
-    given = {name: options[name] for name in names if options[name] is not None}
-    if options["stack"] is None:
-        return given
-    from memsim.efficiency import efficiency
+def _card_and_shares(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the card, and what it reaches: those of the stack or of a calibration, and what is given."""
+    shares = ("compute", "scores", "memory", "network", "overlap")
+    given = {name: options[name] for name in shares if options[name] is not None}
+    card = options["hardware"] or "a100-80gb"
+    if options["stack"] is not None:
+        if options["calibration"] is not None:
+            raise click.UsageError("--stack and --calibration both say what is reached; expected one")
+        from memsim.efficiency import efficiency
 
-    fitted: dict[str, Any] = efficiency(options["stack"])
-    if "attention" in fitted:
-        fitted["scores"] = fitted.pop("attention")
-    return {**fitted, **given}
+        fitted: dict[str, Any] = efficiency(options["stack"])
+        if "attention" in fitted:
+            fitted["scores"] = fitted.pop("attention")
+        return card, {**fitted, **given}
+    if options["calibration"] is None:
+        return card, given
+    from memsim.calibration import read_calibration
+
+    doubled = [f"--{name}" for name in ("compute", "scores", "memory") if name in given]
+    if doubled:
+        raise click.UsageError(f"--calibration says what {', '.join(doubled)} would")
+    found = read_calibration(options["calibration"])
+    if options["hardware"] not in (None, found.hardware):
+        raise click.UsageError(f"--calibration is of {found.hardware}, --hardware {options['hardware']}")
+    return found.hardware, {**found.shares(), **given}
 
 
 def division_of(axes: Mapping[str, AxisValue]) -> Division:

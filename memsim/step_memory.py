@@ -285,7 +285,8 @@ def _inside(piece: Piece) -> tuple[list[int], list[int]]:
         return [scanned], [sizes["both branches"], scanned, scanned]
     if piece.kind in ("attention", "latent_attention"):
         made = [size for name, size in sizes.items() if name not in ("mask", "logsumexp", "mask of scores")]
-        return [sizes["output"]], made
+        # Scores in memory: the gradient of softmax is made of that of its result, while both are there.
+        return [sizes["output"], *(sizes[name] for name in ("softmax",) if name in sizes)], made
     return [], []
 
 

@@ -19,6 +19,7 @@ from memsim.checked import Checked
 from memsim.counted_traffic import traffic_ids, traffic_rows
 from memsim.efficiency import efficiency_letters, stacks
 from memsim.measurements import SOURCES, predict, rows_of
+from memsim.peak_memory import memory_rows
 from refimpl.errors import UnknownNameError
 
 __all__ = ["Bar", "Checked", "Summary", "bars", "summaries", "validate"]
@@ -72,7 +73,7 @@ def validate(belongs: str | None = None, only: str | None = None) -> list[Checke
     UnknownNameError
         If there is no such set, or no row fits `only`.
     """
-    rows = [row for stack in stacks() for row in _times(stack)]
+    rows = [*(row for stack in stacks() for row in _times(stack)), *memory_rows()]
     if belongs is not None:
         rows = [row for row in (*rows, *traffic_rows()) if row.belongs == belongs]
         if not belongs or not rows:
