@@ -24,6 +24,9 @@ __all__ = [
     "pack_pair",
     "pin",
     "quotient",
+    "select_float",
+    "select_int",
+    "select_word",
     "take_registers",
     "uniform",
     "unpack_low",
@@ -159,6 +162,21 @@ quotient = instruction(
     'x // y of two integers that are not negative.  PTX ISA, "div".',
     pure=True,
 )
+
+def _select(name: str, kind: Any, letter: str) -> Intrinsic:
+    return instruction(
+        name,
+        kind,
+        {"condition": _int, "then": kind, "otherwise": kind},
+        f"{{ .reg .pred chosen; setp.ne.s32 chosen, $1, 0; selp.{'f' if letter == 'f' else 'b'}32 $0, $2, $3, chosen; }}",
+        f"={letter},r,{letter},{letter}",
+        '`then` where `condition` is not 0.  PTX ISA, "selp".',
+        pure=True,
+    )
+
+
+select_float = _select("select_float", _float, "f")
+select_int, select_word = _select("select_int", _int, "r"), _select("select_word", _word, "r")
 
 exchange_float = instruction(
     "exchange_float",
