@@ -116,7 +116,8 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                 dk[i] = float32(0.0)
                 dv[i] = float32(0.0)
             begin = first_block(key_block, blocks, tq, offset)
-            for _member in range(group):
+            member = int32(0)
+            while member < group:
                 block = begin
                 while block < blocks:
                     q_place = base + q_tiles + stage * q_bytes
@@ -167,7 +168,8 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     stage, parity = next_stage(stage, parity)
                     ds_stage, ds_parity = next_ds(ds_stage, ds_parity)
-                    block = int32(block + 1)
+                    block = registers.successor(block)
+                member = registers.successor(member)
             barrier.arrive_warp(base + kv_empty, lane)
             batch = registers.quotient(kv_head, heads)
             line = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(kv_head - batch * heads)

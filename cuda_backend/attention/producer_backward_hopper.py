@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
 from cuda_backend.attention.producer_hopper import NO_TILE
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS, BackwardVariant
@@ -51,68 +52,74 @@ def build_backward_producer(variant: BackwardVariant, schedule: BackwardSchedule
     shift_places, delta_places, tile_slot = places.shifts, places.deltas, places.tile_slot
     k_full, v_full, kv_empty = places.k_full, places.v_full, places.kv_empty
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
-    place, first_block, next_stage = schedule.place, schedule.first_block, schedule.next_stage
+    place, first_block, stages = schedule.place, schedule.first_block, variant.stages
+    load_q, load_k, load_v, load_do = (tma.load_4d_of(number) for number in range(4))
 
     @device_function
     def produce(base: Any, descriptors: Any, shifts: Any, deltas: Any, counter: Any, problem: Any) -> None:
         tiles, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, _, _ = problem
-        q_map, k_map = descriptors, descriptors + uint64(128)
-        v_map, do_map = descriptors + uint64(256), descriptors + uint64(384)
-        tma.prefetch_descriptor(q_map)
-        tma.prefetch_descriptor(k_map)
-        tma.prefetch_descriptor(v_map)
-        tma.prefetch_descriptor(do_map)
+        for number in range(4):
+            tma.prefetch_descriptor(descriptors + uint64(DESCRIPTOR_BYTES * number))
         grid.wait_for_earlier_grids()
-        grid_blocks = int32(cuda.gridDim.x)
         tile = int32(cuda.blockIdx.x)
-        stage, parity, kv_parity = int32(0), int32(1), int32(1)
+        # For want of registers one number: step around the ring, and 16 times the parity of K and V.
+        state = int32(16)
         while tile < tiles:
             key_block, kv_head = place(tile, per_head, section, all_heads)
             batch = registers.quotient(kv_head, heads)
             own_head = int32(kv_head - batch * heads)
             row = int32(key_block * block_n)
-            barrier.wait(base + kv_empty, kv_parity)
-            kv_parity = int32(kv_parity ^ 1)
+            barrier.wait(base + kv_empty, state >> 4)
+            state = int32(state ^ 16)
             copy.store_shared_word(base + tile_slot, tile)
             barrier.expect_bytes(base + k_full, k_bytes)
             for c in range(subtiles):
                 target = base + k_tile + c * (128 * block_n)
-                tma.load_4d(target, k_map, base + k_full, c * SUBTILE, row, own_head, batch)
+                load_k(target, descriptors, base + k_full, c * SUBTILE, row, own_head, batch)
             barrier.expect_bytes(base + v_full, k_bytes)
             for c in range(subtiles):
                 target = base + v_tile + c * (128 * block_n)
-                tma.load_4d(target, v_map, base + v_full, c * SUBTILE, row, own_head, batch)
+                load_v(target, descriptors, base + v_full, c * SUBTILE, row, own_head, batch)
             begin = first_block(key_block, blocks, tq, offset)
-            for member in range(group):
+            member = int32(0)
+            while member < group:
                 head = int32(own_head * group + member)
                 block = begin
                 while block < blocks:
-                    line = uint64(kv_head * group + member) * uint64(blocks) + uint64(block)
+                    line = int32((kv_head * group + member) * blocks + block)
                     row = int32(block * block_m)
+                    odd = int32((state & 15) >= stages)
+                    stage, parity = int32((state & 15) - stages * odd), int32(odd ^ 1)
                     full = base + q_full + 8 * stage
                     barrier.wait(base + q_empty + 8 * stage, parity)
                     barrier.expect_bytes(full, q_bytes + stat_bytes)
                     target = base + q_tiles + stage * q_bytes
                     for c in range(subtiles):
-                        tma.load_4d(target + c * (128 * block_m), q_map, full, c * SUBTILE, row, head, batch)
+                        at = target + c * (128 * block_m)
+                        load_q(at, descriptors, full, c * SUBTILE, row, head, batch)
                     target = base + shift_places + stage * stat_bytes
-                    bulk.load(target, shifts + line * uint64(stat_bytes), stat_bytes, full)
+                    bulk.load(target, shifts + uint64(line) * uint64(stat_bytes), stat_bytes, full)
                     full = base + do_full + 8 * stage
                     barrier.wait(base + do_empty + 8 * stage, parity)
                     barrier.expect_bytes(full, q_bytes + stat_bytes)
                     target = base + do_tiles + stage * q_bytes
                     for c in range(subtiles):
-                        tma.load_4d(target + c * (128 * block_m), do_map, full, c * SUBTILE, row, head, batch)
+                        at = target + c * (128 * block_m)
+                        load_do(at, descriptors, full, c * SUBTILE, row, head, batch)
                     target = base + delta_places + stage * stat_bytes
-                    bulk.load(target, deltas + line * uint64(stat_bytes), stat_bytes, full)
-                    stage, parity = next_stage(stage, parity)
-                    block = int32(block + 1)
-            tile = int32(copy.fetch_add(counter, 1) + grid_blocks)
-        barrier.wait(base + kv_empty, kv_parity)
+                    bulk.load(target, deltas + uint64(line) * uint64(stat_bytes), stat_bytes, full)
+                    state = registers.successor(state)
+                    if (state & 15) == 2 * stages:
+                        state = int32(state - 2 * stages)
+                    block = registers.successor(block)
+                member = registers.successor(member)
+            tile = int32(copy.fetch_add(counter, 1) + grid.blocks())
+        barrier.wait(base + kv_empty, state >> 4)
         copy.store_shared_word(base + tile_slot, NO_TILE)
         barrier.arrive(base + k_full)
         # Whoever comes last knows that every block has drawn its last tile: reset for the next launch.
-        if copy.fetch_increment(counter + uint64(4), grid_blocks - 1) == grid_blocks - 1:
+        last = int32(grid.blocks() - 1)
+        if copy.fetch_increment(counter + uint64(4), last) == last:
             copy.store_global_word(counter, 0)
 
     return produce
@@ -142,18 +149,19 @@ def build_writer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callab
                 break
             key_block, kv_head = place(tile, per_head, section, all_heads)
             begin = first_block(key_block, blocks, tq, offset)
-            for member in range(group):
+            member = int32(0)
+            while member < group:
                 block = begin
                 while block < blocks:
-                    line = uint64(kv_head * group + member) * uint64(blocks) + uint64(block)
-                    word = words + line * uint64(4)
+                    line = int32((kv_head * group + member) * blocks + block)
+                    word = words + uint64(line) * uint64(4)
                     for w in range(CONSUMERS):
                         barrier.wait(base + dq_full + 8 * w, parity)
                         if deterministic and w == 0:
                             mine = turn(key_block, block, tq, tk, offset)
                             while turns.word_seen(word) != mine:
                                 pass
-                        target = sums + line * uint64(CONSUMERS * share_bytes) + uint64(w * share_bytes)
+                        target = sums + uint64(line) * uint64(CONSUMERS * share_bytes) + uint64(w * share_bytes)
                         bulk.add_floats(target, base + dq_tile + w * share_bytes, share_bytes)
                         bulk.commit()
                         bulk.wait_read()
@@ -162,7 +170,8 @@ def build_writer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callab
                         bulk.wait_added()
                         turns.pass_turn(word)
                     parity = int32(parity ^ 1)
-                    block = int32(block + 1)
+                    block = registers.successor(block)
+                member = registers.successor(member)
         bulk.wait_added()
 
     return write

@@ -56,13 +56,13 @@ def build_backward_schedule(variant: BackwardVariant) -> BackwardSchedule:
             query = int32(key_block * block_n - offset)
             if query >= tq:
                 return int32(blocks)
-            return registers.quotient(int32(max(query, 0)), block_m)
+            return registers.quotient(int32(max(query, int32(0))), block_m)
         return int32(0)
 
     @device_function
     def turn(key_block: Any, block: Any, tq: Any, tk: Any, offset: Any) -> Any:
         if causal:
-            end = min(tk, min((block + 1) * block_m, tq) + offset)
+            end = min(tk, int32(min(int32((block + 1) * block_m), tq) + offset))
             return int32(registers.quotient(int32(end + (block_n - 1)), block_n) - 1 - key_block)
         return int32(key_block)
 

@@ -63,7 +63,7 @@ def build_place(backwards: bool) -> Callable[..., Any]:
     def place(tile: Any, per_head: Any, section: Any, all_heads: Any) -> Any:
         index = registers.quotient(tile, section * per_head)
         rank = int32(tile - index * section * per_head)
-        members = int32(min(section, all_heads - index * section))
+        members = min(section, int32(all_heads - index * section))
         row_rank = registers.quotient(rank, members)
         head = int32(index * section + rank - row_rank * members)
         if backwards:

@@ -85,12 +85,12 @@ class BackwardVariant(NamedTuple):
     @property
     def producer_registers(self) -> int:
         """Registers a producer thread keeps."""
-        return 40
+        return 24
 
     @property
     def consumer_registers(self) -> int:
         """Registers a consumer thread gets: the 64 K of a multiprocessor, less the producer's."""
-        return 232
+        return 240
 
     @property
     def q_bytes(self) -> int:

@@ -27,6 +27,7 @@ __all__ = [
     "select_float",
     "select_int",
     "select_word",
+    "successor",
     "take_registers",
     "uniform",
     "unpack_low",
@@ -177,6 +178,16 @@ def _select(name: str, kind: Any, letter: str) -> Intrinsic:
 
 select_float = _select("select_float", _float, "f")
 select_int, select_word = _select("select_int", _int, "r"), _select("select_word", _word, "r")
+
+successor = instruction(
+    "successor",
+    _int,
+    {"x": _int},
+    "add.s32 $0, $1, 1;",
+    "=r,r",
+    'x + 1, of which the compiler knows nothing: it does not unroll a loop that counts so.  PTX ISA, "add".',
+    pure=True,
+)
 
 exchange_float = instruction(
     "exchange_float",
