@@ -37,6 +37,7 @@ __all__ = [
     "store_global_word",
     "store_shared_16",
     "store_shared_float",
+    "store_shared_half",
     "store_shared_word",
 ]
 
@@ -137,6 +138,15 @@ store_shared_float = instruction(
     "st.shared.f32 [$0], $1;",
     "r,f",
     'Store one float32 in shared memory.  PTX ISA, "st".',
+)
+
+store_shared_half = instruction(
+    "store_shared_half",
+    types.void,
+    {"address": types.uint32, "value": types.uint32},
+    "{ .reg .b16 low; cvt.u16.u32 low, $1; st.shared.b16 [$0], low; }",
+    "r,r",
+    'Store the low half of a word in shared memory.  PTX ISA, "st".',
 )
 
 store_shared_16 = instruction(

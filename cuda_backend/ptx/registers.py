@@ -30,6 +30,7 @@ __all__ = [
     "successor",
     "take_registers",
     "uniform",
+    "unpack_high",
     "unpack_low",
     "word_below",
 ]
@@ -83,6 +84,16 @@ def unpack_low(kind: str) -> Intrinsic:
     }
     doc = 'PTX ISA, "cvt"; a bf16 is the upper half of its float32.'
     return instruction(f"unpack_{kind}", _float, {"word": _word}, widening[kind], "=f,r", doc, pure=True)
+
+
+def unpack_high(kind: str) -> Intrinsic:
+    """Return the same for the upper half."""
+    widening = {
+        "f16": "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, high; }",
+        "bf16": "and.b32 $0, $1, 0xffff0000;",
+    }
+    doc = 'PTX ISA, "cvt"; a bf16 is the upper half of its float32.'
+    return instruction(f"unpack_high_{kind}", _float, {"word": _word}, widening[kind], "=f,r", doc, pure=True)
 
 
 exp2 = instruction(

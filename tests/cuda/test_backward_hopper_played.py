@@ -125,7 +125,7 @@ def difference(
     for gradient, name in zip(found, ("dq", "dk", "dv"), strict=True):
         exact = getattr(truth, name)
         assert not np.isnan(gradient).any(), name
-        errors.append(float(np.abs(gradient - exact).max() / np.abs(exact).max()))
+        errors.append(float(np.abs(gradient - exact).max() / (np.abs(exact).max() or 1.0)))
     return max(errors)
 
 
@@ -135,3 +135,33 @@ def difference(
 def test_square(monkeypatch: pytest.MonkeyPatch, d: int, causal: Any, late: bool) -> None:
     variant = choose_backward("f16", d, d, bool(causal))
     assert difference(monkeypatch, variant, (1, 200, 200, 1, 1, d, d), causal, late=late) < 2e-3
+
+
+SHAPES = {
+    "one of everything": ((1, 1, 1, 1, 1, 8, 8), False),
+    "ragged, grouped, more keys": ((2, 70, 300, 4, 2, 64, 64), "bottom_right"),
+    "ragged, grouped, more queries": ((1, 300, 70, 2, 1, 64, 64), "bottom_right"),
+    "keys that no query sees": ((1, 130, 400, 1, 1, 64, 64), "top_left"),
+    "narrow heads": ((1, 70, 140, 2, 1, 40, 24), "top_left"),
+    "unequal heads": ((1, 150, 140, 1, 1, 72, 128), False),
+    "wide and ragged": ((1, 161, 257, 2, 1, 128, 128), "bottom_right"),
+}
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(monkeypatch: pytest.MonkeyPatch, shape: str, deterministic: bool, kind: str) -> None:
+    sizes, causal = SHAPES[shape]
+    variant = choose_backward(kind, sizes[5], sizes[6], bool(causal), deterministic=deterministic)
+    error = difference(monkeypatch, variant, sizes, causal, late=deterministic, blocks=3)
+    assert error < (2e-3 if kind == "f16" else 2e-2)
+
+
+@pytest.mark.parametrize("block_m", [64, 80, 96])
+def test_turned_dq(monkeypatch: pytest.MonkeyPatch, block_m: int) -> None:
+    for ds_stages in (1, 2):
+        variant = choose_backward("f16", 128, 128, True)._replace(
+            block_m=block_m, swapped=True, ds_stages=ds_stages
+        )
+        assert difference(monkeypatch, variant, (1, 170, 257, 2, 1, 128, 128), "bottom_right") < 2e-3
