@@ -32,15 +32,27 @@ def lanes(machine: Machine) -> Any:
     """Return what stands for `numba.cuda`: registers of all lanes."""
 
     def array(count: int, kind: Any) -> Any:
-        values = np.full((count, machine.own.lanes), 0xFFFFFFFF, np.uint32)
+        shape = (count,) if machine.own.lanes == 1 else (count, machine.own.lanes)
+        values = np.full(shape, 0xFFFFFFFF, np.uint32)
         return values.view(np.float32) if "float" in str(kind) else values
 
-    class Index:
+    class Block:
         @property
         def x(self) -> int:
             return machine.block.number
 
-    return SimpleNamespace(local=SimpleNamespace(array=array), blockIdx=Index())
+    class Thread:
+        @property
+        def x(self) -> int:
+            return int(machine.own.thread)
+
+    return SimpleNamespace(
+        local=SimpleNamespace(array=array),
+        shared=SimpleNamespace(array=lambda *_: None),
+        blockIdx=Block(),
+        threadIdx=Thread(),
+        syncthreads=lambda: machine.block.meeting.wait(),
+    )
 
 
 def barriers(machine: Machine) -> Any:
@@ -128,9 +140,26 @@ def copies(machine: Machine) -> Any:
 
     def store_global_16_where(condition: Any, address: Any, *values: Any) -> None:
         data = words(*values)
+        address = np.atleast_1d(address)
         for lane in np.flatnonzero(np.broadcast_to(condition, (len(data),))):
             assert address[lane] % 16 == 0
             memory(int(address[lane]), 16)[...] = data[lane]
+
+    def put(address: Any, *values: Any) -> None:
+        data = words(*values)[0]
+        assert address % data.size == 0
+        memory(int(address), data.size)[...] = data
+
+    def load_16(array: Any, first: Any, address: Any) -> None:
+        assert address % 16 == 0
+        array[int(first) : int(first) + 4] = memory(int(address), 16).view(array.dtype)
+
+    def load_shared_16(array: Any, first: Any, address: Any) -> None:
+        assert address % 16 == 0
+        array[int(first) : int(first) + 4] = machine.block.shared[int(address) :][:16].view(array.dtype)
+
+    def store_shared_half(address: Any, value: Any) -> None:
+        machine.block.shared[int(address) :][:2].view(np.uint16)[0] = int(value) & 0xFFFF
 
     def load_shared_word(address: Any) -> Any:
         return np.int32(machine.block.shared[one(address) :][:4].view(np.int32)[0])
@@ -156,6 +185,14 @@ def copies(machine: Machine) -> Any:
         store_shared_16=store_shared_16,
         store_global_16_where=store_global_16_where,
         store_global_word=lambda address, value: old_and(address, lambda _: value),
+        store_global_float=lambda address, value: put(address, np.float32(value)),
+        store_global_16=put,
+        store_shared_half=store_shared_half,
+        shared_address=lambda _: np.uint32(0),
+        load_16=load_16,
+        load_shared_16=load_shared_16,
+        load_float=lambda address: memory(int(address), 4).view(np.float32)[0],
+        load_half=lambda address: np.uint32(memory(int(address), 2).view(np.uint16)[0]),
         fetch_add=lambda address, value: old_and(address, lambda old: old + value),
         fetch_increment=lambda address, bound: old_and(address, lambda old: 0 if old >= bound else old + 1),
     )
@@ -269,7 +306,8 @@ def turns(machine: Machine) -> Any:
 
 def grids(machine: Machine) -> Any:
     """Return `cuda_backend.ptx.grid`."""
-    return SimpleNamespace(wait_for_earlier_grids=lambda: None, blocks=lambda: machine.counts["blocks"])
+    nothing = SimpleNamespace(wait_for_earlier_grids=lambda: None, let_next_grid_start=lambda: None)
+    return SimpleNamespace(**vars(nothing), blocks=lambda: machine.counts["blocks"])
 
 
 def registers(machine: Machine) -> Any:
@@ -287,9 +325,20 @@ def registers(machine: Machine) -> Any:
         def pack(low: Any, high: Any) -> Any:
             with np.errstate(all="ignore"):
                 pair = np.stack([low, high], -1).astype(np.float32).astype(KINDS[kind])
-            return np.ascontiguousarray(pair).view(np.uint32)[:, 0]
+            return np.ascontiguousarray(pair).view(np.uint32)[..., 0]
 
         return pack
+
+    def unpack(kind: str, half: int) -> Any:
+        def widen(word: Any) -> Any:
+            return np.array([word], np.uint32).view(KINDS[kind])[half].astype(np.float32)
+
+        return widen
+
+    def exchange(value: Any, mask: int) -> Any:
+        if machine.own.lanes > 1:
+            return value[LANES ^ mask]
+        return machine.block.exchange(machine.own.thread, value, mask)
 
     def select(condition: Any, then: Any, otherwise: Any) -> Any:
         return np.where(condition != 0, then, otherwise)
@@ -301,7 +350,10 @@ def registers(machine: Machine) -> Any:
         select_float=select,
         select_int=select,
         select_word=select,
-        exchange_word=lambda value, mask: value[LANES ^ mask],
+        exchange_float=exchange,
+        exchange_word=exchange,
+        unpack_low=lambda kind: unpack(kind, 0),
+        unpack_high=lambda kind: unpack(kind, 1),
         uniform=lambda value: np.int32(one(value)),
         quotient=lambda x, y: np.int32(int(x) // int(y)),
         successor=lambda x: np.int32(x + 1),

@@ -121,15 +121,25 @@ class Machine:
 
 
 class Block:
-    """One block: its number, shared memory, barriers, copies under way."""
+    """One block: its number, shared memory, barriers, copies under way, those of its threads that meet."""
 
-    def __init__(self, number: int, size: int, lanes_that_meet: int) -> None:
+    def __init__(self, number: int, size: int, those_that_meet: int) -> None:
         self.number = number
         self.shared = np.full(size, 0xFF, np.uint8)  # NaN in every format
         self.dirty = np.zeros(size, bool)
         self.barriers: dict[int, Barrier] = {}
         self.copies: list[tuple[int, Callable[[], int]]] = []
-        self.meeting = threading.Barrier(lanes_that_meet, timeout=PATIENCE)
+        self.meeting = threading.Barrier(those_that_meet, timeout=PATIENCE)
+        self.warps = [threading.Barrier(32, timeout=PATIENCE) for _ in range(8)]
+        self.slots: list[Any] = [None] * 256
+
+    def exchange(self, thread: int, value: Any, mask: int) -> Any:
+        """Return the value of another lane of the warp, for threads that run alone."""
+        self.slots[thread] = value
+        self.warps[thread // 32].wait()
+        other = self.slots[thread ^ mask]
+        self.warps[thread // 32].wait()
+        return other
 
     def store(self, places: Any, data: Any) -> None:
         """Store bytes as a thread does: nobody but threads sees them until they are published."""

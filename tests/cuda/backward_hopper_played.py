@@ -1,0 +1,183 @@
+"""The Hopper backward call with its three launches played: host memory for the GPU's, a machine for it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_backend.arrays import View
+from cuda_backend.attention import (
+    around_backward_hopper,
+    backward_hopper,
+    call_backward_hopper,
+    consumer_backward_hopper,
+    gradient_hopper,
+    plan_backward_hopper,
+    plan_hopper,
+    producer_backward_hopper,
+    schedule_backward_hopper,
+    schedule_hopper,
+)
+from cuda_backend.attention.padding import needs_copy
+from cuda_backend.attention.variant_backward_hopper import CONSUMERS
+from tests.cuda.hopper_instructions import install
+from tests.cuda.hopper_machine import KINDS, Block, Machine
+from tests.cuda.int8_hopper_played import aligned, viewed
+
+MODULES = (
+    around_backward_hopper, consumer_backward_hopper, gradient_hopper, producer_backward_hopper,
+    schedule_backward_hopper, schedule_hopper,
+)  # fmt: skip
+BASE = 1024
+TYPES = {"uint64": ctypes.c_uint64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
+NUMBERS = {"uint64": np.uint64, "int32": np.int32, "float32": np.float32}
+
+
+def played(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    late: bool = False,
+    seed: int = 0,
+    processors: int = 2,
+    change: Callable[[str, list[Any]], list[Any]] = lambda _, values: values,
+) -> list[str]:
+    """Let what the call launches be played, with arguments as `change` makes them; return names as they come."""
+    launched: list[str] = []
+    machine = Machine(late=late, seed=seed)
+    install(monkeypatch, machine, MODULES)
+    counter = np.zeros(2, np.int32)
+    kept: dict[str, Any] = {}
+
+    def launch(config: Any, function: Any, pointers: int, extra: int) -> tuple[int]:
+        name, variant = function
+        signature = {
+            "prepare": around_backward_hopper.PREPARE_SIGNATURE,
+            "main": backward_hopper.SIGNATURE,
+            "finish": around_backward_hopper.FINISH_SIGNATURE,
+        }[name].args
+        places = (ctypes.c_void_p * len(signature)).from_address(pointers)
+        kinds = [str(kind) for kind in signature]
+        values = [
+            NUMBERS[kind](TYPES[kind].from_address(place or 0).value)
+            for kind, place in zip(kinds, places, strict=True)
+            if kind in TYPES
+        ]
+        launched.append(name)
+        blocks, threads, shared, _ = config
+        values = change(name, values)
+        machine.counts = {"blocks": blocks, "meet": CONSUMERS}
+        if name == "main":
+            assert (threads, shared) == (variant.threads, variant.shared_bytes)
+            machine.maps = kept["maps"]
+            play_main(machine, variant, values)
+            assert not counter.any(), "the counter is for the next launch, too"
+        else:
+            build = {"prepare": around_backward_hopper.build_prepare, "finish": around_backward_hopper.build_finish}
+            play_threads(machine, build[name](variant), values, blocks, threads, shared)
+        return (0,)
+
+    def encoder(shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int) -> Any:
+        assert rows <= 256
+        return lambda address: (array_at(address, shape, strides, dtype), rows)
+
+    def encode_together(encoders: Any, place: int) -> Any:
+        assert place % 64 == 0
+
+        def encode(addresses: Any) -> None:
+            kept["maps"] = [encode(address) for encode, address in zip(encoders, addresses, strict=True)]
+
+        return encode
+
+    @contextmanager
+    def workspace(size: int, _stream: int) -> Iterator[int]:
+        kept["room"] = aligned((size,), np.uint8)
+        yield int(kept["room"].ctypes.data)
+
+    @contextmanager
+    def aligned_rows(given: View, _stream: int) -> Iterator[View]:
+        if not needs_copy(given):
+            yield given
+            return
+        pitch = -(-given.shape[3] // 8) * 8
+        copy = aligned((*given.shape[:3], pitch), np.uint16)
+        copy[..., : given.shape[3]] = given.owner.view(np.uint16)
+        kept[str(id(copy))] = copy
+        yield given._replace(strides=copy.strides, address=copy.ctypes.data)
+
+    def empty(shape: tuple[int, ...], dtype: str, _like: Any, _stream: int) -> Any:
+        kind = KINDS["f16" if dtype == "float16" else "bf16"]
+        array = aligned(shape, kind)
+        return View(shape, array.strides, dtype, array.ctypes.data, array), lambda: array
+
+    device = SimpleNamespace(compute_capability=(9, 0), MULTIPROCESSOR_COUNT=processors)
+    cuda = SimpleNamespace(get_current_device=lambda: device)
+    counters = SimpleNamespace(address=lambda: int(counter.ctypes.data))
+    for name, value in {
+        "driver": SimpleNamespace(cuLaunchKernelEx=launch), "cuda": cuda, "workspace": workspace,
+        "encoder": encoder, "encode_together": encode_together, "tile_counters": lambda *_: counters,
+        "early_config": lambda *numbers: numbers, "_function": lambda name, variant, _: (name, variant),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(plan_backward_hopper, name, value)
+    monkeypatch.setattr(plan_hopper, "cuda", cuda)
+    for name, value in {
+        "view": viewed, "empty": empty, "aligned_rows": aligned_rows, "current_device": lambda: 0,
+        "stream_of": lambda *_: 0, "wait_for": lambda *_: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(call_backward_hopper, name, value)
+    plan_backward_hopper.make_backward_plan.cache_clear()
+    return launched
+
+
+def array_at(address: int, shape: Sequence[int], strides: Sequence[int], dtype: str) -> Any:
+    """Return [B, T, H, D] numbers in memory of the host."""
+    size = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 2
+    kind = KINDS["f16" if dtype == "float16" else "bf16"]
+    return np.ndarray(tuple(shape), kind, (ctypes.c_char * size).from_address(address), strides=tuple(strides))
+
+
+def play_main(machine: Machine, variant: Any, values: list[Any]) -> None:
+    """Run the roles of all blocks of the kernel in the middle, as `backward_hopper` deals them out."""
+    dk, dv, shifts, deltas, sums, words, counter, scale, factor, *numbers = values
+    problem = tuple(numbers)
+    schedule = schedule_backward_hopper.build_backward_schedule(variant)
+    start = producer_backward_hopper.build_start(variant)
+    produce = producer_backward_hopper.build_backward_producer(variant, schedule)
+    write = producer_backward_hopper.build_writer(variant, schedule)
+    consume = consumer_backward_hopper.build_backward_consumer(variant, schedule)
+
+    def consumer(w: int) -> Callable[[], None]:
+        thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
+        return lambda: consume(BASE, thread, dk, dv, scale, factor, problem)
+
+    roles: list[Any] = []
+    for number in range(machine.counts["blocks"]):
+        block = Block(number, variant.shared_bytes, CONSUMERS)
+        machine.own.block = block
+        start(BASE)
+        roles.append((block, 1, lambda: produce(BASE, np.uint64(0), shifts, deltas, counter, problem)))
+        roles.append((block, 1, lambda: write(BASE, sums, words, problem)))
+        roles += [(block, 128, consumer(w)) for w in range(CONSUMERS)]
+    machine.run(roles)
+
+
+def play_threads(
+    machine: Machine, kernel: Callable[..., None], values: list[Any], blocks: int, threads: int, shared: int
+) -> None:
+    """Run a kernel block by block, each of its threads alone."""
+
+    def role(number: int) -> Callable[[], None]:
+        def run() -> None:
+            machine.own.thread = number
+            kernel(*values)
+
+        return run
+
+    for number in range(blocks):
+        block = Block(number, shared, threads)
+        machine.run([(block, 1, role(thread)) for thread in range(threads)])
