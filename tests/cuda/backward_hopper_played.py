@@ -27,8 +27,9 @@ from cuda_backend.attention import (
 from cuda_backend.attention.padding import needs_copy
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS
 from tests.cuda.hopper_instructions import install
-from tests.cuda.hopper_machine import KINDS, Block, Machine
+from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment
 from tests.cuda.int8_hopper_played import aligned, viewed
+from tests.cuda.int8_hopper_played import at as at_address
 
 MODULES = (
     around_backward_hopper, consumer_backward_hopper, gradient_hopper, producer_backward_hopper,
@@ -45,9 +46,13 @@ def played(
     late: bool = False,
     seed: int = 0,
     processors: int = 2,
+    quick: bool = True,
     change: Callable[[str, list[Any]], list[Any]] = lambda _, values: values,
 ) -> list[str]:
-    """Let what the call launches be played, with arguments as `change` makes them; return names as they come."""
+    """Let what the call launches be played, with arguments as `change` makes them; return names as they come.
+
+    `quick` says that the kernels before and after, which are no whole warpgroups, are NumPy's.
+    """
     launched: list[str] = []
     machine = Machine(late=late, seed=seed)
     install(monkeypatch, machine, MODULES)
@@ -77,6 +82,8 @@ def played(
             machine.maps = kept["maps"]
             play_main(machine, variant, values)
             assert not counter.any(), "the counter is for the next launch, too"
+        elif quick:
+            {"prepare": prepare, "finish": finish}[name](variant, values, blocks)
         else:
             build = {"prepare": around_backward_hopper.build_prepare, "finish": around_backward_hopper.build_finish}
             play_threads(machine, build[name](variant), values, blocks, threads, shared)
@@ -181,3 +188,40 @@ def play_threads(
     for number in range(blocks):
         block = Block(number, shared, threads)
         machine.run([(block, 1, role(thread)) for thread in range(threads)])
+
+
+def prepare(variant: Any, values: list[Any], lines: int) -> None:
+    """Do what the kernel before does."""
+    o_at, do_at, lse_at, shifts_at, deltas_at, sums_at, words_at = (int(value) for value in values[:7])
+    strides, (blocks, heads, tq, width) = [int(value) for value in values[7:13]], (int(value) for value in values[13:])
+    batch, rows = lines // (heads * blocks), blocks * variant.block_m
+    dtype = "float16" if variant.kind == "f16" else "bfloat16"
+    o, do = (
+        array_at(at, (batch, tq, heads, width), (*steps, 2), dtype).astype(np.float64)
+        for at, steps in ((o_at, strides[:3]), (do_at, strides[3:]))
+    )
+    lse = at_address(lse_at, (batch, heads, tq), np.float32)
+    shifts, deltas = (at_address(at, (batch, heads, rows), np.float32) for at in (shifts_at, deltas_at))
+    shifts[...], deltas[...] = -np.inf, 0
+    seen = lse > -np.inf
+    shifts[:, :, :tq] = np.where(seen, -lse / np.log(2), -np.inf)
+    deltas[:, :, :tq] = np.where(seen, (o * do).sum(-1).transpose(0, 2, 1), 0)
+    at_address(sums_at, (lines, variant.block_m * variant.d), np.float32)[...] = 0
+    at_address(words_at, (lines,), np.int32)[...] = 0
+
+
+def finish(variant: Any, values: list[Any], lines: int) -> None:
+    """Do what the kernel after does: dQ from the order in which consumers hold it."""
+    sums_at, dq_at, scale, *numbers = values
+    blocks, heads, tq, width = (int(number) for number in numbers)
+    batch, columns = lines // (heads * blocks), variant.dq_columns
+    rows, places = fragment(columns)
+    shares = at_address(int(sums_at), (lines, CONSUMERS, columns // 8, 128, 4), np.float32)
+    tiles = np.empty((lines, CONSUMERS, 64, columns), np.float32)
+    tiles[..., rows, places] = shares.transpose(0, 1, 2, 4, 3).reshape(lines, CONSUMERS, columns // 2, 128)
+    if variant.swapped:
+        tiles = tiles.transpose(0, 3, 1, 2)
+    elif not variant.row_split:
+        tiles = tiles.transpose(0, 2, 1, 3)
+    dq = tiles.reshape(batch, heads, blocks * variant.block_m, variant.d)[:, :, :tq, :width] * scale
+    at_address(int(dq_at), (batch, tq, heads, width), KINDS[variant.kind])[...] = dq.transpose(0, 2, 1, 3)

@@ -46,3 +46,68 @@ def test_square(monkeypatch: pytest.MonkeyPatch, d: int, causal: Any, late: bool
     launched = played(monkeypatch, late=late)
     assert difference("f16", (1, 200, 200, 1, 1, d, d), causal) < LIMITS["f16"]
     assert launched == ["prepare", "main", "finish"]
+
+
+SHAPES = {
+    "one of everything": ((1, 1, 1, 1, 1, 8, 8), False),
+    "more keys, grouped": ((2, 70, 300, 4, 2, 64, 64), "bottom_right"),
+    "more queries, rows without keys": ((1, 300, 70, 2, 1, 64, 64), "bottom_right"),
+    "keys that no query sees": ((1, 130, 400, 1, 1, 64, 64), "top_left"),
+    "narrow heads": ((1, 70, 140, 2, 1, 40, 24), "top_left"),
+    "unequal heads": ((1, 150, 140, 1, 1, 72, 128), False),
+    "wide, grouped, ragged": ((1, 161, 257, 2, 1, 128, 128), "bottom_right"),
+}
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(monkeypatch: pytest.MonkeyPatch, shape: str, deterministic: bool, kind: str) -> None:
+    sizes, causal = SHAPES[shape]
+    variant = choose_backward(kind, sizes[5], sizes[6], bool(causal), deterministic=deterministic)
+    played(monkeypatch, late=deterministic, processors=3)
+    assert difference(kind, sizes, causal, variant) < LIMITS[kind]
+
+
+@pytest.mark.parametrize("block_m", [64, 80, 96])
+def test_turned_dq(monkeypatch: pytest.MonkeyPatch, block_m: int) -> None:
+    played(monkeypatch)
+    for ds_stages in (1, 2):
+        variant = choose_backward("f16", 128, 128, True)._replace(
+            block_m=block_m, swapped=True, ds_stages=ds_stages
+        )
+        assert difference("f16", (1, 170, 257, 2, 1, 128, 128), "bottom_right", variant) < LIMITS["f16"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "turned"),
+    [((1, 70, 40, 2, 1, 20, 13), False), ((2, 65, 40, 1, 1, 128, 72), False), ((1, 90, 40, 1, 1, 128, 128), True)],
+)
+def test_all_three_kernels(monkeypatch: pytest.MonkeyPatch, sizes: Any, turned: bool) -> None:
+    """Widths that are no multiple of 8, whose arrays are copied; rows that see no key; the turned dQ."""
+    launched = played(monkeypatch, quick=False)
+    variant = choose_backward("f16", sizes[5], sizes[6], True)
+    if turned:
+        variant = variant._replace(block_m=80, swapped=True)
+    assert difference("f16", sizes, "bottom_right", variant) < LIMITS["f16"]
+    assert launched == ["prepare", "main", "finish"]
+
+
+def test_the_scale_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    played(monkeypatch)
+    assert difference("f16", (1, 70, 70, 1, 1, 64, 64), "top_left", scale=0.3) < LIMITS["f16"]
+
+
+def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order in which blocks run; keys of 300 queries are added to by three blocks."""
+    rng = np.random.default_rng(3)
+    q, k, v, do = (rng.standard_normal((1, 300, 1, 64)).astype(np.float16) for _ in range(4))
+    out, lse = scaled_dot_product_attention(q, k, v, causal=True, return_lse=True)
+    found = []
+    for seed in range(3):
+        played(monkeypatch, processors=3, seed=seed, late=seed == 1)
+        given = q, k, v, out, lse.astype(np.float32), do
+        found.append(flash_attention_vjp_hopper(*given, causal=True, deterministic=True))
+    for other in found[1:]:
+        for one, same in zip(found[0][:3], other[:3], strict=True):
+            assert np.array_equal(one, same)
