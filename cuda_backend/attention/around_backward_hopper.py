@@ -129,9 +129,7 @@ def build_finish(variant: BackwardVariant) -> Callable[..., None]:
     pack = registers.pack_pair(variant.kind)
     pitch = 2 * d + 16  # bytes from a row of the turned tile to the next, so that columns meet all banks
 
-    def finish(
-        sums: Any, dq: Any, scale: Any, blocks: Any, heads: Any, tq: Any, columns: Any
-    ) -> None:
+    def finish(sums: Any, dq: Any, scale: Any, blocks: Any, heads: Any, tq: Any, columns: Any) -> None:
         values = cuda.local.array(count, float32)
         thread = int32(cuda.threadIdx.x)
         tile = int32(cuda.blockIdx.x)

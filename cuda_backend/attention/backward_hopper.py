@@ -4,11 +4,12 @@ The algorithm is refimpl's `flash_attention_vjp` with keys in the outer loop.  A
 producer finds tiles of 128 keys of a key head, and streams Q and dO of all query heads that share it through
 shared memory; each consumer owns 64 keys, keeps P, dS, dK and dV in registers, and computes its part of dQ
 from dS in shared memory.  dQ is summed in float32 in global memory by the copy engine, in any order or, with
-the deterministic option, in turn.  `around_backward_hopper` has the kernels before and after this one.
+the
+deterministic option, in turn.  `around_backward_hopper` has the kernels before and after this one.
 
-Sources: Dao et al. 2022, arXiv:2205.14135, Algorithm 4; Dao 2023, arXiv:2307.08691, section 3.1.2 (log-sum-exp
-alone) and 3.2; Shah et al. 2024, arXiv:2407.08608, section 3 and appendix B (producer and consumers, a warp
-that writes dQ, for the backward pass).
+Sources: Dao et al. 2022, arXiv:2205.14135, Algorithm 4; Dao 2023, arXiv:2307.08691, section 3.1.2 (the
+log-sum-exp alone is enough); Shah et al. 2024, arXiv:2407.08608, section 3.1 and Appendix B (producer and
+consumers, and for the backward pass a warp that adds dQ).
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
         cuda.syncthreads()
         if registers.uniform(thread >> 7) == 0:
             give_registers()
-            # The producer waits for earlier grids; the others touch nothing of theirs before it has sent a tile.
+            # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.
             if thread == 0:
                 produce(base, descriptors, shifts, deltas, counter, problem)
             elif thread == 32:

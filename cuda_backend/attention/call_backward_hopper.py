@@ -101,14 +101,15 @@ def flash_attention_vjp_hopper(
     views = [view(name, array, on) for name, array in given.items()]
     wait_for(views, on)
     with ExitStack() as copies:
-        inputs = Inputs(*(copies.enter_context(aligned_rows(x, on)) for x in views[:5]), views[5])
+        aligned = [copies.enter_context(aligned_rows(x, on)) for x in views[:5]]
+        inputs = Inputs._make((*aligned, views[5]))
         layouts = tuple(x.layout for x in inputs)
         plan = make_backward_plan(layouts, causal, scale, deterministic, on, current_device(), variant)
         made = [empty(shape, plan.dtype, q, on) for shape in plan.shapes]
         outputs = Outputs(*(given.address for given, _ in made))
         enqueue_backward(plan, Inputs(*(x.address for x in inputs)), outputs)
-    gradients = [result() for _, result in made]
-    for i, x in enumerate(views[:3]):
-        if gradients[i].shape[3] != x.shape[3]:
-            gradients[i] = gradients[i][..., : x.shape[3]]
-    return AttentionGradients(*gradients, None)
+    dq, dk, dv = (
+        result() if given.shape[3] == x.shape[3] else result()[..., : x.shape[3]]
+        for (given, result), x in zip(made, views, strict=False)
+    )
+    return AttentionGradients(dq, dk, dv)

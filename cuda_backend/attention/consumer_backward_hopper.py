@@ -34,12 +34,28 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
 
     `scale` is that of the scores times log2(e), `factor` that of the scores.
     """
-    block_m, block_n, d, kind, causal = variant.block_m, variant.block_n, variant.d, variant.kind, variant.causal
+    block_m, block_n, d, kind, causal = (
+        variant.block_m,
+        variant.block_n,
+        variant.d,
+        variant.kind,
+        variant.causal,
+    )
     s_count, p_count, dk_count, dq_count = block_m // 2, block_m // 4, d // 2, variant.dq_columns // 2
-    q_bytes, ds_bytes, share_bytes, stat_bytes = variant.q_bytes, variant.ds_bytes, variant.share_bytes, 4 * block_m
+    q_bytes, ds_bytes, share_bytes, stat_bytes = (
+        variant.q_bytes,
+        variant.ds_bytes,
+        variant.share_bytes,
+        4 * block_m,
+    )
     places = variant.places
     k_tile, v_tile, q_tiles, do_tiles = places.k_tile, places.v_tile, places.q_tiles, places.do_tiles
-    ds_tiles, dq_tile, shift_places, delta_places = places.ds_tiles, places.dq_tile, places.shifts, places.deltas
+    ds_tiles, dq_tile, shift_places, delta_places = (
+        places.ds_tiles,
+        places.dq_tile,
+        places.shifts,
+        places.deltas,
+    )
     k_full, v_full, kv_empty, tile_slot = places.k_full, places.v_full, places.kv_empty, places.tile_slot
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
     dq_full, dq_empty = places.dq_full, places.dq_empty
@@ -172,7 +188,9 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                 member = registers.successor(member)
             barrier.arrive_warp(base + kv_empty, lane)
             batch = registers.quotient(kv_head, heads)
-            line = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(kv_head - batch * heads)
+            line = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(
+                kv_head - batch * heads
+            )
             for half in range(2):
                 below = uint64(8 * half * heads)
                 valid = int32(key + 8 * half < tk)

@@ -1,10 +1,8 @@
-"""What the layouts of arrays settle of a Hopper backward pass, found once: three launches but for addresses."""
+"""What the layouts of arrays settle of a Hopper backward pass, found once: launches but for addresses."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import struct
 from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
@@ -14,15 +12,23 @@ import numpy as np
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import Layout, View, laid_out
 from cuda_backend.attention.counters import TileCounters, tile_counters
-from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
-from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, MISALIGNED, early_config, reasons, section_of
+from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES, encode_together, encoder
+from cuda_backend.attention.packed import Packed
+from cuda_backend.attention.plan_hopper import (
+    COLUMNS,
+    KINDS,
+    LOG2_E,
+    MISALIGNED,
+    early_config,
+    reasons,
+    section_of,
+)
 from cuda_backend.attention.variant_backward_hopper import (
     CONSUMERS,
     LARGEST_WIDTH,
     BackwardVariant,
     choose_backward,
 )
-from cuda_backend.context import checked, driver
 from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.launch import allow_shared_memory
 from cuda_backend.scratch import workspace
@@ -53,66 +59,11 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Addresses, or shapes, of the gradients; rows are a multiple of 16 bytes, numbers beyond D or Dv are 0."""
+    """Addresses, or shapes, of the gradients; rows are of whole 16 bytes, what is beyond D or Dv is 0."""
 
     dq: Any
     dk: Any
     dv: Any
-
-
-class Packed:
-    """A launch whose arguments are packed once, but for the addresses among them.
-
-    Parameters
-    ----------
-    function, config
-        As ``cuLaunchKernelEx`` takes them.
-    maps_bytes : int
-        Of a block of descriptors before all other arguments.
-    layout : str
-        Of the arguments behind it, as `struct` says it: uint64 addresses first.
-    settled : sequence
-        The arguments that are no addresses.
-    """
-
-    def __init__(self, function: Any, config: Any, maps_bytes: int, layout: str, settled: Sequence[float]) -> None:
-        kinds = [letter for count, letter in _runs(layout) for _ in range(count)]
-        count = kinds.count("Q")
-        self._addresses = struct.Struct(f"{count}Q")
-        self._settled = struct.Struct("=" + "".join(kinds[count:]))
-        size = maps_bytes + self._addresses.size + self._settled.size
-        self._memory = (ctypes.c_char * (size + ALIGNMENT))()
-        self._start = -ctypes.addressof(self._memory) % ALIGNMENT
-        self.maps = ctypes.addressof(self._memory) + self._start
-        self._first = self._start + maps_bytes
-        self._settled.pack_into(self._memory, self._first + self._addresses.size, *settled)
-        places, at = [self.maps] if maps_bytes else [], self.maps + maps_bytes
-        for kind in kinds:
-            places.append(at)
-            at += 8 if kind == "Q" else 4
-        self._places = (ctypes.c_void_p * len(places))(*places)
-        self.function, self._config = function, config
-
-    def __call__(self, *addresses: int) -> None:
-        """Queue the kernel; the driver has copied the arguments when this returns."""
-        self._addresses.pack_into(self._memory, self._first, *addresses)
-        checked(driver.cuLaunchKernelEx(self._config, self.function, ctypes.addressof(self._places), 0))
-
-
-def _runs(layout: str) -> list[tuple[int, str]]:
-    """Return counts and letters of a layout.
-
-    >>> _runs("7Q2f12i")
-    [(7, 'Q'), (2, 'f'), (12, 'i')]
-    """
-    found, digits = [], ""
-    for letter in layout:
-        if letter.isdigit():
-            digits += letter
-        else:
-            found.append((int(digits), letter))
-            digits = ""
-    return found
 
 
 class BackwardPlan(NamedTuple):
@@ -225,7 +176,9 @@ def make_backward_plan(
     )
     turned_bytes = variant.block_m * (2 * variant.d + 16) if variant.swapped else 0
     return BackwardPlan(
-        shapes=Outputs((batch, tq, heads, columns), (batch, tk, kv_heads, columns), (batch, tk, kv_heads, value_columns)),
+        shapes=Outputs(
+            (batch, tq, heads, columns), (batch, tk, kv_heads, columns), (batch, tk, kv_heads, value_columns)
+        ),
         dtype=q.dtype,
         prepare=Packed(
             _function("prepare", variant, device),
@@ -263,7 +216,7 @@ def backward_reasons(given: Inputs, *, causal: Causal, scale: float | None) -> l
     bind_axes({name: (x, AXES[name]) for name, x in zip(Inputs._fields, stubs, strict=True)})
     found = reasons(given.q, given.k, given.v, causal=causal, scale=scale)
     for axis, width in (("D", given.q.shape[3]), ("Dv", given.v.shape[3])):
-        if LARGEST_WIDTH < width:
+        if width > LARGEST_WIDTH:
             found.append(f"{axis} is {width}; the backward kernel takes up to {LARGEST_WIDTH}")
     for name, x in (("o", given.o), ("do", given.do)):
         found += _of_the_output(name, x, given.q)

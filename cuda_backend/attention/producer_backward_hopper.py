@@ -1,4 +1,4 @@
-"""What two threads of a Hopper backward block do: one streams tiles in, the other adds dQ to global memory."""
+"""What two threads of a Hopper backward block do: one streams tiles in, the other adds dQ up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ int32, uint64 = types.int32, types.uint64
 
 
 def build_start(variant: BackwardVariant) -> Callable[..., None]:
-    """Return ``start(base)``, for one thread before all others: barriers with the numbers of their arrivals."""
+    """Return ``start(base)``, for one thread before all others: barriers, and how many arrive at them."""
     places, stages, warps = variant.places, variant.stages, 4 * CONSUMERS
     singles = (
         (places.k_full, 1, 1), (places.v_full, 1, 1), (places.kv_empty, 1, warps + 1),
@@ -40,7 +40,7 @@ def build_start(variant: BackwardVariant) -> Callable[..., None]:
 
 
 def build_backward_producer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callable[..., None]:
-    """Return ``produce(base, descriptors, shifts, deltas, counter, problem)``, a device function for one thread.
+    """Return ``produce(base, descriptors, shifts, deltas, counter, problem)``, for one thread.
 
     Tiles are drawn as in the forward kernel (`producer_hopper`).  K and V have room for one tile: the next
     one is loaded while the consumers write dK and dV of this one.
@@ -57,7 +57,7 @@ def build_backward_producer(variant: BackwardVariant, schedule: BackwardSchedule
 
     @device_function
     def produce(base: Any, descriptors: Any, shifts: Any, deltas: Any, counter: Any, problem: Any) -> None:
-        tiles, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, _, _ = problem
+        tiles, per_head, section, heads, all_heads, group, blocks, tq, _, offset, _, _ = problem
         for number in range(4):
             tma.prefetch_descriptor(descriptors + uint64(DESCRIPTOR_BYTES * number))
         grid.wait_for_earlier_grids()
@@ -161,7 +161,9 @@ def build_writer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callab
                             mine = turn(key_block, block, tq, tk, offset)
                             while turns.word_seen(word) != mine:
                                 pass
-                        target = sums + uint64(line) * uint64(CONSUMERS * share_bytes) + uint64(w * share_bytes)
+                        target = (
+                            sums + uint64(line) * uint64(CONSUMERS * share_bytes) + uint64(w * share_bytes)
+                        )
                         bulk.add_floats(target, base + dq_tile + w * share_bytes, share_bytes)
                         bulk.commit()
                         bulk.wait_read()

@@ -13,7 +13,7 @@ LARGEST_WIDTH = 128  # dK and dV of 64 keys, in registers: 2 * 128 / 2 numbers a
 
 
 class BackwardPlaces(NamedTuple):
-    """Where in shared memory things lie, in bytes: tiles, statistics, barriers by stage, the tile's number."""
+    """Where in shared memory things lie, in bytes: tiles, statistics, barriers, the tile's number."""
 
     k_tile: int
     v_tile: int

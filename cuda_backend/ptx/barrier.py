@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import Intrinsic, instruction, types
 
-__all__ = ["arrive", "arrive_warp", "expect_bytes", "initialise", "named", "publish_initialisation", "publish_stores", "wait"]
+__all__ = [
+    "arrive",
+    "arrive_warp",
+    "expect_bytes",
+    "initialise",
+    "named",
+    "publish_initialisation",
+    "publish_stores",
+    "wait",
+]
 
 _BARRIER = {"barrier": types.uint32}
 
@@ -70,7 +79,7 @@ arrive_warp = instruction(
     "{ .reg .pred first; setp.eq.s32 first, $1, 0; bar.warp.sync 0xffffffff; "
     "@first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
     "r,r",
-    'A whole warp, of which this is lane `lane`, arrives as one.  PTX ISA, "mbarrier.arrive", "bar.warp.sync".',
+    'A whole warp, of which this is lane `lane`, arrives once.  PTX ISA, "mbarrier.arrive", "bar.warp.sync".',
 )
 
 wait = instruction(

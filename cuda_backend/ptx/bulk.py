@@ -3,8 +3,8 @@
 The copy engine works on its own; the thread that starts a reduction closes groups of them and waits for
 groups, as with ``wgmma``.  Addresses and sizes are multiples of 16 bytes.
 
-Source: PTX ISA 8.7, "Data Movement and Conversion Instructions: Non-tensor copy", "cp.async.bulk.commit_group",
-"cp.async.bulk.wait_group".
+Source: PTX ISA 8.7, "Data Movement and Conversion Instructions: Non-tensor copy",
+"cp.async.bulk.commit_group", "cp.async.bulk.wait_group".
 """
 
 from __future__ import annotations

@@ -175,12 +175,14 @@ quotient = instruction(
     pure=True,
 )
 
+
 def _select(name: str, kind: Any, letter: str) -> Intrinsic:
+    typed = "f32" if letter == "f" else "b32"
     return instruction(
         name,
         kind,
         {"condition": _int, "then": kind, "otherwise": kind},
-        f"{{ .reg .pred chosen; setp.ne.s32 chosen, $1, 0; selp.{'f' if letter == 'f' else 'b'}32 $0, $2, $3, chosen; }}",
+        f"{{ .reg .pred chosen; setp.ne.s32 chosen, $1, 0; selp.{typed} $0, $2, $3, chosen; }}",
         f"={letter},r,{letter},{letter}",
         '`then` where `condition` is not 0.  PTX ISA, "selp".',
         pure=True,

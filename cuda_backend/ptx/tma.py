@@ -47,5 +47,6 @@ def load_4d_of(number: int) -> Intrinsic:
 
     Its address is made where it is used: several addresses of 64 bits are many registers for a producer.
     """
-    text = f"{{ .reg .b64 own; add.u64 own, $1, {128 * number}; {_COPY} [$0], [own, {{$3, $4, $5, $6}}], [$2]; }}"
+    copy = f"{_COPY} [$0], [own, {{$3, $4, $5, $6}}], [$2];"
+    text = f"{{ .reg .b64 own; add.u64 own, $1, {128 * number}; {copy} }}"
     return instruction(f"load_4d_{number}", types.void, _OPERANDS, text, "r,l,r,r,r,r,r", "See `load_4d`.")

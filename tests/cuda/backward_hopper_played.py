@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cuda_backend.attention import (
     call_backward_hopper,
     consumer_backward_hopper,
     gradient_hopper,
+    packed,
     plan_backward_hopper,
     plan_hopper,
     producer_backward_hopper,
@@ -31,12 +33,12 @@ from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment
 from tests.cuda.int8_hopper_played import aligned, viewed
 from tests.cuda.int8_hopper_played import at as at_address
 
-MODULES = (
-    around_backward_hopper, consumer_backward_hopper, gradient_hopper, producer_backward_hopper,
-    schedule_backward_hopper, schedule_hopper,
-)  # fmt: skip
+MODULES = {
+    "around": around_backward_hopper, "consumer": consumer_backward_hopper, "gradient": gradient_hopper,
+    "producer": producer_backward_hopper, "schedule": schedule_backward_hopper, "place": schedule_hopper,
+}  # fmt: skip
 BASE = 1024
-TYPES = {"uint64": ctypes.c_uint64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
+TYPES: dict[str, Any] = {"uint64": ctypes.c_uint64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
 NUMBERS = {"uint64": np.uint64, "int32": np.int32, "float32": np.float32}
 
 
@@ -47,15 +49,25 @@ def played(
     seed: int = 0,
     processors: int = 2,
     quick: bool = True,
-    change: Callable[[str, list[Any]], list[Any]] = lambda _, values: values,
+    mutant: tuple[str, str, str] | None = None,
 ) -> list[str]:
-    """Let what the call launches be played, with arguments as `change` makes them; return names as they come.
+    """Let what the call launches be played; return names as they come.
+
+    `mutant` names one of `MODULES`, a line of it, and what stands there instead.
 
     `quick` says that the kernels before and after, which are no whole warpgroups, are NumPy's.
     """
     launched: list[str] = []
     machine = Machine(late=late, seed=seed)
-    install(monkeypatch, machine, MODULES)
+    modules = dict(MODULES)
+    if mutant is not None:
+        modules[mutant[0]] = mutated(*mutant)
+        if mutant[0] == "gradient":
+            for user in ("consumer", "around"):
+                for name in ("build_gradient", "build_stores"):
+                    if hasattr(modules[user], name):
+                        monkeypatch.setattr(modules[user], name, getattr(modules["gradient"], name))
+    install(monkeypatch, machine, list(modules.values()))
     counter = np.zeros(2, np.int32)
     kept: dict[str, Any] = {}
 
@@ -75,18 +87,17 @@ def played(
         ]
         launched.append(name)
         blocks, threads, shared, _ = config
-        values = change(name, values)
         machine.counts = {"blocks": blocks, "meet": CONSUMERS}
         if name == "main":
             assert (threads, shared) == (variant.threads, variant.shared_bytes)
             machine.maps = kept["maps"]
-            play_main(machine, variant, values)
+            play_main(machine, modules, variant, values)
             assert not counter.any(), "the counter is for the next launch, too"
         elif quick:
             {"prepare": prepare, "finish": finish}[name](variant, values, blocks)
         else:
-            build = {"prepare": around_backward_hopper.build_prepare, "finish": around_backward_hopper.build_finish}
-            play_threads(machine, build[name](variant), values, blocks, threads, shared)
+            kernel = getattr(modules["around"], f"build_{name}")(variant)
+            play_threads(machine, kernel, values, blocks, threads, shared)
         return (0,)
 
     def encoder(shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int) -> Any:
@@ -126,12 +137,13 @@ def played(
     cuda = SimpleNamespace(get_current_device=lambda: device)
     counters = SimpleNamespace(address=lambda: int(counter.ctypes.data))
     for name, value in {
-        "driver": SimpleNamespace(cuLaunchKernelEx=launch), "cuda": cuda, "workspace": workspace,
+        "cuda": cuda, "workspace": workspace,
         "encoder": encoder, "encode_together": encode_together, "tile_counters": lambda *_: counters,
         "early_config": lambda *numbers: numbers, "_function": lambda name, variant, _: (name, variant),
     }.items():  # fmt: skip
         monkeypatch.setattr(plan_backward_hopper, name, value)
     monkeypatch.setattr(plan_hopper, "cuda", cuda)
+    monkeypatch.setattr(packed, "driver", SimpleNamespace(cuLaunchKernelEx=launch))
     for name, value in {
         "view": viewed, "empty": empty, "aligned_rows": aligned_rows, "current_device": lambda: 0,
         "stream_of": lambda *_: 0, "wait_for": lambda *_: None,
@@ -141,22 +153,33 @@ def played(
     return launched
 
 
+def mutated(name: str, line: str, instead: str) -> ModuleType:
+    """Return one of `MODULES` with a part of its source exchanged."""
+    original = MODULES[name]
+    source = inspect.getsource(original)
+    assert source.count(line) == 1, f"{line!r} stands {source.count(line)} times in {name}"
+    module = ModuleType(original.__name__)
+    exec(compile(source.replace(line, instead), str(original.__file__), "exec"), vars(module))
+    return module
+
+
 def array_at(address: int, shape: Sequence[int], strides: Sequence[int], dtype: str) -> Any:
     """Return [B, T, H, D] numbers in memory of the host."""
     size = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + 2
     kind = KINDS["f16" if dtype == "float16" else "bf16"]
-    return np.ndarray(tuple(shape), kind, (ctypes.c_char * size).from_address(address), strides=tuple(strides))
+    where: Any = (ctypes.c_char * size).from_address(address)
+    return np.ndarray(tuple(shape), kind, where, strides=tuple(strides))
 
 
-def play_main(machine: Machine, variant: Any, values: list[Any]) -> None:
+def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: list[Any]) -> None:
     """Run the roles of all blocks of the kernel in the middle, as `backward_hopper` deals them out."""
     dk, dv, shifts, deltas, sums, words, counter, scale, factor, *numbers = values
     problem = tuple(numbers)
-    schedule = schedule_backward_hopper.build_backward_schedule(variant)
-    start = producer_backward_hopper.build_start(variant)
-    produce = producer_backward_hopper.build_backward_producer(variant, schedule)
-    write = producer_backward_hopper.build_writer(variant, schedule)
-    consume = consumer_backward_hopper.build_backward_consumer(variant, schedule)
+    schedule = modules["schedule"].build_backward_schedule(variant)
+    start = modules["producer"].build_start(variant)
+    produce = modules["producer"].build_backward_producer(variant, schedule)
+    write = modules["producer"].build_writer(variant, schedule)
+    consume = modules["consumer"].build_backward_consumer(variant, schedule)
 
     def consumer(w: int) -> Callable[[], None]:
         thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
@@ -171,6 +194,11 @@ def play_main(machine: Machine, variant: Any, values: list[Any]) -> None:
         roles.append((block, 1, lambda: write(BASE, sums, words, problem)))
         roles += [(block, 128, consumer(w)) for w in range(CONSUMERS)]
     machine.run(roles)
+    if variant.deterministic:
+        turns: dict[int, list[int]] = {}
+        for target, tile in machine.additions:
+            turns.setdefault(target, []).append(tile)
+        assert all(tiles == sorted(tiles) for tiles in turns.values()), "nobody waits for who comes later"
 
 
 def play_threads(
@@ -193,7 +221,10 @@ def play_threads(
 def prepare(variant: Any, values: list[Any], lines: int) -> None:
     """Do what the kernel before does."""
     o_at, do_at, lse_at, shifts_at, deltas_at, sums_at, words_at = (int(value) for value in values[:7])
-    strides, (blocks, heads, tq, width) = [int(value) for value in values[7:13]], (int(value) for value in values[13:])
+    strides, (blocks, heads, tq, width) = (
+        [int(value) for value in values[7:13]],
+        (int(value) for value in values[13:]),
+    )
     batch, rows = lines // (heads * blocks), blocks * variant.block_m
     dtype = "float16" if variant.kind == "f16" else "bfloat16"
     o, do = (

@@ -27,7 +27,7 @@ LANES = np.arange(128)
 PATIENCE = 60.0  # seconds until a wait is called a hang
 
 
-class Hang(AssertionError):
+class HangError(AssertionError):
     """Somebody waits for what nobody does."""
 
 
@@ -76,8 +76,11 @@ class Machine:
 
     def __init__(self, *, late: bool, seed: int = 0) -> None:
         self.late, self.changed, self.own = late, threading.Condition(), threading.local()
-        self.random, self.maps, self.problems = random.Random(seed), [], []
+        self.random = random.Random(seed)
+        self.maps: list[Any] = []
+        self.problems: list[BaseException] = []
         self.counts: dict[str, int] = {}
+        self.additions: list[tuple[int, int]] = []  # where to, and the tile of who added
 
     @property
     def block(self) -> Block:
@@ -89,7 +92,7 @@ class Machine:
 
         def play(block: Block, lanes: int, role: Callable[[], None]) -> None:
             self.own.block, self.own.lanes, self.own.groups, self.own.open = block, lanes, [], []
-            self.own.added, self.own.unpublished = [], set()
+            self.own.added, self.own.unpublished, self.own.tile = [], set(), -1
             try:
                 role()
                 assert not self.own.groups, "products are still running at the end"
@@ -111,7 +114,7 @@ class Machine:
         end = time.monotonic() + PATIENCE
         while not condition():
             if self.problems or time.monotonic() > end:
-                raise Hang("a wait does not end")
+                raise HangError("a wait does not end")
             self.changed.wait(0.2)
 
     def pause(self) -> None:

@@ -1,4 +1,4 @@
-"""Hopper backward calls from end to end, their kernels' source run on a played machine, against the reference."""
+"""Hopper backward calls from end to end, their kernels run on a played machine, against the reference."""
 
 from __future__ import annotations
 
@@ -14,16 +14,30 @@ from tests.cuda.backward_hopper_played import played
 from tests.cuda.hopper_machine import KINDS
 
 
-def difference(kind: str, sizes: Any, causal: Any, variant: BackwardVariant | None = None, **options: Any) -> float:
-    """Return the largest error of a gradient, as a part of its largest number."""
+def difference(
+    kind: str,
+    sizes: Any,
+    causal: Any,
+    variant: BackwardVariant | None = None,
+    *,
+    opposed: bool = False,
+    **options: Any,
+) -> float:
+    """Return the largest error of a gradient, as a part of its largest number.
+
+    Queries and keys that are `opposed` have negative scores throughout.
+    """
     B, Tq, Tk, Hq, Hkv, D, Dv = sizes
     rng = np.random.default_rng(7)
     shapes = (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv), (B, Tq, Hq, Dv)
     q, k, v, do = (rng.standard_normal(shape).astype(KINDS[kind]) for shape in shapes)
+    if opposed:
+        q, k = np.abs(q), -np.abs(k)
     wide = [x.astype(np.float64) for x in (q, k, v)]
     forward = scaled_dot_product_attention(*wide, causal=causal, return_lse=True, **options)
     out, lse = forward.out.astype(KINDS[kind]), forward.lse.astype(np.float32)
-    truth = flash_attention_vjp(*wide, forward.out, forward.lse, do.astype(np.float64), causal=causal, **options)
+    given = (*wide, forward.out, forward.lse, do.astype(np.float64))
+    truth = flash_attention_vjp(*given, causal=causal, **options)
     if variant is not None:
         options = {**options, "deterministic": variant.deterministic}
     found = flash_attention_vjp_hopper(q, k, v, out, lse, do, causal=causal, variant=variant, **options)
@@ -81,7 +95,11 @@ def test_turned_dq(monkeypatch: pytest.MonkeyPatch, block_m: int) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "turned"),
-    [((1, 70, 40, 2, 1, 20, 13), False), ((2, 65, 40, 1, 1, 128, 72), False), ((1, 90, 40, 1, 1, 128, 128), True)],
+    [
+        ((1, 70, 40, 2, 1, 20, 13), False),
+        ((2, 65, 40, 1, 1, 128, 72), False),
+        ((1, 90, 40, 1, 1, 128, 128), True),
+    ],
 )
 def test_all_three_kernels(monkeypatch: pytest.MonkeyPatch, sizes: Any, turned: bool) -> None:
     """Widths that are no multiple of 8, whose arrays are copied; rows that see no key; the turned dQ."""
@@ -96,6 +114,13 @@ def test_all_three_kernels(monkeypatch: pytest.MonkeyPatch, sizes: Any, turned: 
 def test_the_scale_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     played(monkeypatch)
     assert difference("f16", (1, 70, 70, 1, 1, 64, 64), "top_left", scale=0.3) < LIMITS["f16"]
+
+
+def test_padding_weighs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-sum-exps near -150: a score of 0, as keys of padding have, would weigh more than float32 holds."""
+    played(monkeypatch)
+    sizes = (1, 70, 70, 1, 1, 64, 64)
+    assert difference("f16", sizes, False, opposed=True, scale=4.0) < LIMITS["f16"]
 
 
 def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
