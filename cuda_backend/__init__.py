@@ -5,7 +5,8 @@ and loads a function when it is first asked for.
 
 >>> import cuda_backend
 >>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
-['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'scaled_dot_product_attention']
+['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'flash_attention_vjp_deterministic',
+ 'flash_attention_vjp_hopper', 'scaled_dot_product_attention']
 >>> [name for name in sorted(cuda_backend.__all__) if "llm" in name]
 ['llm_int8_linear', 'llm_int8_linear_fused', 'llm_int8_linear_hopper']
 """
@@ -22,6 +23,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_hopper",
     "flash_attention_vjp",
+    "flash_attention_vjp_deterministic",
+    "flash_attention_vjp_hopper",
     "int8_matmul",
     "int8_matmul_hopper",
     "llm_int8_linear",
@@ -38,11 +41,14 @@ __all__ = [
 ]
 
 _FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.backward"
+_HOPPER_BACKWARD = "cuda_backend.attention.call_backward_hopper"
 _INT8 = "cuda_backend.int8"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
+    "flash_attention_vjp_deterministic": f"{_HOPPER_BACKWARD}:flash_attention_vjp_deterministic",
+    "flash_attention_vjp_hopper": f"{_HOPPER_BACKWARD}:flash_attention_vjp_hopper",
     "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
     "supports": f"{_FORWARD}:supports",
     "dequantize_product": f"{_INT8}.gemm:dequantize_product",
@@ -70,10 +76,19 @@ for _technique, _function in (
     add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
 for _technique, _function in (
     ("attention.flash", "flash_attention_hopper"),
+    ("attention.flash_backward", "flash_attention_vjp_hopper"),
     ("quant.int8_matmul", "int8_matmul_hopper"),
     ("quant.llm_int8_fused", "llm_int8_linear_hopper"),
 ):
     add_implementation(_technique, _HOME[_function], backend="cuda", tier="hopper")
+
+
+add_implementation(
+    "attention.flash_backward",
+    _HOME["flash_attention_vjp_deterministic"],
+    backend="cuda",
+    tier="hopper deterministic",
+)
 
 
 def availability(backend: str) -> str | None:

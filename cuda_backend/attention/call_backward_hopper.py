@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from cuda_backend.arrays import empty, library_of, view
+import numpy as np
+
+from cuda_backend.arrays import empty, is_host, library_of, view
 from cuda_backend.attention.call_hopper import refuse
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_backward_hopper import Inputs, Outputs, enqueue_backward, make_backward_plan
@@ -15,8 +17,9 @@ from cuda_backend.launch import stream_of, wait_for
 from refimpl.attention import AttentionGradients
 from refimpl.attention.scores import Causal
 from refimpl.errors import DTypeError
+from refimpl.numerics import widen
 
-__all__ = ["flash_attention_vjp_hopper"]
+__all__ = ["flash_attention_vjp_deterministic", "flash_attention_vjp_hopper"]
 
 
 def flash_attention_vjp_hopper(
@@ -93,6 +96,8 @@ def flash_attention_vjp_hopper(
     ...     assert flash_attention_vjp_hopper(x, x, x, out, lse, x).dv.shape == x.shape
     """
     refuse(others)
+    if is_host(lse):
+        lse = widen(np.asarray(lse)).astype(np.float32, copy=False)
     given = {"q": q, "k": k, "v": v, "o": o, "do": do, "lse": lse}
     libraries = {name: library_of(array) for name, array in given.items()}
     if len(set(libraries.values())) > 1:
@@ -113,3 +118,17 @@ def flash_attention_vjp_hopper(
         for (given, result), x in zip(made, views, strict=False)
     )
     return AttentionGradients(dq, dk, dv)
+
+
+def flash_attention_vjp_deterministic(*arrays: Any, **options: Any) -> AttentionGradients:
+    """Return what `flash_attention_vjp_hopper` does, dQ bit for bit alike in every call.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.ones((1, 2, 1, 8), np.float16)
+    >>> flash_attention_vjp_deterministic(x, x, x, x, np.zeros((1, 1, 2)), x, softcap=1.0)
+    Traceback (most recent call last):
+    refimpl.errors.UnsupportedError: flash_attention_hopper: the kernel has no softcap
+    """
+    return flash_attention_vjp_hopper(*arrays, deterministic=True, **options)
