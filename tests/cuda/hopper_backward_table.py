@@ -18,20 +18,16 @@ WORK = {"backward": 10, "both": 14}
 FLOORS = {"cuDNN": (0.9, 1.0), "FA2": (1.4, 1.6)}  # the floor and the target of the geometric mean
 
 
-def _ours(
-    part: str, q: Any, k: Any, v: Any, do: Any, *, causal: bool, deterministic: bool
-) -> Callable[[], Any]:
+def _ours(part: str, arrays: Any, *, causal: bool, deterministic: bool) -> Callable[[], Any]:
     from cuda_backend import flash_attention_hopper, flash_attention_vjp_hopper
 
     q, k, v, do = arrays
     out, lse = flash_attention_hopper(q, k, v, causal=causal, return_lse=True)
 
     def call() -> Any:
-        found = (
-            (out, lse)
-            if part == "backward"
-            else flash_attention_hopper(q, k, v, causal=causal, return_lse=True)
-        )
+        found = out, lse
+        if part == "both":
+            found = flash_attention_hopper(q, k, v, causal=causal, return_lse=True)
         return flash_attention_vjp_hopper(q, k, v, *found, do, causal=causal, deterministic=deterministic)
 
     return call
@@ -48,10 +44,7 @@ def _theirs(part: str, arrays: Any, backend: str, *, causal: bool) -> Callable[[
 
     def forward() -> Any:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            a, b, c = leaves
-            return torch.nn.functional.scaled_dot_product_attention(
-                a, b, c, is_causal=causal, enable_gqa=grouped
-            )
+            return torch.nn.functional.scaled_dot_product_attention(*leaves, **how)
 
     kept = forward() if part == "backward" else None
 
