@@ -35,7 +35,8 @@ SIGNATURE = types.void(
     *[uint64] * 2,  # dK, dV
     *[uint64] * 4,  # shifts, deltas, sums of dQ, words of the turns: see `around_backward_hopper`
     uint64,  # the counter, two words that are 0 before and after
-    float32, float32,  # scale * log2(e), positive; scale
+    *[uint64] * 2,  # seed of the dropout; what its words are at least where a weight is kept
+    *[float32] * 3,  # scale * log2(e), positive; scale; factor of what dropout keeps
     *[int32] * 6,  # tiles, key blocks of a head, heads of a section, Hkv, B * Hkv, Hq / Hkv
     *[int32] * 6,  # query blocks of a head, Tq, Tk, offset of the causal diagonal, D, Dv: of 8 at least
 )  # fmt: skip
@@ -62,8 +63,11 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
         sums: Any,
         words: Any,
         counter: Any,
+        seed: Any,
+        threshold: Any,
         scale: Any,
         factor: Any,
+        kept: Any,
         tiles: Any,
         per_head: Any,
         section: Any,
@@ -97,6 +101,6 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
                 write(base, sums, words, problem)
         else:
             take_registers()
-            consume(base, thread, dk, dv, scale, factor, problem)
+            consume(base, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
 
     return backward

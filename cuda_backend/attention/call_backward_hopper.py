@@ -15,9 +15,10 @@ from cuda_backend.attention.variant_backward_hopper import BackwardVariant
 from cuda_backend.context import current_device
 from cuda_backend.launch import stream_of, wait_for
 from refimpl.attention import AttentionGradients
-from refimpl.attention.scores import Causal
+from refimpl.attention.scores import Causal, backward_rule
 from refimpl.errors import DTypeError
 from refimpl.numerics import widen
+from refimpl.random import drop_threshold
 
 __all__ = ["flash_attention_vjp_deterministic", "flash_attention_vjp_hopper"]
 
@@ -33,6 +34,8 @@ def flash_attention_vjp_hopper(
     *,
     causal: Causal = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Any = None,
     deterministic: bool = False,
     stream: Any = None,
     variant: BackwardVariant | None = None,
@@ -54,6 +57,9 @@ def flash_attention_vjp_hopper(
         Gradient of the output.  `o` and `do` have the dtype and library of `q`.
     causal, scale, stream
         As for `flash_attention_hopper`.
+    dropout_p, rng
+        As for `refimpl.attention.flash_attention_vjp`: probability and the integer seed of the forward call,
+        which `flash_attention_hopper` cannot make, but `flash_attention` can.
     deterministic : bool
         Whether dQ repeats bit for bit; dK and dV always do.
     variant : BackwardVariant, optional
@@ -96,6 +102,11 @@ def flash_attention_vjp_hopper(
     ...     assert flash_attention_vjp_hopper(x, x, x, out, lse, x).dv.shape == x.shape
     """
     refuse(others)
+    drop = (0, 0)
+    if dropout_p:
+        nothing = np.zeros((1, 1, 1, 1), np.float32)
+        rule = backward_rule(nothing, nothing, nothing, dropout_p=dropout_p, rng=rng)
+        drop = rule.seed, drop_threshold(rule.dropout_p)
     if is_host(lse):
         lse = widen(np.asarray(lse)).astype(np.float32, copy=False)
     given = {"q": q, "k": k, "v": v, "o": o, "do": do, "lse": lse}
@@ -109,10 +120,12 @@ def flash_attention_vjp_hopper(
         aligned = [copies.enter_context(aligned_rows(x, on)) for x in views[:5]]
         inputs = Inputs._make((*aligned, views[5]))
         layouts = tuple(x.layout for x in inputs)
-        plan = make_backward_plan(layouts, causal, scale, deterministic, on, current_device(), variant)
+        plan = make_backward_plan(
+            layouts, causal, scale, deterministic, on, current_device(), variant, dropout_p
+        )
         made = [empty(shape, plan.dtype, q, on) for shape in plan.shapes]
         outputs = Outputs(*(given.address for given, _ in made))
-        enqueue_backward(plan, Inputs(*(x.address for x in inputs)), outputs)
+        enqueue_backward(plan, Inputs(*(x.address for x in inputs)), outputs, drop)
     dq, dk, dv = (
         result() if given.shape[3] == x.shape[3] else result()[..., : x.shape[3]]
         for (given, result), x in zip(made, views, strict=False)

@@ -30,9 +30,10 @@ ALL, NONE = -(1 << 30), 1 << 30  # first column that a row may see: before and a
 
 
 def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callable[..., None]:
-    """Return ``consume(base, thread, dk_out, dv_out, scale, factor, problem)``, for a whole warpgroup.
+    """Return ``consume(base, thread, dk_out, dv_out, scale, factor, drop, problem)``, for a whole warpgroup.
 
-    `scale` is that of the scores times log2(e), `factor` that of the scores.
+    `scale` is that of the scores times log2(e), `factor` that of the scores; `drop` has the seed of the
+    dropout, its threshold, and the factor of what is kept.
     """
     block_m, block_n, d, kind, causal = (
         variant.block_m,
@@ -59,6 +60,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
     k_full, v_full, kv_empty, tile_slot = places.k_full, places.v_full, places.kv_empty, places.tile_slot
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
     dq_full, dq_empty = places.dq_full, places.dq_empty
+    dropout = variant.dropout
     one_ds = variant.ds_stages == 1
     place, first_block, next_stage, next_ds = (
         schedule.place, schedule.first_block, schedule.next_stage, schedule.next_ds
@@ -85,8 +87,9 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
 
     @device_function
     def consume(
-        base: Any, thread: Any, dk_out: Any, dv_out: Any, scale: Any, factor: Any, problem: Any
+        base: Any, thread: Any, dk_out: Any, dv_out: Any, scale: Any, factor: Any, drop: Any, problem: Any
     ) -> None:
+        seed, threshold, kept = drop
         _, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, k_columns, v_columns = problem
         s = cuda.local.array(s_count, float32)
         dp = cuda.local.array(s_count, float32)
@@ -119,6 +122,11 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             kv_parity = int32(kv_parity ^ 1)
             key_block, kv_head = place(tile, per_head, section, all_heads)
             key = int32(key_block * block_n + own_row)
+            batch, head_first, first_key = int32(0), int32(0), int32(0)
+            if dropout:
+                batch = registers.quotient(kv_head, heads)
+                head_first = int32((kv_head - batch * heads) * group)
+                first_key = int32(key_block * block_n + 64 * w + 16 * warp)
             last_key = int32(key_block * block_n + 64 * w + 63)
             # The first query that this thread's rows may see; queries from `seeing` on see all keys.
             first_low, first_high, seeing = int32(ALL), int32(ALL), int32(ALL)
@@ -147,6 +155,9 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     wgmma.commit()
                     scores_done(s)
                     row = int32(block * block_m)
+                    drawn = (
+                        seed, batch, int32(head_first + member), row, first_key, lane, threshold, kept
+                    )  # fmt: skip
                     if row < seeing:
                         shift = row + 2 * quad_lane
                         mask(s, first_low - shift, first_high - shift)
@@ -154,7 +165,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     # Without the pin, ptxas may move the exponentials behind the wait for dP.
                     pin_scores(s)
                     dp_done(dp)
-                    gradient(dp, s, base + delta_places + stage * stat_bytes + 8 * quad_lane)
+                    gradient(dp, s, base + delta_places + stage * stat_bytes + 8 * quad_lane, drawn)
                     pack(p, s)
                     pack(ds, dp)
                     if one_ds:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.dropout_hopper import build_words
 from cuda_backend.attention.variant_backward_hopper import BackwardVariant
 from cuda_backend.ptx import copy, matrix_store, registers
 from cuda_backend.ptx.assembly import types
@@ -29,9 +30,11 @@ def build_gradient(variant: BackwardVariant) -> tuple[Callable[..., Any], ...]:
 
     ``mask(s, first_low, first_high)`` makes scores -inf before a thread's own column ``first``, in its two
     rows.  ``weights(s, scale, shifts)`` turns scores into P = exp2(s scale + shift), ``gradient(dp, s,
-    deltas)`` dP into dS = P (dP - delta); `shifts` and `deltas` are where those of the thread's first column
-    lie.  ``pack(words, s)`` rounds.
+    deltas, drop)`` dP into dS = P (dP - delta), with dropout dP and then P into what is kept of them;
+    `shifts` and `deltas` are where those of the thread's first column lie, `drop` says what `build_words`
+    asks for, the threshold and the factor of what is kept.  ``pack(words, s)`` rounds.
     """
+    dropout, draw = variant.dropout, build_words()
     count = variant.block_m // 2
     pack_pair = registers.pack_pair(variant.kind)
 
@@ -53,12 +56,27 @@ def build_gradient(variant: BackwardVariant) -> tuple[Callable[..., Any], ...]:
                 s[4 * i + e] = registers.exp2(x)
 
     @device_function
-    def gradient(dp: Any, s: Any, deltas: Any) -> None:
+    def drop_one(dp: Any, s: Any, at: Any, delta: Any, word: Any, threshold: Any, factor: Any) -> None:
+        kept = registers.select_float(int32(uint64(word) >= threshold), factor, float32(0.0))
+        weight = s[at]
+        dp[at] = weight * (dp[at] * kept - delta)
+        s[at] = weight * kept
+
+    @device_function
+    def gradient(dp: Any, s: Any, deltas: Any, drop: Any) -> None:
         pair = cuda.local.array(2, float32)
         for i in range(count // 4):
             copy.load_shared_8(pair, int32(0), deltas + 32 * i)
-            for e in range(4):
-                dp[4 * i + e] = s[4 * i + e] * (dp[4 * i + e] - pair[e % 2])
+            if dropout:
+                seed, batch, head, query, key, lane, threshold, factor = drop
+                w0, w1, w2, w3 = draw(seed, batch, head, query + 8 * i, key, lane)
+                drop_one(dp, s, 4 * i, pair[0], w0, threshold, factor)
+                drop_one(dp, s, 4 * i + 1, pair[1], w1, threshold, factor)
+                drop_one(dp, s, 4 * i + 2, pair[0], w2, threshold, factor)
+                drop_one(dp, s, 4 * i + 3, pair[1], w3, threshold, factor)
+            else:
+                for e in range(4):
+                    dp[4 * i + e] = s[4 * i + e] * (dp[4 * i + e] - pair[e % 2])
 
     @device_function
     def pack(words: Any, s: Any) -> None:

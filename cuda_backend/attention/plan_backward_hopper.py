@@ -100,8 +100,8 @@ class BackwardPlan(NamedTuple):
     lock: Any
 
 
-def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs) -> None:
-    """Queue a backward pass of arrays at addresses; nothing waits.
+def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, drop: tuple[int, int] = (0, 0)) -> None:
+    """Queue a backward pass of arrays at addresses, `drop` being seed and threshold; nothing waits.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs) -> None:
         shifts, deltas, sums, words = (room + place for place in plan.places[:-1])
         plan.encode((at.q, at.k, at.v, at.do))
         plan.prepare(at.o, at.do, at.lse, shifts, deltas, sums, words, *plan.strides)
-        plan.main(to.dk, to.dv, shifts, deltas, sums, words, plan.counters.address())
+        plan.main(to.dk, to.dv, shifts, deltas, sums, words, plan.counters.address(), *drop)
         plan.finish(sums, to.dq)
 
 
@@ -127,6 +127,7 @@ def make_backward_plan(
     stream: int,
     device: int,
     variant: BackwardVariant | None = None,
+    dropout_p: float = 0.0,
 ) -> BackwardPlan:
     """Return the plan of a call on the current GPU, `device`; `variant` is in place of `choose_backward`'s.
 
@@ -147,7 +148,8 @@ def make_backward_plan(
     (batch, tq, heads, width), (_, tk, kv_heads, value_width) = q.shape, v.shape
     group, kind = heads // kv_heads, KINDS[q.dtype]
     if variant is None:
-        variant = choose_backward(kind, width, value_width, bool(causal), deterministic=deterministic)
+        how = {"deterministic": deterministic, "dropout": dropout_p > 0}
+        variant = choose_backward(kind, width, value_width, bool(causal), **how)
     blocks, key_blocks = -(-tq // variant.block_m), -(-tk // variant.block_n)
     lines, tiles, all_heads = batch * heads * blocks, key_blocks * batch * kv_heads, batch * kv_heads
     processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
@@ -171,8 +173,8 @@ def make_backward_plan(
         _function("main", variant, device),
         early_config(min(tiles, processors), variant.threads, variant.shared_bytes, stream),
         4 * DESCRIPTOR_BYTES,
-        "7Q2f12i",
-        (factor * LOG2_E, factor, *problem),
+        "9Q3f12i",
+        (factor * LOG2_E, factor, 1.0 / (1.0 - dropout_p), *problem),
     )
     turned_bytes = variant.block_m * (2 * variant.d + 16) if variant.swapped else 0
     return BackwardPlan(

@@ -65,7 +65,7 @@ def build_backward_producer(variant: BackwardVariant, schedule: BackwardSchedule
         # For want of registers one number: step around the ring, and 16 times the parity of K and V.
         state = int32(16)
         while tile < tiles:
-            key_block, kv_head = place(tile, per_head, section, all_heads)
+            key_block, kv_head = place(tile, registers.fresh(per_head), section, all_heads)
             batch = registers.quotient(kv_head, heads)
             own_head = int32(kv_head - batch * heads)
             row = int32(key_block * block_n)

@@ -14,6 +14,7 @@ __all__ = [
     "exchange_float",
     "exchange_word",
     "exp2",
+    "fresh",
     "fused_multiply_add",
     "give_registers",
     "largest_word",
@@ -191,6 +192,15 @@ def _select(name: str, kind: Any, letter: str) -> Intrinsic:
 
 select_float = _select("select_float", _float, "f")
 select_int, select_word = _select("select_int", _int, "r"), _select("select_word", _word, "r")
+
+fresh = instruction(
+    "fresh",
+    _int,
+    {"x": _int},
+    "mov.b32 $0, $1;",
+    "=r,r",
+    'x, here and now: what is made of it is not kept from one turn of a loop to the next.  PTX ISA, "mov".',
+)
 
 successor = instruction(
     "successor",

@@ -18,6 +18,7 @@ from cuda_backend.attention import (
     backward_hopper,
     call_backward_hopper,
     consumer_backward_hopper,
+    dropout_hopper,
     gradient_hopper,
     packed,
     plan_backward_hopper,
@@ -34,6 +35,7 @@ from tests.cuda.int8_hopper_played import aligned, viewed
 from tests.cuda.int8_hopper_played import at as at_address
 
 MODULES = {
+    "dropout": dropout_hopper,
     "around": around_backward_hopper, "consumer": consumer_backward_hopper, "gradient": gradient_hopper,
     "producer": producer_backward_hopper, "schedule": schedule_backward_hopper, "place": schedule_hopper,
 }  # fmt: skip
@@ -173,7 +175,7 @@ def array_at(address: int, shape: Sequence[int], strides: Sequence[int], dtype: 
 
 def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: list[Any]) -> None:
     """Run the roles of all blocks of the kernel in the middle, as `backward_hopper` deals them out."""
-    dk, dv, shifts, deltas, sums, words, counter, scale, factor, *numbers = values
+    dk, dv, shifts, deltas, sums, words, counter, seed, threshold, scale, factor, kept, *numbers = values
     problem = tuple(numbers)
     schedule = modules["schedule"].build_backward_schedule(variant)
     start = modules["producer"].build_start(variant)
@@ -183,7 +185,7 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
 
     def consumer(w: int) -> Callable[[], None]:
         thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
-        return lambda: consume(BASE, thread, dk, dv, scale, factor, problem)
+        return lambda: consume(BASE, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
 
     roles: list[Any] = []
     for number in range(machine.counts["blocks"]):

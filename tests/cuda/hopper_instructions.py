@@ -362,6 +362,7 @@ def registers(machine: Machine) -> Any:
         unpack_high=lambda kind: unpack(kind, 1),
         uniform=lambda value: np.int32(one(value)),
         quotient=lambda x, y: np.int32(int(x) // int(y)),
+        fresh=lambda x: x,
         successor=lambda x: np.int32(x + 1),
         pin=lambda count: lambda _: None,
     )

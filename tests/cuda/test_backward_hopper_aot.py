@@ -107,6 +107,16 @@ def test_resources_are_as_recorded(case: Any) -> None:
     assert found["finish"]["registers"] <= 80
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize(("width", "most"), [(64, 400), (128, 100)])
+def test_dropout_spills_little(width: int, most: int) -> None:
+    """Philox needs registers beside the accumulators: a few are spilled, no array lies in local memory."""
+    found = compiled("f16", width, True, False, {"dropout": True})["main"]
+    assert found["warnings"] == []
+    assert found["spills"] <= most
+    assert found["stack"] <= found["spills"]
+
+
 @pytest.mark.aot_full
 @pytest.mark.parametrize("case", FULL)
 def test_nothing_spills_and_nothing_waits(case: Any) -> None:

@@ -123,6 +123,15 @@ def test_padding_weighs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference("f16", sizes, False, opposed=True, scale=4.0) < LIMITS["f16"]
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_dropout(monkeypatch: pytest.MonkeyPatch, d: int, kind: str) -> None:
+    """The reference's Philox: a weight dropped or kept otherwise is an error as large as the gradient."""
+    played(monkeypatch)
+    dropped: dict[str, Any] = {"dropout_p": 0.3, "rng": 2**63 + 5}
+    assert difference(kind, (2, 70, 150, 4, 2, d, d), "bottom_right", **dropped) < LIMITS[kind]
+
+
 def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order in which blocks run; keys of 300 queries are added to by three blocks."""
     rng = np.random.default_rng(3)
