@@ -145,3 +145,15 @@ def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     for other in found[1:]:
         for one, same in zip(found[0][:3], other[:3], strict=True):
             assert np.array_equal(one, same)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_record(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Laws, reference, tolerances and edges, as `frugal verify --backend cuda` asks for them."""
+    from refimpl.testing import check
+
+    played(monkeypatch)
+    technique = "attention.flash_backward"
+    report = check(technique, flash_attention_vjp_hopper, backend="cuda", examples=3, dtypes=[dtype])
+    assert not report.failed, report.failed[0]
+    assert report.counts()["passed"] > 10
