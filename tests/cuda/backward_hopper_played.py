@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -64,11 +65,15 @@ def played(
     modules = dict(MODULES)
     if mutant is not None:
         modules[mutant[0]] = mutated(*mutant)
-        if mutant[0] == "gradient":
-            for user in ("consumer", "around"):
-                for name in ("build_gradient", "build_stores"):
-                    if hasattr(modules[user], name):
-                        monkeypatch.setattr(modules[user], name, getattr(modules["gradient"], name))
+        for user, name in itertools.product(
+            modules.values(), ("build_gradient", "build_stores", "build_words")
+        ):
+            if (
+                mutant[0] in ("gradient", "dropout")
+                and hasattr(user, name)
+                and hasattr(modules[mutant[0]], name)
+            ):
+                monkeypatch.setattr(user, name, getattr(modules[mutant[0]], name))
     install(monkeypatch, machine, list(modules.values()))
     counter = np.zeros(2, np.int32)
     kept: dict[str, Any] = {}
