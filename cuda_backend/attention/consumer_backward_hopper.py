@@ -81,7 +81,8 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
         dq_product = wgmma.product_shared(variant.dq_columns, kind, ds_steps, k_steps, b_turned=True)
     # Where in dS, and in K, a consumer's part of dQ begins: 64 rows of either, or a sub-tile of 64 columns.
     ds_part, k_part = (64 * 128, 0) if variant.row_split else (0, 128 * block_n)
-    scores_done, dp_done = wgmma.wait(1, s_count), wgmma.wait(0, s_count)
+    early_dv = variant.early_dv and not variant.dropout
+    scores_done, dp_done = wgmma.wait(1, s_count), wgmma.wait(int(early_dv), s_count)
     dq_done, dk_done = wgmma.wait(1, dq_count), wgmma.wait(0, dk_count)
     pin_scores = registers.pin(s_count)
 
@@ -164,18 +165,27 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     weights(s, scale, base + shift_places + stage * stat_bytes + 8 * quad_lane)
                     # Without the pin, ptxas may move the exponentials behind the wait for dP.
                     pin_scores(s)
+                    if early_dv:
+                        pack(p, s)
+                        wgmma.fence()
+                        key_product(dv, p, across_q(do_place))
+                        wgmma.commit()
                     dp_done(dp)
                     gradient(dp, s, base + delta_places + stage * stat_bytes + 8 * quad_lane, drawn)
-                    pack(p, s)
+                    if not early_dv:
+                        pack(p, s)
                     pack(ds, dp)
                     if one_ds:
                         meet()
                     store_ds(ds, ds_lane + ds_stage * ds_bytes)
                     barrier.publish_stores()
-                    wgmma.fence()
-                    key_product(dv, p, across_q(do_place))
-                    wgmma.commit()
+                    if not early_dv:
+                        wgmma.fence()
+                        key_product(dv, p, across_q(do_place))
+                        wgmma.commit()
                     meet()
+                    if early_dv:
+                        wgmma.fence()
                     ds_rows = along_k(base + ds_tiles + ds_stage * ds_bytes + w * ds_part)
                     if swapped:
                         dq_product(dq, k_across, ds_rows)

@@ -60,6 +60,8 @@ class BackwardVariant(NamedTuple):
         Tiles of Q, and of dO, in flight.
     ds_stages
         Tiles of dS: with two, one barrier a step is enough.
+    early_dv
+        Whether dV is issued before dS is computed, to run beside it; not with dropout.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class BackwardVariant(NamedTuple):
     swapped: bool
     stages: int
     ds_stages: int
+    early_dv: bool
 
     @property
     def block_n(self) -> int:
@@ -164,5 +167,5 @@ def choose_backward(
     d = -(-max(d_qk, d_v) // SUBTILE) * SUBTILE
     block_m = 128 if d == 64 else 64
     return BackwardVariant(
-        kind, d, causal, deterministic, dropout, block_m=block_m, swapped=False, stages=2, ds_stages=2
+        kind, d, causal, deterministic, dropout, block_m, swapped=False, stages=2, ds_stages=2, early_dv=False
     )

@@ -66,14 +66,14 @@ RECORDED = {
     ("bf16", 128, False, False): (8 + 8 + 4 + 8 + 4, 4, 198_784),
     ("f16", 128, True, True): (8 + 8 + 4 + 8 + 4, 4, 198_784),
 }
-TURNED = {"swapped": True}
+TURNED, EARLY = {"swapped": True}, {"early_dv": True}
 FULL = [
     (kind, width, causal, deterministic, changes)
     for kind in ("f16", "bf16")
     for width in (64, 128)
     for causal in (False, True)
     for deterministic in (False, True)
-    for changes in ({}, *([TURNED] if width == 128 else []))
+    for changes in ({}, *([TURNED, EARLY] if width == 128 else []))
 ]
 
 

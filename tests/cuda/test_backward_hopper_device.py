@@ -131,6 +131,12 @@ def test_turned_dq(block_m: int) -> None:
     judge("float16", (2, 700, 1000, 4, 2, 128, 128), "bottom_right", variant=variant)
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_early_dv(d: int) -> None:
+    variant = choose_backward("f16", d, d, True)._replace(early_dv=True)
+    judge("float16", (2, 700, 1000, 4, 2, d, d), "bottom_right", variant=variant)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [(1, 16384, 16384, 16, 16, 128, 128), (4, 4096, 4096, 32, 8, 128, 128), (8, 4096, 4096, 16, 16, 64, 64)],

@@ -50,8 +50,8 @@ MUTANTS = {
     ),
     "dS not published": (
         "consumer",
-        "barrier.publish_stores()\n                    wgmma.fence()",
-        "wgmma.fence()",
+        "barrier.publish_stores()\n                    if not early_dv:",
+        "if not early_dv:",
     ),
     "dQ not published": (
         "consumer",
@@ -60,8 +60,8 @@ MUTANTS = {
     ),
     "consumers do not meet": (
         "consumer",
-        "meet()\n                    ds_rows",
-        "ds_rows",
+        "meet()\n                    if early_dv:",
+        "if early_dv:",
     ),
     "mask off by one": (
         "consumer",

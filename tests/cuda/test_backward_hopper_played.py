@@ -93,6 +93,14 @@ def test_turned_dq(monkeypatch: pytest.MonkeyPatch, block_m: int) -> None:
         assert difference("f16", (1, 170, 257, 2, 1, 128, 128), "bottom_right", variant) < LIMITS["f16"]
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+def test_early_dv(monkeypatch: pytest.MonkeyPatch, d: int, late: bool) -> None:
+    played(monkeypatch, late=late)
+    variant = choose_backward("f16", d, d, True)._replace(early_dv=True)
+    assert difference("f16", (1, 170, 257, 2, 1, d, d), "bottom_right", variant) < LIMITS["f16"]
+
+
 @pytest.mark.parametrize(
     ("sizes", "turned"),
     [
