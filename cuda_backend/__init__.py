@@ -5,7 +5,8 @@ and loads a function when it is first asked for.
 
 >>> import cuda_backend
 >>> [name for name in sorted(cuda_backend.__all__) if "flash" in name]
-['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp']
+['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'flash_attention_vjp_deterministic',
+ 'flash_attention_vjp_hopper']
 >>> [name for name in sorted(cuda_backend.__all__) if "llm" in name]
 ['llm_int8_linear', 'llm_int8_linear_fused', 'llm_int8_linear_hopper']
 """
@@ -22,6 +23,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_hopper",
     "flash_attention_vjp",
+    "flash_attention_vjp_deterministic",
+    "flash_attention_vjp_hopper",
     "int8_attention",
     "int8_attention_hopper",
     "int8_linear_decode",
@@ -50,11 +53,14 @@ __all__ = [
 ]
 
 _FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.backward"
+_HOPPER_BACKWARD = "cuda_backend.attention.call_backward_hopper"
 _INT8, _WEIGHT_ONLY = "cuda_backend.int8", "cuda_backend.weight_only"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
+    "flash_attention_vjp_deterministic": f"{_HOPPER_BACKWARD}:flash_attention_vjp_deterministic",
+    "flash_attention_vjp_hopper": f"{_HOPPER_BACKWARD}:flash_attention_vjp_hopper",
     "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
     "supports": f"{_FORWARD}:supports",
     "int8_attention_hopper": "cuda_backend.attention.int8_call_hopper:int8_attention_hopper",
@@ -98,10 +104,19 @@ for _technique, _function in (
     add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
 for _technique, _function in (
     ("attention.flash", "flash_attention_hopper"),
+    ("attention.flash_backward", "flash_attention_vjp_hopper"),
     ("quant.int8_matmul", "int8_matmul_hopper"),
     ("quant.llm_int8_fused", "llm_int8_linear_hopper"),
 ):
     add_implementation(_technique, _HOME[_function], backend="cuda", tier="hopper")
+
+
+add_implementation(
+    "attention.flash_backward",
+    _HOME["flash_attention_vjp_deterministic"],
+    backend="cuda",
+    tier="hopper deterministic",
+)
 
 
 def availability(backend: str) -> str | None:

@@ -12,7 +12,7 @@ from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import View
 from cuda_backend.context import checked, driver
 
-__all__ = ["UNWRITTEN", "ZERO", "scratch"]
+__all__ = ["UNWRITTEN", "ZERO", "scratch", "workspace"]
 
 ZERO, UNWRITTEN = 0x00, 0xFF  # bytes of 0.0, and of a NaN: what is read before it is written shows
 
@@ -33,5 +33,15 @@ def scratch(shape: tuple[int, ...], stream: int, *, fill: int) -> Iterator[View]
     try:
         checked(driver.cuMemsetD8Async(address, fill, size, stream))
         yield View(shape, strides, "float32", address, None)
+    finally:
+        checked(driver.cuMemFreeAsync(address, stream))
+
+
+@contextmanager
+def workspace(size: int, stream: int) -> Iterator[int]:
+    """Give the address of `size` bytes on the GPU that mean nothing, for work queued on `stream`."""
+    address = int(checked(driver.cuMemAllocAsync(size, stream)))
+    try:
+        yield address
     finally:
         checked(driver.cuMemFreeAsync(address, stream))

@@ -1,4 +1,4 @@
-"""PyTorch, if it is installed: arrays for measurements, and the functions that ours are measured against.
+"""PyTorch, if it is installed: our layers, arrays for measurements, functions that ours are measured against.
 
 The only file that names torch, and only inside functions: nothing else of frugal needs it.
 """
@@ -18,6 +18,7 @@ from refimpl.numerics import Array
 
 __all__ = [
     "Rival",
+    "attention",
     "attention_backward_rivals",
     "attention_rivals",
     "byte_copy_rival",
@@ -91,6 +92,61 @@ class Rival(NamedTuple):
     function: Callable[..., Any]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     prepare: Callable[..., tuple[Any, ...]] = _as_given
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    causal: str = "",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    deterministic: bool = False,
+    tier: str = "portable",
+) -> Any:
+    """Return attention of PyTorch tensors [B, T, H, D], with a gradient; see `cuda_backend.flash_attention`.
+
+    An operator of its own, ``torch.ops.frugal.attention``, also under `torch.compile`.  Tensors on the host
+    go to the simulator or to the reference.
+
+    Parameters
+    ----------
+    q, k, v : torch.Tensor
+        Key heads may be fewer: they divide the query heads.
+    causal, scale, dropout_p
+        As for `refimpl.attention.scaled_dot_product_attention`; `causal` is "" for no mask.
+    seed : int
+        Of the dropout, from 0 to 2**63 - 1; give another one in each step.
+    deterministic, tier
+        As for `cuda_backend.flash_attention_vjp`; the tier of both passes.
+
+    Examples
+    --------
+    >>> if missing() is None:
+    ...     import torch
+    ...     q = torch.ones(1, 3, 2, 8, device="cuda", requires_grad=True)
+    ...     attention(q, q, q, causal="top_left").sum().backward()
+    """
+    import torch
+
+    _registered()
+    return torch.ops.frugal.attention(q, k, v, causal, scale, dropout_p, seed, deterministic, tier)[0]
+
+
+def _registered() -> bool:
+    """Register the operator behind `attention`, once; return True."""
+    import torch
+
+    from cuda_backend.attention.autograd import register
+
+    return register(torch) is not None
+
+
+# As torch.compiler.assume_constant_result marks it: it is called when code is compiled, not traced.
+_registered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention_rivals(causal: bool) -> dict[str, Rival]:

@@ -221,9 +221,7 @@ def command(
     if tokens and not models:
         raise click.UsageError("--tokens are the rows of a --model")
     for shape in shapes:
-        grouped = (
-            what.endswith("attention") and direction in (None, "fwd") and len(shape) == len(AXES[what]) + 1
-        )
+        grouped = what.endswith("attention") and len(shape) == len(AXES[what]) + 1
         if grouped and shape[1] % shape[2]:
             raise click.UsageError(f"--shape: Hkv must divide H, got {_name(shape)}")
         if len(shape) != len(AXES[what]) and not grouped:

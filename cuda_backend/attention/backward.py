@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from cuda_backend.launch import launch, shared_memory_bytes, stream_of
 from cuda_backend.scratch import UNWRITTEN, ZERO, scratch
 from refimpl.attention import AttentionGradients
 from refimpl.attention.scores import AttentionOptions, backward_rule
-from refimpl.errors import CapacityError, UnsupportedError
+from refimpl.errors import CapacityError, OptionError, UnsupportedError
 from refimpl.numerics import widen
 from refimpl.validation import bind_axes, floating
 
@@ -34,6 +34,8 @@ def flash_attention_vjp(
     block_sizes: tuple[int, int] | None = None,
     sram: int | None = None,
     stream: Any = None,
+    tier: Literal["portable", "hopper"] = "portable",
+    deterministic: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> AttentionGradients:
     """Return the gradients of attention, tile by tile, from what the forward pass returned.
@@ -54,6 +56,11 @@ def flash_attention_vjp(
         As for `flash_attention`; Q, dO, K, V, P, dS and two statistics must fit.
     stream : int or stream object, optional
         As for `flash_attention`.
+    tier : {"portable", "hopper"}
+        Which kernels: those of any GPU, which take every option and float32, or those of
+        `flash_attention_vjp_hopper`, with `causal` and `scale` only.  Nothing falls back.
+    deterministic : bool
+        Whether gradients must repeat bit for bit; the portable kernels' always do.
     **options
         Those of the forward call; with dropout the same integer seed or mask, which regenerates what was
         dropped.
@@ -96,6 +103,15 @@ def flash_attention_vjp(
     ...     out, lse = cuda_backend.flash_attention(x, x, x, return_lse=True)
     ...     assert flash_attention_vjp(x, x, x, out, lse, x).dv[0, :, 0, 0].tolist() == [1, 1]
     """
+    if tier not in ("portable", "hopper"):
+        raise OptionError(f"tier: expected 'portable' or 'hopper', got {tier!r}")
+    if tier == "hopper":
+        from cuda_backend.attention.call_backward_hopper import flash_attention_vjp_hopper
+
+        further: dict[str, Any] = {**options, "deterministic": deterministic}
+        if block_sizes is not None or sram is not None:
+            further |= {"block_sizes": block_sizes, "sram": sram}
+        return flash_attention_vjp_hopper(q, k, v, o, lse, do, stream=stream, **further)
     call, lse = _prepared(q, k, v, o, lse, do, options)
     refused = _reasons(call, lse)
     if refused:

@@ -36,9 +36,8 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     rescale, row_total, store_row = build_output(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
-    qk_product = wgmma.product_shared(
-        block_n, variant.kind, _k_major_steps(variant.d_qk, block_m), _k_major_steps(variant.d_qk, block_n)
-    )
+    q_steps, k_steps = (wgmma.k_major_steps(variant.d_qk, rows) for rows in (block_m, block_n))
+    qk_product = wgmma.product_shared(block_n, variant.kind, q_steps, k_steps)
     pv_product = wgmma.product_registers(variant.d_v, variant.kind, [128 * k for k in range(block_n // 16)])
     scores_done, scores_first_done = wgmma.wait(0, s_count), wgmma.wait(1, s_count)
     output_done = wgmma.wait(0, o_count)
@@ -202,8 +201,3 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     copy.store_global_float(address + uint64(32), value)
 
     return consume
-
-
-def _k_major_steps(depth: int, rows: int) -> list[int]:
-    """Return where each step of 16 along K starts in sub-tiles of 64 columns, in units of 16 bytes."""
-    return [(k // 4) * rows * 8 + (k % 4) * 2 for k in range(depth // 16)]

@@ -27,7 +27,18 @@ from cuda_backend.launch import allow_shared_memory
 from refimpl.attention.scores import Causal, score_rule
 from refimpl.errors import DTypeError, UnsupportedError
 
-__all__ = ["COLUMNS", "MISALIGNED", "Plan", "enqueue", "make_plan", "reasons", "section_of"]
+__all__ = [
+    "COLUMNS",
+    "KINDS",
+    "LOG2_E",
+    "MISALIGNED",
+    "Plan",
+    "early_config",
+    "enqueue",
+    "make_plan",
+    "reasons",
+    "section_of",
+]
 
 KINDS = {"float16": "f16", "bfloat16": "bf16"}
 LARGEST_WIDTH = 256
@@ -149,7 +160,7 @@ def make_plan(
     encoders = [encoder(x.shape, x.strides, dtype, r) for x, r in zip(views, rows, strict=True)]
     return Plan(
         function=_function(variant, device),
-        config=_config(variant, min(tiles, processors), stream),
+        config=early_config(min(tiles, processors), variant.threads, variant.shared_bytes, stream),
         out_shape=out_shape,
         lse_shape=(batch, heads, tq),
         dtype=dtype,
@@ -179,7 +190,7 @@ def section_of(heads: int, head_bytes: int) -> int:
     return -(-heads // -(-heads // most))
 
 
-def _config(variant: Variant, blocks: int, stream: int) -> Any:
+def early_config(blocks: int, threads: int, shared_bytes: int, stream: int) -> Any:
     """Return a launch that may begin under the end of the one before it (`cuda_backend.ptx.grid`)."""
     early = driver.CUlaunchAttribute()
     early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -188,8 +199,8 @@ def _config(variant: Variant, blocks: int, stream: int) -> Any:
     early.value = value
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
-    config.sharedMemBytes, config.hStream = variant.shared_bytes, driver.CUstream(stream)
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
     config.attrs, config.numAttrs = [early], 1
     return config
 

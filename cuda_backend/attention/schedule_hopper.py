@@ -10,7 +10,7 @@ from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["Schedule", "build_schedule", "ring"]
+__all__ = ["Schedule", "build_place", "build_schedule", "ring"]
 
 int32 = types.int32
 
@@ -35,23 +35,12 @@ class Schedule(NamedTuple):
 def build_schedule(variant: Variant) -> Schedule:
     """Return the schedule of `variant`.
 
-    ``place(tile, per_head, section, all_heads)`` gives the row block and the head (batch and head in one
-    number) of a tile.  Heads come in sections whose K and V fit the L2 cache; within a section the row
-    blocks with most keys come first, so that what is left for the end is short.  ``key_tiles(end_row, tq,
-    tk, offset)`` counts the key tiles that the rows before ``end_row`` need.
+    ``place`` is that of `build_place`: within a section the row blocks with most keys come first, so that
+    what is left for the end is short.  ``key_tiles(end_row, tq, tk, offset)`` counts the key tiles that the
+    rows before ``end_row`` need.
     """
     block_n, causal = variant.block_n, variant.causal
-
-    @device_function
-    def place(tile: Any, per_head: Any, section: Any, all_heads: Any) -> Any:
-        index = registers.quotient(tile, section * per_head)
-        rank = int32(tile - index * section * per_head)
-        members = int32(min(section, all_heads - index * section))
-        row_rank = registers.quotient(rank, members)
-        head = int32(index * section + rank - row_rank * members)
-        if causal:
-            return int32(per_head - 1 - row_rank), head
-        return int32(row_rank), head
+    place = build_place(causal)
 
     @device_function
     def key_tiles(end_row: Any, tq: Any, tk: Any, offset: Any) -> Any:
@@ -61,6 +50,27 @@ def build_schedule(variant: Variant) -> Schedule:
         return registers.quotient(int32(max(end, 0) + (block_n - 1)), block_n)
 
     return Schedule(place, key_tiles, ring(variant.stages), ring(variant.q_stages))
+
+
+def build_place(backwards: bool) -> Callable[..., Any]:
+    """Return ``place(tile, per_head, section, all_heads)``: the row block and the head of a tile.
+
+    The head is batch and head in one number.  Heads come in sections whose arrays fit the L2 cache; within a
+    section row blocks come in order, or `backwards`.
+    """
+
+    @device_function
+    def place(tile: Any, per_head: Any, section: Any, all_heads: Any) -> Any:
+        index = registers.quotient(tile, section * per_head)
+        rank = int32(tile - index * section * per_head)
+        members = min(section, int32(all_heads - index * section))
+        row_rank = registers.quotient(rank, members)
+        head = int32(index * section + rank - row_rank * members)
+        if backwards:
+            return int32(per_head - 1 - row_rank), head
+        return int32(row_rank), head
+
+    return place
 
 
 def ring(stages: int) -> Callable[..., Any]:

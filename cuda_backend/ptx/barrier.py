@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import Intrinsic, instruction, types
 
-__all__ = ["arrive", "expect_bytes", "initialise", "named", "publish_initialisation", "wait"]
+__all__ = [
+    "arrive",
+    "arrive_warp",
+    "expect_bytes",
+    "initialise",
+    "named",
+    "publish_initialisation",
+    "publish_stores",
+    "wait",
+]
 
 _BARRIER = {"barrier": types.uint32}
 
@@ -35,6 +44,16 @@ publish_initialisation = instruction(
     'PTX ISA, "membar, fence".',
 )
 
+publish_stores = instruction(
+    "publish_stores",
+    types.void,
+    {},
+    "fence.proxy.async.shared::cta;",
+    "",
+    "Let tensor cores and the copy engine see what this thread has stored in shared memory, once a barrier "
+    'tells them of it.  PTX ISA, "membar, fence", fence.proxy.async.',
+)
+
 expect_bytes = instruction(
     "expect_bytes",
     types.void,
@@ -51,6 +70,16 @@ arrive = instruction(
     "mbarrier.arrive.shared::cta.b64 _, [$0];",
     "r",
     'Arrive once, with release semantics in the block.  PTX ISA, "mbarrier.arrive".',
+)
+
+arrive_warp = instruction(
+    "arrive_warp",
+    types.void,
+    {**_BARRIER, "lane": types.int32},
+    "{ .reg .pred first; setp.eq.s32 first, $1, 0; bar.warp.sync 0xffffffff; "
+    "@first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+    "r,r",
+    'A whole warp, of which this is lane `lane`, arrives once.  PTX ISA, "mbarrier.arrive", "bar.warp.sync".',
 )
 
 wait = instruction(

@@ -21,6 +21,7 @@ __all__ = [
     "load_byte",
     "load_float",
     "load_half",
+    "load_shared_8",
     "load_shared_16",
     "load_shared_float",
     "load_shared_word",
@@ -30,12 +31,15 @@ __all__ = [
     "shared_address",
     "store_global_8",
     "store_global_16",
+    "store_global_16_where",
     "store_global_byte",
     "store_global_float",
     "store_global_half",
     "store_global_word",
     "store_shared_8",
+    "store_shared_16",
     "store_shared_float",
+    "store_shared_half",
     "store_shared_word",
 ]
 
@@ -64,6 +68,15 @@ store_global_16 = instruction(
     "st.global.v4.b32 [$0], {$1, $2, $3, $4};",
     "l,r,r,r,r",
     'Store four words at a global address that is a multiple of 16.  PTX ISA, "st".',
+)
+
+store_global_16_where = instruction(
+    "store_global_16_where",
+    types.void,
+    {"condition": types.int32, "address": types.uint64, **dict.fromkeys("abcd", types.uint32)},
+    "{ .reg .pred chosen; setp.ne.s32 chosen, $0, 0; @chosen st.global.v4.b32 [$1], {$2, $3, $4, $5}; }",
+    "r,l,r,r,r,r",
+    'The same where `condition` is not 0.  PTX ISA, "st".',
 )
 
 store_global_float = instruction(
@@ -127,6 +140,24 @@ store_shared_float = instruction(
     "st.shared.f32 [$0], $1;",
     "r,f",
     'Store one float32 in shared memory.  PTX ISA, "st".',
+)
+
+store_shared_half = instruction(
+    "store_shared_half",
+    types.void,
+    {"address": types.uint32, "value": types.uint32},
+    "{ .reg .b16 low; cvt.u16.u32 low, $1; st.shared.b16 [$0], low; }",
+    "r,r",
+    'Store the low half of a word in shared memory.  PTX ISA, "st".',
+)
+
+store_shared_16 = instruction(
+    "store_shared_16",
+    types.void,
+    {"address": types.uint32, **dict.fromkeys("abcd", types.float32)},
+    "st.shared.v4.f32 [$0], {$1, $2, $3, $4};",
+    "r,f,f,f,f",
+    'Store four float32 at a shared address that is a multiple of 16.  PTX ISA, "st".',
 )
 
 load_float = instruction(
@@ -194,6 +225,7 @@ def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic
 
 load_8 = _load_words("load_8", 2, "global", "l")
 load_16 = _load_words("load_16", 4, "global", "l")
+load_shared_8 = _load_words("load_shared_8", 2, "shared", "r")
 load_shared_16 = _load_words("load_shared_16", 4, "shared", "r")
 
 load_word_fresh = instruction(

@@ -11,7 +11,16 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["let_next_grid_start", "wait_for_earlier_grids"]
+__all__ = ["blocks", "let_next_grid_start", "wait_for_earlier_grids"]
+
+blocks = instruction(
+    "blocks",
+    types.int32,
+    {},
+    "mov.u32 $0, %nctaid.x;",
+    "=r",
+    'Blocks of the grid, read again at each use: no register is kept for it.  PTX ISA, "%nctaid".',
+)
 
 let_next_grid_start = instruction(
     "let_next_grid_start",

@@ -14,6 +14,7 @@ __all__ = [
     "exchange_float",
     "exchange_word",
     "exp2",
+    "fresh",
     "from_lane",
     "fused_multiply_add",
     "give_registers",
@@ -25,8 +26,13 @@ __all__ = [
     "pack_pair",
     "pin",
     "quotient",
+    "select_float",
+    "select_int",
+    "select_word",
+    "successor",
     "take_registers",
     "uniform",
+    "unpack_high",
     "unpack_low",
     "word_below",
 ]
@@ -80,6 +86,16 @@ def unpack_low(kind: str) -> Intrinsic:
     }
     doc = 'PTX ISA, "cvt"; a bf16 is the upper half of its float32.'
     return instruction(f"unpack_{kind}", _float, {"word": _word}, widening[kind], "=f,r", doc, pure=True)
+
+
+def unpack_high(kind: str) -> Intrinsic:
+    """Return the same for the upper half."""
+    widening = {
+        "f16": "{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, high; }",
+        "bf16": "and.b32 $0, $1, 0xffff0000;",
+    }
+    doc = 'PTX ISA, "cvt"; a bf16 is the upper half of its float32.'
+    return instruction(f"unpack_high_{kind}", _float, {"word": _word}, widening[kind], "=f,r", doc, pure=True)
 
 
 exp2 = instruction(
@@ -158,6 +174,42 @@ quotient = instruction(
     "div.u32 $0, $1, $2;",
     "=r,r,r",
     'x // y of two integers that are not negative.  PTX ISA, "div".',
+    pure=True,
+)
+
+
+def _select(name: str, kind: Any, letter: str) -> Intrinsic:
+    typed = "f32" if letter == "f" else "b32"
+    return instruction(
+        name,
+        kind,
+        {"condition": _int, "then": kind, "otherwise": kind},
+        f"{{ .reg .pred chosen; setp.ne.s32 chosen, $1, 0; selp.{typed} $0, $2, $3, chosen; }}",
+        f"={letter},r,{letter},{letter}",
+        '`then` where `condition` is not 0.  PTX ISA, "selp".',
+        pure=True,
+    )
+
+
+select_float = _select("select_float", _float, "f")
+select_int, select_word = _select("select_int", _int, "r"), _select("select_word", _word, "r")
+
+fresh = instruction(
+    "fresh",
+    _int,
+    {"x": _int},
+    "mov.b32 $0, $1;",
+    "=r,r",
+    'x, here and now: what is made of it is not kept from one turn of a loop to the next.  PTX ISA, "mov".',
+)
+
+successor = instruction(
+    "successor",
+    _int,
+    {"x": _int},
+    "add.s32 $0, $1, 1;",
+    "=r,r",
+    'x + 1, of which the compiler knows nothing: it does not unroll a loop that counts so.  PTX ISA, "add".',
     pure=True,
 )
 

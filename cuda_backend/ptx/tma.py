@@ -9,9 +9,9 @@ Source: PTX ISA 8.7, "Data Movement and Conversion Instructions: Tensor copy".
 
 from __future__ import annotations
 
-from cuda_backend.ptx.assembly import instruction, types
+from cuda_backend.ptx.assembly import Intrinsic, instruction, types
 
-__all__ = ["load_4d", "prefetch_descriptor"]
+__all__ = ["load_4d", "load_4d_of", "prefetch_descriptor"]
 
 prefetch_descriptor = instruction(
     "prefetch_descriptor",
@@ -22,19 +22,31 @@ prefetch_descriptor = instruction(
     'Bring a descriptor near the copy engine.  PTX ISA, "prefetch", .tensormap.',
 )
 
+_COPY = "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+_OPERANDS = {
+    "target": types.uint32,
+    "descriptor": types.uint64,
+    "barrier": types.uint32,
+    **{f"coordinate_{axis}": types.int32 for axis in range(4)},
+}
+
 load_4d = instruction(
     "load_4d",
     types.void,
-    {
-        "target": types.uint32,
-        "descriptor": types.uint64,
-        "barrier": types.uint32,
-        **{f"coordinate_{axis}": types.int32 for axis in range(4)},
-    },
-    "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-    "[$0], [$1, {$3, $4, $5, $6}], [$2];",
+    _OPERANDS,
+    f"{_COPY} [$0], [$1, {{$3, $4, $5, $6}}], [$2];",
     "r,l,r,r,r,r,r",
     "Copy the box at four coordinates, the contiguous axis first, to shared address `target`; it "
     "completes on "
     '`barrier`, by bytes.  PTX ISA, "cp.async.bulk.tensor".',
 )
+
+
+def load_4d_of(number: int) -> Intrinsic:
+    """Return `load_4d` by descriptor `number` of those that lie one behind the other at ``descriptor``.
+
+    Its address is made where it is used: several addresses of 64 bits are many registers for a producer.
+    """
+    copy = f"{_COPY} [$0], [own, {{$3, $4, $5, $6}}], [$2];"
+    text = f"{{ .reg .b64 own; add.u64 own, $1, {128 * number}; {copy} }}"
+    return instruction(f"load_4d_{number}", types.void, _OPERANDS, text, "r,l,r,r,r,r,r", "See `load_4d`.")

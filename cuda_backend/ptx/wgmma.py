@@ -36,6 +36,7 @@ __all__ = [
     "descriptor_k_major_32",
     "descriptor_mn_major",
     "fence",
+    "k_major_steps",
     "product_codes",
     "product_codes_from_middle",
     "product_registers",
@@ -122,8 +123,25 @@ descriptor_k_major = descriptor_mn_major(16)
 descriptor_k_major_32 = _descriptor(SWIZZLE_32 | (256 >> 4) << 32 | (16 >> 4) << 16)
 
 
-def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Sequence[int]) -> Intrinsic:
-    """Return D = A B, both operands K-major in shared memory; one 64 x n x 16 step for a pair of offsets.
+def k_major_steps(depth: int, rows: int) -> list[int]:
+    """Return where each step of 16 along K starts in sub-tiles of `rows` rows of 64, in units of 16 bytes.
+
+    >>> k_major_steps(128, 128)[3:6]
+    [6, 1024, 1026]
+    """
+    return [(k // 4) * rows * 8 + (k % 4) * 2 for k in range(depth // 16)]
+
+
+def product_shared(
+    n: int,
+    kind: str,
+    a_offsets: Sequence[int],
+    b_offsets: Sequence[int],
+    *,
+    a_turned: bool = False,
+    b_turned: bool = False,
+) -> Intrinsic:
+    """Return D = A B, both operands in shared memory; one 64 x n x 16 step for a pair of offsets.
 
     Parameters
     ----------
@@ -133,6 +151,8 @@ def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Seque
         ``"f16"`` or ``"bf16"``.
     a_offsets, b_offsets : sequence of int
         Where each step along K starts, relative to the descriptors, in units of 16 bytes.
+    a_turned, b_turned : bool
+        Whether an operand has M or N along its rows in place of K, as `descriptor_mn_major` describes it.
 
     Returns
     -------
@@ -140,10 +160,11 @@ def product_shared(n: int, kind: str, a_offsets: Sequence[int], b_offsets: Seque
         ``product(accumulators[n // 2] of float32, descriptor of A, descriptor of B)``.
     """
     count = n // 2
+    turned = f"{int(a_turned)}, {int(b_turned)}"
     lines = ["{ .reg .b64 a, b;"]
     for step, (da, db) in enumerate(zip(a_offsets, b_offsets, strict=True)):
         lines.append(f"add.s64 a, ${count}, {da}; add.s64 b, ${count + 1}, {db};")
-        lines.append(f"{_opcode(n, kind)} {_registers(0, count)}, a, b, {int(step > 0)}, 1, 1, 0, 0;")
+        lines.append(f"{_opcode(n, kind)} {_registers(0, count)}, a, b, {int(step > 0)}, 1, 1, {turned};")
     text = "\n".join([*lines, "}"])
 
     def lower(accumulators: Any, *_: Any) -> Lowering:

@@ -118,7 +118,7 @@ def test_without_a_gpu_the_exit_code_is_3(run: Callable[..., Any]) -> None:
     [
         (("attention", "--shape", "1,2,3"), "--shape of attention is B,H,N,D; got 1x2x3"),
         (("attention", "--shape", "1,4,3,8,8"), "Hkv must divide H"),
-        (("attention", "--pass", "bwd", "--shape", "1,4,2,8,8"), "--shape of attention is B,H,N,D"),
+        (("attention", "--pass", "bwd", "--shape", "1,4,3,8,8"), "Hkv must divide H"),
         (("int8", "--shape", "1,2,3,4"), "--shape of int8 is M,K,N; got 1x2x3x4"),
         (("int8", "--dtype", "fp32"), "--dtype of int8 is float16 or bfloat16"),
         (("int8", "--tokens", "16"), "the rows of a --model"),
@@ -265,8 +265,10 @@ def test_the_sampled_rows_of_attention_catch_a_shifted_mask(dtype: str, causal: 
 def test_the_sampled_rows_of_a_backward_pass(
     dtype: str, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_backend, "flash_attention", flash_attention)
-    problem = attention_backward_problem((1, 2, 50, 16), dtype, causal)
+    monkeypatch.setattr(
+        cuda_backend, "flash_attention", lambda *x, tier, **options: flash_attention(*x, **options)
+    )
+    problem = attention_backward_problem((1, 4, 2, 50, 16) if causal else (1, 2, 50, 16), dtype, causal)
     operands, theirs = problem.operands(contest._draw_on_host, 1)
     assert [id(x) for x in theirs] == [id(operands[index]) for index in (0, 1, 2, 5)]
     keep = lambda array, _: array  # noqa: E731

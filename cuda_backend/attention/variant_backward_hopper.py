@@ -1,0 +1,171 @@
+"""The shapes a Hopper backward kernel is compiled for: tile sizes, stages, registers, shared memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cuda_backend.attention.variant_hopper import SUBTILE
+
+__all__ = ["CONSUMERS", "LARGEST_WIDTH", "BackwardPlaces", "BackwardVariant", "choose_backward"]
+
+CONSUMERS = 2  # warpgroups that compute, 64 keys each
+LARGEST_WIDTH = 128  # dK and dV of 64 keys, in registers: 2 * 128 / 2 numbers a thread
+
+
+class BackwardPlaces(NamedTuple):
+    """Where in shared memory things lie, in bytes: tiles, statistics, barriers, the tile's number."""
+
+    k_tile: int
+    v_tile: int
+    q_tiles: int
+    do_tiles: int
+    ds_tiles: int
+    dq_tile: int
+    shifts: int
+    deltas: int
+    k_full: int
+    v_full: int
+    kv_empty: int
+    q_full: int
+    q_empty: int
+    do_full: int
+    do_empty: int
+    dq_full: int
+    dq_empty: int
+    tile_slot: int
+    end: int
+
+
+class BackwardVariant(NamedTuple):
+    """One compiled kernel.
+
+    Attributes
+    ----------
+    kind
+        ``"f16"`` or ``"bf16"``.
+    d
+        Head dimension of q, k and v after padding: 64 or 128.
+    causal
+        Whether masks by position are compiled in.
+    deterministic
+        Whether key blocks add to dQ in turn, so that results repeat bit for bit.
+    dropout
+        Whether dropout is compiled in.
+    block_m
+        Queries of a tile.
+    swapped
+        Whether dQ is computed turned, rows being channels: with heads of 128 `block_m` may then be any
+        multiple of 16.
+    stages
+        Tiles of Q, and of dO, in flight.
+    ds_stages
+        Tiles of dS: with two, one barrier a step is enough.
+    early_dv
+        Whether dV is issued before dS is computed, to run beside it; not with dropout.
+    """
+
+    kind: str
+    d: int
+    causal: bool
+    deterministic: bool
+    dropout: bool
+    block_m: int
+    swapped: bool
+    stages: int
+    ds_stages: int
+    early_dv: bool
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a tile."""
+        return 64 * CONSUMERS
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one producer warpgroup and the consumers."""
+        return 128 * (CONSUMERS + 1)
+
+    @property
+    def producer_registers(self) -> int:
+        """Registers a producer thread keeps."""
+        return 24
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers a consumer thread gets: the 64 K of a multiprocessor, less the producer's."""
+        return 240
+
+    @property
+    def q_bytes(self) -> int:
+        """Bytes of a tile of Q or dO."""
+        return 2 * self.block_m * self.d
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of a tile of K or V."""
+        return 2 * self.block_n * self.d
+
+    @property
+    def ds_bytes(self) -> int:
+        """Bytes of a tile of dS: rows of 64 keys, a sub-tile for each consumer."""
+        return 2 * self.block_n * self.block_m
+
+    @property
+    def share_bytes(self) -> int:
+        """Bytes of the part of a dQ tile that one consumer computes, in float32."""
+        return 4 * self.block_m * self.d // CONSUMERS
+
+    @property
+    def row_split(self) -> bool:
+        """Whether a consumer computes 64 rows of a dQ tile; otherwise 64 of its columns."""
+        return self.block_m == 64 * CONSUMERS and not self.swapped
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of dQ, or with `swapped` rows, that one product of 64 rows gives."""
+        return self.block_m if self.swapped else 64
+
+    @property
+    def places(self) -> BackwardPlaces:
+        """Tiles at multiples of 1024 bytes, statistics, then barriers of eight bytes each."""
+        sizes = (
+            self.k_bytes, self.k_bytes, self.stages * self.q_bytes, self.stages * self.q_bytes,
+            self.ds_stages * self.ds_bytes, CONSUMERS * self.share_bytes,
+            4 * self.stages * self.block_m, 4 * self.stages * self.block_m,
+            8, 8, 8, *[8 * self.stages] * 4, 8 * CONSUMERS, 8 * CONSUMERS, 8,
+        )  # fmt: skip
+        at = [0]
+        for size in sizes:
+            at.append(at[-1] + size)
+        return BackwardPlaces(*at)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: slack for alignment, then `places`."""
+        return 1024 + self.places.end
+
+
+def choose_backward(
+    kind: str, d_qk: int, d_v: int, causal: bool, *, deterministic: bool = False, dropout: bool = False
+) -> BackwardVariant:
+    """Return the variant for a problem.
+
+    Parameters
+    ----------
+    kind : str
+        ``"f16"`` or ``"bf16"``.
+    d_qk, d_v : int
+        Head dimensions, at most 128; the narrower one is filled with zeros.
+    causal, deterministic, dropout : bool
+        As `BackwardVariant` says.
+
+    Examples
+    --------
+    >>> choose_backward("f16", 64, 64, True).block_m, choose_backward("f16", 128, 64, True).block_m
+    (128, 64)
+    """
+    d = -(-max(d_qk, d_v) // SUBTILE) * SUBTILE
+    block_m = 128 if d == 64 else 64
+    return BackwardVariant(
+        kind, d, causal, deterministic, dropout, block_m, swapped=False, stages=2, ds_stages=2, early_dv=False
+    )

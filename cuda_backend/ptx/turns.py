@@ -1,0 +1,32 @@
+"""Blocks that take turns: a word in global memory says whose turn it is.
+
+What a block has done before `pass_turn` is seen by the one that `word_seen` has told of it, what the copy
+engine has done included: for it stands the fence between the proxies.
+
+Source: PTX ISA 8.7, "Memory Consistency Model", "Data Movement and Conversion Instructions: ld", "red",
+"membar, fence".
+"""
+
+from __future__ import annotations
+
+from cuda_backend.ptx.assembly import instruction, types
+
+__all__ = ["pass_turn", "word_seen"]
+
+word_seen = instruction(
+    "word_seen",
+    types.int32,
+    {"address": types.uint64},
+    "ld.acquire.gpu.global.b32 $0, [$1]; fence.proxy.async;",
+    "=r,l",
+    'The word, and with it all that was done before it was written.  PTX ISA, "ld", .acquire.',
+)
+
+pass_turn = instruction(
+    "pass_turn",
+    types.void,
+    {"address": types.uint64},
+    "fence.proxy.async; fence.acq_rel.gpu; red.release.gpu.global.add.s32 [$0], 1;",
+    "l",
+    'Add 1 to the word, after all that this thread has seen done.  PTX ISA, "red", .release.',
+)

@@ -1,0 +1,182 @@
+"""A Hopper multiprocessor played by NumPy: the source of a kernel runs, its PTX instructions are played.
+
+A warpgroup is one Python thread whose registers are vectors of 128 lanes; a thread that works alone is one
+with scalars.  Shared memory is bytes, barriers count arrivals and bytes, descriptors are decoded bit by bit,
+so a wrong layout, parity, count or turn gives wrong numbers or hangs, and a hang is an error.
+
+What the hardware does later, at a time that no program knows, is done as early (`late` False) or as late
+(True) as it may be: a product reads shared memory when it is issued or when it is waited for, a copy arrives
+when it is started or when somebody waits for it.  Until then registers and tiles hold NaN.  What the tensor
+cores or the copy engine read must have been published after it was stored.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+KINDS = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+LANES = np.arange(128)
+PATIENCE = 60.0  # seconds until a wait is called a hang
+
+
+class HangError(AssertionError):
+    """Somebody waits for what nobody does."""
+
+
+def one(value: Any) -> int:
+    """Return a number that all lanes agree on."""
+    values = np.unique(value)
+    assert values.size == 1, "lanes differ where the instruction wants one value"
+    return int(values[0])
+
+
+def memory(address: int, size: int) -> Any:
+    """Return bytes of the host, which stand for global memory."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+def swizzled(address: Any) -> Any:
+    """Return where a byte lies with a swizzle of 128 bytes: bits 4 to 6 are changed by bits 7 to 9."""
+    return address ^ (((address >> 7) & 7) << 4)
+
+
+def fragment(columns: int) -> tuple[Any, Any]:
+    """Return rows and columns of accumulators [columns // 2, 128]."""
+    index = np.arange(columns // 2)[:, None]
+    warp, lane = LANES // 32, LANES % 32
+    rows = 16 * warp + lane // 4 + 8 * (index % 4 // 2)
+    return np.broadcast_to(rows, (columns // 2, 128)), 8 * (index // 4) + 2 * (lane % 4) + index % 2
+
+
+class Barrier:
+    """An mbarrier."""
+
+    def __init__(self, arrivals: int) -> None:
+        self.arrivals = self.missing = arrivals
+        self.bytes = self.phase = 0
+
+    def count(self, arrivals: int, size: int) -> None:
+        """Count arrivals and announced (or, negative, arrived) bytes."""
+        assert arrivals <= self.missing, "more arrivals than the barrier was made for"
+        self.missing, self.bytes = self.missing - arrivals, self.bytes + size
+        if self.missing == 0 and self.bytes == 0:
+            self.missing, self.phase = self.arrivals, self.phase + 1
+
+
+class Machine:
+    """Blocks of one grid that run side by side."""
+
+    def __init__(self, *, late: bool, seed: int = 0) -> None:
+        self.late, self.changed, self.own = late, threading.Condition(), threading.local()
+        self.random = random.Random(seed)
+        self.maps: list[Any] = []
+        self.problems: list[BaseException] = []
+        self.counts: dict[str, int] = {}
+        self.additions: list[tuple[int, int]] = []  # where to, and the tile of who added
+
+    @property
+    def block(self) -> Block:
+        """The block of the calling thread."""
+        return self.own.block  # type: ignore[no-any-return]
+
+    def run(self, roles: list[tuple[Block, int, Callable[[], None]]]) -> None:
+        """Run roles, each in a block on a number of lanes, until all have ended."""
+
+        def play(block: Block, lanes: int, role: Callable[[], None]) -> None:
+            self.own.block, self.own.lanes, self.own.groups, self.own.open = block, lanes, [], []
+            self.own.added, self.own.unpublished, self.own.tile = [], set(), -1
+            try:
+                role()
+                assert not self.own.groups, "products are still running at the end"
+            except BaseException as error:
+                self.problems.append(error)
+                with self.changed:
+                    self.changed.notify_all()
+
+        threads = [threading.Thread(target=play, args=role, daemon=True) for role in roles]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self.problems:
+            raise self.problems[0]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait, with `changed` held, until `condition`."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if self.problems or time.monotonic() > end:
+                raise HangError("a wait does not end")
+            self.changed.wait(0.2)
+
+    def pause(self) -> None:
+        """Let others overtake, now and then."""
+        if self.random.random() < 0.05:
+            time.sleep(0.0005)
+
+
+class Block:
+    """One block: its number, shared memory, barriers, copies under way, those of its threads that meet."""
+
+    def __init__(self, number: int, size: int, those_that_meet: int) -> None:
+        self.number = number
+        self.shared = np.full(size, 0xFF, np.uint8)  # NaN in every format
+        self.dirty = np.zeros(size, bool)
+        self.barriers: dict[int, Barrier] = {}
+        self.copies: list[tuple[int, Callable[[], int]]] = []
+        self.meeting = threading.Barrier(those_that_meet, timeout=PATIENCE)
+        self.warps = [threading.Barrier(32, timeout=PATIENCE) for _ in range(8)]
+        self.slots: list[Any] = [None] * 256
+
+    def exchange(self, thread: int, value: Any, mask: int) -> Any:
+        """Return the value of another lane of the warp, for threads that run alone."""
+        self.slots[thread] = value
+        self.warps[thread // 32].wait()
+        other = self.slots[thread ^ mask]
+        self.warps[thread // 32].wait()
+        return other
+
+    def store(self, places: Any, data: Any) -> None:
+        """Store bytes as a thread does: nobody but threads sees them until they are published."""
+        self.shared[places], self.dirty[places] = data, True
+
+    def read(self, places: Any) -> Any:
+        """Read bytes as tensor cores and the copy engine do."""
+        assert not self.dirty[places].any(), "read what was stored but not published"
+        return self.shared[places]
+
+
+def operand(block: Block, descriptor: int, rows: int, turned: bool, kind: Any) -> Any:
+    """Return the matrix [rows, 16] that a wgmma descriptor describes."""
+    start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+    assert descriptor >> 62 == 1, "a swizzle of 128 bytes"
+    r, k = np.arange(rows)[:, None], np.arange(16)[None]
+    if turned:
+        address = start + r // 64 * leading + k // 8 * stride + k % 8 * 128 + r % 64 * 2
+    else:
+        address = start + r // 8 * stride + r % 8 * 128 + k * 2
+    address = swizzled(address)
+    both = np.stack([address, address + 1], -1)
+    return np.ascontiguousarray(block.read(both)).view(kind)[..., 0].astype(np.float32)
+
+
+class Product:
+    """A chain of wgmma that has been issued: what it adds is known early or late."""
+
+    def __init__(self, accumulators: Any, old: Any, compute: Callable[[], Any], late: bool) -> None:
+        self.accumulators, self.old, self.compute = accumulators, old, compute
+        self.value = None if late else compute()
+        accumulators[...] = np.nan
+
+    def finish(self) -> None:
+        """Write the sums."""
+        value = self.compute() if self.value is None else self.value
+        self.accumulators[...] = self.old + value[fragment(value.shape[1])]

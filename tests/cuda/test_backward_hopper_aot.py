@@ -1,0 +1,123 @@
+"""Hopper backward kernels compiled ahead of time, without a GPU: no spills, no serialised wgmma."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from cuda_backend.attention.variant_hopper import SHARED_LIMIT
+
+# Tests run with the simulator on, which compiles nothing: another process compiles, as the JIT does.
+PROGRAM = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+from cuda_backend import aot
+from cuda_backend._numba import cuda
+from cuda_backend.attention import around_backward_hopper as around
+from cuda_backend.attention.backward_hopper import SIGNATURE, build_backward
+from cuda_backend.attention.variant_backward_hopper import choose_backward
+from numba.cuda.cudadrv.driver import _Linker
+
+kind, width, causal, deterministic, changes = json.loads(sys.argv[1])
+variant = choose_backward(kind, width, width, causal, deterministic=deterministic)._replace(**changes)
+kernels = {
+    "main": (build_backward, SIGNATURE, variant.threads),
+    "prepare": (around.build_prepare, around.PREPARE_SIGNATURE, around.THREADS),
+    "finish": (around.build_finish, around.FINISH_SIGNATURE, around.THREADS),
+}
+found = {"shared": variant.shared_bytes}
+for name, (build, signature, threads) in kernels.items():
+    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(threads, 1))
+    with aot.pretended(aot.HOPPER):
+        kernel = build(variant)
+        ptx, _ = cuda.compile(kernel, signature, **how)
+        code, _ = cuda.compile(kernel, signature, output="ltoir", **how)
+    linker = _Linker(cc=aot.HOPPER, lto=True)
+    linker.add_ltoir(code)
+    linker.complete()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [str(aot._ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = run.stdout + run.stderr + linker.info_log
+    number = lambda pattern: int(re.search(pattern, said)[1])
+    found[name] = {
+        "registers": number(r"Used (\\d+) registers"),
+        "spills": number(r"(\\d+) bytes spill stores") + number(r"(\\d+) bytes spill loads"),
+        "stack": number(r"(\\d+) bytes stack frame"),
+        "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
+        "block": re.findall(r"[.]param [.]align (\\d+) [.]b8 \\w+\\[(\\d+)\\]", ptx),
+        "products": len(re.findall("wgmma.mma_async", ptx)),
+        "reductions": len(re.findall("cp.reduce.async.bulk", ptx)),
+        "stores": len(re.findall("stmatrix", ptx)),
+    }
+print(json.dumps(found))
+"""
+
+# (kind, D, causal, deterministic): products of a step (S, dP, dV, dQ, dK), stores of dS, shared bytes.
+RECORDED = {
+    ("f16", 64, True, False): (4 + 4 + 8 + 8 + 8, 8, 199_808),
+    ("bf16", 128, False, False): (8 + 8 + 4 + 8 + 4, 4, 198_784),
+    ("f16", 128, True, True): (8 + 8 + 4 + 8 + 4, 4, 198_784),
+}
+TURNED, EARLY = {"swapped": True}, {"early_dv": True}
+FULL = [
+    (kind, width, causal, deterministic, changes)
+    for kind in ("f16", "bf16")
+    for width in (64, 128)
+    for causal in (False, True)
+    for deterministic in (False, True)
+    for changes in ({}, *([TURNED, EARLY] if width == 128 else []))
+]
+
+
+def compiled(*case: Any) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(case)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+def clean(found: dict[str, Any]) -> None:
+    for name in ("main", "prepare", "finish"):
+        assert found[name]["spills"] == found[name]["stack"] == 0, name
+        assert found[name]["warnings"] == [], name
+    assert found["main"]["registers"] == 168, "24 and 240 after setmaxnreg"
+    assert found["shared"] <= SHARED_LIMIT, "more than a block may have on sm_90"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", RECORDED)
+def test_resources_are_as_recorded(case: Any) -> None:
+    found = compiled(*case, {})
+    clean(found)
+    main = found["main"]
+    assert main["block"] == [["64", "512"]], "descriptors among the parameters"
+    assert (main["products"], main["stores"], found["shared"]) == RECORDED[case]
+    assert main["reductions"] == 2, "one for each consumer"
+    assert found["prepare"]["registers"] <= 64
+    assert found["finish"]["registers"] <= 80
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("width", "most"), [(64, 400), (128, 100)])
+def test_dropout_spills_little(width: int, most: int) -> None:
+    """Philox needs registers beside the accumulators: a few are spilled, no array lies in local memory."""
+    found = compiled("f16", width, True, False, {"dropout": True})["main"]
+    assert found["warnings"] == []
+    assert found["spills"] <= most
+    assert found["stack"] <= found["spills"]
+
+
+@pytest.mark.aot_full
+@pytest.mark.parametrize("case", FULL)
+def test_nothing_spills_and_nothing_waits(case: Any) -> None:
+    clean(compiled(*case))
