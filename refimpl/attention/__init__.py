@@ -4,6 +4,7 @@ from refimpl.attention.bigbird import bigbird_attention, bigbird_attention_vjp
 from refimpl.attention.bigbird_blocked import bigbird_attention_blocked, bigbird_attention_blocked_vjp
 from refimpl.attention.bigbird_mixing import diameter, rapid_mixing, rapid_mixing_sparse, spectral_gap
 from refimpl.attention.bigbird_plan import bigbird_plan
+from refimpl.attention.block_mask import BlockMask, block_mask
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
 from refimpl.attention.convolution_step import ConvolutionStep, convolution_step
 from refimpl.attention.decomposition import head_decomposition, head_terms
@@ -21,6 +22,7 @@ from refimpl.attention.dilated_window import (
 )
 from refimpl.attention.flash import block_sizes_for, flash_attention, flash_attention_steps
 from refimpl.attention.flash_backward import flash_attention_vjp
+from refimpl.attention.flexible import flexible_attention, flexible_attention_vjp
 from refimpl.attention.global_tokens import (
     global_tokens_attention,
     global_tokens_attention_blocked,
@@ -68,6 +70,7 @@ from refimpl.attention.standard import standard_attention, standard_attention_vj
 __all__ = [
     "AttentionGradients",
     "AttentionOutput",
+    "BlockMask",
     "ConvolutionStep",
     "LinearState",
     "bigbird_attention",
@@ -75,6 +78,7 @@ __all__ = [
     "bigbird_attention_blocked_vjp",
     "bigbird_attention_vjp",
     "bigbird_plan",
+    "block_mask",
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
@@ -89,6 +93,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_steps",
     "flash_attention_vjp",
+    "flexible_attention",
+    "flexible_attention_vjp",
     "global_tokens_attention",
     "global_tokens_attention_blocked",
     "global_tokens_attention_blocked_vjp",
