@@ -97,7 +97,7 @@ def block_mask(
     states = np.zeros((sequences, heads, rows, columns), np.uint8)
     for b, h, r in np.ndindex(sequences, heads, rows):
         i = np.arange(r * Br, min((r + 1) * Br, Tq))[:, None]
-        allowed = where_allowed(mod, (np.int64(b), np.int64(h), i, np.arange(Tk)), aux)
+        allowed = where_allowed(mod, (np.asarray(b), np.asarray(h), i, np.arange(Tk)), aux)
         by_key = np.stack([allowed.any(axis=0), allowed.all(axis=0)])
         padded = np.zeros((2, columns * Bc), bool)
         padded[:, :Tk] = by_key

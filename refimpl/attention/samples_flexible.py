@@ -1,4 +1,4 @@
-"""Cases on which flexible attention is judged: every ready-made function, and some that only a loop can call."""
+"""Cases on which flexible attention is judged: ready-made functions, and some that branch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from refimpl.registry import Case
 __all__ = ["AXES", "EDGES", "MASKS", "OPTIONS", "SCORES", "flexible_terms", "sample_flexible"]
 
 MASKS = (
-    "none", "causal", "sliding", "dilated", "global", "bigbird", "groups", "documents", "prefix_lm", "branching",
+    "none", "causal", "sliding", "dilated", "global", "bigbird", "groups", "documents", "prefix_lm",
+    "branching",
 )  # fmt: skip
 SCORES = ("none", "alibi", "softcap", "branching")
 AXES = {"B": (1, 2), "Tq": (1, 12), "Tk": (1, 12), "Hkv": (1, 2), "group": (1, 2), "D": (1, 5), "Dv": (1, 5)}
@@ -56,7 +57,7 @@ def _branching_score(score: Any, b: int, h: int, i: int, j: int, aux: Any) -> An
     return score * score - 1.0
 
 
-def _branching_score_vjp(gradient: Any, score: Any, b: int, h: int, i: int, j: int) -> Any:
+def _branching_score_vjp(gradient: Any, score: Any, _b: int, _h: int, i: int, j: int) -> Any:
     return 0.5 * gradient if score > 0 and i >= j else 2.0 * score * gradient
 
 
@@ -123,7 +124,8 @@ def flexible_terms(case: Case) -> tuple[int, Any]:
     >>> flexible_terms(sample_flexible(np.random.default_rng(0), mask="causal", **shape))[0]
     7
     """
-    from refimpl.attention.flexible import AttentionOutput, flexible_attention
+    from refimpl.attention.dense import AttentionOutput
+    from refimpl.attention.flexible import flexible_attention
 
     q, k, v = case.args[:3]
     magnitude = case.replace(q, k, np.abs(v)).call(flexible_attention)

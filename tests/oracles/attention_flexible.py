@@ -48,7 +48,7 @@ def scalar_flexible(q: Any, k: Any, v: Any, **options: Any) -> Any:
 
 @oracle("attention.flexible")
 def torch_flex_attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
-    """PyTorch's FlexAttention, not compiled, for functions that take tensors and keep a key for each query."""
+    """PyTorch's FlexAttention, not compiled, for functions of tensors that keep a key for each query."""
     if 0 in (*q.shape, *k.shape):
         raise NotImplementedError
     torch, flex = library("torch"), library("torch.nn.attention.flex_attention")
