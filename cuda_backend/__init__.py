@@ -5,7 +5,8 @@ and loads a function when it is first asked for.
 
 >>> import cuda_backend
 >>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
-['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'scaled_dot_product_attention']
+['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'flexible_attention',
+ 'flexible_attention_vjp', 'scaled_dot_product_attention']
 >>> [name for name in sorted(cuda_backend.__all__) if "llm" in name]
 ['llm_int8_linear', 'llm_int8_linear_fused', 'llm_int8_linear_hopper']
 """
@@ -22,6 +23,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_hopper",
     "flash_attention_vjp",
+    "flexible_attention",
+    "flexible_attention_vjp",
     "int8_matmul",
     "int8_matmul_hopper",
     "llm_int8_linear",
@@ -42,6 +45,8 @@ _INT8 = "cuda_backend.int8"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
+    "flexible_attention": "cuda_backend.attention.flexible:flexible_attention",
+    "flexible_attention_vjp": "cuda_backend.attention.flexible:flexible_attention_vjp",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "scaled_dot_product_attention": f"{_FORWARD}:scaled_dot_product_attention",
     "supports": f"{_FORWARD}:supports",
@@ -62,6 +67,7 @@ _HOME = {
 for _technique, _function in (
     ("attention.flash", "flash_attention"),
     ("attention.flash_backward", "flash_attention_vjp"),
+    ("attention.flexible", "flexible_attention"),
     ("attention.dense", "scaled_dot_product_attention"),
     ("quant.int8_matmul", "int8_matmul"),
     ("quant.llm_int8", "llm_int8_linear"),
