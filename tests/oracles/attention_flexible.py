@@ -78,3 +78,30 @@ def torch_flex_attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
     except (RuntimeError, TypeError) as error:  # it branches on numbers that a tensor does not say
         raise NotImplementedError(str(error)) from None
     return out.transpose(1, 2).numpy()
+
+
+@oracle("attention.split_kv", "attention.paged")
+def scalar_decode(q: Any, k: Any, v: Any, *table: Any, **options: Any) -> Any:
+    """One score at a time over the whole cache, each key looked up in its page."""
+    lengths = options.get("k_lengths", np.full(q.shape[0], k.shape[1]))
+    scale = options.get("scale", 1 / math.sqrt(q.shape[3]))
+    out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.full((q.shape[0], q.shape[2], q.shape[1]), NEGATIVE)
+    for b, i, h in np.ndindex(q.shape[:3]):
+        g = h * k.shape[2] // q.shape[2]
+        seen = [
+            (table[0][b, j // k.shape[1]], j % k.shape[1]) if table else (b, j)
+            for j in range(int(lengths[b]) - q.shape[1] + i + 1)
+        ]
+        scores = [
+            scale * math.fsum(float(x) * float(y) for x, y in zip(q[b, i, h], k[at][g], strict=True))
+            for at in seen
+        ]
+        if not scores:
+            continue
+        top = max(scores)
+        weights = [math.exp(s - top) for s in scores]
+        lse[b, h, i] = top + math.log(math.fsum(weights))
+        for d in range(v.shape[3]):
+            out[b, i, h, d] = math.fsum(w * float(v[at][g, d]) for w, at in zip(weights, seen, strict=True))
+            out[b, i, h, d] /= math.fsum(weights)
+    return (out, lse) if options.get("return_lse") else out
