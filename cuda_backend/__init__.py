@@ -6,7 +6,8 @@ and loads a function when it is first asked for.
 >>> import cuda_backend
 >>> [name for name in sorted(cuda_backend.__all__) if "attention" in name]
 ['flash_attention', 'flash_attention_hopper', 'flash_attention_vjp', 'flexible_attention',
- 'flexible_attention_vjp', 'scaled_dot_product_attention']
+ 'flexible_attention_vjp', 'paged_attention', 'scaled_dot_product_attention',
+ 'split_kv_attention']
 >>> [name for name in sorted(cuda_backend.__all__) if "llm" in name]
 ['llm_int8_linear', 'llm_int8_linear_fused', 'llm_int8_linear_hopper']
 """
@@ -31,12 +32,14 @@ __all__ = [
     "llm_int8_linear_fused",
     "llm_int8_linear_hopper",
     "outlier_columns",
+    "paged_attention",
     "prepare_weight",
     "quantize_columns",
     "quantize_rows",
     "quantize_rows_hopper",
     "scaled_dot_product_attention",
     "scaled_int8_matmul",
+    "split_kv_attention",
     "supports",
 ]
 
@@ -45,6 +48,8 @@ _INT8 = "cuda_backend.int8"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
+    "paged_attention": "cuda_backend.attention.decode:paged_attention",
+    "split_kv_attention": "cuda_backend.attention.decode:split_kv_attention",
     "flexible_attention": "cuda_backend.attention.flexible:flexible_attention",
     "flexible_attention_vjp": "cuda_backend.attention.flexible:flexible_attention_vjp",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
@@ -68,6 +73,8 @@ for _technique, _function in (
     ("attention.flash", "flash_attention"),
     ("attention.flash_backward", "flash_attention_vjp"),
     ("attention.flexible", "flexible_attention"),
+    ("attention.split_kv", "split_kv_attention"),
+    ("attention.paged", "paged_attention"),
     ("attention.dense", "scaled_dot_product_attention"),
     ("quant.int8_matmul", "int8_matmul"),
     ("quant.llm_int8", "llm_int8_linear"),

@@ -7,6 +7,7 @@ from refimpl.attention.bigbird_plan import bigbird_plan
 from refimpl.attention.block_mask import BlockMask, block_mask
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
 from refimpl.attention.convolution_step import ConvolutionStep, convolution_step
+from refimpl.attention.decode import paged_attention, split_kv_attention
 from refimpl.attention.decomposition import head_decomposition, head_terms
 from refimpl.attention.dense import (
     AttentionGradients,
@@ -119,6 +120,7 @@ __all__ = [
     "multi_head_attention_vjp",
     "online_softmax",
     "online_softmax_vjp",
+    "paged_attention",
     "rapid_mixing",
     "rapid_mixing_sparse",
     "scaled_dot_product_attention",
@@ -133,6 +135,7 @@ __all__ = [
     "sliding_window_attention_vjp",
     "softmax",
     "spectral_gap",
+    "split_kv_attention",
     "standard_attention",
     "standard_attention_vjp",
     "window_radius",

@@ -19,7 +19,7 @@ from refimpl.numerics import FloatArray, IntArray, round_to, wide_dtype, widen
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, bind_axes, floating, whole
 
-__all__ = ["gathered", "merged", "paged_attention", "split_kv_attention"]
+__all__ = ["checked_pages", "gathered", "merged", "paged_attention", "split_kv_attention"]
 
 
 def merged(outs: FloatArray, lses: FloatArray) -> AttentionOutput:
@@ -110,11 +110,7 @@ def split_kv_attention(
     q, k, v = floating(q=q, k=k, v=v)
     shape, dtype, wide = attention_shape(q, k, v), q.dtype, wide_dtype(q.dtype)
     size = max(1, -(-shape.Tk // whole("splits", splits)))
-    options: dict[str, Any] = dict(
-        _as_dense(Case((q, k, v), {"k_lengths": k_lengths, "scale": scale})).kwargs
-    )
-    lengths = options["k_lengths"]
-    lengths = np.full(shape.B, shape.Tk) if lengths is None else as_array("k_lengths", lengths)
+    lengths = np.full(shape.B, shape.Tk) if k_lengths is None else as_array("k_lengths", k_lengths)
     scaled_dot_product_attention(q[:, :0], k, v, k_lengths=k_lengths)  # checks the lengths
     last = lengths[:, None] - shape.Tq + np.arange(shape.Tq)  # the last key of each query
     parts = []
@@ -205,28 +201,37 @@ def paged_attention(
     2.0
     """
     q, k_pages, v_pages = floating(q=q, k_pages=k_pages, v_pages=v_pages)
+    table = checked_pages(q, k_pages, v_pages, page_table, k_lengths)
+    k, v = gathered(k_pages, table), gathered(v_pages, table)
+    return split_kv_attention(q, k, v, splits=splits, k_lengths=k_lengths, scale=scale, return_lse=return_lse)
+
+
+def checked_pages(
+    q: FloatArray, k_pages: FloatArray, v_pages: FloatArray, page_table: Any, k_lengths: Any
+) -> IntArray:
+    """Return the table of pages, if it names pages that there are wherever a length needs one."""
     table = as_array("page_table", page_table)
     if not np.issubdtype(table.dtype, np.integer):
         raise DTypeError(f"page_table: expected whole numbers, got {table.dtype}")
-    arrays = {
-        "q": (q, "B Tq Hq D"),
-        "k_pages": (k_pages, "P page Hkv D"),
-        "v_pages": (v_pages, "P page Hkv Dv"),
-    }
-    sizes = bind_axes({**arrays, "page_table": (table, "B n")})
+    sizes = bind_axes(
+        {
+            "q": (q, "B Tq Hq D"),
+            "k_pages": (k_pages, "P page Hkv D"),
+            "v_pages": (v_pages, "P page Hkv Dv"),
+            "page_table": (table, "B n"),
+        }
+    )
     if sizes["page"] == 0 or (table.size and sizes["P"] == 0):
         raise ShapeError(f"k_pages: expected pages of at least one token, got shape {k_pages.shape}")
     if table.size and not (table.min() >= -1 and table.max() < sizes["P"]):
-        raise OptionError(
-            f"page_table: expected pages in [-1, {sizes['P']}), got {table.min()} to {table.max()}"
-        )
+        found = f"{table.min()} to {table.max()}"
+        raise OptionError(f"page_table: expected pages in [-1, {sizes['P']}), got {found}")
     lengths = as_array("k_lengths", k_lengths)
     if lengths.shape == (sizes["B"],) and sizes["B"]:
         needed = np.arange(sizes["n"]) * sizes["page"] < lengths[:, None]
         if np.any(needed & (table < 0)):
             raise OptionError("page_table: -1 where k_lengths needs a page")
-    k, v = gathered(k_pages, table), gathered(v_pages, table)
-    return split_kv_attention(q, k, v, splits=splits, k_lengths=k_lengths, scale=scale, return_lse=return_lse)
+    return table
 
 
 def _without_pages(case: Case) -> Case:

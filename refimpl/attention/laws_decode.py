@@ -60,8 +60,5 @@ def what_lies_behind_the_length_does_not_matter(f: Attention, case: Case, close:
         for place in range(int(length)):
             kept[row[place // k.shape[1]], place % k.shape[1]] = True
     other = [np.where(kept[..., None, None], x, round_to(widen(x) + np.float32(1), x.dtype)) for x in (k, v)]
-    close.on(case)(
-        widen(np.asarray(case.replace(q, *other, table).call(f))),
-        widen(np.asarray(case.call(f))),
-        "behind it",
-    )
+    changed = case.replace(q, *other, table)
+    close.on(case)(widen(np.asarray(changed.call(f))), widen(np.asarray(case.call(f))), "behind it")

@@ -12,15 +12,9 @@ from refimpl.registry import Case
 __all__ = ["AXES", "EDGES", "OPTIONS", "PAGED_EDGES", "sample_decode", "sample_paged"]
 
 AXES = {
-    "B": (1, 2),
-    "Tq": (1, 3),
-    "Tk": (1, 18),
-    "Hkv": (1, 2),
-    "group": (1, 3),
-    "D": (1, 5),
-    "Dv": (1, 5),
-    "splits": (1, 5),
-}
+    "B": (1, 2), "Tq": (1, 3), "Tk": (1, 18), "Hkv": (1, 2), "group": (1, 3),
+    "D": (1, 5), "Dv": (1, 5), "splits": (1, 5),
+}  # fmt: skip
 OPTIONS: dict[str, tuple[str | bool, ...]] = {
     "lengths": ("all", "ragged"),
     "extra": ("none", "scale"),
