@@ -55,10 +55,10 @@ def launch(
         with _simulation():
             kernel[blocks, threads, 0, shared_bytes](*values)
         return
-    arguments = list(_flat(arguments))
-    wait_for((item for item in arguments if isinstance(item, View)), stream)
+    flat: list[View | np.generic] = list(_flat(arguments))
+    wait_for((item for item in flat if isinstance(item, View)), stream)
     function = _function(kernel, shared_bytes)
-    values, addresses = _packed(arguments)
+    values, addresses = _packed(flat)
     grid = (blocks, 1, 1, threads, 1, 1)
     checked(driver.cuLaunchKernel(function, *grid, shared_bytes, stream, addresses.ctypes.data, 0))
     del values  # the driver has copied the arguments; until then they must live
