@@ -25,6 +25,8 @@ __all__ = [
     "flash_attention_vjp",
     "flash_attention_vjp_deterministic",
     "flash_attention_vjp_hopper",
+    "flexible_attention",
+    "flexible_attention_vjp",
     "int8_attention",
     "int8_attention_hopper",
     "int8_linear_decode",
@@ -39,6 +41,7 @@ __all__ = [
     "nf4_linear_decode",
     "nf4_linear_vjp",
     "outlier_columns",
+    "paged_attention",
     "prepare_int8_groups",
     "prepare_nf4",
     "prepare_weight",
@@ -49,6 +52,7 @@ __all__ = [
     "quantize_rows_hopper",
     "scaled_dot_product_attention",
     "scaled_int8_matmul",
+    "split_kv_attention",
     "supports",
 ]
 
@@ -58,6 +62,10 @@ _INT8, _WEIGHT_ONLY = "cuda_backend.int8", "cuda_backend.weight_only"
 _HOME = {
     "flash_attention": f"{_FORWARD}:flash_attention",
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
+    "paged_attention": "cuda_backend.attention.decode:paged_attention",
+    "split_kv_attention": "cuda_backend.attention.decode:split_kv_attention",
+    "flexible_attention": "cuda_backend.attention.flexible:flexible_attention",
+    "flexible_attention_vjp": "cuda_backend.attention.flexible:flexible_attention_vjp",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "flash_attention_vjp_deterministic": f"{_HOPPER_BACKWARD}:flash_attention_vjp_deterministic",
     "flash_attention_vjp_hopper": f"{_HOPPER_BACKWARD}:flash_attention_vjp_hopper",
@@ -92,6 +100,9 @@ _HOME = {
 for _technique, _function in (
     ("attention.flash", "flash_attention"),
     ("attention.flash_backward", "flash_attention_vjp"),
+    ("attention.flexible", "flexible_attention"),
+    ("attention.split_kv", "split_kv_attention"),
+    ("attention.paged", "paged_attention"),
     ("attention.dense", "scaled_dot_product_attention"),
     ("quant.int8_matmul", "int8_matmul"),
     ("quant.llm_int8", "llm_int8_linear"),

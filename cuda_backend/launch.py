@@ -35,7 +35,7 @@ __all__ = [
     "wait_for",
 ]
 
-Argument = View | np.generic
+Argument = View | np.generic | tuple[View, ...]
 
 SLOTS = {"float32": "f4x", "uint64": "Q", "int64": "q"}
 
@@ -46,16 +46,32 @@ def launch(
     """Run `kernel` on `blocks` x `threads` threads; returns when it is queued on `stream`."""
     if SIMULATOR:
         fake = cuda.devicearray.FakeCUDAArray
-        values = [fake(item.owner) if isinstance(item, View) else item for item in arguments]
+
+        def given(item: Any) -> Any:
+            if isinstance(item, View):
+                return fake(item.owner)
+            return tuple(map(given, item)) if isinstance(item, tuple) else item
+
+        values = [given(item) for item in arguments]
         with simulation():
             kernel[blocks, threads, 0, shared_bytes](*values)
         return
-    wait_for((item for item in arguments if isinstance(item, View)), stream)
+    flat: list[View | np.generic] = list(_flat(arguments))
+    wait_for((item for item in flat if isinstance(item, View)), stream)
     function = _function(kernel, shared_bytes)
-    values, addresses = _packed(arguments)
+    values, addresses = _packed(flat)
     grid = (blocks, 1, 1, threads, 1, 1)
     checked(driver.cuLaunchKernel(function, *grid, shared_bytes, stream, addresses.ctypes.data, 0))
     del values  # the driver has copied the arguments; until then they must live
+
+
+def _flat(arguments: Sequence[Any]) -> Iterator[Any]:
+    """Yield arguments, those in tuples one by one: that is how Numba passes a tuple."""
+    for item in arguments:
+        if isinstance(item, tuple) and not isinstance(item, View):
+            yield from item
+        else:
+            yield item
 
 
 def wait_for(views: Iterable[View], stream: int) -> None:
@@ -156,7 +172,7 @@ def _function(kernel: Any, shared_bytes: int) -> Any:
     )
 
 
-def _packed(arguments: Sequence[Argument]) -> tuple[Any, npt.NDArray[np.uint64]]:
+def _packed(arguments: Sequence[View | np.generic]) -> tuple[Any, npt.NDArray[np.uint64]]:
     """Return the arguments in slots of 8 bytes, and the address of each slot, as the driver wants them."""
     layout, values = "<", []
     for item in arguments:

@@ -19,7 +19,7 @@ from refimpl.errors import CapacityError, OptionError, UnsupportedError
 from refimpl.numerics import widen
 from refimpl.validation import bind_axes, floating
 
-__all__ = ["flash_attention_vjp", "supports"]
+__all__ = ["backward_variant", "flash_attention_vjp", "prepare_backward", "queue_backward", "supports"]
 
 
 def flash_attention_vjp(
@@ -112,13 +112,13 @@ def flash_attention_vjp(
         if block_sizes is not None or sram is not None:
             further |= {"block_sizes": block_sizes, "sram": sram}
         return flash_attention_vjp_hopper(q, k, v, o, lse, do, stream=stream, **further)
-    call, lse = _prepared(q, k, v, o, lse, do, options)
+    call, lse = prepare_backward(q, k, v, o, lse, do, options)
     refused = _reasons(call, lse)
     if refused:
         raise UnsupportedError("flash_attention_vjp: " + "; ".join(refused))
     on = stream_of(q, stream)
     wanted, optional = features(call, on, lse=False)
-    variant = _variant(call, wanted, block_sizes, sram)
+    variant = backward_variant(call, wanted, block_sizes, sram)
     inputs = {name: view(name, array, on) for name, array in call.tensors.items()}
     inputs["lse"] = view("lse", _as_float32(lse), on)
     like = call.tensors["q"]
@@ -127,7 +127,7 @@ def flash_attention_vjp(
     if bias_axes is not None:
         results["bias"] = empty(bias_axes, call.dtype, like, on)
     outputs = {name: given for name, (given, _) in results.items()}
-    _queue(call, variant, inputs, outputs, [*optional, *numbers(call.rule)], on)
+    queue_backward(call, variant, inputs, outputs, [*optional, *numbers(call.rule)], on)
     gradients = [result() for _, result in results.values()]
     if bias_axes is not None:
         bias: Any = call.options["bias"]
@@ -135,9 +135,10 @@ def flash_attention_vjp(
     return AttentionGradients(*gradients)
 
 
-def _variant(
+def backward_variant(
     call: Call, wanted: Features, block_sizes: tuple[int, int] | None, sram: int | None
 ) -> BackwardVariant:
+    """Return the kernels for a call."""
     shape, memory = call.rule.shape, shared_memory_bytes()
     try:
         return choose(
@@ -186,10 +187,10 @@ def supports(
     >>> supports(x, x, x, x, lse, x)
     ['inputs are float64; the kernel takes float32, float16, bfloat16']
     """
-    return _reasons(*_prepared(q, k, v, o, lse, do, options))
+    return _reasons(*prepare_backward(q, k, v, o, lse, do, options))
 
 
-def _prepared(
+def prepare_backward(
     q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, options: AttentionOptions
 ) -> tuple[Call, Any]:
     """Check a call as the reference does; return it, and the log-sum-exp, on the host as an array."""
@@ -220,7 +221,7 @@ def _bias_axes(call: Call) -> tuple[int, ...] | None:
     return (1,) * (4 - len(axes)) + axes
 
 
-def _queue(
+def queue_backward(
     call: Call,
     variant: BackwardVariant,
     inputs: dict[str, View],

@@ -21,10 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
+from cuda_backend.attention.arguments import array_type, aux_signature
 from cuda_backend.attention.scores_portable import score_gradient
 from cuda_backend.attention.tiles_portable import INDEX, accumulation, products, reader, writer
+from cuda_backend.attention.user_device import blamed
 from cuda_backend.attention.variant_backward import BackwardVariant
 from cuda_backend.formats import storage_type, widen
+from refimpl.attention.block_mask import DEAD, FULL
 
 __all__ = ["Kernels", "build", "keys_signature", "keys_source", "queries_signature", "queries_source"]
 
@@ -42,16 +45,17 @@ class Kernels(NamedTuple):
 @functools.cache
 def build(variant: BackwardVariant) -> Kernels:
     """Return the compiled kernels of `variant`."""
-    return Kernels(
-        kernel(queries_signature(variant))(queries_source(variant)),
-        kernel(keys_signature(variant))(keys_source(variant)),
-    )
+    with blamed(variant.features.mods):
+        return Kernels(
+            kernel(queries_signature(variant))(queries_source(variant)),
+            kernel(keys_signature(variant))(keys_source(variant)),
+        )
 
 
 def queries_signature(variant: BackwardVariant) -> Any:
     """Return the argument types of `queries_source`; arrays have any strides, absent ones are not read."""
     tensor, statistic, score = (
-        _array(storage_type(variant.kind), 4), _array(types.float32, 3), _array(types.float32, 4)
+        array_type(storage_type(variant.kind), 4), array_type(types.float32, 3), array_type(types.float32, 4)
     )  # fmt: skip
     return types.void(
         tensor, tensor, tensor, tensor, statistic, tensor,  # q, k, v, o, lse, do
@@ -62,7 +66,7 @@ def queries_signature(variant: BackwardVariant) -> Any:
 
 def keys_signature(variant: BackwardVariant) -> Any:
     """Return the argument types of `keys_source`."""
-    tensor, statistic = _array(storage_type(variant.kind), 4), _array(types.float32, 3)
+    tensor, statistic = array_type(storage_type(variant.kind), 4), array_type(types.float32, 3)
     return types.void(
         tensor, tensor, tensor, statistic, tensor, statistic,  # q, k, v, lse, do, delta
         tensor, tensor,                                        # dk, dv
@@ -73,19 +77,16 @@ def keys_signature(variant: BackwardVariant) -> Any:
 def _options(variant: BackwardVariant) -> tuple[Any, ...]:
     features = variant.features
     return (
-        _array(types.boolean, 4),                                                # mask
-        _array(storage_type(features.bias or "float32"), 4),                     # bias
-        _array(types.float32, 1),                                                # slopes
-        _array(getattr(types, features.q_lengths or "int64"), 1),                # q_lengths
-        _array(getattr(types, features.k_lengths or "int64"), 1),                # k_lengths
-        _array(types.boolean, 4),                                                # kept
+        array_type(types.boolean, 4),                                                # mask
+        array_type(storage_type(features.bias or "float32"), 4),                     # bias
+        array_type(types.float32, 1),                                                # slopes
+        array_type(getattr(types, features.q_lengths or "int64"), 1),                # q_lengths
+        array_type(getattr(types, features.k_lengths or "int64"), 1),                # k_lengths
+        array_type(types.boolean, 4),                                                # kept
+        array_type(types.uint8, 4), aux_signature(features.mods),                    # tiles, aux
         types.float32, types.float32,                                            # scale, softcap
         types.uint64, types.uint64, types.float32,       # seed, threshold, 1 / (1 - p)
     )  # fmt: skip
-
-
-def _array(dtype: Any, ndim: int) -> Any:
-    return types.Array(dtype, ndim, "A")
 
 
 def queries_source(variant: BackwardVariant) -> Any:
@@ -99,6 +100,7 @@ def queries_source(variant: BackwardVariant) -> Any:
     Q, DO, K, V, P, DS, L, DELTA, _ = variant.offsets
     features = variant.features
     CAUSAL, BOTTOM_RIGHT, BIAS = features.causal != "", features.causal == "bottom_right", features.bias != ""
+    MASK_MOD = features.mods.mask is not None
     Q_LENGTHS, K_LENGTHS = features.q_lengths != "", features.k_lengths != ""
     load, gradient = widen(variant.kind), score_gradient(features)
     read_q, read_do = reader(variant, "queries", D), reader(variant, "queries", Dv)
@@ -108,7 +110,7 @@ def queries_source(variant: BackwardVariant) -> Any:
 
     def flash_backward_queries(
         q: Any, k: Any, v: Any, o: Any, lse: Any, do: Any, dq: Any, delta: Any, dscores: Any,
-        mask: Any, bias: Any, slopes: Any, q_lengths: Any, k_lengths: Any, kept: Any,
+        mask: Any, bias: Any, slopes: Any, q_lengths: Any, k_lengths: Any, kept: Any, tiles: Any, aux: Any,
         scale: Any, softcap: Any, seed: Any, threshold: Any, kept_scale: Any,
     ) -> None:  # fmt: skip
         shared = cuda.shared.array(0, _float32)
@@ -117,9 +119,9 @@ def queries_source(variant: BackwardVariant) -> Any:
         x = thread & (COLUMNS - 1)
         y = thread // COLUMNS
         block = cuda.blockIdx.x & INDEX
-        tiles = (q.shape[1] + Br - 1) // Br
-        head = block // tiles
-        first = Br * ((tiles - 1 - (block - head * tiles)) & INDEX)  # the longest causal rows come first
+        blocks = (q.shape[1] + Br - 1) // Br
+        head = block // blocks
+        first = Br * ((blocks - 1 - (block - head * blocks)) & INDEX)  # the longest causal rows come first
         b = (head // q.shape[2]) & INDEX
         h = (head - b * q.shape[2]) & INDEX
         g = (h // (q.shape[2] // k.shape[2])) & INDEX
@@ -166,6 +168,12 @@ def queries_source(variant: BackwardVariant) -> Any:
 
         for key in range(0, end, Bc):
             start = key & INDEX
+            whole = False
+            if MASK_MOD:
+                state = tiles[b, h, first // Br, start // Bc]
+                if state == DEAD:
+                    continue
+                whole = state == FULL
             k_end = min(n_k, start + Bc)
             read_k(k, b, start, k_end, g, shared, K, thread)
             read_v(v, b, start, k_end, g, shared, V, thread)
@@ -179,7 +187,7 @@ def queries_source(variant: BackwardVariant) -> Any:
                 i, j, at = first + row, start + column, row * PS + column
                 _, ds, dproduct = gradient(
                     shared[P + at], shared[DS + at], shared[L + row], shared[DELTA + row],
-                    b, h, i, j, q_end, k_end, offset, mask, bias, slopes, kept,
+                    b, h, i, j, q_end, k_end, offset, mask, bias, slopes, kept, whole, aux,
                     scale, softcap, seed, threshold, kept_scale,
                 )  # fmt: skip
                 shared[DS + at] = dproduct
@@ -205,6 +213,7 @@ def keys_source(variant: BackwardVariant) -> Any:
     Q, DO, K, V, P, DS, L, DELTA, _ = variant.offsets
     features = variant.features
     CAUSAL, BOTTOM_RIGHT = features.causal != "", features.causal == "bottom_right"
+    MASK_MOD = features.mods.mask is not None
     Q_LENGTHS, K_LENGTHS = features.q_lengths != "", features.k_lengths != ""
     gradient = score_gradient(features)
     read_q, read_do = reader(variant, "queries", D), reader(variant, "queries", Dv)
@@ -215,7 +224,7 @@ def keys_source(variant: BackwardVariant) -> Any:
 
     def flash_backward_keys(
         q: Any, k: Any, v: Any, lse: Any, do: Any, delta: Any, dk: Any, dv: Any,
-        mask: Any, bias: Any, slopes: Any, q_lengths: Any, k_lengths: Any, kept: Any,
+        mask: Any, bias: Any, slopes: Any, q_lengths: Any, k_lengths: Any, kept: Any, tiles: Any, aux: Any,
         scale: Any, softcap: Any, seed: Any, threshold: Any, kept_scale: Any,
     ) -> None:  # fmt: skip
         shared = cuda.shared.array(0, _float32)
@@ -225,9 +234,9 @@ def keys_source(variant: BackwardVariant) -> Any:
         x = thread & (COLUMNS - 1)
         y = thread // COLUMNS
         block = cuda.blockIdx.x & INDEX
-        tiles = (k.shape[1] + Bc - 1) // Bc
-        head = block // tiles
-        first = Bc * ((block - head * tiles) & INDEX)
+        blocks = (k.shape[1] + Bc - 1) // Bc
+        head = block // blocks
+        first = Bc * ((block - head * blocks) & INDEX)
         b = (head // k.shape[2]) & INDEX
         g = (head - b * k.shape[2]) & INDEX
         group = q.shape[2] // k.shape[2]
@@ -259,6 +268,12 @@ def keys_source(variant: BackwardVariant) -> Any:
             h = (g * group + member) & INDEX
             for query in range(begin, end, Br):
                 start = query & INDEX
+                whole = False
+                if MASK_MOD:
+                    state = tiles[b, h, start // Br, first // Bc]
+                    if state == DEAD:
+                        continue
+                    whole = state == FULL
                 q_end = min(n_q, start + Br)
                 read_q(q, b, start, q_end, h, shared, Q, thread)
                 read_do(do, b, start, q_end, h, shared, DO, thread)
@@ -277,7 +292,7 @@ def keys_source(variant: BackwardVariant) -> Any:
                     i, j, at = start + column, first + row, row * PS + column
                     p, _, dproduct = gradient(
                         shared[P + at], shared[DS + at], shared[L + column], shared[DELTA + column],
-                        b, h, i, j, q_end, k_end, offset, mask, bias, slopes, kept,
+                        b, h, i, j, q_end, k_end, offset, mask, bias, slopes, kept, whole, aux,
                         scale, softcap, seed, threshold, kept_scale,
                     )  # fmt: skip
                     shared[P + at] = p

@@ -127,7 +127,7 @@ def wrong_format(name: str, value: Any, taken: tuple[str, ...]) -> list[str]:
     return [f"{name} on the GPU is {dtype_name(name, value)}; the kernel takes {', '.join(taken)}"]
 
 
-def features(call: Call, stream: int, *, lse: bool) -> tuple[Features, list[View]]:
+def features(call: Call, stream: int, *, lse: bool) -> tuple[Features, list[Any]]:
     """Return what the kernel must handle, and its optional arrays in the order of its signature."""
     rule, options = call.rule, call.options
     full = (rule.shape.B, rule.shape.Hq, rule.shape.Tq, rule.shape.Tk)
@@ -157,7 +157,11 @@ def features(call: Call, stream: int, *, lse: bool) -> tuple[Features, list[View
         dropout="mask" if kept else "philox" if rule.dropout_p else "",
         lse=lse,
     )
-    return found, [mask_view, bias_view, slopes_view, q_view, k_view, kept_view]
+    without = (
+        absent("uint8", 4),
+        (absent("float32", 1),),
+    )  # states of tiles, and arrays of the user's functions
+    return found, [mask_view, bias_view, slopes_view, q_view, k_view, kept_view, *without]
 
 
 def numbers(rule: ScoreRule) -> list[np.generic]:

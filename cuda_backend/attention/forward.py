@@ -8,15 +8,22 @@ import numpy as np
 
 from cuda_backend.arrays import absent, dtype_name, empty, is_host, view
 from cuda_backend.attention import forward_portable
-from cuda_backend.attention.call import features, numbers, prepare, reasons
-from cuda_backend.attention.variant_portable import Variant, choose
+from cuda_backend.attention.call import Call, features, numbers, prepare, reasons
+from cuda_backend.attention.variant_portable import Features, Variant, choose
 from cuda_backend.context import is_hopper
 from cuda_backend.launch import launch, shared_memory_bytes, stream_of
 from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import AttentionOptions
 from refimpl.errors import OptionError, UnsupportedError
 
-__all__ = ["chosen_tier", "flash_attention", "scaled_dot_product_attention", "supports"]
+__all__ = [
+    "chosen_tier",
+    "flash_attention",
+    "forward_variant",
+    "run_forward",
+    "scaled_dot_product_attention",
+    "supports",
+]
 
 
 Tier = Literal["portable", "hopper", "auto"]
@@ -112,18 +119,30 @@ def flash_attention(
     if refused:
         raise UnsupportedError("flash_attention: " + "; ".join(refused))
     on = stream_of(q, stream)
-    shape = call.rule.shape
     wanted, optional = features(call, on, lse=return_lse)
+    variant = forward_variant(call, wanted, block_sizes, sram)
+    return run_forward(call, variant, optional, on)
+
+
+def forward_variant(
+    call: Call, wanted: Features, block_sizes: tuple[int, int] | None, sram: int | None
+) -> Variant:
+    """Return the kernel for a call."""
     memory = shared_memory_bytes()
-    variant: Variant = choose(
+    return choose(
         call.dtype,
-        shape.D,
-        shape.Dv,
+        call.rule.shape.D,
+        call.rule.shape.Dv,
         wanted,
         block_sizes=block_sizes,
         sram=sram,
         capacity=None if memory is None else memory // 4,
     )
+
+
+def run_forward(call: Call, variant: Variant, optional: list[Any], on: int) -> Any:
+    """Queue the kernel on a stream; return the output, with the log-sum-exp if the variant has it."""
+    shape, return_lse = call.rule.shape, variant.features.lse
     inputs = [view(name, array, on) for name, array in call.tensors.items()]
     like = call.tensors["q"]
     out, out_result = empty((shape.B, shape.Tq, shape.Hq, shape.Dv), call.dtype, like, on)

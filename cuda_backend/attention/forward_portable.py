@@ -21,9 +21,12 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
+from cuda_backend.attention.arguments import array_type, aux_signature
+from cuda_backend.attention.user_device import blamed, mask_on_device, score_on_device
 from cuda_backend.attention.variant_portable import Variant
 from cuda_backend.formats import narrow, storage_type, widen
 from cuda_backend.random import dropout_keeps
+from refimpl.attention.block_mask import DEAD, FULL
 
 __all__ = ["build", "signature"]
 
@@ -34,20 +37,17 @@ _float32 = types.float32
 
 def signature(variant: Variant) -> Any:
     """Return the argument types of the kernel; arrays may have any strides, absent ones are never read."""
-
-    def array(dtype: Any, ndim: int) -> Any:
-        return types.Array(dtype, ndim, "A")
-
     features, number = variant.features, storage_type(variant.kind)
     return types.void(
-        array(number, 4), array(number, 4), array(number, 4), array(number, 4),  # q, k, v, out
-        array(types.float32, 3),                                                 # lse
-        array(types.boolean, 4),                                                 # mask
-        array(storage_type(features.bias or "float32"), 4),                      # bias
-        array(types.float32, 1),                                                 # slopes
-        array(getattr(types, features.q_lengths or "int64"), 1),                 # q_lengths
-        array(getattr(types, features.k_lengths or "int64"), 1),                 # k_lengths
-        array(types.boolean, 4),                                                 # kept
+        *[array_type(number, 4)] * 4,                                                 # q, k, v, out
+        array_type(types.float32, 3),                                                 # lse
+        array_type(types.boolean, 4),                                                 # mask
+        array_type(storage_type(features.bias or "float32"), 4),                      # bias
+        array_type(types.float32, 1),                                                 # slopes
+        array_type(getattr(types, features.q_lengths or "int64"), 1),                 # q_lengths
+        array_type(getattr(types, features.k_lengths or "int64"), 1),                 # k_lengths
+        array_type(types.boolean, 4),                                                 # kept
+        array_type(types.uint8, 4), aux_signature(features.mods),                     # tiles, aux
         types.float32, types.float32,                                            # scale, softcap
         types.uint64, types.uint64, types.float32,       # seed, threshold, 1 / (1 - p)
     )  # fmt: skip
@@ -56,7 +56,8 @@ def signature(variant: Variant) -> Any:
 @functools.cache
 def build(variant: Variant) -> Any:
     """Return the compiled kernel of `variant`."""
-    return kernel(signature(variant))(source(variant))
+    with blamed(variant.features.mods):
+        return kernel(signature(variant))(source(variant))
 
 
 def source(variant: Variant) -> Any:
@@ -75,11 +76,13 @@ def source(variant: Variant) -> Any:
     )  # fmt: skip
     Q_LENGTHS, K_LENGTHS = features.q_lengths != "", features.k_lengths != ""
     PHILOX, KEPT = features.dropout == "philox", features.dropout == "mask"
+    MASK_MOD, SCORE_MOD = features.mods.mask is not None, features.mods.score is not None
+    allows, modify = mask_on_device(features.mods.mask), score_on_device(features.mods.score)
     load, store, load_bias = widen(variant.kind), narrow(variant.kind), widen(features.bias or "float32")
 
     def flash_forward(
         q: Any, k: Any, v: Any, out: Any, lse: Any, mask: Any, bias: Any, slopes: Any,
-        q_lengths: Any, k_lengths: Any, kept: Any,
+        q_lengths: Any, k_lengths: Any, kept: Any, tiles: Any, aux: Any,
         scale: Any, softcap: Any, seed: Any, threshold: Any, kept_scale: Any,
     ) -> None:  # fmt: skip
         shared = cuda.shared.array(0, _float32)
@@ -94,9 +97,9 @@ def source(variant: Variant) -> Any:
         x = thread & (COLUMNS - 1)
         y = thread // COLUMNS
         block = cuda.blockIdx.x & _INDEX
-        tiles = (q.shape[1] + Br - 1) // Br
-        head = block // tiles
-        first = Br * ((tiles - 1 - (block - head * tiles)) & _INDEX)  # the longest causal rows come first
+        blocks = (q.shape[1] + Br - 1) // Br
+        head = block // blocks
+        first = Br * ((blocks - 1 - (block - head * blocks)) & _INDEX)  # the longest causal rows come first
         b = (head // q.shape[2]) & _INDEX
         h = (head - b * q.shape[2]) & _INDEX
         g = (h // (q.shape[2] // k.shape[2])) & _INDEX
@@ -130,6 +133,8 @@ def source(variant: Variant) -> Any:
 
         for key in range(0, end, Bc):
             start = key & _INDEX
+            if MASK_MOD and tiles[b, h, first // Br, start // Bc] == DEAD:
+                continue
             for e in range(thread, KEYS * D, THREADS):
                 r = (e & _INDEX) // D
                 d = (e & _INDEX) % D
@@ -160,6 +165,8 @@ def source(variant: Variant) -> Any:
                     allowed = allowed and j <= i + offset
                 if MASK:
                     allowed = allowed and mask[b, h, i, j]
+                if MASK_MOD and allowed and tiles[b, h, first // Br, start // Bc] != FULL:
+                    allowed = allows(b, h, i, j, aux)
                 score = _MINUS_INFINITY
                 if allowed:
                     score = shared[P + row * PS + column] * scale
@@ -169,6 +176,8 @@ def source(variant: Variant) -> Any:
                         score += load_bias(bias[b, h, i, j])
                     if ALIBI:
                         score -= slopes[h] * np.float32(abs(i + offset - j))
+                    if SCORE_MOD:
+                        score = modify(score, b, h, i, j, aux)
                 shared[P + row * PS + column] = score
             for a in range(MR):
                 row = y + a * ROWS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeVar
 
+from cuda_backend.attention.user_device import Mods
 from refimpl.attention.flash import block_sizes_for
 from refimpl.errors import CapacityError, OptionError
 
@@ -28,6 +29,8 @@ class Features(NamedTuple):
         Storage formats of these arrays, or "".
     dropout
         "", "philox" or "mask".
+    mods
+        Functions of the user's, compiled in; with a mask come the states of tiles.
     """
 
     causal: str = ""
@@ -39,6 +42,7 @@ class Features(NamedTuple):
     k_lengths: str = ""
     dropout: str = ""
     lse: bool = False
+    mods: Mods = Mods()
 
 
 class Variant(NamedTuple):

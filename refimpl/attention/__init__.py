@@ -4,8 +4,10 @@ from refimpl.attention.bigbird import bigbird_attention, bigbird_attention_vjp
 from refimpl.attention.bigbird_blocked import bigbird_attention_blocked, bigbird_attention_blocked_vjp
 from refimpl.attention.bigbird_mixing import diameter, rapid_mixing, rapid_mixing_sparse, spectral_gap
 from refimpl.attention.bigbird_plan import bigbird_plan
+from refimpl.attention.block_mask import BlockMask, block_mask
 from refimpl.attention.block_sparse import block_sparse_flash, block_sparse_flash_vjp
 from refimpl.attention.convolution_step import ConvolutionStep, convolution_step
+from refimpl.attention.decode import paged_attention, split_kv_attention
 from refimpl.attention.decomposition import head_decomposition, head_terms
 from refimpl.attention.dense import (
     AttentionGradients,
@@ -21,6 +23,7 @@ from refimpl.attention.dilated_window import (
 )
 from refimpl.attention.flash import block_sizes_for, flash_attention, flash_attention_steps
 from refimpl.attention.flash_backward import flash_attention_vjp
+from refimpl.attention.flexible import flexible_attention, flexible_attention_vjp
 from refimpl.attention.global_tokens import (
     global_tokens_attention,
     global_tokens_attention_blocked,
@@ -74,6 +77,7 @@ from refimpl.attention.standard import standard_attention, standard_attention_vj
 __all__ = [
     "AttentionGradients",
     "AttentionOutput",
+    "BlockMask",
     "ConvolutionStep",
     "Int8Blocks",
     "LinearState",
@@ -82,6 +86,7 @@ __all__ = [
     "bigbird_attention_blocked_vjp",
     "bigbird_attention_vjp",
     "bigbird_plan",
+    "block_mask",
     "block_sizes_for",
     "block_sparse_flash",
     "block_sparse_flash_vjp",
@@ -96,6 +101,8 @@ __all__ = [
     "flash_attention",
     "flash_attention_steps",
     "flash_attention_vjp",
+    "flexible_attention",
+    "flexible_attention_vjp",
     "global_tokens_attention",
     "global_tokens_attention_blocked",
     "global_tokens_attention_blocked_vjp",
@@ -122,6 +129,7 @@ __all__ = [
     "multi_head_attention_vjp",
     "online_softmax",
     "online_softmax_vjp",
+    "paged_attention",
     "quantize_token_blocks",
     "rapid_mixing",
     "rapid_mixing_sparse",
@@ -137,6 +145,7 @@ __all__ = [
     "sliding_window_attention_vjp",
     "softmax",
     "spectral_gap",
+    "split_kv_attention",
     "standard_attention",
     "standard_attention_vjp",
     "window_radius",

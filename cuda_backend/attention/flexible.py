@@ -1,0 +1,214 @@
+"""Attention with functions of the user's on a GPU: they are compiled into the portable kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cuda_backend.arrays import View, broadcast, dtype_name, empty, is_host, view
+from cuda_backend.attention.backward import backward_variant, prepare_backward, queue_backward
+from cuda_backend.attention.call import Call, features, numbers, prepare, reasons
+from cuda_backend.attention.forward import forward_variant, run_forward
+from cuda_backend.attention.user_device import Mods
+from cuda_backend.attention.variant_portable import Features, Variant
+from cuda_backend.launch import stream_of
+from refimpl.attention import AttentionGradients
+from refimpl.attention.block_mask import BlockMask, block_mask, cached_block_mask
+from refimpl.attention.user_functions import as_mod
+from refimpl.errors import DTypeError, OptionError, UnsupportedError
+from refimpl.numerics import is_floating, widen
+
+__all__ = ["flexible_attention", "flexible_attention_vjp"]
+
+AUX = ("bool", "int32", "int64", "uint8", "float32")
+
+
+def flexible_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    score_mod_vjp: Callable[..., Any] | None = None,
+    aux: tuple[Any, ...] = (),
+    scale: float | None = None,
+    return_lse: bool = False,
+    block_sizes: tuple[int, int] | None = None,
+    stream: Any = None,
+) -> Any:
+    """Return attention with a mask and a score that the user writes, tile by tile; dead tiles are skipped.
+
+    Parameters
+    ----------
+    q, k, v : array
+        As for `cuda_backend.flash_attention`.
+    mask_mod, score_mod, score_mod_vjp, aux, scale, return_lse
+        As for `refimpl.attention.flexible_attention`.  Floats that functions close over are float32 here, and
+        so are floating arrays of `aux` on the host; on the GPU they are bool, int32, int64, uint8 or float32.
+    block_sizes, stream
+        As for `cuda_backend.flash_attention`.
+
+    Returns
+    -------
+    array or AttentionOutput
+        As `cuda_backend.flash_attention`.
+
+    Raises
+    ------
+    OptionError
+        If a function does not compile; the message names its file and line.
+    ShapeError, DTypeError, CapacityError, UnsupportedError, BackendUnavailableError
+        As `cuda_backend.flash_attention`.
+
+    Notes
+    -----
+    A kernel is compiled once for functions that compute the same, and the states of tiles are computed once
+    for each mask that takes no `aux`, by NumPy on the host.  Not yet run on a device.
+
+    References
+    ----------
+    .. [1] Dong et al., 2024, arXiv:2412.05496, section 4.
+
+    Examples
+    --------
+    >>> import numpy as np, cuda_backend
+    >>> x = np.ones((1, 3, 2, 4), np.float32)
+    >>> if cuda_backend.availability("cudasim") is None:
+    ...     out = flexible_attention(x, x, x, mask_mod=lambda b, h, i, j: j < i)
+    ...     assert out[0, :, 0, 0].tolist() == [0, 1, 1]
+    """
+    call = prepare({"q": q, "k": k, "v": v}, {"scale": scale})
+    refused = reasons(call)
+    if refused:
+        raise UnsupportedError("flexible_attention: " + "; ".join(refused))
+    on = stream_of(q, stream)
+    arrays, mods = _mods(mask_mod, score_mod, score_mod_vjp, aux, on)
+    wanted, optional = features(call, on, lse=return_lse)
+    variant = forward_variant(call, wanted._replace(mods=mods._replace(vjp=None)), block_sizes, None)
+    return run_forward(call, variant, _with_mods(call, variant, optional, arrays, aux, on), on)
+
+
+def flexible_attention_vjp(
+    q: Any,
+    k: Any,
+    v: Any,
+    o: Any,
+    lse: Any,
+    do: Any,
+    /,
+    *,
+    mask_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    score_mod_vjp: Callable[..., Any] | None = None,
+    aux: tuple[Any, ...] = (),
+    scale: float | None = None,
+    block_sizes: tuple[int, int] | None = None,
+    stream: Any = None,
+) -> AttentionGradients:
+    """Return the gradients of `flexible_attention` from what it returned, tile by tile.
+
+    Parameters
+    ----------
+    q, k, v, o, lse, do : array
+        As for `cuda_backend.flash_attention_vjp`.
+    mask_mod, score_mod, score_mod_vjp, aux, scale, block_sizes, stream
+        Those of the forward call; `score_mod_vjp` is needed if there is a `score_mod`.
+
+    Returns
+    -------
+    AttentionGradients
+        dq, dk and dv, repeating bit for bit.
+
+    Raises
+    ------
+    OptionError
+        If there is a `score_mod` without its gradient, or a function does not compile.
+    ShapeError, DTypeError, CapacityError, UnsupportedError, BackendUnavailableError
+        As `cuda_backend.flash_attention_vjp`.
+
+    Notes
+    -----
+    Not yet run on a device.
+
+    Examples
+    --------
+    >>> import numpy as np, cuda_backend
+    >>> x, alone = np.ones((1, 2, 1, 4), np.float32), {"mask_mod": lambda b, h, i, j: i == j}
+    >>> if cuda_backend.availability("cudasim") is None:
+    ...     out, lse = flexible_attention(x, x, x, return_lse=True, **alone)
+    ...     assert flexible_attention_vjp(x, x, x, out, lse, x, **alone).dv[0, :, 0, 0].tolist() == [1, 1]
+    """
+    call, lse = prepare_backward(q, k, v, o, lse, do, {"scale": scale})
+    refused = reasons(call)
+    if refused:
+        raise UnsupportedError("flexible_attention_vjp: " + "; ".join(refused))
+    if score_mod is not None and score_mod_vjp is None:
+        raise OptionError("score_mod_vjp: needed for gradients through score_mod")
+    on = stream_of(q, stream)
+    arrays, mods = _mods(mask_mod, score_mod, score_mod_vjp, aux, on)
+    wanted, optional = features(call, on, lse=False)
+    variant = backward_variant(call, wanted._replace(mods=mods), block_sizes, None)
+    inputs = {name: view(name, array, on) for name, array in call.tensors.items()}
+    inputs["lse"] = view("lse", np.asarray(lse, np.float32) if is_host(lse) else lse, on)
+    results = {name: empty(inputs[name].shape, call.dtype, call.tensors["q"], on) for name in "qkv"}
+    outputs = {name: given for name, (given, _) in results.items()}
+    options = [*_with_mods(call, variant, optional, arrays, aux, on), *numbers(call.rule)]
+    queue_backward(call, variant, inputs, outputs, options, on)
+    return AttentionGradients(*(result() for _, result in results.values()))
+
+
+def _mods(
+    mask_mod: Any, score_mod: Any, score_mod_vjp: Any, aux: tuple[Any, ...], on: int
+) -> tuple[tuple[View, ...], Mods]:
+    """Check the functions as the reference does; return their arrays as a kernel sees them, and both."""
+    if score_mod_vjp is not None and score_mod is None:
+        raise OptionError("score_mod_vjp: given, but there is no score_mod")
+    if not isinstance(aux, tuple | list):
+        raise DTypeError(f"aux: expected a tuple of arrays, got {type(aux).__name__}")
+    views = []
+    for index, array in enumerate(aux):
+        name = f"aux[{index}]"
+        if is_host(array):
+            host = np.asarray(array)
+            array = widen(host).astype(np.float32) if is_floating(host.dtype) else host
+        dtype = array.dtype.name if is_host(array) else dtype_name(name, array)
+        if dtype not in AUX:
+            raise UnsupportedError(f"{name} is {dtype}; the kernel takes {', '.join(AUX)}")
+        views.append(view(name, array, on))
+    return tuple(views), Mods(
+        None if mask_mod is None else as_mod("mask_mod", mask_mod),
+        None if score_mod is None else as_mod("score_mod", score_mod, ("score",)),
+        None if score_mod_vjp is None else as_mod("score_mod_vjp", score_mod_vjp, ("gradient", "score")),
+        tuple((given.dtype, len(given.shape)) for given in views),
+    )
+
+
+def _with_mods(
+    call: Call, variant: Variant, optional: list[Any], arrays: tuple[View, ...], aux: tuple[Any, ...], on: int
+) -> list[Any]:
+    """Return the optional arguments of a kernel with the states of its tiles, and the functions' arrays."""
+    *given, tiles, nothing = optional
+    features: Features = variant.features
+    mask = features.mods.mask
+    if mask is not None:
+        shape, sizes = call.rule.shape, (variant.Br, variant.Bc)
+        where = shape.B, shape.Hq, shape.Tq, shape.Tk
+
+        def make() -> BlockMask:
+            hosts = tuple(np.asarray(x if is_host(x) else x.cpu()) for x in aux)
+            return block_mask(mask.function, *where, block_sizes=sizes, aux=hosts)
+
+        states = cached_block_mask(mask, make, where, sizes)
+        full = shape.B, shape.Hq, -(-shape.Tq // variant.Br), -(-shape.Tk // variant.Bc)
+        tiles = broadcast(_uploaded(states, on), full)
+    return [*given, tiles, arrays or nothing]
+
+
+@functools.lru_cache(maxsize=64)
+def _uploaded(states: BlockMask, on: int) -> View:
+    return view("block mask", states.states, on)

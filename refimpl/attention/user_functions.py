@@ -1,0 +1,239 @@
+"""Masks and scores that a user writes as plain Python functions, read here and nowhere compiled.
+
+A function speaks of one score: ``mask_mod(b, h, i, j)`` says whether query i of head h of sequence b may
+attend to key j; ``score_mod(score, b, h, i, j)`` returns another score.  Either may take one argument more,
+`aux`, the tuple of arrays that the caller passes beside it.  Kernels compile the very function; here it is
+called on whole arrays of indices where it can be, and entry by entry where it cannot (``if``, ``and``,
+`math`), which is slow and gives the same.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from refimpl.errors import DTypeError, OptionError
+from refimpl.numerics import Array, BoolArray, FloatArray, IntArray
+
+__all__ = [
+    "INDICES",
+    "Aux",
+    "Mod",
+    "as_mod",
+    "function_key",
+    "modified_scores",
+    "where_allowed",
+]
+
+Aux: TypeAlias = tuple[Array, ...]
+INDICES = ("b", "h", "i", "j")
+
+
+class Mod(NamedTuple):
+    """A user's function and what is known of it without calling it.
+
+    Attributes
+    ----------
+    key
+        Equal for functions that compute the same: bytecode, constants, closure, globals that it reads.
+    takes_aux
+        Whether it has a parameter for the tuple of arrays.
+    by_sequence, by_head
+        Whether it reads `b` and `h` at all: a mask that does not is the same for all of them.
+    """
+
+    function: Callable[..., Any]
+    key: Any
+    takes_aux: bool
+    by_sequence: bool
+    by_head: bool
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mod) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def call(self, leading: tuple[Any, ...], indices: tuple[Any, ...], aux: Aux) -> Any:
+        """Return the function of leading arguments, b, h, i, j, and `aux` if it takes that."""
+        return self.function(*leading, *indices, *((aux,) if self.takes_aux else ()))
+
+
+def as_mod(name: str, function: Any, leading: tuple[str, ...] = ()) -> Mod:
+    """Return what is known of `function`, whose arguments are `leading`, b, h, i, j and perhaps aux.
+
+    Raises
+    ------
+    DTypeError
+        If it is no plain Python function.
+    OptionError
+        If it takes another number of arguments.
+
+    Examples
+    --------
+    >>> mod = as_mod("mask_mod", lambda b, h, i, j: j <= i)
+    >>> mod.takes_aux, mod.by_sequence, mod == as_mod("mask_mod", lambda b, h, i, j: j <= i)
+    (False, False, True)
+    """
+    if not isinstance(function, FunctionType):
+        raise DTypeError(f"{name}: expected a plain Python function, got {type(function).__name__}")
+    wanted = (*leading, *INDICES)
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    known = all(parameter.kind in positional for parameter in parameters)
+    if not known or len(parameters) - len(wanted) not in (0, 1):
+        raise OptionError(
+            f"{name}: expected a function of ({', '.join(wanted)}) or ({', '.join(wanted)}, aux), "
+            f"got {function.__name__}{inspect.signature(function)} in {_place(function)}"
+        )
+    b, h = (parameters[len(leading) + index].name for index in range(2))
+    return Mod(
+        function,
+        function_key(function),
+        len(parameters) > len(wanted),
+        _reads(function, b),
+        _reads(function, h),
+    )
+
+
+def _place(function: Any) -> str:
+    return f"{function.__code__.co_filename}, line {function.__code__.co_firstlineno}"
+
+
+def _reads(function: FunctionType, name: str) -> bool:
+    """Return whether any instruction names the argument `name`."""
+    for instruction in dis.get_instructions(function):
+        found = instruction.argval
+        if name == found or (isinstance(found, tuple) and name in found):
+            return True
+    return False
+
+
+def function_key(function: Any) -> Any:
+    """Return a hashable value that is equal for functions that compute the same.
+
+    Where a function was written does not count; what it closes over and which globals it reads do.  Values
+    that are neither numbers, strings, arrays nor functions count by identity.
+
+    Examples
+    --------
+    >>> def within(n):
+    ...     return lambda b, h, i, j: i - j <= n
+    >>> function_key(within(3)) == function_key(within(3)), function_key(within(3)) == function_key(within(4))
+    (True, False)
+    """
+    closure = tuple(cell.cell_contents for cell in function.__closure__ or ())
+    names = _names(function.__code__)
+    read = tuple(function.__globals__[name] for name in names if name in function.__globals__)
+    values = tuple(_value_key(value, function) for value in (*closure, *(function.__defaults__ or ()), *read))
+    return _code_key(function.__code__), values
+
+
+def _names(code: CodeType) -> tuple[str, ...]:
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return (*code.co_names, *(name for const in inner for name in _names(const)))
+
+
+def _code_key(code: CodeType) -> Any:
+    constants = tuple(
+        _code_key(const) if isinstance(const, CodeType) else (type(const).__name__, repr(const))
+        for const in code.co_consts
+    )
+    return code.co_code, code.co_names, code.co_argcount, constants
+
+
+class _Same:
+    """A value that is equal to itself alone; it is kept alive, so that no other gets its identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _value_key(value: Any, inside: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic):
+        return type(value).__name__, repr(value)
+    if isinstance(value, tuple):
+        return ("tuple", *(_value_key(item, inside) for item in value))
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, ModuleType):
+        return "module", value.__name__
+    if value is inside:
+        return "itself"
+    if isinstance(value, FunctionType):
+        return function_key(value)
+    return _Same(value)
+
+
+def where_allowed(mod: Mod, indices: tuple[IntArray, ...], aux: Aux) -> BoolArray:
+    """Return a mask function at indices (b, h, i, j), arrays that broadcast together.
+
+    Raises
+    ------
+    DTypeError
+        If it returns anything but truth values.
+
+    Examples
+    --------
+    >>> mod = as_mod("mask_mod", lambda b, h, i, j: j <= i and i < 2)
+    >>> where_allowed(mod, (np.array(0), np.array(0), np.arange(3)[:, None], np.arange(2)), ()).astype(int)
+    array([[1, 0],
+           [1, 1],
+           [0, 0]])
+    """
+    found = _everywhere(mod, (), indices, aux)
+    if found.size and found.dtype != np.bool_:
+        raise DTypeError(f"mask_mod: expected True or False, got {found.dtype} from {_place(mod.function)}")
+    return found.astype(np.bool_, copy=False)
+
+
+def modified_scores(
+    mod: Mod, leading: tuple[FloatArray, ...], indices: tuple[IntArray, ...], aux: Aux
+) -> FloatArray:
+    """Return a score function at `leading` scores, or a gradient of one, in the dtype of the first.
+
+    Raises
+    ------
+    DTypeError
+        If it returns anything but real numbers.
+    """
+    found = _everywhere(mod, leading, indices, aux)
+    if found.dtype.kind not in "fiub":
+        raise DTypeError(f"score_mod: expected a number, got {found.dtype} from {_place(mod.function)}")
+    return found.astype(leading[0].dtype, copy=False)
+
+
+def _everywhere(mod: Mod, leading: tuple[FloatArray, ...], indices: tuple[IntArray, ...], aux: Aux) -> Array:
+    """Return the function on all entries: at once if it takes arrays, else one by one.
+
+    What refuses an array says so: a truth value is ambiguous, a number cannot be had.
+    """
+    arrays = np.broadcast_arrays(*leading, *indices)
+    shape = arrays[0].shape
+    if 0 in shape:
+        return np.zeros(shape, leading[0].dtype if leading else np.bool_)
+    with np.errstate(all="ignore"):
+        if arrays[0].size > 1:
+            try:
+                at_once = np.asarray(mod.call(leading, indices, aux))
+            except (TypeError, ValueError):
+                pass
+            else:
+                return np.broadcast_to(at_once, shape)
+        count = len(leading)
+        flat = [array.ravel() for array in arrays]
+        values = [
+            mod.call(entry[:count], tuple(map(int, entry[count:])), aux) for entry in zip(*flat, strict=True)
+        ]
+    return np.asarray(values).reshape(shape)

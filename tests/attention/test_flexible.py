@@ -1,0 +1,158 @@
+"""Ready-made functions are the patterns of this family; wrong attentions and decoders are caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refimpl import attention, registry
+from refimpl.attention import mods
+from refimpl.attention.bigbird_plan import bigbird_block_mask, bigbird_plan
+from refimpl.attention.user_functions import function_key
+from refimpl.errors import DTypeError, OptionError
+from refimpl.testing import check
+
+registry.load()
+T, H = 12, 2
+CLOSE = 1e-12  # float64, sums of 12 terms of size 1
+
+
+def draws() -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    return tuple(rng.standard_normal((1, T, H, 3)) for _ in range(3))
+
+
+PLAN = bigbird_plan(4, heads=H, random_blocks=1, rng=0)
+LAYOUT: dict[str, Any] = {"window_blocks": 3, "global_blocks": (0, -1)}
+SLOPES = np.array([0.5, 0.25])
+FIRST = np.arange(T) < 2
+SAME: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
+    "causal": (
+        {"mask_mod": mods.causal},
+        lambda *x: attention.scaled_dot_product_attention(*x, causal=True),
+    ),
+    "sliding": (
+        {"mask_mod": mods.sliding(2)},
+        lambda *x: attention.sliding_window_attention(*x, radius=2),
+    ),
+    "dilated": (
+        {"mask_mod": mods.dilated(2, 3)},
+        lambda *x: attention.dilated_window_attention(*x, radius=2, dilation=3),
+    ),
+    "global": (
+        {"mask_mod": mods.either(mods.sliding(1), mods.global_tokens(2))},
+        lambda *x: attention.global_tokens_attention(*x, radius=1, is_global=FIRST),
+    ),
+    "bigbird": (
+        {"mask_mod": mods.bigbird(3), "aux": (bigbird_block_mask(4, PLAN, **LAYOUT),)},
+        lambda *x: attention.bigbird_attention(*x, plan=PLAN, block_size=3, **LAYOUT),
+    ),
+    "groups": (
+        {"mask_mod": mods.shifted_groups(4, H, T)},
+        lambda *x: attention.shifted_groups_attention(*x, group_size=4),
+    ),
+    "softcap": (
+        {"score_mod": mods.softcap(0.7)},
+        lambda *x: attention.scaled_dot_product_attention(*x, softcap=0.7),
+    ),
+    "alibi": (
+        {"mask_mod": mods.causal, "score_mod": mods.alibi(), "aux": (SLOPES,)},
+        lambda *x: attention.scaled_dot_product_attention(*x, causal=True, alibi_slopes=SLOPES),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_ready_made_functions_are_the_patterns(name: str) -> None:
+    options, other = SAME[name]
+    x = draws()
+    assert np.abs(attention.flexible_attention(*x, **options) - other(*x)).max() < CLOSE
+
+
+def test_documents_do_not_meet() -> None:
+    x = draws()
+    together = attention.flexible_attention(
+        *x, mask_mod=mods.documents(), aux=(np.repeat([0, 1], [5, 7])[None],)
+    )
+    for part in (slice(0, 5), slice(5, None)):
+        alone = attention.scaled_dot_product_attention(*(array[:, part] for array in x))
+        assert np.abs(together[:, part] - alone).max() < CLOSE
+
+
+def test_keys_tell_functions_apart() -> None:
+    assert function_key(mods.sliding(2)) == function_key(mods.sliding(2))
+    others = [mods.sliding(2), mods.sliding(3), mods.dilated(2, 1), mods.both(mods.causal, mods.sliding(2))]
+    assert len({function_key(f) for f in others}) == len(others)
+
+
+def test_wrong_functions_are_refused() -> None:
+    x = draws()
+    with pytest.raises(OptionError, match=r"mask_mod: expected a function of \(b, h, i, j\).*test_flexible"):
+        attention.flexible_attention(*x, mask_mod=lambda i, j: j <= i)
+    with pytest.raises(DTypeError, match="expected True or False, got int64"):
+        attention.flexible_attention(*x, mask_mod=lambda b, h, i, j: i - j)
+    with pytest.raises(DTypeError, match="plain Python function"):
+        attention.flexible_attention(*x, mask_mod=np.equal)
+
+
+MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {}
+
+
+def mutant(technique: str) -> Callable[[Any], Any]:
+    def add(f: Any) -> Any:
+        MUTANTS[f.__name__] = (f"attention.{technique}", f)
+        return f
+
+    return add
+
+
+@mutant("flexible")
+def mask_is_forgotten(q: Any, k: Any, v: Any, /, **options: Any) -> Any:
+    return attention.flexible_attention(q, k, v, **{**options, "mask_mod": None})
+
+
+@mutant("flexible")
+def score_is_forgotten(q: Any, k: Any, v: Any, /, **options: Any) -> Any:
+    return attention.flexible_attention(q, k, v, **{**options, "score_mod": None, "score_mod_vjp": None})
+
+
+@mutant("flexible")
+def heads_of_keys_for_heads(q: Any, k: Any, v: Any, /, **options: Any) -> Any:
+    if options.get("mask_mod") is None:
+        raise NotImplementedError
+    given, group = options.pop("mask_mod"), q.shape[2] // k.shape[2]
+    if given.__code__.co_argcount == 5:
+        return attention.flexible_attention(
+            q, k, v, mask_mod=lambda b, h, i, j, aux: given(b, h // group, i, j, aux), **options
+        )
+    return attention.flexible_attention(
+        q, k, v, mask_mod=lambda b, h, i, j: given(b, h // group, i, j), **options
+    )
+
+
+@mutant("split_kv")
+def parts_weigh_the_same(q: Any, k: Any, v: Any, /, *, splits: int = 1, **options: Any) -> Any:
+    size = -(-k.shape[1] // splits)
+    if options or size == 0:
+        raise NotImplementedError
+    parts = [slice(s, s + size) for s in range(0, k.shape[1], size)]
+    return np.mean([attention.scaled_dot_product_attention(q, k[:, s], v[:, s]) for s in parts], axis=0)
+
+
+@mutant("split_kv")
+def the_first_query_sees_all(q: Any, k: Any, v: Any, /, *, splits: int = 1, **options: Any) -> Any:
+    return attention.scaled_dot_product_attention(q, k, v, **options)
+
+
+@mutant("paged")
+def pages_in_the_order_of_memory(q: Any, k: Any, v: Any, table: Any, /, **options: Any) -> Any:
+    return attention.paged_attention(q, k, v, np.where(table < 0, -1, np.sort(table, axis=1)), **options)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str) -> None:
+    technique, f = MUTANTS[name]
+    assert check(technique, f, examples=12).failed

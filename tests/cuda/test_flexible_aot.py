@@ -1,0 +1,91 @@
+"""Functions of the user's compiled into the portable kernels, without a GPU; errors name their lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.aot
+
+# Tests run with the simulator on, which compiles nothing: another process compiles.
+PROGRAM = """
+import json, sys
+from cuda_backend import aot
+from cuda_backend.attention import backward_portable as portable, forward_portable
+from cuda_backend.attention.user_device import Mods, blamed
+from cuda_backend.attention.variant_backward import BackwardVariant
+from cuda_backend.attention.variant_portable import Features, Variant, choose
+from refimpl.attention import samples_flexible as samples
+from refimpl.attention.user_functions import as_mod
+from refimpl.errors import OptionError
+import numpy as np
+
+mask, score, kind, D = json.loads(sys.argv[1])
+shape = dict(B=1, Tq=12, Tk=12, Hkv=1, group=2, D=4, Dv=4)
+case = samples.sample_flexible(np.random.default_rng(0), mask=mask, score=score, **shape)
+case = case.replace(**eval(sys.argv[2]))
+def mod(name, *leading):
+    return as_mod(name, case.kwargs[name], leading) if name in case.kwargs else None
+aux = tuple(("float32" if x.dtype.kind == "f" else x.dtype.name, x.ndim) for x in case.kwargs.get("aux", ()))
+mods = Mods(mod("mask_mod"), mod("score_mod", "score"), mod("score_mod_vjp", "gradient", "score"), aux)
+sizes = dict(block_sizes=None, sram=None, capacity=227 * 256)
+def variant(form):
+    return choose(kind, D, D, Features(mods=mods), form=form, **sizes)
+forward, backward = variant(Variant), variant(BackwardVariant)
+found = {}
+try:
+    with blamed(mods):
+        for name, function, signature in (
+            ("forward", forward_portable.source(forward), forward_portable.signature(forward)),
+            ("queries", portable.queries_source(backward), portable.queries_signature(backward)),
+            ("keys", portable.keys_source(backward), portable.keys_signature(backward)),
+        ):
+            ptx = aot.compile_ptx(function, signature, aot.HOPPER)
+            found[name] = aot.resources(ptx, aot.HOPPER)._asdict()
+except OptionError as error:
+    found["error"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def compiled(*arguments: Any, replaced: str = "{}", folder: Path | None = None) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    if folder is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
+    command = [sys.executable, "-c", PROGRAM, json.dumps(arguments), replaced]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("documents", "alibi", "float16", 64),
+        ("branching", "branching", "bfloat16", 128),
+        ("global", "softcap", "float32", 64),
+    ],
+)
+def test_functions_compile_and_nothing_spills(arguments: Any) -> None:
+    found = compiled(*arguments)
+    assert set(found) == {"forward", "queries", "keys"}, found.get("error")
+    for name, used in found.items():
+        assert used["spill_bytes"] == 0, name
+        assert used["local_bytes"] == 0, name
+        assert 8 < used["registers"] <= 255
+
+
+def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
+    source = "def window(b, h, i, j):\n    near = abs(i - j) < 4\n    return near.nonsense\n"
+    path = tmp_path / "users_masks.py"
+    path.write_text(source)
+    replaced = "dict(mask_mod=__import__('users_masks').window)"
+    found = compiled("none", "none", "float32", 16, replaced=replaced, folder=tmp_path)
+    assert found["error"].startswith(f"mask_mod: does not compile for the GPU; {path}, line 3: "), found
