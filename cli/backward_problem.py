@@ -12,7 +12,7 @@ from cli.parameters import PRECISIONS
 from cli.problems import SAMPLED_HEADS, SAMPLED_ROWS, SDPA_NAMES, Arrays, Draw, Problem, ToHost, sampled
 
 if TYPE_CHECKING:
-    from cuda_backend.torch_ops import Rival
+    from cuda_backend.torch_rivals import Rival
 
 __all__ = ["attention_backward_problem"]
 
@@ -39,7 +39,7 @@ def attention_backward_problem(shape: Sequence[int], dtype: str, causal: bool) -
         return (q, k, v, out, lse, do), (q, k, v, do)
 
     def rivals() -> Mapping[str, Rival]:
-        from cuda_backend.torch_ops import attention_backward_rivals
+        from cuda_backend.torch_rivals import attention_backward_rivals
 
         return attention_backward_rivals(causal)
 

@@ -12,7 +12,7 @@ from cli.problems import Arrays, Problem, total_bytes
 
 if TYPE_CHECKING:
     from cuda_backend.timing import Timing
-    from cuda_backend.torch_ops import Rival
+    from cuda_backend.torch_rivals import Rival
     from memsim.hardware import Hardware
     from refimpl.numerics import Array
 

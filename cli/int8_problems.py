@@ -12,7 +12,7 @@ import numpy as np
 from cli.problems import Arrays, Draw, Problem, ToHost, sampled
 
 if TYPE_CHECKING:
-    from cuda_backend.torch_ops import Rival
+    from cuda_backend.torch_rivals import Rival
 
 __all__ = ["int8_problems", "projections"]
 
@@ -130,9 +130,9 @@ def int8_problems(shape: Sequence[int], dtype: str = "float16") -> list[Problem]
 
 
 def _rivals(name: str, *arguments: Any) -> Mapping[str, Rival]:
-    from cuda_backend import torch_ops
+    from cuda_backend import torch_rivals
 
-    found: Mapping[str, Rival] = getattr(torch_ops, name)(*arguments)
+    found: Mapping[str, Rival] = getattr(torch_rivals, name)(*arguments)
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from cli.parameters import PRECISIONS
 
 if TYPE_CHECKING:
-    from cuda_backend.torch_ops import Rival
+    from cuda_backend.torch_rivals import Rival
     from refimpl.numerics import Array
 
 __all__ = ["Arrays", "Draw", "Problem", "ToHost", "attention_problem", "sampled", "total_bytes"]
@@ -93,7 +93,7 @@ def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem
         return arrays, arrays
 
     def rivals() -> Mapping[str, Rival]:
-        from cuda_backend.torch_ops import attention_rivals
+        from cuda_backend.torch_rivals import attention_rivals
 
         return attention_rivals(causal)
 

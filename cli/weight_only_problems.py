@@ -11,7 +11,7 @@ import numpy as np
 from cli.problems import Arrays, Draw, Problem, ToHost, sampled
 
 if TYPE_CHECKING:
-    from cuda_backend.torch_ops import Rival
+    from cuda_backend.torch_rivals import Rival
     from refimpl.numerics import Array
 
 __all__ = ["weight_only_problems"]
@@ -100,7 +100,7 @@ def _functions(name: str, backend: str) -> Mapping[str, Callable[..., Any]]:
 
 
 def _rivals(count: int) -> Mapping[str, Rival]:
-    from cuda_backend.torch_ops import byte_copy_rival, linear_rivals
+    from cuda_backend.torch_rivals import byte_copy_rival, linear_rivals
 
     return {**linear_rivals(), COPY: byte_copy_rival(count)}
 

@@ -87,7 +87,8 @@ def _this_card() -> str:
 def _timed(problem: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Return a problem with the seconds of its fastest usual function, inputs out of the cache."""
     from cuda_backend.timing import interleaved
-    from cuda_backend.torch_ops import attention_rivals, copy_rivals, draw, linear_rivals
+    from cuda_backend.torch_ops import draw
+    from cuda_backend.torch_rivals import attention_rivals, copy_rivals, linear_rivals
 
     shapes: list[tuple[int, ...]]
     match problem["kind"]:

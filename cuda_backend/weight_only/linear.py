@@ -62,6 +62,7 @@ def int8_weight_linear(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import cuda_backend
     >>> if cuda_backend.availability("cudasim") is None:
     ...     x, weight = np.ones((1, 2), np.float32), np.array([[127.0], [-1.0]], np.float32)
@@ -99,6 +100,7 @@ def int8_weight_linear_vjp(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import cuda_backend
     >>> if cuda_backend.availability("cudasim") is None:
     ...     one = np.ones((1, 1), np.float32)
@@ -149,6 +151,7 @@ def nf4_linear(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import cuda_backend
     >>> if cuda_backend.availability("cudasim") is None:
     ...     x, weight = np.ones((1, 2), np.float32), np.array([[3.0], [-3.0]], np.float32)
@@ -192,6 +195,7 @@ def nf4_linear_vjp(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import cuda_backend
     >>> if cuda_backend.availability("cudasim") is None:
     ...     one = np.ones((1, 1), np.float32)

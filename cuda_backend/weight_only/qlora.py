@@ -61,6 +61,7 @@ def qlora_linear(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import cuda_backend
     >>> if cuda_backend.availability("cudasim") is None:
     ...     x, zero = np.ones((1, 2), np.float32), np.zeros((2, 1), np.float32)
@@ -118,6 +119,7 @@ def qlora_linear_vjp(
 
     Examples
     --------
+    >>> import numpy as np
     >>> import cuda_backend
     >>> if cuda_backend.availability("cudasim") is None:
     ...     one = np.ones((1, 1), np.float32)

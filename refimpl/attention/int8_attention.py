@@ -18,7 +18,7 @@ from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, IntArray, contract, round_to, wide_dtype, widen
 from refimpl.quant.absmax import LIMIT
 from refimpl.registry import Case, Source, technique
-from refimpl.validation import as_array, floating, whole
+from refimpl.validation import as_array, flag, floating, whole
 
 __all__ = ["DEFAULT_BLOCKS", "Int8Blocks", "int8_attention", "key_mean", "quantize_token_blocks"]
 
@@ -265,7 +265,7 @@ def int8_attention(
     rule = score_rule(widen(q), widen(k), widen(v), causal=causal, scale=scale)
     rows, columns = block_sizes
     hbm = memory or Memory()
-    mean = _stored_mean(hbm, k) if smooth else None
+    mean = _stored_mean(hbm, k) if flag("smooth", smooth) else None
     queries = _stored_codes(hbm, "Q", q, rows, None)
     keys = _stored_codes(hbm, "K", k, columns, mean)
     out = np.empty((*q.shape[:3], v.shape[3]), q.dtype)

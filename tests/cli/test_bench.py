@@ -18,7 +18,7 @@ from cli.contest import Supply
 from cli.int8_problems import int8_problems, projections
 from cli.problems import attention_problem
 from cuda_backend.timing import Timing
-from cuda_backend.torch_ops import Rival
+from cuda_backend.torch_rivals import Rival
 from memsim.hardware import hardware
 from refimpl import registry
 from refimpl.attention import flash_attention, flash_attention_vjp
@@ -85,7 +85,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Times]]:
         listed = [Registered(tier, function) for tier, function in ours.items()]
         monkeypatch.setattr(registry, "implementations_of", lambda _: listed)
         found = {name: Rival(function) for name, function in rivals.items()}
-        monkeypatch.setattr("cuda_backend.torch_ops.attention_rivals", lambda _causal: found)
+        monkeypatch.setattr("cuda_backend.torch_rivals.attention_rivals", lambda _causal: found)
         return times
 
     monkeypatch.setattr(bench, "why_not", lambda _: None)
@@ -311,7 +311,7 @@ def test_a_rival_is_made_ready_once_for_each_set_of_inputs(
         return operands
 
     found = {"torch SDPA default": Rival(right, prepare=prepare)}
-    monkeypatch.setattr("cuda_backend.torch_ops.attention_rivals", lambda _causal: found)
+    monkeypatch.setattr("cuda_backend.torch_rivals.attention_rivals", lambda _causal: found)
     rows("bench", "attention", *SHAPE, "--causal", "--rivals")
     assert len(made) == 3  # once to see whether it refuses, then for both sets
 
