@@ -100,20 +100,20 @@ METHODS = (
     Method(
         "sliding", "refimpl.attention:sliding_window_attention_banded", 1, None,
         lambda length: _heads(length, radius=RADIUS),
-        _priced("memsim.sparse_attention_prices:sliding_window_flops"),
+        _priced("memsim.prices.sparse_attention:sliding_window_flops"),
     ),
     Method(
         "bigbird", "refimpl.attention:bigbird_attention_blocked", 1, None, _bigbird,
-        _priced("memsim.sparse_attention_prices:bigbird_flops"),
+        _priced("memsim.prices.sparse_attention:bigbird_flops"),
     ),
     Method(
         "linear", "refimpl.attention:linear_attention_chunked", 1, None,
         lambda length: _heads(length, causal=True),
-        _priced("memsim.linear_attention_prices:chunked_flops"),
+        _priced("memsim.prices.linear_attention:chunked_flops"),
     ),
     Method(
         "mamba", "refimpl.ssm:mamba_block_chunked", 1, None, _mamba,
-        _priced("memsim.ssm_prices:block_operations"),
+        _priced("memsim.prices.ssm:block_operations"),
     ),
 )  # fmt: skip
 NAMES = tuple(method.name for method in METHODS)

@@ -32,7 +32,7 @@ def checkpoint_command(path: str, tensors: bool) -> Result:
     No data are read.  With a config.json beside the files, a line tells if it describes another number of
     parameters than they hold: scales of quantised weights and extra heads are in files only.
     """
-    from memsim.checkpoint_header import checkpoint_tensors, checkpoint_weights
+    from memsim.formats.checkpoint_header import checkpoint_tensors, checkpoint_weights
 
     found = checkpoint_weights(path)
     held = {"tensors_bytes": found.totals["B"], "parameters": found.totals["parameters"]}
@@ -76,7 +76,7 @@ def _described(path: Path, held: int) -> tuple[dict[str, Any], str]:
     """Return how many parameters the directory's config.json describes, and whether that is what is held."""
     if not (path / "config.json").is_file():
         return {}, ""
-    from memsim.huggingface import read_model
+    from memsim.formats.huggingface import read_model
     from memsim.parameters import parameters
 
     count = int(parameters(model=read_model(path)).total)

@@ -89,7 +89,7 @@ def inference_command(
     would take.  With --draft, also what speculative decoding gains on this hardware at this batch, and memory
     and limit of both models together.
     """
-    from memsim.huggingface import read_model
+    from memsim.formats.huggingface import read_model
     from memsim.inference import Serving, inference, served_speculation
 
     described: list[Any] = [*models, *map(read_model, configs)]

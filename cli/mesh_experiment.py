@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memsim.mesh_prices import mesh_phases, rank_sizes
 from memsim.pipeline import pipeline_in_flight
+from memsim.prices.mesh import mesh_phases, rank_sizes
 from memsim.zero import partitioned_memory
 from refimpl.parallel.adam import AdamW
 from refimpl.parallel.comm import Launch, Sent, Traffic

@@ -243,7 +243,7 @@ def _model_names() -> list[str]:
 
 
 def _stack_names() -> list[str]:
-    from memsim.efficiency import stacks
+    from memsim.planning.efficiency import stacks
 
     return stacks()
 

@@ -10,8 +10,8 @@ import click
 from cli.parameters import COUNT, HARDWARE, MODEL, STACK, AxisValue, Number
 
 if TYPE_CHECKING:
-    from memsim.division import Division
-    from memsim.training_setting import Setting
+    from memsim.planning.division import Division
+    from memsim.planning.training_setting import Setting
 
 __all__ = ["division_of", "division_row", "scores_note", "setting_of", "setting_options"]
 
@@ -77,8 +77,8 @@ def setting_of(options: Mapping[str, Any]) -> Setting:
     click.UsageError
         If they name no model, or two, or shares beside a calibration, or one of another card.
     """
-    from memsim.huggingface import read_model
-    from memsim.training_setting import Setting
+    from memsim.formats.huggingface import read_model
+    from memsim.planning.training_setting import Setting
 
     if (options["model"] is None) == (options["config"] is None):
         raise click.UsageError("expected one of --model and --config")
@@ -105,7 +105,7 @@ def _card_and_shares(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if options["stack"] is not None:
         if options["calibration"] is not None:
             raise click.UsageError("--stack and --calibration both say what is reached; expected one")
-        from memsim.efficiency import efficiency
+        from memsim.planning.efficiency import efficiency
 
         fitted: dict[str, Any] = efficiency(options["stack"])
         if "attention" in fitted:
@@ -113,7 +113,7 @@ def _card_and_shares(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return card, {**fitted, **given}
     if options["calibration"] is None:
         return card, given
-    from memsim.calibration import read_calibration
+    from memsim.measured.calibration import read_calibration
 
     doubled = [f"--{name}" for name in ("compute", "scores", "memory") if name in given]
     if doubled:
@@ -134,7 +134,7 @@ def division_of(axes: Mapping[str, AxisValue]) -> Division:
     OptionError
         If a value is of the wrong kind.
     """
-    from memsim.division import Division
+    from memsim.planning.division import Division
     from refimpl.errors import OptionError, UnknownNameError
 
     known = {name: type(getattr(Division(), name)) for name in Division.__slots__}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memsim.collective_prices import zero as priced
+from memsim.prices.collective import zero as priced
 from memsim.zero import partitioned_memory
 from refimpl.parallel.adam import AdamW
 from refimpl.parallel.comm import Comm, Launch, Traffic

@@ -10,10 +10,10 @@ from cli.quantities import gib_text
 from cli.result import Column, Result
 
 if TYPE_CHECKING:
-    from memsim.disagreement import View
+    from memsim.memory.disagreement import View
+    from memsim.memory.run import Run
+    from memsim.memory.step_memory import Step
     from memsim.model import Model
-    from memsim.run import Run
-    from memsim.step_memory import Step
 
 __all__ = ["described_model", "run_result", "run_that"]
 
@@ -35,7 +35,7 @@ _PRINTED = (
 
 def described_model(name: str | None, config: str | None, pad_vocabulary: int = 1) -> Model:
     """Return the model of the catalogue, or that of a ``config.json``, with a padded vocabulary."""
-    from memsim.huggingface import read_model
+    from memsim.formats.huggingface import read_model
     from memsim.model import padded_vocabulary
     from memsim.parameters import model_of
 
@@ -45,8 +45,8 @@ def described_model(name: str | None, config: str | None, pad_vocabulary: int = 
 
 def run_that(options: Mapping[str, Any], deepspeed: str | None) -> Run:
     """Return the run of the options that were given; a DeepSpeed configuration fills in the others."""
-    from memsim.deepspeed_config import read_run
-    from memsim.run import Run
+    from memsim.formats.deepspeed_config import read_run
+    from memsim.memory.run import Run
 
     chosen = {name: value for name, value in options.items() if value is not None}
     if deepspeed is None:
@@ -68,8 +68,8 @@ def run_result(model: Model, run: Run, *, hardware: str | None, adapter: Any, ex
     explain : bool
         Whether to add how others count, why, and our formulas.
     """
-    from memsim.disagreement import disagreement
-    from memsim.step_memory import host_memory, step_memory
+    from memsim.memory.disagreement import disagreement
+    from memsim.memory.step_memory import host_memory, step_memory
 
     stages = sorted({0, run.pipeline // 2, run.pipeline - 1})
     steps = {index: step_memory(model=model, run=run, index=index) for index in stages}
@@ -120,7 +120,7 @@ def _adapted(model: Model, run: Run, at_once: View, adapter: Mapping[str, Any]) 
     """Return the run with adapters that are trained while the model is frozen; activations stay all."""
     from dataclasses import replace
 
-    from memsim.adapter_states import adapter_states
+    from memsim.memory.adapter_states import adapter_states
 
     if run.tensor * run.pipeline > 1:
         from refimpl.errors import OptionError
@@ -142,7 +142,7 @@ def _adapted(model: Model, run: Run, at_once: View, adapter: Mapping[str, Any]) 
 
 
 def _reserved(step: Step) -> dict[str, Any]:
-    from memsim.allocator import play
+    from memsim.memory.allocator import play
 
     played = play(step)
     return {"reached_in": step.when, "allocated_bytes": played.allocated, "reserved_bytes": played.reserved}
@@ -183,10 +183,10 @@ def _signed(gap: Any) -> str:
 
 def _formulas(model: Model, run: Run) -> list[str]:
     """Return our formulas for the first stage: states of its parameters, activations of a micro-batch."""
-    from memsim.activations import activations
-    from memsim.layers_of_rank import held_parameters, layers_of_rank
-    from memsim.model_states import model_states
-    from memsim.rank_model import stage_model
+    from memsim.memory.activations import activations
+    from memsim.memory.layers_of_rank import held_parameters, layers_of_rank
+    from memsim.memory.model_states import model_states
+    from memsim.memory.rank_model import stage_model
 
     lines = []
     counts = held_parameters(layers_of_rank(model, run, 0))

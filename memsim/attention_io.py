@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from memsim import attention_schedules as schedules
 from memsim.estimate import Estimate, estimate, term
-from memsim.moves import Move, counted
+from memsim.prices import attention_schedules as schedules
+from memsim.prices.moves import Move, counted
 from memsim.units import Number, exact
 from refimpl.errors import OptionError, ShapeError
 from refimpl.registry import Case, Source, technique
@@ -235,7 +235,7 @@ def attention_io(
     count_initialization : bool
         Whether filling O, l, m (backward: dQ, dK, dV) before the loops counts.
     features : iterable of str
-        For "standard": "mask", "dropout", ... add their passes (`memsim.attention_schedules`).
+        For "standard": "mask", "dropout", ... add their passes (`memsim.prices.attention_schedules`).
 
     Returns
     -------

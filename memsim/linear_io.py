@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from memsim.estimate import Estimate, estimate, term
-from memsim.moves import Move, counted
+from memsim.prices.moves import Move, counted
 from memsim.units import Number, exact
 from refimpl.errors import OptionError
 from refimpl.registry import Case, Source, law, prices, technique

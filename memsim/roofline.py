@@ -171,7 +171,7 @@ def roofline(quantities: Mapping[str, Term]) -> list[Bounded]:
     Parameters
     ----------
     quantities : mapping of str to Term
-        Of a `memsim.training_step.TrainingStep`.
+        Of a `memsim.planning.training_step.TrainingStep`.
     """
     found = []
     for operator in OPERATORS:

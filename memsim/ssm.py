@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memsim.estimate import Estimate, estimate, term
-from memsim.moves import Move
-from memsim.ssm_schedules import Algorithm, mamba_moves, scan_moves
+from memsim.prices.moves import Move
+from memsim.prices.ssm_schedules import Algorithm, mamba_moves, scan_moves
 from memsim.units import Number, exact
 from refimpl.errors import OptionError
 

@@ -4,9 +4,9 @@ One rank stands for all that do the same: a rank of each pipeline stage.  Tensor
 the computation, so they follow it; sends to the next stage, gathered weights and reduced gradients have
 streams of their own and are waited for where they are needed.
 
->>> from memsim.division import Division
->>> from memsim.training_setting import AS_IN_2022, Setting
->>> from memsim.training_step import training_step
+>>> from memsim.planning.division import Division
+>>> from memsim.planning.training_setting import AS_IN_2022, Setting
+>>> from memsim.planning.training_step import training_step
 >>> setting = Setting("gpt3-175b", "a100-80gb", accelerators=64, batch=64, sequence=2048, **AS_IN_2022)
 >>> paper = Division(tensor=8, pipeline=8, interleave=3, recompute="selective", sequence_parallel=True)
 >>> step = training_step(setting, paper)
@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from memsim.division import Division
+from memsim.planning.division import Division
+from memsim.planning.training_step import TrainingStep
 from memsim.streams import COMPUTE, Event, Task, makespan, play, usage
-from memsim.training_step import TrainingStep
 from memsim.units import Number
 from refimpl.errors import OptionError
 from refimpl.numerics import IntArray
@@ -293,7 +293,7 @@ def step_timeline(
     Notes
     -----
     With nothing sent to the next stage and one chunk, or no head, `time` is the closed form of
-    `memsim.training_step` exactly.  Gathers and reductions hide behind what really runs beside them, so the
+    `planning.training_step` exactly.  Gathers and reductions hide behind what really runs beside them, so the
     first gather and the last reduction show, which the closed form, a bound, hides.
     """
     v = division.interleave

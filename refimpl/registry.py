@@ -274,7 +274,7 @@ def law(*techniques: str) -> Callable[[Function], Function]:
     """Register the decorated ``law(f, case, close)`` for each of `techniques`; it raises `LawViolation`."""
 
     def register(function: Function) -> Function:
-        name = f"{function.__module__.rsplit('.', 2)[-2]}.{function.__name__}"
+        name = f"{function.__module__.replace('.laws.', '.').rsplit('.', 2)[-2]}.{function.__name__}"
         LAWS[name] = Law(name, techniques, function)
         return function
 

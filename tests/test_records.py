@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from memsim import published
 from refimpl import registry
 from refimpl.testing import draw
 
+ROOT = Path(__file__).resolve().parents[1]
 registry.load()
 importlib.import_module("tests.oracles")
 
@@ -98,6 +100,12 @@ def test_edges_name_known_axes(record: registry.Technique) -> None:
     known = set(record.axes) | set(record.options)
     for edge in record.edges:
         assert set(edge) <= known, f"{record.name}: edge {edge} names unknown axes"
+
+
+def test_no_law_hides_another_of_its_name() -> None:
+    sources = (path for package in ("refimpl", "memsim") for path in (ROOT / package).rglob("*.py"))
+    written = sum(path.read_text(encoding="utf-8").count("\n@law(") for path in sources)
+    assert written == len(registry.LAWS)
 
 
 def test_laws_have_statements_and_known_techniques() -> None:

@@ -47,8 +47,8 @@ def command(folder: Path, hardware: str | None, rounds: int) -> Result:
     exit code is 3.
     """
     from cuda_backend.torch_ops import missing
-    from memsim.calibration import KIND, PROBLEMS, calibrated
-    from memsim.measured_files import document, file_name, toml_text
+    from memsim.measured.calibration import KIND, PROBLEMS, calibrated
+    from memsim.measured.measured_files import document, file_name, toml_text
     from refimpl.errors import BackendUnavailableError
 
     reason = missing()

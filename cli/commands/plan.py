@@ -16,10 +16,10 @@ from cli.result import Column, Result, Row
 from cli.step_options import division_of, division_row, scores_note, setting_of, setting_options
 
 if TYPE_CHECKING:
-    from memsim.division import Division
-    from memsim.planner import Found, Plan, Slice
-    from memsim.training_setting import Setting
-    from memsim.training_step import TrainingStep
+    from memsim.planning.division import Division
+    from memsim.planning.planner import Found, Plan, Slice
+    from memsim.planning.training_setting import Setting
+    from memsim.planning.training_step import TrainingStep
 
 __all__ = ["command"]
 
@@ -74,8 +74,8 @@ def command(
     as long as every efficiency is 1; --stack takes measured ones.  Workspaces and fragmentation need room:
     set --capacity below the whole.  The host's memory is not limited.
     """
-    from memsim.plan_space import space
-    from memsim.planner import plan
+    from memsim.planning.plan_space import space
+    from memsim.planning.planner import plan
 
     setting = setting_of(options)
     given = division_of(against) if against is not None else None
@@ -109,7 +109,7 @@ def _pool(executor: str) -> Any:
 
 def _search(parts: list[Slice], pool: Any) -> Iterator[Found]:
     """Yield what each slice holds, in order, telling how far it is."""
-    from memsim.planner import search
+    from memsim.planning.planner import search
 
     results = map(search, parts) if pool is None else pool.map(search, parts)
     for _ in progress(parts, "plan", lambda part: f"{part.grid.layouts[0].pipeline} stages"):
@@ -119,7 +119,7 @@ def _search(parts: list[Slice], pool: Any) -> Iterator[Found]:
 def _result(
     setting: Setting, found: Plan, given: Division | None, timing: dict[str, float], explain: bool
 ) -> Result:
-    from memsim.training_step import training_step
+    from memsim.planning.training_step import training_step
 
     rows = [_row("front", item.division, training_step(setting, item.division)) for item in found.front]
     totals: dict[str, Any] = {"grid": found.grid, "runnable": found.runnable, "fitting": found.fitting}

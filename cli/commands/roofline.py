@@ -34,8 +34,8 @@ def command(division: dict[str, AxisValue] | None, **options: Any) -> Result:
     Time is the longer of operations over the peak rate and bytes over the bandwidth of the memory, each times
     its efficiency.  The head is on the last stage only.
     """
+    from memsim.planning.training_step import training_step
     from memsim.roofline import roofline
-    from memsim.training_step import training_step
 
     setting = setting_of(options)
     chosen = division_of(division if division is not None else {"data": setting.accelerators})

@@ -15,9 +15,9 @@ from cli.result import Column, Result
 from cli.step_options import division_of, division_row, scores_note, setting_of, setting_options
 
 if TYPE_CHECKING:
+    from memsim.planning.training_step import TrainingStep
     from memsim.step_timeline import StepTimeline
     from memsim.streams import Event, Task
-    from memsim.training_step import TrainingStep
 
 __all__ = ["command"]
 
@@ -67,9 +67,9 @@ def command(
     A row stands for the ranks of one pipeline stage.  Totals hold the closed form beside the time played:
     sends hide behind computation here, and the first gather and last reduction show.
     """
+    from memsim.planning.training_step import training_step
     from memsim.step_timeline import step_timeline
     from memsim.streams import chrome_trace, usage
-    from memsim.training_step import training_step
 
     chosen = division_of(division)
     setting = setting_of(options)

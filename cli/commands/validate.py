@@ -12,7 +12,7 @@ from cli.output import output_options
 from cli.result import Column, Result, Row, View
 
 if TYPE_CHECKING:
-    from memsim.validation import Bar, Checked, Summary
+    from memsim.measured.validation import Bar, Checked, Summary
 
 __all__ = ["command"]
 
@@ -91,7 +91,7 @@ def command(only: str | None, summary: bool, strict: bool) -> Result:
     Times of training come from papers and from llm-foundry's tables, HBM traffic from a hardware counter.  A
     missed bar is printed; it fails the command with --strict only.
     """
-    from memsim.validation import bars, summaries, validate
+    from memsim.measured.validation import bars, summaries, validate
 
     rows = validate(only=only)
     limits = bars(rows)
@@ -134,7 +134,7 @@ def _limit(bar: Bar) -> Row:
 
 def _parameters(used: set[str]) -> list[str]:
     """Return the efficiencies of the stacks, each fitted to its rows that calibrate."""
-    from memsim.efficiency import efficiency, stacks
+    from memsim.planning.efficiency import efficiency, stacks
 
     lines = []
     for stack in stacks():

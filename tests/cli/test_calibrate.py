@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cli.commands import calibrate
-from memsim.calibration import PROBLEMS, calibrated, least_seconds, read_calibration
-from memsim.measured_files import document, toml_text
+from memsim.measured.calibration import PROBLEMS, calibrated, least_seconds, read_calibration
+from memsim.measured.measured_files import document, toml_text
 from refimpl.errors import OptionError, UnknownNameError
 
 TRUTH = {"product": 0.7, "attention": 0.4, "copy": 0.9}

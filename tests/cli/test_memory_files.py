@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from memsim.hardware import hardware
-from memsim.run import Run
-from memsim.step_memory import step_memory
+from memsim.memory.run import Run
+from memsim.memory.step_memory import step_memory
 from refimpl.safetensors_format import write_tensors
 
 TINY = {

@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 
 from cli import mesh_experiment
-from memsim.mesh_prices import mesh_phases
 from memsim.pipeline import pipeline_in_flight
+from memsim.prices.mesh import mesh_phases
 from refimpl.parallel import mesh_program, schedules
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from memsim import validation
+from memsim.measured import validation
 from tests import validation_page
 
 

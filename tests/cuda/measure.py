@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from memsim.nsight import METRICS
+from memsim.measured.nsight import METRICS
 
 PYTHON = [sys.executable, "-m"]
 

@@ -1,7 +1,8 @@
 """Peak memory of training steps and of serving, written for `frugal validate`: ``... measure_memory FOLDER``.
 
-The model is transformers' Llama in bfloat16, the one that `memsim.huggingface` describes from the same
-numbers; a step is a forward and a backward pass and Adam's fused step, measured once its states are there.
+The model is transformers' Llama in bfloat16, the one that `memsim.formats.huggingface` describes from the
+same numbers; a step is a forward and a backward pass and Adam's fused step, measured once its states
+are there.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memsim.measured_files import document, file_name, toml_text
-from memsim.peak_memory import KIND
+from memsim.measured.measured_files import document, file_name, toml_text
+from memsim.measured.peak_memory import KIND
 
 __all__ = ["built", "cases", "trained"]
 

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memsim.counted_traffic import SCHEDULES, schedule_of
-from memsim.measured_files import document, file_name, toml_text
-from memsim.nsight import METRICS, Launch, between_markers, parse_report
+from memsim.measured.counted_traffic import SCHEDULES, schedule_of
+from memsim.measured.measured_files import document, file_name, toml_text
+from memsim.measured.nsight import METRICS, Launch, between_markers, parse_report
 from tests.cuda import algorithm_1
 
 __all__ = ["MARKER", "cases", "run", "traffic_document"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from memsim.division import Division
 from memsim.hardware import hardware
+from memsim.planning.division import Division
+from memsim.planning.training_setting import Setting
 from memsim.sparse_model import sparse
-from memsim.training_setting import Setting
 
 __all__ = ["Hand", "Shape", "Work"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from memsim.adapter_states import adapter_parameters, adapter_states
-from memsim.huggingface import model_of_config
+from memsim.formats.huggingface import model_of_config
+from memsim.memory.adapter_states import adapter_parameters, adapter_states
 from memsim.parameters import parameters
 from refimpl.errors import OptionError
 

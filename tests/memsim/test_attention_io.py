@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsim.attention_io import attention_io, attention_traffic, block_sizes
-from memsim.attention_schedules import standard_features
 from memsim.flops import attended_pairs, attention_flops
+from memsim.prices.attention_schedules import standard_features
 from memsim.standard_attention import pass_total, standard_passes
 from refimpl import registry
 from refimpl.errors import OptionError, ShapeError, UnknownNameError

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import memsim.laws_collectives
-from memsim.collective_prices import MODELS
+import memsim.laws.collectives
 from memsim.collectives import FORMULAS, collectives, sent_by_rank
+from memsim.prices.collective import MODELS
 from refimpl import registry
 from refimpl.errors import OptionError
 from refimpl.parallel.array_collectives import all_reduce
@@ -20,7 +20,7 @@ from refimpl.parallel.comm import Traffic
 from refimpl.testing import check, draw
 
 registry.load()
-assert memsim.laws_collectives
+assert memsim.laws.collectives
 
 
 @pytest.mark.parametrize("name", MODELS)

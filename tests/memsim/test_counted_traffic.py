@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsim import counted_traffic
-from memsim.counted_traffic import predicted_traffic, schedule_of, traffic_ids, traffic_rows
-from memsim.measured_files import file_name, read_file, toml_text
-from memsim.nsight import METRICS, between_markers, parse_report
-from memsim.replay import replay
+from memsim.cache.replay import replay
+from memsim.measured import counted_traffic
+from memsim.measured.counted_traffic import predicted_traffic, schedule_of, traffic_ids, traffic_rows
+from memsim.measured.measured_files import file_name, read_file, toml_text
+from memsim.measured.nsight import METRICS, between_markers, parse_report
 from refimpl.errors import OptionError, UnknownNameError
 
 cuda = pytest.importorskip("tests.cuda.measure_traffic")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from memsim.disagreement import disagreement
+from memsim.memory.disagreement import disagreement
+from memsim.memory.run import Run
 from memsim.model import dense
 from memsim.parameters import parameters
-from memsim.run import Run
 from memsim.zero import zero_memory
 
 GPT = dense(layers=3, width=24, heads=4, ffn=96, vocabulary=50, gated=False, bias=False, tied=False)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from memsim import data_files
-from memsim.huggingface import MODEL_TYPES, model_of_config, read_model
+from memsim.formats.huggingface import MODEL_TYPES, model_of_config, read_model
 from memsim.model import model
 from memsim.moe import activated_parameters
 from memsim.parameters import parameters

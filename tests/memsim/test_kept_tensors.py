@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from memsim.activations import activations
+from memsim.formats.huggingface import model_of_config
 from memsim.formula import evaluate
-from memsim.huggingface import model_of_config
-from memsim.kept_tensors import Keeping, kept_by
-from memsim.korthikanti import korthikanti_activations
+from memsim.memory.activations import activations
+from memsim.memory.kept_tensors import Keeping, kept_by
+from memsim.memory.korthikanti import korthikanti_activations
+from memsim.memory.rank_model import rank_model
 from memsim.model import Part
 from memsim.parameters import parameters
-from memsim.rank_model import rank_model
 from tests.memsim.test_training_memory import TOKENS, _saved, _size
 
 SMALL = {"vocab_size": 320, "max_position_embeddings": 200}

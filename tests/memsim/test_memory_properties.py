@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsim import allocator, step_memory
-from memsim.activations import activations
-from memsim.adapter_states import adapter_states
-from memsim.allocator import CachingAllocator, play
-from memsim.checkpoint_header import described_weights
-from memsim.disagreement import COMPONENTS, disagreement
 from memsim.estimate import Estimate
-from memsim.kept_tensors import Keeping, kept_by
-from memsim.korthikanti import korthikanti_activations
+from memsim.formats.checkpoint_header import described_weights
+from memsim.memory import allocator, step_memory
+from memsim.memory.activations import activations
+from memsim.memory.adapter_states import adapter_states
+from memsim.memory.allocator import CachingAllocator, play
+from memsim.memory.disagreement import COMPONENTS, disagreement
+from memsim.memory.kept_tensors import Keeping, kept_by
+from memsim.memory.korthikanti import korthikanti_activations
+from memsim.memory.model_states import CONVENTIONS, model_states
+from memsim.memory.run import Run
 from memsim.model import Model, dense, model, model_names
-from memsim.model_states import CONVENTIONS, model_states
 from memsim.parameters import parameters
-from memsim.run import Run
 
 MODELS = st.builds(
     lambda layers, heads, wide, ffn, rows, gated, rms: dense(

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from memsim import peak_memory, validation
-from memsim.huggingface import model_of_config
-from memsim.measured_files import document
-from memsim.peak_memory import memory_rows, predicted_memory
-from memsim.run import Run
-from memsim.step_memory import step_memory
+from memsim.formats.huggingface import model_of_config
+from memsim.measured import peak_memory, validation
+from memsim.measured.measured_files import document
+from memsim.measured.peak_memory import memory_rows, predicted_memory
+from memsim.memory.run import Run
+from memsim.memory.step_memory import step_memory
 
 NAMES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsim.division import Division, reason_against
-from memsim.plan_space import Grid, divisors, space
-from memsim.planner import merge, pareto, plan, search, slices
-from memsim.training_setting import AS_IN_2022, Setting
-from memsim.training_step import training_step
+from memsim.planning.division import Division, reason_against
+from memsim.planning.plan_space import Grid, divisors, space
+from memsim.planning.planner import merge, pareto, plan, search, slices
+from memsim.planning.training_setting import AS_IN_2022, Setting
+from memsim.planning.training_step import training_step
 from refimpl.errors import OptionError
 
 GPT3 = Setting("gpt3-175b", "a100-80gb", accelerators=64, batch=64, sequence=2048, **AS_IN_2022)

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsim import replay as module
 from memsim.attention_io import attention_traffic
-from memsim.backward_schedules import flash2_backward, portable_backward, standard_backward
-from memsim.replay import Access, Block, Kernel, replay, total
-from memsim.tile_schedules import (
+from memsim.cache import replay as module
+from memsim.cache.backward_schedules import flash2_backward, portable_backward, standard_backward
+from memsim.cache.replay import Access, Block, Kernel, replay, total
+from memsim.cache.tile_schedules import (
     AttentionShape,
     flash1_forward,
     flash2_forward,

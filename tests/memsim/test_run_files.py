@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim.adapter_states import adapter_parameters, adapter_states
-from memsim.checkpoint_header import checkpoint_weights
-from memsim.deepspeed_config import read_run, run_of_config
-from memsim.huggingface import model_of_config
+from memsim.formats.checkpoint_header import checkpoint_weights
+from memsim.formats.deepspeed_config import read_run, run_of_config
+from memsim.formats.huggingface import model_of_config
+from memsim.memory.adapter_states import adapter_parameters, adapter_states
 from memsim.parameters import parameters
 from refimpl.errors import OptionError
 from refimpl.safetensors_format import CheckpointError, write_tensors

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim import mpi_collectives, plan_space, planner, step_timeline, streams
-from memsim.division import Division, reason_against
+from memsim import mpi_collectives, step_timeline, streams
+from memsim.planning import plan_space, planner
+from memsim.planning.division import Division, reason_against
+from memsim.planning.training_setting import Setting
+from memsim.planning.training_step import training_step
 from memsim.step_timeline import Durations
-from memsim.training_setting import Setting
-from memsim.training_step import training_step
 from refimpl.parallel.schedules import pipeline_schedule
 from tests.parallel.monitored import ELEMENTS
 from tests.parallel.test_monitored import COUNTED

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from memsim.division import Division, reason_against
 from memsim.hardware import hardware
 from memsim.inference import Serving, inference
+from memsim.planning.division import Division, reason_against
+from memsim.planning.training_setting import Setting
+from memsim.planning.training_step import training_step
 from memsim.sparse_model import sparse
-from memsim.training_setting import Setting
-from memsim.training_step import training_step
 from tests.memsim.counted_step import Hand, Shape
 
 F = Fraction

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim.activations import activations
-from memsim.allocator import Block, CachingAllocator, play
-from memsim.huggingface import model_of_config
-from memsim.korthikanti import korthikanti_activations
-from memsim.layers_of_rank import held_parameters, layers_of_rank
+from memsim.formats.huggingface import model_of_config
+from memsim.memory.activations import activations
+from memsim.memory.allocator import Block, CachingAllocator, play
+from memsim.memory.korthikanti import korthikanti_activations
+from memsim.memory.layers_of_rank import held_parameters, layers_of_rank
+from memsim.memory.model_states import model_states
+from memsim.memory.rank_model import stage_model
+from memsim.memory.run import Run
+from memsim.memory.step_memory import host_memory, step_memory
 from memsim.model import dense, model
-from memsim.model_states import model_states
 from memsim.parameters import parameters
-from memsim.rank_model import stage_model
-from memsim.run import Run
-from memsim.step_memory import host_memory, step_memory
 from memsim.zero_r import zero_r
 from refimpl.errors import DTypeError, OptionError
 

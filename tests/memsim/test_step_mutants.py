@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 import memsim.inference
-import memsim.training_step
+import memsim.planning.training_step
 from memsim.derivation import Definition
-from memsim.division import Division
-from memsim.division_memory import MEMORY
-from memsim.division_time import TIME
+from memsim.planning.division import Division
+from memsim.planning.division_memory import MEMORY
+from memsim.planning.division_time import TIME
+from memsim.planning.training_setting import Setting
+from memsim.planning.training_step import training_step
 from memsim.serving_formulas import SERVING
 from memsim.step_timeline import Durations, step_tasks
 from memsim.streams import makespan, play
-from memsim.training_setting import Setting
-from memsim.training_step import training_step
 from refimpl.parallel.schedules import pipeline_schedule
 from tests.memsim import test_inference as inference_tests
 from tests.memsim import test_step_by_hand as hand
@@ -211,8 +211,8 @@ def test_a_changed_formula_of_a_step_is_caught(
 ) -> None:
     check()
     assert any(item.name == name for item in (*MEMORY, *TIME))
-    monkeypatch.setattr(memsim.training_step, "MEMORY", changed(MEMORY, name, old, new))
-    monkeypatch.setattr(memsim.training_step, "TIME", changed(TIME, name, old, new))
+    monkeypatch.setattr(memsim.planning.training_step, "MEMORY", changed(MEMORY, name, old, new))
+    monkeypatch.setattr(memsim.planning.training_step, "TIME", changed(TIME, name, old, new))
     with pytest.raises(AssertionError):
         check()
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memsim.division import Division
+from memsim.planning.division import Division
+from memsim.planning.training_setting import AS_IN_2022, Setting
+from memsim.planning.training_step import training_step
 from memsim.step_timeline import Durations, durations_of, step_tasks, step_timeline
 from memsim.streams import COMPUTE, Task, chrome_trace, makespan, play, usage
 from memsim.timeline import replay
-from memsim.training_setting import AS_IN_2022, Setting
-from memsim.training_step import training_step
 from refimpl.errors import OptionError
 from refimpl.parallel.schedules import pipeline_schedule
 

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim import activations as activations_module
-from memsim import korthikanti, model_states
-from memsim.activations import activations
+from memsim.formats.huggingface import model_of_config
 from memsim.formula import evaluate
-from memsim.huggingface import model_of_config
-from memsim.kept_tensors import Keeping, Kept, kept_by
+from memsim.memory import activations as activations_module
+from memsim.memory import korthikanti, model_states
+from memsim.memory.activations import activations
+from memsim.memory.kept_tensors import Keeping, Kept, kept_by
+from memsim.memory.rank_model import block_layers, rank_model, stage_model
 from memsim.model import Model, Part, model, model_names
 from memsim.parameters import parameters
-from memsim.rank_model import block_layers, rank_model, stage_model
 from refimpl import registry
 from refimpl.errors import LawViolation, OptionError, UnknownNameError
 from refimpl.testing import draw

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from memsim.communication import zero_communication
 from memsim.decoder import PARAMETERS, decoder_letters
-from memsim.division import Division, reason_against
 from memsim.model import dense, model_names
 from memsim.parameters import parameters
-from memsim.training_setting import AS_IN_2022, Setting
-from memsim.training_step import training_step
+from memsim.planning.division import Division, reason_against
+from memsim.planning.training_setting import AS_IN_2022, Setting
+from memsim.planning.training_step import training_step
 from refimpl.errors import OptionError
 
 GIB = 2**30

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from memsim.derivation import Definition, derive
-from memsim.division import Division
-from memsim.division_memory import MEMORY
-from memsim.division_time import TIME
 from memsim.inference import Serving
+from memsim.planning.division import Division
+from memsim.planning.division_memory import MEMORY
+from memsim.planning.division_time import TIME
+from memsim.planning.training_setting import Setting
 from memsim.serving_formulas import SERVING
-from memsim.training_setting import Setting
 
 SETTING = Setting("mixtral-8x7b", "h100-sxm", 64, 64, 1024, latency=3e-6, network=0.5, overlap=0.5)
 DIVISIONS = (

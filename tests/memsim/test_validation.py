@@ -11,18 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memsim import data_files, efficiency, measurements
-from memsim.checked import Checked
-from memsim.counted_traffic import traffic_rows
+from memsim import data_files
 from memsim.derivation import derive
-from memsim.division_memory import MEMORY
-from memsim.division_time import TIME
-from memsim.efficiency import LETTERS, fit, stacks
 from memsim.formula import evaluate
 from memsim.hardware import hardware
-from memsim.measurements import Measurement, measurement, predict, rows_of
-from memsim.training_step import training_step
-from memsim.validation import bars, summaries, validate
+from memsim.measured import measurements
+from memsim.measured.checked import Checked
+from memsim.measured.counted_traffic import traffic_rows
+from memsim.measured.measurements import Measurement, measurement, predict, rows_of
+from memsim.measured.validation import bars, summaries, validate
+from memsim.planning import efficiency
+from memsim.planning.division_memory import MEMORY
+from memsim.planning.division_time import TIME
+from memsim.planning.efficiency import LETTERS, fit, stacks
+from memsim.planning.training_step import training_step
 from memsim.waves import PRODUCTS, extra, in_waves
 from refimpl.errors import OptionError, UnknownNameError
 from tests.oracles.validation import layer_by_hand

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim import expert_parallel_prices
 from memsim.moe_communication import moe_all_to_all
+from memsim.prices import expert_parallel as expert_parallel_prices
 from refimpl.moe.expert_parallel import expert_parallel, expert_parallel_vjp
 from refimpl.moe.gshard_as_coded import gshard_as_coded, gshard_as_coded_routing, gshard_as_coded_vjp
 from refimpl.moe.ragged_parallel import expert_parallel_ragged

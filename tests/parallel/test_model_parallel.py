@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memsim.mesh_prices import mesh_phases, rank_sizes
 from memsim.parallelism import crossover_batch, pipeline_bubble
 from memsim.pipeline import pipeline_in_flight, pipeline_time
+from memsim.prices.mesh import mesh_phases, rank_sizes
 from memsim.timeline import replay
 from refimpl.errors import OptionError, ShapeError
 from refimpl.parallel import AdamW, Traffic, mesh_program, pipeline_program, run_ranks

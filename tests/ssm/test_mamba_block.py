@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from memsim.prices.ssm import block
 from memsim.ssm import mamba_parameters, mamba_traffic
-from memsim.ssm_prices import block
 from refimpl.errors import OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.registry import Case

@@ -11,10 +11,10 @@ import scipy.signal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memsim.prices.ssm import associative_scan as associative_scan_traffic
+from memsim.prices.ssm import scan
+from memsim.prices.ssm_schedules import scan_moves
 from memsim.ssm import scan_traffic
-from memsim.ssm_prices import associative_scan as associative_scan_traffic
-from memsim.ssm_prices import scan
-from memsim.ssm_schedules import scan_moves
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.registry import Case

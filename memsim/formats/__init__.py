@@ -1,0 +1,1 @@
+"""What others wrote: configurations of models and runs, headers of checkpoints."""

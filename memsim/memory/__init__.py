@@ -1,0 +1,1 @@
+"""Memory of training, tensor by tensor and over time, and how others count it."""
