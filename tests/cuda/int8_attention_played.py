@@ -100,6 +100,10 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
         number = int(threading.current_thread().threadIdx.x)  # type: ignore[attr-defined]
         return 16 * (number // 32 % 4) + number % 32 // 4, number % 4
 
+    def read() -> None:
+        """Go on when the whole warp has read: a product is one act of it; then one lane frees the tile."""
+        machine._as_warp(list, None)
+
     def product_codes(n: int, _offsets: Any) -> Any:
         def product(sums: Any, a: Any, b: Any) -> None:
             row, quad = thread_place()
@@ -107,6 +111,7 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             for half in range(2):
                 found = left[row + 8 * half] @ right.T + 0x4B400000
                 sums.reshape(-1, 2, 2)[:, half] = found.reshape(-1, 4, 2)[:, quad]
+            read()
 
         return product
 
@@ -125,6 +130,7 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             found = weights @ value[: weights.shape[1]]
             for half in range(2):
                 sums.reshape(-1, 2, 2)[:, half] += found[half].reshape(-1, 4, 2)[:, quad].astype(np.float32)
+            read()
 
         return product
 
