@@ -9,10 +9,9 @@ import numpy as np
 
 from refimpl.attention.dense import scaled_dot_product_attention
 from refimpl.attention.int8_attention import DEFAULT_BLOCKS, key_mean
-from refimpl.errors import LawViolation
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Attention = Callable[..., Any]
 
@@ -42,11 +41,6 @@ def _steps(x: FloatArray, block: int) -> FloatArray:
     rows = np.abs(x).max(axis=3, initial=0)
     steps = np.maximum.reduceat(rows, np.arange(0, x.shape[1], block), axis=1) / 127 if x.shape[1] else rows
     return np.repeat(steps, block, axis=1)[:, : x.shape[1]].transpose(0, 2, 1)
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
 
 
 @law("attention.int8")
@@ -88,7 +82,7 @@ def error_within_its_bound(f: Attention, case: Case, close: Close) -> None:
     terms = scaled_dot_product_attention(q, k, np.abs(v), **exact)
     with np.errstate(over="ignore"):
         bound = np.expm1(2 * worst * (1 + 1e-5)) * terms + 2 * close.tolerance + 1e-12
-    _require(
+    require(
         np.abs(_out(case, f) - truth) <= bound, "an output is further from attention than its codes allow"
     )
 
@@ -143,4 +137,4 @@ def powers_of_two_move_between_operands(f: Attention, case: Case, close: Close) 
     scale = case.kwargs.get("scale")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     first, second = _case(case, q, k, v, scale=scale), _case(case, 4 * q, k, v, scale=scale / 4)
-    _require(_out(first, f) == _out(second, f), "a power of two does not move from the scale to the queries")
+    require(_out(first, f) == _out(second, f), "a power of two does not move from the scale to the queries")

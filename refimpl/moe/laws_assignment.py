@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.moe.laws_gating import demand, slack
+from refimpl.moe.laws_gating import slack
 from refimpl.moe.samples import observed_weights, scaling_experts
 from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 CHOICE = ("moe.expert_choice", "moe.expert_choice.mesh_tf")
@@ -37,7 +37,7 @@ def every_expert_takes_its_capacity(f: Function, case: Case, close: Close) -> No
     T, E, case = len(case.args[0]), case.args[1].shape[1], case.without("padding_mask")
     for C in (case.kwargs["capacity"], T):
         taken = np.count_nonzero(observed_weights(f, case.replace(capacity=C)), axis=0)
-        demand(taken == np.full(E, C), f"experts have {taken} tokens, expected {C} each")
+        require(taken == np.full(E, C), f"experts have {taken} tokens, expected {C} each")
 
 
 @law("moe.expert_choice")
@@ -45,11 +45,11 @@ def experts_take_their_largest_shares(f: Function, case: Case, close: Close) -> 
     """Weights are those of a dense mixture, which sum to 1 for a token, and an expert takes its largest."""
     case = case.without("padding_mask")
     dense, weights = _of_all(f, case), observed_weights(f, case)
-    demand(abs(dense.sum(axis=1) - 1) <= slack(close), "shares of a token do not sum to 1")
-    demand(abs(np.where(weights != 0, weights - dense, 0)) <= slack(close), "a share depends on who chose")
+    require(abs(dense.sum(axis=1) - 1) <= slack(close), "shares of a token do not sum to 1")
+    require(abs(np.where(weights != 0, weights - dense, 0)) <= slack(close), "a share depends on who chose")
     low = np.where(weights != 0, dense, np.inf).min(axis=0, initial=np.inf)
     high = np.where(weights == 0, dense, -np.inf).max(axis=0, initial=-np.inf)
-    demand(low >= high - slack(close), "an expert left a token with a larger share than one that it took")
+    require(low >= high - slack(close), "an expert left a token with a larger share than one that it took")
 
 
 @law("moe.expert_choice")
@@ -59,7 +59,7 @@ def shares_grow_with_their_logit(f: Function, case: Case, close: Close) -> None:
     logits = in_float64(x) @ in_float64(w_router)
     dense = _of_all(f, case.without("padding_mask"))
     ratio = dense * np.exp(logits.max(axis=1, keepdims=True, initial=-np.inf) - logits)
-    demand(np.ptp(ratio, axis=1) <= 10 * slack(close) * ratio.max(initial=0), "shares are no softmax")
+    require(np.ptp(ratio, axis=1) <= 10 * slack(close) * ratio.max(initial=0), "shares are no softmax")
 
 
 @law("moe.expert_choice")
@@ -68,7 +68,7 @@ def padding_yields_to_tokens(f: Function, case: Case, close: Close) -> None:
     x, *rest = case.args
     mask = case.kwargs.get("padding_mask", np.ones(len(x), bool))
     y = np.asarray(case.call(f))
-    demand(y[~mask] == 0, "padding has an output")
+    require(y[~mask] == 0, "padding has an output")
     alone = case.without("padding_mask").replace(x[mask], *rest)
     alone = alone.replace(capacity=min(case.kwargs["capacity"], int(mask.sum())))
     close.on(alone)(alone.call(f), y[mask], "tokens without padding")
@@ -80,12 +80,12 @@ def weights_are_means_over_those_that_chose(f: Function, case: Case, close: Clos
     E = case.args[1].shape[1]
     shares, weights = E * _of_all(f, case), observed_weights(f, case)
     if len(shares):
-        demand(abs(shares.sum(axis=0) - 1) <= slack(close), "shares of an expert do not sum to 1")
+        require(abs(shares.sum(axis=0) - 1) <= slack(close), "shares of an expert do not sum to 1")
     taken = np.count_nonzero(weights, axis=1)[:, None] * weights
-    demand(abs(np.where(weights != 0, taken - shares, 0)) <= slack(close), "no mean over those that chose")
+    require(abs(np.where(weights != 0, taken - shares, 0)) <= slack(close), "no mean over those that chose")
     low = np.where(weights != 0, shares, np.inf).min(axis=0, initial=np.inf)
     high = np.where(weights == 0, shares, -np.inf).max(axis=0, initial=-np.inf)
-    demand(low >= high - slack(close), "an expert left a token with a larger share than one that it took")
+    require(low >= high - slack(close), "an expert left a token with a larger share than one that it took")
 
 
 @law("moe.expert_choice.mesh_tf")
@@ -111,7 +111,7 @@ def the_earlier_of_equal_tokens_is_taken(f: Function, case: Case, close: Close) 
     flat = case.without("padding_mask").replace(x, np.zeros_like(w_router), *experts)
     taken = observed_weights(f, flat) != 0
     expected = np.arange(len(x))[:, None] < case.kwargs["capacity"]
-    demand(taken == expected, "equal tokens are not taken in order")
+    require(taken == expected, "equal tokens are not taken in order")
 
 
 # BASE
@@ -123,8 +123,8 @@ def every_expert_is_equally_full(f: Function, case: Case, close: Close) -> None:
     (scores,) = case.args
     T, E = scores.shape
     expert = np.asarray(case.call(f))
-    demand(np.array_equal(expert.shape, [T]), f"expected shape {(T,)}, got {expert.shape}")
-    demand(np.bincount(expert, minlength=E) == np.full(E, T // E), "experts are not equally full")
+    require(np.array_equal(expert.shape, [T]), f"expected shape {(T,)}, got {expert.shape}")
+    require(np.bincount(expert, minlength=E) == np.full(E, T // E), "experts are not equally full")
 
 
 @law("moe.base_assignment")
@@ -134,7 +134,7 @@ def no_round_of_moves_gains(f: Function, case: Case, close: Close) -> None:  # n
 
     scores = in_float64(case.args[0])
     gain = best_exchange(scores, np.asarray(case.call(f)))
-    demand(gain <= LARGEST_TERM, f"a round of moves gains {gain}")
+    require(gain <= LARGEST_TERM, f"a round of moves gains {gain}")
 
 
 @law("moe.base_assignment")
@@ -144,7 +144,7 @@ def constants_leave_the_optimum(f: Function, case: Case, close: Close) -> None: 
     T, E = scores.shape
     before = np.asarray(case.call(f))
     for added in (np.linspace(-2, 3, E)[None], np.linspace(5, -5, T)[:, None]):
-        demand(np.asarray(case.replace(scores + added).call(f)) == before, "a constant moves tokens")
+        require(np.asarray(case.replace(scores + added).call(f)) == before, "a constant moves tokens")
 
 
 @law("moe.base_assignment")
@@ -154,7 +154,7 @@ def balanced_wishes_are_fulfilled(f: Function, case: Case, close: Close) -> None
     T, E = scores.shape
     wish = np.arange(T) % max(E, 1)
     wanted = scores + 100.0 * (wish[:, None] == np.arange(E))
-    demand(np.asarray(case.replace(wanted).call(f)) == wish, "a wish that all could have is not fulfilled")
+    require(np.asarray(case.replace(wanted).call(f)) == wish, "a wish that all could have is not fulfilled")
 
 
 def _base_weights(f: Function, case: Case) -> FloatArray:
@@ -184,14 +184,14 @@ def the_gate_is_a_sigmoid_of_the_own_score(f: Function, case: Case, close: Close
     x, w_router = case.args[:2]
     T, E = len(x), w_router.shape[1]
     weights = _base_weights(f, case)
-    demand(np.count_nonzero(weights, axis=1) == 1, "a token has not exactly one expert")
+    require(np.count_nonzero(weights, axis=1) == 1, "a token has not exactly one expert")
     scores = in_float64(x) @ in_float64(w_router)
     expected = np.where(weights != 0, 1 / (1 + np.exp(-scores)), 0)
-    demand(abs(weights - expected) <= slack(close), "a gate is not the sigmoid of its score")
+    require(abs(weights - expected) <= slack(close), "a gate is not the sigmoid of its score")
     if case.kwargs["assignment"] == "balanced":
-        demand(np.count_nonzero(weights, axis=0) == T // E, "experts are not equally full")
+        require(np.count_nonzero(weights, axis=0) == T // E, "experts are not equally full")
     else:
-        demand(np.argmax(scores, axis=1) == np.argmax(weights != 0, axis=1), "not the best expert")
+        require(np.argmax(scores, axis=1) == np.argmax(weights != 0, axis=1), "not the best expert")
 
 
 @law("moe.base_layer")
@@ -213,9 +213,9 @@ def domains_never_share_an_expert(f: Function, case: Case, close: Close) -> None
     """A token's expert is one of its domain's group."""
     tokens, domains, _ = case.args
     expert = np.asarray(case.call(f))
-    demand(np.array_equal(expert.shape, tokens.shape), f"expected shape {tokens.shape}, got {expert.shape}")
+    require(np.array_equal(expert.shape, tokens.shape), f"expected shape {tokens.shape}, got {expert.shape}")
     ends = np.cumsum(case.kwargs["group_sizes"])
-    demand(np.searchsorted(ends, expert, side="right") == domains, "an expert outside the domain's group")
+    require(np.searchsorted(ends, expert, side="right") == domains, "an expert outside the domain's group")
 
 
 @law("moe.domain_routing")
@@ -225,7 +225,9 @@ def one_group_is_the_random_hash(f: Function, case: Case, close: Close) -> None:
 
     tokens, domains, draws = case.args
     one = case.replace(tokens, np.zeros_like(domains), draws[:1]).replace(group_sizes=(5,))
-    demand(np.asarray(one.call(f)) == random_table(draws[0], num_experts=5)[tokens], "not the table's expert")
+    require(
+        np.asarray(one.call(f)) == random_table(draws[0], num_experts=5)[tokens], "not the table's expert"
+    )
 
 
 @law("moe.domain_routing")
@@ -235,7 +237,7 @@ def groups_are_models_of_their_own(f: Function, case: Case, close: Close) -> Non
     sizes = case.kwargs["group_sizes"]
     mine = domains == len(sizes) - 1
     alone = case.replace(tokens[mine], domains[mine] * 0, draws[-1:]).replace(group_sizes=sizes[-1:])
-    demand(
+    require(
         np.asarray(case.call(f))[mine] == np.asarray(alone.call(f)) + sum(sizes[:-1]),
         "the group depends on others",
     )

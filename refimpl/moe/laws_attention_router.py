@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from refimpl.moe.laws_assignment import with_a_feature_of_one
-from refimpl.moe.laws_gating import demand, slack
+from refimpl.moe.laws_gating import slack
 from refimpl.moe.samples import observed_weights
 from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 
@@ -33,7 +33,7 @@ def logits_lie_between_the_values(f: Function, case: Case, close: Close) -> None
     values = in_float64(x) @ in_float64(w_v)
     low, high = values.min(axis=1, keepdims=True), values.max(axis=1, keepdims=True)
     logits = in_float64(case.call(f))
-    demand(
+    require(
         (logits >= low - close.tolerance) & (logits <= high + close.tolerance), "a logit beyond all values"
     )
 
@@ -96,14 +96,14 @@ def gates_come_from_attended_logits(f: Function, case: Case, close: Close) -> No
     logits = in_float64(attention_router(*(in_float64(array) for array in (x, w_q, w_k, w_v))))
     weights = _layer_weights(f, case)
     kept = weights != 0
-    demand(np.count_nonzero(kept, axis=1) == case.kwargs["k"], "a token has not k experts")
+    require(np.count_nonzero(kept, axis=1) == case.kwargs["k"], "a token has not k experts")
     worst = np.where(kept, logits, np.inf).min(axis=1, initial=np.inf)
     best = np.where(kept, -np.inf, logits).max(axis=1, initial=-np.inf)
-    demand(worst >= best, "a better expert was left out")
+    require(worst >= best, "a better expert was left out")
     powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
     among = powers if case.kwargs["convention"] == "switch" else np.where(kept, powers, 0)
     expected = np.where(kept, powers, 0) / among.sum(axis=1, keepdims=True)
-    demand(abs(weights - expected) <= slack(close), "gates are not those of the softmax")
+    require(abs(weights - expected) <= slack(close), "gates are not those of the softmax")
 
 
 @law("moe.attention_router.layer")

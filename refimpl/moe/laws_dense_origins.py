@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from refimpl.moe.expert_ffn import ExpertOptions
-from refimpl.moe.laws_gating import demand, slack
+from refimpl.moe.laws_gating import slack
 from refimpl.numerics import FloatArray, in_float64
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 
@@ -82,7 +82,7 @@ def upcycled_layers_compute_the_dense_one(f: Function, case: Case, close: Close)
         k = copy_count * segments
         y = sparse_mixture(x, logits, experts[0], experts[1], k=k, convention="gshard", **options)
         # Sums of a dozen products, computed in float64: what the experts' own format rounds is all.
-        demand(abs(y - expected) <= 10 * slack(close) * (1 + abs(expected)), "not the dense layer's output")
+        require(abs(y - expected) <= 10 * slack(close) * (1 + abs(expected)), "not the dense layer's output")
 
 
 @law("moe.upcycling")
@@ -91,10 +91,10 @@ def copies_are_equal_and_nothing_is_lost(f: Function, case: Case, close: Close) 
     copies, segments = case.kwargs["copies"], case.kwargs["segments"]
     dense = [w for w in (*case.args, case.kwargs.get("w_gate")) if w is not None]
     experts = [np.asarray(w) for w in case.call(f) if w is not None]
-    demand(len(experts) == len(dense), "a matrix is missing")
+    require(len(experts) == len(dense), "a matrix is missing")
     for w, expert in zip(dense, experts, strict=True):
-        demand(expert.size == copies * w.size, f"expected {copies * w.size} parameters, got {expert.size}")
-        demand(len(expert) == copies * segments, "not one expert for each segment of each copy")
+        require(expert.size == copies * w.size, f"expected {copies * w.size} parameters, got {expert.size}")
+        require(len(expert) == copies * segments, "not one expert for each segment of each copy")
         first = np.tile(expert[:segments], (copies, 1, 1))
-        demand(expert == first, "a copy differs from the first")
+        require(expert == first, "a copy differs from the first")
     close(np.asarray(experts[0][0])[:, :1], np.asarray(dense[0])[:, :1], "first hidden unit")

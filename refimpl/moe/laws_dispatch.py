@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.moe.laws_gating import exact
 from refimpl.moe.samples import scaling_experts
-from refimpl.numerics import FloatArray, round_to
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -17,7 +16,7 @@ Layer = Callable[..., Any]
 
 
 def _out(case: Case, f: Layer) -> FloatArray:
-    return exact(case.call(f))
+    return in_float64(case.call(f))
 
 
 @law("moe.dispatch")
@@ -26,7 +25,7 @@ def identical_experts_weigh_the_token(f: Layer, case: Case, close: Close) -> Non
     x, combine, w_in, _ = case.args
     ones = (round_to(w, x.dtype) for w in scaling_experts(np.ones(len(w_in)), x.shape[2]))
     probe = case.without("w_gate").replace(x, combine, *ones)
-    wanted = exact(combine).sum(axis=(2, 3))[..., None] * exact(x)
+    wanted = in_float64(combine).sum(axis=(2, 3))[..., None] * in_float64(x)
     close.on(probe)(_out(probe, f), wanted, "identity experts", factor=4.0)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.moe.laws_gating import demand, exact
-from refimpl.numerics import FloatArray
+from refimpl.numerics import FloatArray, in_float64
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Layer = Callable[..., Any]
 
@@ -18,7 +17,7 @@ FORWARD, BACKWARD = "moe.expert_parallel", "moe.expert_parallel.backward"
 
 
 def _out(case: Case, f: Layer) -> FloatArray:
-    return exact(case.call(f))
+    return in_float64(case.call(f))
 
 
 def _rank(case: Case, rank: int) -> Case:
@@ -65,7 +64,7 @@ def tokens_past_the_capacity_are_dropped(f: Layer, case: Case, close: Close) -> 
 
 def _gradients(case: Case, f: Layer) -> list[FloatArray]:
     found = case.call(f)
-    return [exact(array) for array in found if array is not None]
+    return [in_float64(array) for array in found if array is not None]
 
 
 @law(BACKWARD)
@@ -95,4 +94,4 @@ def gradients_scale_with_the_cotangent(f: Layer, case: Case, close: Close) -> No
 def dropped_tokens_have_no_gradient(f: Layer, case: Case, close: Close) -> None:  # noqa: ARG001
     """Without places every gradient is 0."""
     for gradient in _gradients(case.replace(capacity=0), f):
-        demand(gradient == 0, "a gradient came through a dropped token")
+        require(gradient == 0, "a gradient came through a dropped token")

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.moe.laws_gating import demand, slack
+from refimpl.moe.laws_gating import slack
 from refimpl.moe.samples import observed_weights, scaling_experts
 from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 
@@ -34,7 +34,7 @@ def _demand_top_k(weights: FloatArray, case: Case, k: int, close: Close) -> None
     expected = np.where(kept, shares, 0)
     if case.kwargs["convention"] != "switch":
         expected = expected / expected.sum(axis=1, keepdims=True)
-    demand(abs(weights - expected) <= slack(close), "weights are not those of the k largest logits")
+    require(abs(weights - expected) <= slack(close), "weights are not those of the k largest logits")
 
 
 # Fine-grained experts
@@ -185,10 +185,12 @@ def one_expert_a_token(f: Function, case: Case, close: Close) -> None:
     logits = in_float64(x) @ in_float64(router)
     weights = _expert_weights(f, case)
     seen = np.any(x != 0, axis=1)
-    demand((np.count_nonzero(weights, axis=1) == 1)[seen], "a token has not exactly one expert")
-    demand((np.argmax(weights, axis=1) == np.argmax(logits, axis=1))[seen], "not the best expert")
+    require((np.count_nonzero(weights, axis=1) == 1)[seen], "a token has not exactly one expert")
+    require((np.argmax(weights, axis=1) == np.argmax(logits, axis=1))[seen], "not the best expert")
     if len(case.args) == 6:  # no coefficients
-        demand(abs(weights.max(axis=1) - _softmax(logits).max(axis=1))[seen] <= slack(close), "not its share")
+        require(
+            abs(weights.max(axis=1) - _softmax(logits).max(axis=1))[seen] <= slack(close), "not its share"
+        )
 
 
 @law("moe.residual", "moe.residual.deepspeed")
@@ -231,7 +233,7 @@ def the_first_coefficient_is_the_experts(f: Function, case: Case, close: Close) 
     sure[:, 0] = 1e4
     routed, dense = (part.call(f) for part in _residual_parts(case.replace(x, *weights, sure)))
     close.on(case.replace(x, *weights, sure))(dense, np.zeros(x.shape), "dense layer under a sure expert")
-    demand(np.array_equal(np.shape(routed), x.shape), "expert alone has another shape")
+    require(np.array_equal(np.shape(routed), x.shape), "expert alone has another shape")
 
 
 @law("moe.residual.pyramid")

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.moe.samples import observed_weights
-from refimpl.numerics import FloatArray, round_to, widen
+from refimpl.numerics import FloatArray, in_float64, round_to
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Layer = Callable[..., Any]
 
@@ -25,20 +24,9 @@ def slack(close: Close) -> float:
     return ROUNDING[close.dtype]
 
 
-def demand(holds: Any, what: str) -> None:
-    """Raise `LawViolation` unless `holds` is true everywhere."""
-    if not np.all(holds):
-        raise LawViolation(what)
-
-
-def exact(array: Any) -> FloatArray:
-    """Return an array of any format in float64, exactly: what a law computes with."""
-    return widen(np.asarray(array)).astype(np.float64)
-
-
 def logits_of(case: Case) -> FloatArray:
     """Return the logits of a layer's router."""
-    return np.asarray(exact(case.args[0]) @ exact(case.args[1]))
+    return np.asarray(in_float64(case.args[0]) @ in_float64(case.args[1]))
 
 
 def _softmax(z: FloatArray) -> FloatArray:
@@ -50,9 +38,9 @@ def _softmax(z: FloatArray) -> FloatArray:
 def weights_are_a_convex_combination(f: Layer, case: Case, close: Close) -> None:
     """Every expert has a weight of at least 0, and those of a token sum to 1."""
     weights = observed_weights(f, case)
-    demand(weights >= -slack(close), "a weight is negative")
+    require(weights >= -slack(close), "a weight is negative")
     seen = np.any(case.args[0] != 0, axis=1)
-    demand(abs(weights.sum(axis=1) - 1)[seen] <= slack(close), "the weights of a token do not sum to 1")
+    require(abs(weights.sum(axis=1) - 1)[seen] <= slack(close), "the weights of a token do not sum to 1")
 
 
 @law("moe.dense_mixture")
@@ -62,7 +50,7 @@ def equal_experts_make_the_router_irrelevant(f: Layer, case: Case, close: Close)
     same = [np.repeat(w[:1], w.shape[0], axis=0) for w in experts]
     gate = case.kwargs.get("w_gate")
     options = {} if gate is None else {"w_gate": np.repeat(gate[:1], gate.shape[0], axis=0)}
-    another = round_to(exact(w_router)[:, ::-1] - 1, w_router.dtype)
+    another = round_to(in_float64(w_router)[:, ::-1] - 1, w_router.dtype)
     one, other = (case.replace(x, w, *same, **options) for w in (w_router, another))
     close.on(one)(one.call(f), other.call(f), "equal experts under two routers")
 
@@ -82,11 +70,11 @@ def weights_grow_with_their_logit(f: Layer, case: Case, close: Close) -> None:
     if abs(logits).max(initial=0) < 30:
         seen = np.any(case.args[0] != 0, axis=1)
         off = abs(observed_weights(f, case) - _softmax(logits))[seen]
-        demand(off <= 10 * slack(close), "the weights are not the softmax of the logits")
+        require(off <= 10 * slack(close), "the weights are not the softmax of the logits")
 
 
 def _kept(case: Case, f: Layer) -> FloatArray:
-    return exact(case.call(f))
+    return in_float64(case.call(f))
 
 
 @law(*TOP_K)
@@ -94,18 +82,18 @@ def at_most_k_gates_are_not_zero(f: Layer, case: Case, close: Close) -> None:
     """At most k gates of a token differ from 0, one at least, and none is negative or above 1."""
     gates = _kept(case, f)
     used = (gates != 0).sum(axis=1)
-    demand((used <= case.kwargs["k"]) & (used >= 1), "a token has no gate, or more than k")
-    demand((gates >= 0) & (gates <= 1 + slack(close)), "a gate is outside [0, 1]")
+    require((used <= case.kwargs["k"]) & (used >= 1), "a token has no gate, or more than k")
+    require((gates >= 0) & (gates <= 1 + slack(close)), "a gate is outside [0, 1]")
 
 
 @law("moe.top_k", "moe.noisy_top_k")
 def renormalized_gates_sum_to_one(f: Layer, case: Case, close: Close) -> None:
     """Gates sum to 1, under "switch" to at most 1 and only with all experts to 1."""
     k, total = case.kwargs["k"], _kept(case, f).sum(axis=1)
-    demand(total <= 1 + slack(close), "the gates of a token sum to more than 1")
+    require(total <= 1 + slack(close), "the gates of a token sum to more than 1")
     everyone = k == np.shape(case.args[0] if len(case.args) == 1 else case.args[1])[1]
     if everyone or case.kwargs.get("convention") != "switch":
-        demand(total >= 1 - slack(close), "the gates of a token sum to less than 1")
+        require(total >= 1 - slack(close), "the gates of a token sum to less than 1")
 
 
 @law("moe.top_k")
@@ -115,11 +103,11 @@ def conventions_differ_by_the_sum(f: Layer, case: Case, close: Close) -> None:
         _kept(case.replace(convention=name), f) for name in ("switch", "gshard", "mixtral")
     )
     total = switch.sum(axis=1, keepdims=True)
-    demand(total > 0, 'gates under "switch" sum to 0')
+    require(total > 0, 'gates under "switch" sum to 0')
     divided = switch / total
-    demand(abs(divided - gshard) <= slack(close), '"switch" divided by its sum is not "gshard"')
-    demand(abs(mixtral - gshard) <= 10 * slack(close), '"mixtral" and "gshard" differ by more than rounding')
-    demand(switch <= gshard + slack(close), 'a gate under "switch" is above that under "gshard"')
+    require(abs(divided - gshard) <= slack(close), '"switch" divided by its sum is not "gshard"')
+    require(abs(mixtral - gshard) <= 10 * slack(close), '"mixtral" and "gshard" differ by more than rounding')
+    require(switch <= gshard + slack(close), 'a gate under "switch" is above that under "gshard"')
 
 
 @law("moe.top_k")
@@ -136,13 +124,13 @@ def a_constant_on_all_logits_changes_nothing(f: Layer, case: Case, close: Close)
 @law("moe.top_k")
 def the_largest_logits_are_kept(f: Layer, case: Case, close: Close) -> None:
     """No expert with a gate has a smaller logit than one without; gates grow with logits."""
-    logits = exact(case.args[0])
+    logits = in_float64(case.args[0])
     gates, k = _kept(case, f), case.kwargs["k"]
     if logits.size and abs(logits).max() < 30:
         place = (logits[:, None, :] > logits[:, :, None]).sum(axis=2)  # how many logits are larger
-        demand((gates > 0) == (place < k), "not the k largest logits have gates")
+        require((gates > 0) == (place < k), "not the k largest logits have gates")
         rising = np.take_along_axis(gates, np.argsort(logits, axis=1), axis=1)
-        demand(np.diff(rising, axis=1) >= -slack(close), "a larger logit has a smaller gate")
+        require(np.diff(rising, axis=1) >= -slack(close), "a larger logit has a smaller gate")
 
 
 @law("moe.top_k")
@@ -153,7 +141,7 @@ def ties_go_to_the_lowest_index(f: Layer, case: Case, close: Close) -> None:
     gates = _kept(Case((np.zeros((2, E)),), case.kwargs), f)
     expected = 1 / E if case.kwargs["convention"] == "switch" else 1 / k
     wanted = np.broadcast_to(np.where(np.arange(E) < k, expected, 0.0), gates.shape)
-    demand(abs(gates - wanted) <= slack(close), "equal logits: not the first k experts, or not alike")
+    require(abs(gates - wanted) <= slack(close), "equal logits: not the first k experts, or not alike")
 
 
 @law(*TOP_K)
@@ -180,12 +168,12 @@ def no_noise_is_noise_of_zero(f: Layer, case: Case, close: Close) -> None:
 @law("moe.noisy_top_k")
 def noise_is_scaled_by_softplus(f: Layer, case: Case, close: Close) -> None:
     """With all experts kept, the log-ratio of two gates moves by noise times softplus of the noise router."""
-    x, w_router, w_noise = (exact(array) for array in case.args)
-    noise = exact(case.kwargs.get("noise", np.zeros((len(x), w_router.shape[1]))))
+    x, w_router, w_noise = (in_float64(array) for array in case.args)
+    noise = in_float64(case.kwargs.get("noise", np.zeros((len(x), w_router.shape[1]))))
     logits = x @ w_router + noise * np.log1p(np.exp(x @ w_noise))
     if abs(logits).max(initial=0) < 30:
         gates = _kept(case.replace(k=w_router.shape[1]), f)
-        demand(abs(gates - _softmax(logits)) <= 10 * slack(close), "not the softmax of the noisy logits")
+        require(abs(gates - _softmax(logits)) <= 10 * slack(close), "not the softmax of the noisy logits")
 
 
 @law("moe.noisy_top_k")
@@ -198,7 +186,7 @@ def an_unlikely_expert_is_tried_with_enough_noise(f: Layer, case: Case, close: C
     np.put_along_axis(noise, worst, 5e4, axis=1)  # near the largest number of float16
     loud = Case((x, w_router, flat), {"k": case.kwargs["k"], "noise": round_to(noise, x.dtype)})
     gates = _kept(loud, f)
-    demand(np.take_along_axis(gates, worst, axis=1) > 1 - slack(close), "the loudest expert is not chosen")
+    require(np.take_along_axis(gates, worst, axis=1) > 1 - slack(close), "the loudest expert is not chosen")
 
 
 @law("moe.noisy_top_k.vmoe")
@@ -206,10 +194,12 @@ def noise_is_in_units_of_one_over_experts(f: Layer, case: Case, close: Close) ->
     """Noise of standard deviation s on E experts moves logits by s / E times the draws."""
     logits = logits_of(case)
     E = logits.shape[1]
-    logits = logits + case.kwargs["noise_std"] / E * exact(case.kwargs.get("noise", np.zeros_like(logits)))
+    logits = logits + case.kwargs["noise_std"] / E * in_float64(
+        case.kwargs.get("noise", np.zeros_like(logits))
+    )
     if abs(logits).max(initial=0) < 30:
         gates = _kept(case.replace(k=E), f)
-        demand(abs(gates - _softmax(logits)) <= 10 * slack(close), "not the softmax of the noisy logits")
+        require(abs(gates - _softmax(logits)) <= 10 * slack(close), "not the softmax of the noisy logits")
 
 
 @law("moe.top_k", "moe.noisy_top_k.vmoe")
@@ -218,4 +208,4 @@ def kept_gates_are_not_divided(f: Layer, case: Case, close: Close) -> None:
     case = case.replace(convention="switch") if "convention" in case.kwargs else case
     everyone = _kept(case.replace(k=case.args[-1].shape[1]), f)
     some = _kept(case, f)
-    demand(np.where(some != 0, abs(some - everyone), 0) <= slack(close), "a kept gate depends on k")
+    require(np.where(some != 0, abs(some - everyone), 0) <= slack(close), "a kept gate depends on k")

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from refimpl.errors import LawViolation
-from refimpl.moe.laws_gating import demand
 from refimpl.numerics import IntArray, widen
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Function = Callable[..., Any]
 TABLES = ("moe.hash.random", "moe.hash.balanced", "moe.hash.clustered", "moe.hash.dispersed")
@@ -26,7 +25,7 @@ def _equal(actual: IntArray, expected: Any, what: str) -> None:
     expected = np.asarray(expected)
     if actual.shape != expected.shape:
         raise LawViolation(f"{what}: expected shape {expected.shape}, got {actual.shape}")
-    demand(actual == expected, f"{what}: got {actual}, expected {expected}")
+    require(actual == expected, f"{what}: got {actual}, expected {expected}")
 
 
 # Tables
@@ -38,7 +37,7 @@ def every_token_has_one_expert(f: Function, case: Case, close: Close) -> None:  
     table = _experts(case, f)
     E = case.kwargs.get("num_experts") or len(case.args[1])
     _equal(np.array(table.shape), (len(case.args[0]),), "length of the table")
-    demand((table >= 0) & (table < E), f"an expert outside [0, {E})")
+    require((table >= 0) & (table < E), f"an expert outside [0, {E})")
 
 
 @law("moe.hash.random")
@@ -81,10 +80,10 @@ def experts_differ_by_at_most_one_token_type(f: Function, case: Case, close: Clo
     (counts,) = case.args
     table = _experts(case, f)
     masses = _masses(case, table)
-    demand(np.ptp(masses) <= counts.max(initial=0), f"masses {masses} differ by more than the largest count")
+    require(np.ptp(masses) <= counts.max(initial=0), f"masses {masses} differ by more than the largest count")
     for e in np.unique(table):
         least = counts[table == e].min()
-        demand(masses[e] - least <= masses, f"expert {e} was not the emptiest when its last token came")
+        require(masses[e] - least <= masses, f"expert {e} was not the emptiest when its last token came")
 
 
 @law("moe.hash.balanced")
@@ -124,7 +123,7 @@ def tokens_are_nearest_to_their_own_mean(f: Function, case: Case, close: Close) 
     distances = np.linalg.norm(points[:, None] - means, axis=2)
     own = distances[np.arange(len(points)), np.searchsorted(used, table)]
     room = 1e-9 * (1 + np.abs(points).max(initial=0))
-    demand(own <= distances.min(axis=1) + room, "a token is nearer to the mean of another cluster")
+    require(own <= distances.min(axis=1) + room, "a token is nearer to the mean of another cluster")
 
 
 @law("moe.hash.clustered")
@@ -153,7 +152,7 @@ def clusters_are_spread_evenly(f: Function, case: Case, close: Close) -> None:  
     table, E = _experts(case, f), case.kwargs["num_experts"]
     for name, members in [("all", np.full(len(table), True)), *((c, clusters == c) for c in set(clusters))]:
         counts = np.bincount(table[members], minlength=E)
-        demand(np.ptp(counts) <= 1, f"cluster {name} is spread as {counts}")
+        require(np.ptp(counts) <= 1, f"cluster {name} is spread as {counts}")
 
 
 @law("moe.hash.dispersed")
@@ -187,7 +186,7 @@ def _reach(f: Function, case: Case, allowed: tuple[int, ...]) -> None:
         other = tokens.copy()
         other[..., t] = (other[..., t] + 1) % V
         changed = np.flatnonzero(np.any(_experts(case.replace(other, *table), f) != before, axis=0)) - t
-        demand(np.isin(changed, allowed), f"token {t} changes the expert of tokens at distance {changed}")
+        require(np.isin(changed, allowed), f"token {t} changes the expert of tokens at distance {changed}")
 
 
 @law("moe.hash.position")
@@ -227,11 +226,11 @@ def pairs_spread_over_experts(f: Function, case: Case, close: Close) -> None:  #
     there, back = (_experts(case.replace(p), f)[:, 1] for p in (pairs, pairs[:, ::-1]))
     expected = len(pairs) / 16
     chi_square = np.sum((np.bincount(there, minlength=16) - expected) ** 2) / expected
-    demand(chi_square < 60, f"chi-square {chi_square} with 15 degrees of freedom")  # 2e-7 by chance
-    demand(np.mean(there == back) < 0.25, "a pair and its reverse share an expert too often")
+    require(chi_square < 60, f"chi-square {chi_square} with 15 degrees of freedom")  # 2e-7 by chance
+    require(np.mean(there == back) < 0.25, "a pair and its reverse share an expert too often")
     for grid in (there.reshape(32, 32), there.reshape(32, 32).T):
-        demand([len(set(row)) > 6 for row in grid], "one token of the pair decides too much")  # 14 expected
-    demand(_experts(case.replace(pairs, num_experts=E), f) < E, f"an expert outside [0, {E})")
+        require([len(set(row)) > 6 for row in grid], "one token of the pair decides too much")  # 14 expected
+    require(_experts(case.replace(pairs, num_experts=E), f) < E, f"an expert outside [0, {E})")
 
 
 @law("moe.hash.previous")

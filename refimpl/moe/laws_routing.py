@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.moe.laws_gating import demand, exact, logits_of, slack
+from refimpl.moe.laws_gating import logits_of, slack
 from refimpl.moe.samples import observed_weights
-from refimpl.numerics import BoolArray, FloatArray
+from refimpl.numerics import BoolArray, FloatArray, in_float64
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Layer = Callable[..., Any]
 
@@ -21,7 +21,7 @@ IN_ORDER = ("moe.switch", "moe.gshard.as_coded")
 
 
 def _out(case: Case, f: Layer) -> FloatArray:
-    return exact(case.call(f))
+    return in_float64(case.call(f))
 
 
 def _without_draws(case: Case) -> Case:
@@ -59,15 +59,15 @@ def no_expert_has_more_tokens_than_places(f: Layer, case: Case, close: Close) ->
     for capacity in (0, 1, 2):
         weights = observed_weights(f, case.replace(capacity=capacity))
         served = (abs(weights) > slack(close)).reshape(groups, -1, weights.shape[1]).sum(axis=1)
-        demand(served <= capacity, f"an expert with {capacity} places serves more tokens")
+        require(served <= capacity, f"an expert with {capacity} places serves more tokens")
 
 
 @law(*ROUTED)
 def weights_of_a_token_are_gates(f: Layer, case: Case, close: Close) -> None:
     """No weight is negative, and those of a token sum to at most 1."""
     weights = observed_weights(f, case)
-    demand(weights >= -slack(close), "a weight is negative")
-    demand(weights.sum(axis=1) <= 1 + slack(close), "the weights of a token sum to more than 1")
+    require(weights >= -slack(close), "a weight is negative")
+    require(weights.sum(axis=1) <= 1 + slack(close), "the weights of a token sum to more than 1")
 
 
 @law("moe.switch", "moe.batch_priority")
@@ -77,7 +77,7 @@ def with_room_the_best_gates_are_the_weights(f: Layer, case: Case, close: Close)
     wanted = np.where(_rank(logits) < _choices(case), _softmax(logits), 0)
     off = abs(observed_weights(f, _roomy(case)) - wanted)[_nonzero(case)]
     if abs(logits).max(initial=0) < 30:
-        demand(off <= 10 * slack(close), "with room for all, a weight is not the gate")
+        require(off <= 10 * slack(close), "with room for all, a weight is not the gate")
 
 
 @law(*GSHARD)
@@ -88,7 +88,7 @@ def with_room_two_gates_are_divided_by_their_sum(f: Layer, case: Case, close: Cl
     wanted = kept / kept.sum(axis=1, keepdims=True)
     off = abs(observed_weights(f, _roomy(case)) - wanted)[_nonzero(case)]
     if abs(logits).max(initial=0) < 30:
-        demand(off <= 10 * slack(close), "with room for all, weights are not the two gates over their sum")
+        require(off <= 10 * slack(close), "with room for all, weights are not the two gates over their sum")
 
 
 @law(*ROUTED)
@@ -127,7 +127,7 @@ def first_choices_come_in_token_order(f: Layer, case: Case, close: Close) -> Non
         weights = observed_weights(f, plain.replace(capacity=capacity))
         arrivals = first.reshape(groups, -1, first.shape[1]).cumsum(axis=1).reshape(first.shape)
         wanted = np.where(first & (arrivals <= capacity), everyone, 0)
-        demand(
+        require(
             abs(np.where(first, weights, 0) - wanted) <= slack(close),
             f"{capacity} places: others than the first tokens in line are served, or weighted otherwise",
         )
@@ -175,8 +175,8 @@ def ties_go_to_the_lowest_expert(f: Layer, case: Case, close: Close) -> None:
     x, w_router, *experts = case.args
     k = 2 if len(case.kwargs) and w_router.shape[1] >= 2 and "k" not in case.kwargs else _choices(case)
     weights = observed_weights(f, _roomy(case.replace(x, np.zeros_like(w_router), *experts)))
-    demand(abs(weights[:, k:]) <= slack(close), "equal logits: an expert behind the first ones is chosen")
-    demand(weights[_nonzero(case), 0] > slack(close), "equal logits: expert 0 is not chosen")
+    require(abs(weights[:, k:]) <= slack(close), "equal logits: an expert behind the first ones is chosen")
+    require(weights[_nonzero(case), 0] > slack(close), "equal logits: expert 0 is not chosen")
 
 
 @law(*GSHARD)
@@ -189,7 +189,7 @@ def second_choices_never_displace_first_ones(f: Layer, case: Case, close: Close)
     if "second_policy" in case.kwargs:
         nobody = nobody.replace(second_policy="random", threshold=0.5)
     one, both = (np.where(first, observed_weights(f, item), 0) for item in (nobody, tight))
-    demand(abs(one - both) <= slack(close), "first choices are served otherwise without second ones")
+    require(abs(one - both) <= slack(close), "first choices are served otherwise without second ones")
 
 
 @law(*GSHARD)
@@ -200,7 +200,7 @@ def draws_of_one_send_no_second_choice(f: Layer, case: Case, close: Close) -> No
     if "second_policy" in case.kwargs:
         nobody = nobody.replace(second_policy="random", threshold=0.5)
     weights = observed_weights(f, nobody)
-    demand((abs(weights) > slack(close)).sum(axis=1) <= 1, "a second choice was sent")
+    require((abs(weights) > slack(close)).sum(axis=1) <= 1, "a second choice was sent")
 
 
 def _second_draws_case(case: Case) -> Case:
@@ -219,15 +219,15 @@ def _second_draws_case(case: Case) -> Case:
 def a_choice_that_is_not_sent_still_takes_a_place(f: Layer, case: Case, close: Close) -> None:
     """As printed, the counter goes up for a second choice that chance takes out: the next finds no room."""
     weights = observed_weights(f, _second_draws_case(case))
-    demand(abs(weights[:, 1]) <= slack(close), "the place of a choice that was not sent was given away")
+    require(abs(weights[:, 1]) <= slack(close), "the place of a choice that was not sent was given away")
 
 
 @law("moe.gshard.as_coded")
 def a_choice_that_is_not_sent_takes_no_place(f: Layer, case: Case, close: Close) -> None:
     """As coded, the place of a second choice that chance takes out goes to the next one."""
     weights = observed_weights(f, _second_draws_case(case))
-    demand(abs(weights[1, 1] - 1 / (1 + np.e)) <= slack(close), "the next choice did not get the place")
-    demand(abs(weights[0, 1]) <= slack(close), "a choice was sent that chance takes out")
+    require(abs(weights[1, 1] - 1 / (1 + np.e)) <= slack(close), "the next choice did not get the place")
+    require(abs(weights[0, 1]) <= slack(close), "a choice was sent that chance takes out")
 
 
 @law("moe.batch_priority")
@@ -255,4 +255,4 @@ def the_surest_tokens_are_served(f: Layer, case: Case, close: Close) -> None:
             least = -np.sort(-gates, axis=0)[capacity - 1] if len(gates) >= capacity else 0
             wanted = np.where((gates > 0) & (gates >= least), gates, 0)
             off = abs(weights - wanted)[_nonzero(case)]
-            demand(off <= 10 * slack(close), f"{capacity} places: not the largest gates are served")
+            require(off <= 10 * slack(close), f"{capacity} places: not the largest gates are served")

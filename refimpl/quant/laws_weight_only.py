@@ -7,21 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from refimpl.errors import LawViolation
 from refimpl.numerics import FloatArray, round_to, widen
 from refimpl.quant.double_quantization import dynamic_map
 from refimpl.quant.nf4 import LEVELS
 from refimpl.registry import Case, law
-from refimpl.testing import Close
+from refimpl.testing import Close, require
 
 Linear = Callable[..., Any]
 
 BOTH = ("quant.weight_only_int8", "quant.weight_only_nf4")
-
-
-def _require(holds: Any, message: str) -> None:
-    if not np.all(holds):
-        raise LawViolation(message)
 
 
 def _out(case: Case, f: Linear) -> FloatArray:
@@ -54,7 +48,7 @@ def activations_are_never_quantised(f: Linear, case: Case, close: Close) -> None
     expected = np.broadcast_to(x.sum(axis=1, keepdims=True), (len(x), weight.shape[1]))
     # Half an ulp of bfloat16 is 2**-8 of a number; one for the weight, one for the output.
     tolerance = 2.0**-7 * np.abs(x).sum(axis=1, keepdims=True) * (whole.args[0].dtype.itemsize < 4) + 1e-5
-    _require(np.abs(_out(whole, f) - expected) <= tolerance, "a weight of ones changes the sum of features")
+    require(np.abs(_out(whole, f) - expected) <= tolerance, "a weight of ones changes the sum of features")
 
 
 @law("quant.weight_only_int8")
@@ -79,7 +73,7 @@ def weights_within_half_a_step(f: Linear, case: Case, close: Close) -> None:
     steps = np.maximum.reduceat(np.abs(weight), starts, axis=0) / 127 if K else np.abs(weight)
     bound = np.abs(x) @ (np.repeat(steps, size, axis=0)[:K] / 2) * (1 + 1e-5)
     error = np.abs(_out(case, f) - (x @ weight + bias))
-    _require(error <= bound + 2 * close.tolerance, "an output is further than half a step of each weight")
+    require(error <= bound + 2 * close.tolerance, "an output is further than half a step of each weight")
 
 
 @law("quant.weight_only_nf4")
@@ -113,7 +107,7 @@ def weights_within_half_a_gap(f: Linear, case: Case, close: Close) -> None:
     narrow = {2: 2.0**-8}.get(case.args[0].dtype.itemsize, 1e-6)  # the weight is rounded to the dtype
     bound = np.abs(x) @ (room + narrow * (np.abs(weight) + room))
     error = np.abs(_out(case, f) - (x @ weight + bias))
-    _require(error <= bound + 2 * close.tolerance, "an output is further than half a gap of each weight")
+    require(error <= bound + 2 * close.tolerance, "an output is further than half a gap of each weight")
 
 
 @law(*BOTH)
@@ -121,7 +115,7 @@ def the_bias_is_added_once(f: Linear, case: Case, close: Close) -> None:  # noqa
     """Without activations the output is the bias, bit for bit."""
     x, weight, bias = _arrays(case)
     silent = _case(case, np.zeros_like(x), weight)
-    _require(_out(silent, f) == np.broadcast_to(bias, (len(x), len(bias))), "zeros do not give the bias")
+    require(_out(silent, f) == np.broadcast_to(bias, (len(x), len(bias))), "zeros do not give the bias")
 
 
 @law(*BOTH)
