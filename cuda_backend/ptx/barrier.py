@@ -17,6 +17,7 @@ __all__ = [
     "arrive_warp",
     "expect_bytes",
     "initialise",
+    "meet_warp",
     "named",
     "publish_initialisation",
     "publish_stores",
@@ -80,6 +81,15 @@ arrive_warp = instruction(
     "@first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
     "r,r",
     'A whole warp, of which this is lane `lane`, arrives once.  PTX ISA, "mbarrier.arrive", "bar.warp.sync".',
+)
+
+meet_warp = instruction(
+    "meet_warp",
+    types.void,
+    {},
+    "bar.warp.sync 0xffffffff;",
+    "",
+    'The lanes of a warp wait for each other, and see what each has done.  PTX ISA, "bar.warp.sync".',
 )
 
 wait = instruction(

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR
-from cuda_backend.ptx import copy, mma, registers
+from cuda_backend.ptx import barrier, bulk, cluster, copy, grid, mma, registers
 
 __all__ = [
     "from_lane",
@@ -150,9 +150,10 @@ def _permute(low: Any, high: Any, selector: Any) -> Any:
     found = 0
     for i in range(4):
         chosen = int(selector) >> 4 * i & 0xF
-        if chosen & 8:
-            raise ValueError("the mode that spreads a sign is not played")
-        found |= (sources >> 8 * chosen & 0xFF) << 8 * i
+        byte = sources >> 8 * (chosen & 7) & 0xFF
+        if chosen & 8:  # its sign in all bits
+            byte = 0xFF * (byte >> 7)
+        found |= byte << 8 * i
     return np.uint32(found)
 
 
@@ -232,6 +233,30 @@ def _from_lane(value: Any, lane: Any) -> Any:
     return thread.given[int(lane)]
 
 
+def _exchange_float(value: Any, lane_mask: Any) -> Any:
+    given, lane = _as_warp(list, value)
+    return given[lane ^ int(lane_mask)]
+
+
+def _load_shared_word(address: Any) -> Any:
+    return _shared(address, 4).view(np.int32)[0]
+
+
+def _bulk_load(target: Any, source: Any, size: Any, _barrier: Any) -> None:
+    if int(target) % 16 or int(source) % 16 or int(size) % 16:
+        raise IndexError(f"a copy of {size} bytes from {source} to {target}")
+    for place in range(0, int(size), 16):
+        _shared(int(target) + place, 16)[:] = _at(int(source) + place, 16)
+
+
+def _meet() -> None:
+    _as_warp(lambda given: None, 0)
+
+
+def _nothing(*_: Any) -> None:
+    """What is done before it is asked for has not to be waited for."""
+
+
 def _quotient(x: Any, y: Any) -> Any:
     return np.int32(int(x) // int(y))
 
@@ -261,3 +286,15 @@ pack_pair: Any = _simulated_pack if SIMULATOR else registers.pack_pair
 unpack_low: Any = _simulated_unpack if SIMULATOR else registers.unpack_low
 from_lane: Any = _from_lane if SIMULATOR else registers.from_lane
 quotient: Any = _quotient if SIMULATOR else registers.quotient
+exchange_float: Any = _exchange_float if SIMULATOR else registers.exchange_float
+load_shared_word: Any = _load_shared_word if SIMULATOR else copy.load_shared_word
+bulk_load: Any = _bulk_load if SIMULATOR else bulk.load
+initialise: Any = _nothing if SIMULATOR else barrier.initialise
+publish_initialisation: Any = _nothing if SIMULATOR else barrier.publish_initialisation
+expect_bytes: Any = _nothing if SIMULATOR else barrier.expect_bytes
+wait: Any = _nothing if SIMULATOR else barrier.wait
+meet: Any = _meet if SIMULATOR else barrier.meet_warp
+let_next_grid_start: Any = _nothing if SIMULATOR else grid.let_next_grid_start
+wait_for_earlier_grids: Any = _nothing if SIMULATOR else grid.wait_for_earlier_grids
+synchronise_cluster: Any = _nothing if SIMULATOR else cluster.synchronise
+load_of_block: Any = _nothing if SIMULATOR else cluster.load_word
