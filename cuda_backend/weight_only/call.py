@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda
-from cuda_backend.arrays import View, is_host, view
+from cuda_backend.arrays import Layout, View, empty_tensor, is_host, library_of, torch_layout, view
 from cuda_backend.context import current_device
 from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.int8.memory import allocated
@@ -19,6 +19,7 @@ from cuda_backend.launch import (
     shared_memory_bytes,
     simulation,
     stream_of,
+    torch_stream,
     wait_for,
 )
 from cuda_backend.weight_only.prepared import PreparedInt8, PreparedNF4
@@ -142,6 +143,20 @@ def _decode(
     bias: Any,
     stream: Any,
 ) -> Any:
+    if stream is None and type(x) is type(parts[0]) is type(parts[1]) and library_of(x) == "torch":
+        # By far the most calls: what their layouts say is looked up, and the rest is addresses.
+        device = current_device()
+        plan = _plan_of_tensors(
+            kind, shape, groups, share, torch_layout(x), None if bias is None else torch_layout(bias),
+            tuple([torch_layout(part) for part in parts]), device,
+        )  # fmt: skip
+        address = x.data_ptr()
+        if plan is not None and address % 8 == 0:
+            out = empty_tensor((x.shape[0], shape[1]), x.dtype, x, on := torch_stream(x))
+            stored = [part.data_ptr() for part in parts] + [0] * (4 - len(parts))
+            added = 0 if bias is None else bias.data_ptr()
+            plan.enqueue(on, [*stored, *plan.tables, address, added, out.data_ptr()])
+            return out
     caller = f"{kind}_linear_decode"
     floats = {"x": x} if bias is None else {"x": x, "bias": bias}
     one_library({**floats, **{f"weight part {i}": part for i, part in enumerate(parts)}})
@@ -181,24 +196,48 @@ def _decode(
         wait_for([given], on)
         added = _address(given)
     wait_for([*views, tokens], on)
-    device = 0 if SIMULATOR else current_device()
-    tables = [_address(table) for table in _tables(KINDS[dtype], device)] if kind == "nf4" else [0, 0]
     stored = [*map(_address, views), 0, 0][:4]
-    plan = _plan(kind, KINDS[dtype], M, K, N, pitch, groups, share, device)
-    plan.enqueue(on, [*stored, *tables, _address(tokens), added, _address(out)])
+    plan = _plan(kind, KINDS[dtype], M, K, N, pitch, groups, share, 0 if SIMULATOR else current_device())
+    plan.enqueue(on, [*stored, *plan.tables, _address(tokens), added, _address(out)])
     return result()
 
 
 class Plan(NamedTuple):
-    """A launch but for its addresses; `lock` is held while they are written and not yet read."""
+    """A launch but for its addresses; `lock` is held while they are written and not yet read.
+
+    `tables` are the addresses of levels, of which int8 has none.
+    """
 
     launch: Any
     lock: Any
+    tables: list[int]
 
     def enqueue(self, stream: int, addresses: list[int]) -> None:
         """Queue the kernel on `stream`; nothing waits."""
         with self.lock:
             self.launch(stream, *addresses)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan_of_tensors(
+    kind: str, shape: tuple[int, int], groups: int, share: int, x: Layout, bias: Layout | None,
+    parts: tuple[Layout, ...], device: int,
+) -> Plan | None:  # fmt: skip
+    """Return the plan of a call with PyTorch's tensors; None if the general way has to say what is wrong."""
+    sizes, strides, dtype, _ = x
+    (K, N), format_ = shape, KINDS.get(str(dtype).removeprefix("torch."))
+    given = (x, *parts) if bias is None else (x, bias, *parts)
+    if any(layout[3] != device for layout in given) or format_ is None:
+        return None
+    if len(sizes) != 2 or not 0 < sizes[0] <= MOST_TOKENS or sizes[1] != K or 0 in shape or strides[1] != 1:
+        return None
+    if bias is not None and (tuple(bias[0]) != (N,) or bias[1] != (1,) or bias[2] != dtype):
+        return None
+    M = sizes[0]
+    pitch = 2 * (strides[0] if M > 1 else K)
+    if pitch % 8 or not 0 < pitch < 2**31:
+        return None
+    return _plan(kind, format_, M, K, N, pitch, groups, share, device)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -208,9 +247,10 @@ def _plan(
     variant = choose(weight, kind, M, K, shared_memory_bytes() or SHARED_LIMIT)
     tiles, chunks = -(-N // ROWS), K // deep(weight)
     numbers = [M, N, chunks, tiles, pitch, groups, share]
+    tables = [_address(table) for table in _tables(kind, device)] if weight == "nf4" else [0, 0]
     if SIMULATOR:
         variant = variant._replace(warps=SIMULATED_WARPS)
-        return Plan(_simulated(variant, numbers, variant.shared_bytes(M, K)), Lock())
+        return Plan(_simulated(variant, numbers, variant.shared_bytes(M, K)), Lock(), tables)
     from cuda_backend.int8.launches_hopper import Launch
 
     processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
@@ -222,6 +262,7 @@ def _plan(
             function, ADDRESSES, numbers, blocks=blocks, threads=variant.threads, shared_bytes=shared_bytes
         ),
         Lock(),
+        tables,
     )
 
 

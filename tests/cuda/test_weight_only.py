@@ -214,8 +214,10 @@ def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patch:
         patch.setattr(module, name, functools.partial(change, right))
         call._tables.cache_clear()
+        call._plan.cache_clear()
         assert decoding_difference(weight, case, "float16") is not None
     call._tables.cache_clear()
+    call._plan.cache_clear()
 
 
 # What stands in the source of the kernel, and what is put in its place.
