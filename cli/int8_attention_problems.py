@@ -19,9 +19,10 @@ INT8, FP16 = "frugal int8", "frugal fp16"
 
 
 class _Head(NamedTuple):
-    """Rows of a head: ours, attention in float64, that of what the codes stand for, and that in 16 bits."""
+    """Rows of a head: attention in float64, that of what the codes stand for, and that in 16 bits."""
 
-    out: Array
+    batch: int
+    head: int
     exact: Array
     coded: Array
     baseline: Array
@@ -33,18 +34,18 @@ def int8_attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Pr
     >>> int8_attention_problem((1, 2, 8, 4), "float16", True).operation
     'attention in int8'
     """
-    plain = attention_problem(shape, dtype, causal)
+    judge = _Judge(dtype, causal)
     return replace(
-        plain,
+        attention_problem(shape, dtype, causal),
         operation="attention in int8",
         technique="attention.int8",
-        functions=partial(_functions, causal),
-        check=partial(_check, dtype, causal),
-        error=partial(_error, dtype, causal),
+        functions=_functions,
+        check=judge.check,
+        error=judge.error,
     )
 
 
-def _functions(causal: bool, backend: str) -> Mapping[str, Callable[..., Any]]:  # noqa: ARG001
+def _functions(backend: str) -> Mapping[str, Callable[..., Any]]:
     import cuda_backend
 
     if backend == "cudasim":
@@ -52,14 +53,56 @@ def _functions(causal: bool, backend: str) -> Mapping[str, Callable[..., Any]]: 
     return {INT8: cuda_backend.int8_attention_hopper, FP16: cuda_backend.flash_attention_hopper}
 
 
-def _heads(dtype: str, causal: bool, operands: Arrays, output: Any, to_host: ToHost) -> Iterator[_Head]:
-    """Yield sampled rows of sampled heads."""
+class _Judge:
+    """Sampled rows of sampled heads of one set of inputs, worked out once for all functions."""
+
+    def __init__(self, dtype: str, causal: bool) -> None:
+        self._dtype, self._causal = dtype, causal
+        self._operands: Arrays = ()
+        self._heads: list[_Head] = []
+
+    def check(self, operands: Arrays, output: Any, to_host: ToHost) -> str | None:
+        """Hold rows to attention of what the codes stand for, or to attention itself, whichever is computed.
+
+        Both within twice the error that attention has in this format, and one unit in the last place.
+        """
+        from refimpl.numerics import ulp
+        from refimpl.testing import dtype_named
+        from refimpl.tolerances import Limit, mismatch
+
+        for head, found in self._found(operands, output, to_host):
+            error = np.abs(head.baseline - head.exact).max()
+            limit = Limit(np.asarray(2 * error + ulp(np.abs(head.exact).max(), dtype_named(self._dtype))))
+            wrong = [mismatch(found, truth, limit) for truth in (head.coded, head.exact)]
+            if all(wrong):
+                return f"batch {head.batch}, head {head.head}: {wrong[0]}"
+        return None
+
+    def error(self, operands: Arrays, output: Any, to_host: ToHost) -> float:
+        """Return the rms error of sampled rows against exact attention, relative to its rms."""
+        pairs = [(found, head.exact) for head, found in self._found(operands, output, to_host)]
+        noise = sum(float(np.square(found - exact).sum()) for found, exact in pairs)
+        return float(np.sqrt(noise / sum(float(np.square(exact).sum()) for _, exact in pairs)))
+
+    def _found(self, operands: Arrays, output: Any, to_host: ToHost) -> Iterator[tuple[_Head, Array]]:
+        """Yield heads, and the sampled rows of each in an output."""
+        from refimpl.numerics import widen
+
+        if self._operands is not operands:
+            self._heads, self._operands = list(_truths(self._dtype, self._causal, operands, to_host)), operands
+        out = to_host(output, self._dtype)
+        rows = sampled(out.shape[1], SAMPLED_ROWS)
+        for head in self._heads:
+            found = out[head.batch : head.batch + 1][:, rows, head.head : head.head + 1]
+            yield head, widen(found).astype(np.float64)
+
+
+def _truths(dtype: str, causal: bool, operands: Arrays, to_host: ToHost) -> Iterator[_Head]:
     from refimpl.attention import key_mean, quantize_token_blocks, scaled_dot_product_attention
     from refimpl.numerics import widen
 
     q, k, v = (to_host(x, dtype) for x in operands)
-    out = to_host(output, dtype)
-    B, N, H, _ = out.shape
+    B, N, H, _ = q.shape
     rows = sampled(N, SAMPLED_ROWS)
     mask = np.arange(N)[None, :] <= rows[:, None] if causal else None
     for index in sampled(B * H, SAMPLED_HEADS):
@@ -77,33 +120,9 @@ def _heads(dtype: str, causal: bool, operands: Arrays, output: Any, to_host: ToH
         ]
         baseline = scaled_dot_product_attention(given[0][:, rows], given[1], given[2], attn_mask=mask)
         yield _Head(
-            widen(out[batch : batch + 1][:, rows, head : head + 1]).astype(np.float64),
+            batch,
+            head,
             scaled_dot_product_attention(queries[:, rows], keys, values, attn_mask=mask),
             scaled_dot_product_attention(restored[0][:, rows], restored[1], values, attn_mask=mask),
             widen(baseline).astype(np.float64),
         )
-
-
-def _check(dtype: str, causal: bool, operands: Arrays, output: Any, to_host: ToHost) -> str | None:
-    """Hold rows to attention of what the codes stand for, or to attention itself, whichever is computed.
-
-    Both within twice the error that attention has in `dtype`, and one unit in the last place.
-    """
-    from refimpl.numerics import ulp
-    from refimpl.testing import dtype_named
-    from refimpl.tolerances import Limit, mismatch
-
-    for number, head in enumerate(_heads(dtype, causal, operands, output, to_host)):
-        error = np.abs(head.baseline - head.exact).max()
-        limit = Limit(np.asarray(2 * error + ulp(np.abs(head.exact).max(), dtype_named(dtype))))
-        wrong = [mismatch(head.out, truth, limit) for truth in (head.coded, head.exact)]
-        if all(wrong):
-            return f"sampled head {number}: {wrong[0]}"
-    return None
-
-
-def _error(dtype: str, causal: bool, operands: Arrays, output: Any, to_host: ToHost) -> float:
-    """Return the rms error of sampled rows against exact attention, relative to its rms."""
-    heads = list(_heads(dtype, causal, operands, output, to_host))
-    noise = sum(float(np.square(head.out - head.exact).sum()) for head in heads)
-    return float(np.sqrt(noise / sum(float(np.square(head.exact).sum()) for head in heads)))

@@ -16,7 +16,7 @@ from cli.commands.env import why_not
 from cli.growth_methods import NAMES
 from cli.int8_attention_problems import int8_attention_problem
 from cli.int8_problems import int8_problems, projections
-from cli.output import output_options, progress
+from cli.output import output_options, progress, say
 from cli.parameters import COUNTS, DTYPES, HARDWARE, ListOf
 from cli.problems import Problem, attention_problem
 from cli.result import Column, Result, cell_text
@@ -244,10 +244,26 @@ def command(
     named = chosen or ("",) * rivals
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
-        rows += result_rows(
+        found = result_rows(
             problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
         )
+        rows += found
+        if backend == "cuda":
+            say(_finished(found))
     return _result(rows, problems, backend, card)
+
+
+def _finished(rows: Sequence[dict[str, Any]]) -> str:
+    """Return in a line what a problem gave: a run that is cut short has said what it knew."""
+    first = rows[0]
+    mask = ", causal" if first["causal"] else ""
+    texts = [
+        f"{row['function']} "
+        + (row["status"] if row["time_s"] is None else f"{1e6 * row['time_s']:.1f} us")
+        + ("" if row["rms_error"] is None else f" (error {row['rms_error']:.1e})")
+        for row in rows
+    ]
+    return f"{first['operation']} {_name(first['shape'])} {first['dtype']}{mask}: {'; '.join(texts)}"
 
 
 def _refuse_others(ctx: click.Context, what: str) -> None:
