@@ -89,7 +89,10 @@ class _Judge:
         from refimpl.numerics import widen
 
         if self._operands is not operands:
-            self._heads, self._operands = list(_truths(self._dtype, self._causal, operands, to_host)), operands
+            self._heads, self._operands = (
+                list(_truths(self._dtype, self._causal, operands, to_host)),
+                operands,
+            )
         out = to_host(output, self._dtype)
         rows = sampled(out.shape[1], SAMPLED_ROWS)
         for head in self._heads:

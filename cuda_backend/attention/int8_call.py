@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from refimpl.attention.scores import Causal, score_rule
 from refimpl.errors import DTypeError, OptionError, UnsupportedError
 from refimpl.validation import floating, whole
 
-__all__ = ["Codes", "Prepared", "int8_attention", "prepare"]
+__all__ = ["Codes", "Prepared", "int8_attention", "portable_codes", "prepare"]
 
 LARGEST_WIDTH = 256
 
@@ -129,9 +130,9 @@ def prepare(
     block_sizes: tuple[int, int],
     stream: Any,
     *,
-    width: int = 4,
+    coded: Callable[..., tuple[Codes, Codes]] | None = None,
 ) -> Prepared:
-    """Check a call as the reference does, and queue what makes its codes, rows padded to `width`."""
+    """Check a call as the reference does, and queue what makes its codes: `coded`, or the portable kernels."""
     named = {"q": q, "k": k, "v": v}
     one_library(named)
     if is_host(q):
@@ -156,10 +157,10 @@ def prepare(
         raise UnsupportedError(f"{caller}: scale is {rule.scale}; the kernel needs it positive")
     on = stream_of(q, stream)
     views = {name: view(name, array, on) for name, array in named.items()}
-    mean = _mean(views["k"], dtype, named["k"], on) if smooth and shape.Tk else None
+    queries, keys = (coded or portable_codes)(views["q"], views["k"], smooth, block_sizes, dtype, q, on)
     return Prepared(
-        _codes(views["q"], None, block_sizes[0], dtype, q, on, width),
-        _codes(views["k"], mean, block_sizes[1], dtype, q, on, width),
+        queries,
+        keys,
         views["v"],
         rule.scale,
         shape.Tk - shape.Tq if causal == "bottom_right" else 0,
@@ -167,6 +168,24 @@ def prepare(
         dtype,
         (shape.B, shape.Tq, shape.Hq, shape.Dv),
         on,
+    )
+
+
+def portable_codes(
+    q: View,
+    k: View,
+    smooth: bool,
+    block_sizes: tuple[int, int],
+    dtype: str,
+    like: Any,
+    on: int,
+    width: int = 4,
+) -> tuple[Codes, Codes]:
+    """Queue what makes codes of queries and keys, rows padded to `width`."""
+    mean = _mean(k, dtype, like, on) if smooth and k.shape[1] else None
+    return (
+        _codes(q, None, block_sizes[0], dtype, like, on, width),
+        _codes(k, mean, block_sizes[1], dtype, like, on, width),
     )
 
 

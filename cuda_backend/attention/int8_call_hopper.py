@@ -15,6 +15,7 @@ from cuda_backend.arrays import View
 from cuda_backend.attention.counters import tile_counters
 from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
 from cuda_backend.attention.int8_call import prepare
+from cuda_backend.attention.int8_codes_call_hopper import coded
 from cuda_backend.attention.int8_forward_hopper import KEYS, QUERIES, WIDEST, choose
 from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, MISALIGNED, section_of
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
@@ -99,7 +100,7 @@ def int8_attention_hopper(
     D, Dv = int(q.shape[-1]), int(v.shape[-1])
     if max(D, Dv) > WIDEST:
         raise UnsupportedError(f"{caller}: heads are {D} and {Dv} wide; the kernel takes {WIDEST}")
-    call = prepare(caller, q, k, v, causal, scale, smooth, block_sizes, stream, width=WIDEST)
+    call = prepare(caller, q, k, v, causal, scale, smooth, block_sizes, stream, coded=coded)
     if call.dtype not in KINDS:
         raise UnsupportedError(f"{caller}: inputs are {call.dtype}; the kernel takes float16 or bfloat16")
     B, Tq, H, _ = call.shape

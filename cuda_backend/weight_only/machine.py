@@ -257,6 +257,26 @@ def _nothing(*_: Any) -> None:
     """What is done before it is asked for has not to be waited for."""
 
 
+def _largest_word(word: Any) -> Any:
+    return np.uint32(max(map(int, _as_warp(list, word)[0])))
+
+
+def _low_bytes(*words: Any) -> Any:
+    return np.uint32(sum((int(word) & 0xFF) << 8 * i for i, word in enumerate(words)))
+
+
+def _store_float(address: Any, value: Any) -> None:
+    _at(address, 4).view(np.float32)[0] = value
+
+
+def _store_8(address: Any, a: Any, b: Any) -> None:
+    _at(address, 8).view(np.uint32)[:] = a, b
+
+
+def _simulated_unpack_high(kind: str) -> Pair:
+    return lambda word: _numbers(kind, word)[1]
+
+
 def _quotient(x: Any, y: Any) -> Any:
     return np.int32(int(x) // int(y))
 
@@ -298,3 +318,8 @@ let_next_grid_start: Any = _nothing if SIMULATOR else grid.let_next_grid_start
 wait_for_earlier_grids: Any = _nothing if SIMULATOR else grid.wait_for_earlier_grids
 synchronise_cluster: Any = _nothing if SIMULATOR else cluster.synchronise
 load_of_block: Any = _nothing if SIMULATOR else cluster.load_word
+largest_word: Any = _largest_word if SIMULATOR else registers.largest_word
+low_bytes: Any = _low_bytes if SIMULATOR else registers.low_bytes
+store_float: Any = _store_float if SIMULATOR else copy.store_global_float
+store_8: Any = _store_8 if SIMULATOR else copy.store_global_8
+unpack_high: Any = _simulated_unpack_high if SIMULATOR else registers.unpack_high

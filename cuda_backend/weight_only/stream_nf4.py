@@ -146,8 +146,12 @@ def build(variant: Stream) -> Callable[..., None]:
         """Return levels of four codes without shared memory: of two tables of 8, the top bit names one."""
         one = uint32(word >> uint32(16 * half))
         other = one ^ uint32(0x8888)
-        low = machine.permute(uint32(TA0), uint32(TA1), one) ^ machine.permute(uint32(TB0), uint32(TB1), other)
-        high = machine.permute(uint32(HA0), uint32(HA1), one) ^ machine.permute(uint32(HB0), uint32(HB1), other)
+        low = machine.permute(uint32(TA0), uint32(TA1), one) ^ machine.permute(
+            uint32(TB0), uint32(TB1), other
+        )
+        high = machine.permute(uint32(HA0), uint32(HA1), one) ^ machine.permute(
+            uint32(HB0), uint32(HB1), other
+        )
         return machine.permute(low, high, uint32(0x4051)), machine.permute(low, high, uint32(0x6273))
 
     @device_function
@@ -298,7 +302,11 @@ def build(variant: Stream) -> Callable[..., None]:
         scales_ahead = scales + index * uint64(ABSMAX_BYTES)
         slots = base + uint32(variant_slots(M, chunks))
         stages = slots + uint32(4 * ROWS * TOKENS * WARPS * parts) + uint32(warp * (DEPTH * 2112))
-        bars = slots + uint32(4 * ROWS * TOKENS * WARPS * parts + WARPS * DEPTH * 2112) + uint32(warp * (DEPTH * 8))
+        bars = (
+            slots
+            + uint32(4 * ROWS * TOKENS * WARPS * parts + WARPS * DEPTH * 2112)
+            + uint32(warp * (DEPTH * 8))
+        )
         if BULK:
             if lane == 0:
                 for slot in range(DEPTH):
@@ -309,21 +317,43 @@ def build(variant: Stream) -> Callable[..., None]:
                 for slot in range(DEPTH):
                     if begin + slot < end:
                         machine.expect_bytes(bars + uint32(8 * slot), uint32(2112))
-                        machine.bulk_load(stages + uint32(2112 * slot), codes_ahead, uint32(2048), bars + uint32(8 * slot))
-                        machine.bulk_load(stages + uint32(2112 * slot + 2048), scales_ahead, uint32(64), bars + uint32(8 * slot))
+                        machine.bulk_load(
+                            stages + uint32(2112 * slot), codes_ahead, uint32(2048), bars + uint32(8 * slot)
+                        )
+                        machine.bulk_load(
+                            stages + uint32(2112 * slot + 2048),
+                            scales_ahead,
+                            uint32(64),
+                            bars + uint32(8 * slot),
+                        )
                     codes_ahead += uint64(STEP * UNIT_BYTES)
                     scales_ahead += uint64(STEP * ABSMAX_BYTES)
             else:
                 codes_ahead += uint64(STEP * DEPTH * UNIT_BYTES)
                 scales_ahead += uint64(STEP * DEPTH * ABSMAX_BYTES)
             if begin < end:
-                ask_scales(extra, 0, row, scales, outer, 0, chunks, chunk_ahead, N, tile_ahead, shared_by, False)
+                ask_scales(
+                    extra, 0, row, scales, outer, 0, chunks, chunk_ahead, N, tile_ahead, shared_by, False
+                )
         else:
             codes_ahead += uint64(16 * lane)
             for slot in range(DEPTH):
                 if begin + slot < end:
                     ask(words, slot, codes_ahead)
-                    ask_scales(extra, slot, row, scales_ahead, outer, 0, chunks, chunk_ahead, N, tile_ahead, shared_by, True)
+                    ask_scales(
+                        extra,
+                        slot,
+                        row,
+                        scales_ahead,
+                        outer,
+                        0,
+                        chunks,
+                        chunk_ahead,
+                        N,
+                        tile_ahead,
+                        shared_by,
+                        True,
+                    )
                 codes_ahead += uint64(STEP * UNIT_BYTES)
                 scales_ahead += uint64(STEP * ABSMAX_BYTES)
                 chunk_ahead += int32(1)
@@ -418,7 +448,20 @@ def build(variant: Stream) -> Callable[..., None]:
                         )  # fmt: skip
                         if unit + DEPTH < end:
                             ask(words, slot, codes_ahead)
-                            ask_scales(extra, slot, row, scales_ahead, outer, 0, chunks, chunk_ahead, N, tile_ahead, shared_by, True)
+                            ask_scales(
+                                extra,
+                                slot,
+                                row,
+                                scales_ahead,
+                                outer,
+                                0,
+                                chunks,
+                                chunk_ahead,
+                                N,
+                                tile_ahead,
+                                shared_by,
+                                True,
+                            )
                     codes_ahead += uint64(STEP * UNIT_BYTES)
                     scales_ahead += uint64(STEP * ABSMAX_BYTES)
                     chunk_ahead += int32(1)
@@ -427,7 +470,20 @@ def build(variant: Stream) -> Callable[..., None]:
                         tile_ahead += int32(1)
                     unit += int32(1)
                     if BULK and unit < end:
-                        ask_scales(extra, 0, row, scales, outer, 0, chunks, chunk_ahead, N, tile_ahead, shared_by, False)
+                        ask_scales(
+                            extra,
+                            0,
+                            row,
+                            scales,
+                            outer,
+                            0,
+                            chunks,
+                            chunk_ahead,
+                            N,
+                            tile_ahead,
+                            shared_by,
+                            False,
+                        )
                     chunk += int32(1)
                     if chunk == chunks or unit == end:
                         keep(total, target, row, quad)

@@ -48,7 +48,9 @@ VARIANTS: dict[str, tuple[Stream, str]] = {
 }  # fmt: skip
 
 
-def fitted(variant: Stream, M: int, K: int, N: int, processors: int = PROCESSORS) -> tuple[Stream, int, int] | None:
+def fitted(
+    variant: Stream, M: int, K: int, N: int, processors: int = PROCESSORS
+) -> tuple[Stream, int, int] | None:
     """Return a variant that fits into shared memory, its parts and its blocks; None if it does not."""
     tiles, chunks = -(-N // 16), K // 256
     clusters = min(tiles, processors // variant.cluster)
@@ -145,7 +147,15 @@ def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Str
         ready = prepare_nf4(stored)
         x = draw((M, K), "float16", 400 + seed)
         other = remapped[ready.codes.view(torch.uint8).int()]
-        sets.append((x, stored, ready, {False: ready.codes, True: other}, torch.empty(M, N, dtype=torch.float16, device="cuda")))
+        sets.append(
+            (
+                x,
+                stored,
+                ready,
+                {False: ready.codes, True: other},
+                torch.empty(M, N, dtype=torch.float16, device="cuda"),
+            )
+        )
     truth = _truth(sets[0][0], sets[0][1], levels)
     weights = torch.randn(3, N, K, dtype=torch.float16, device="cuda")
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -184,7 +194,9 @@ def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Str
         contestants[name] = call
     times = interleaved(contestants, rounds=15)
     base = times["torch fp16"].device_s
-    _say(f"\n{M} x {K} x {N}, {size / 1e6:.1f} MB{'':12} us   least  TB/s  of copy  speed-up  host us  error  predicted")
+    _say(
+        f"\n{M} x {K} x {N}, {size / 1e6:.1f} MB{'':12} us   least  TB/s  of copy  speed-up  host us  error  predicted"
+    )
     for name, found in times.items():
         us, said = 1e6 * found.device_s, VARIANTS.get(name, (None, ""))[1]
         error = wrong.get(name)

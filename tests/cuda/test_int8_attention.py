@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cuda_backend._numba import cuda
 from cuda_backend.arrays import poisoned_outputs
-from cuda_backend.attention import int8_call, int8_portable
+from cuda_backend.attention import int8_call, int8_codes_hopper, int8_portable
+from cuda_backend.launch import simulation
 from refimpl.attention import key_mean, quantize_token_blocks
 from refimpl.errors import OptionError, UnsupportedError
+from refimpl.numerics import round_to, widen
 from refimpl.testing import check
 from tests.cuda.int8_attention_judge import case_of, int8_difference
 from tests.cuda.judge import DTYPES
 
 pytestmark = pytest.mark.cudasim
 
+FORMATS = {"f16": "float16", "bf16": "bfloat16"}
+
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_codes_equal_the_definitions(dtype: str) -> None:
     q, k, v = case_of(dtype).args
+    coded = functools.partial(int8_call.portable_codes, width=16)
     with poisoned_outputs():
-        call = int8_call.prepare("test", q, k, v, False, None, True, (4, 3), None, width=16)
+        call = int8_call.prepare("test", q, k, v, False, None, True, (4, 3), None, coded=coded)
     mean = key_mean(k)
     for codes, x, block, taken in ((call.queries, q, 4, None), (call.keys, k, 3, mean)):
         expected = quantize_token_blocks(x, block=block, mean=taken)
@@ -35,6 +42,44 @@ def test_codes_equal_the_definitions(dtype: str) -> None:
         assert moved.max() <= (taken is not None)
         assert np.mean(moved) < 0.01
         np.testing.assert_allclose(codes.scale.owner, expected.scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("shape", "tokens", "smooth"), [((2, 300, 3, 40), 128, True), ((1, 130, 2, 128), 64, False)]
+)
+def test_codes_of_the_hopper_kernels(shape: tuple[int, ...], tokens: int, smooth: bool, kind: str) -> None:
+    """Their code, played: blocks of keys and of queries, ragged, one of zeros and one with an infinity."""
+    B, T, H, D = shape
+    rng = np.random.default_rng(0)
+    x = round_to(rng.standard_normal(shape) + 2 * rng.standard_normal((1, 1, H, D)), DTYPES[FORMATS[kind]])
+    if not smooth:
+        x[:, :tokens, 0] = 0
+    parts, blocks = -(-T // int8_codes_hopper.PART), -(-T // tokens)
+    sums, scale = np.full((B, H, parts, 128), np.nan, np.float32), np.full((B, H, blocks), np.nan, np.float32)
+    codes = np.full((B, T, H, 128), 99, np.int8)
+
+    def run(kernel: Any, blocks: int, arrays: list[Any], *numbers: int) -> None:
+        values = [*(np.uint64(array.ctypes.data) for array in arrays), *map(np.int32, numbers)]
+        with simulation():
+            cuda.jit(kernel)[blocks, int8_codes_hopper.THREADS](*values)
+
+    steps = [step // 16 for step in x.strides[:3]]
+    variant = int8_codes_hopper.Codes(kind, tokens, smooth)
+    build_sums, build_codes = int8_codes_hopper.build_sums, int8_codes_hopper.build_codes
+    run(build_sums(kind), B * H * parts, [x, sums], H, T, parts, D // 8, *steps)
+    run(build_codes(variant), B * H * blocks, [x, sums, codes, scale], H, T, parts, D // 8, blocks, *steps)
+    wide = widen(x)
+    expected = quantize_token_blocks(wide, block=tokens, mean=key_mean(wide) if smooth else None)
+    moved = np.abs(codes[..., :D].astype(int) - expected.codes)
+    assert moved.max() <= smooth
+    assert np.mean(moved) < 0.01
+    assert not codes[..., D:].any(), "the width is filled with zeros"
+    np.testing.assert_allclose(scale, np.where(expected.scale == 0, 1, expected.scale), rtol=1e-6)
+    x[0, 1, 1, 3] = np.inf
+    run(build_codes(variant._replace(smooth=False)), B * H * blocks, [x, sums, codes, scale], H, T, parts, D // 8,
+        blocks, *steps)  # fmt: skip
+    assert not codes[0, :tokens, 1].any(), "infinity has code 0, and beside it all others have"
 
 
 def test_zeros_have_scale_one() -> None:

@@ -1,0 +1,141 @@
+"""Attention in int8 on Hopper beside fp16, piece by piece: ``python -m tests.cuda.int8_attention_table``.
+
+Every line is printed when it is known, so that a kernel that never ends is seen by the line that is missing.
+Codes are made inside the timing; "codes" are they alone.  Errors are rms, of sampled rows against float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+SHAPES = ((1, 16, 8192, 128), (1, 16, 16384, 128), (4, 16, 8192, 128))
+SMALL = ((1, 1, 1, 128), (1, 2, 200, 128), (2, 2, 700, 64), (1, 4, 2048, 128))
+BEGAN = time.perf_counter()
+
+
+def ready(task: tuple[str, bool]) -> float:
+    """Compile a kernel in a process of its own, into the folder that others read; return the seconds."""
+    import torch
+
+    from cuda_backend import flash_attention_hopper
+    from cuda_backend.attention import int8_call_hopper, int8_codes_call_hopper, int8_codes_hopper
+    from cuda_backend.attention.int8_forward_hopper import choose
+    from cuda_backend.context import current_device
+
+    start = time.perf_counter()
+    what, causal = task
+    device = current_device()
+    if what == "fp16":
+        x = torch.randn(1, 4096, 16, 128, device="cuda").half()
+        flash_attention_hopper(x, x, x, causal=causal)
+        torch.cuda.synchronize()
+    elif what == "int8":
+        int8_call_hopper._function(choose("f16", 128, causal), device)
+    elif what == "int8, 64 wide":
+        int8_call_hopper._function(choose("f16", 64, causal), device)
+    else:
+        int8_codes_call_hopper._function("sums", "f16", device)
+        int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 64, False), device)
+        int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 128, True), device)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print what each piece takes."""
+    tasks = [(what, causal) for what in ("int8", "int8, 64 wide", "fp16") for causal in (False, True)]
+    tasks.append(("codes", False))
+    with ProcessPoolExecutor(len(tasks), mp_context=get_context("spawn")) as pool:
+        for task, seconds in zip(tasks, pool.map(ready, tasks), strict=True):
+            _say(f"{task}: compiled in {seconds:.1f} s")
+    import torch
+
+    from cuda_backend import flash_attention_hopper, int8_attention_hopper
+    from cuda_backend.attention import int8_call
+    from cuda_backend.attention.int8_codes_call_hopper import coded
+    from cuda_backend.timing import interleaved
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def arrays(B: int, H: int, N: int, D: int) -> list[Any]:
+        x = [torch.randn(B, N, H, D, device="cuda", dtype=torch.float16, generator=generator) for _ in "qkv"]
+        x[1] += 2 * torch.randn(1, 1, H, D, device="cuda", dtype=torch.float16, generator=generator)
+        return x
+
+    for shape in SMALL:
+        for causal in (False, True):
+            q, k, v = arrays(*shape)
+            _say(f"{shape} {'causal' if causal else 'full'}: codes ...")
+            int8_call.prepare("table", q, k, v, causal, None, True, (64, 128), None, coded=coded)
+            torch.cuda.synchronize()
+            _say("    attention ...")
+            out = int8_attention_hopper(q, k, v, causal=causal)
+            torch.cuda.synchronize()
+            again = int8_attention_hopper(q, k, v, causal=causal)
+            exact = _exact(q, k, v, causal)
+            _say(f"    error {_error(out, exact):.1e}, repeats: {torch.equal(out, again)}")
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    portable = functools.partial(int8_call.portable_codes, width=128)
+    for shape in SHAPES:
+        for causal in (False, True):
+            q, k, v = arrays(*shape)
+
+            def made(how: Any, q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
+                return int8_call.prepare("table", q, k, v, causal, None, True, (64, 128), None, coded=how)
+
+            turned = [x.transpose(1, 2) for x in (q, k, v)]
+            functions = {
+                "int8": lambda _, a=(q, k, v), c=causal: int8_attention_hopper(*a, causal=c),
+                "codes": lambda _, f=made: f(coded),
+                "portable codes": lambda _, f=made: f(portable),
+                "fp16": lambda _, a=(q, k, v), c=causal: flash_attention_hopper(*a, causal=c),
+                "torch default": lambda _, a=turned, c=causal: sdpa(*a, is_causal=c),
+            }
+            errors = {}
+            exact = _exact(q, k, v, causal)
+            for name in ("int8", "fp16"):
+                errors[name] = _error(functions[name](0), exact)
+            found = interleaved(functions, rounds=7)
+            texts = ", ".join(
+                f"{name} {1e6 * t.device_s:.0f} us"
+                + (f" (error {errors[name]:.1e})" if name in errors else "")
+                + (f" host {1e6 * t.host_s:.0f}" if name == "int8" else "")
+                for name, t in found.items()
+            )
+            ratio = found["fp16"].device_s / found["int8"].device_s
+            mask = "causal" if causal else "full"
+            _say(f"{shape} {mask}: {ratio:.3f} times as fast as fp16: {texts}")
+
+
+def _exact(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
+    """Return the sampled rows, and attention in them in float64."""
+    import torch
+
+    N, D = q.shape[1], q.shape[3]
+    rows = torch.arange(0, N, max(1, N // 9), device="cuda")
+    parts = []
+    for h in range(q.shape[2]):
+        scores = torch.einsum("bid,bjd->bij", q[:, rows, h].double(), k[:, :, h].double()) / D**0.5
+        if causal:
+            scores.masked_fill_(torch.arange(N, device="cuda")[None, None] > rows[None, :, None], -torch.inf)
+        parts.append(scores.softmax(-1) @ v[:, :, h].double())
+    return rows, torch.stack(parts, 2)
+
+
+def _error(out: Any, exact: tuple[Any, Any]) -> float:
+    rows, truth = exact
+    mine = out[:, rows].double()
+    return float((mine - truth).square().mean().sqrt() / truth.square().mean().sqrt())
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{time.perf_counter() - BEGAN:5.1f} s  {line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
