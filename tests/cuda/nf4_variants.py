@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cuda_backend.weight_only.stream_nf4 import SIGNATURE, Stream, build, parts_of, reordered
+from cuda_backend.weight_only import stream_nf4, wide_nf4
+from cuda_backend.weight_only.stream_nf4 import SIGNATURE, Stream, reordered
+from cuda_backend.weight_only.wide_nf4 import Wide
 
 LIMIT, PROCESSORS = 232_448, 132
 SHAPES = ((8192, 28672), (28672, 8192), (16384, 16384), (4096, 32000))
@@ -48,13 +50,29 @@ VARIANTS: dict[str, tuple[Stream, str]] = {
 }  # fmt: skip
 
 
-def fitted(
-    variant: Stream, M: int, K: int, N: int, processors: int = PROCESSORS
-) -> tuple[Stream, int, int] | None:
+# The same for up to 8 and 16 tokens: microseconds predicted at 16 x 8192 x 28672.
+WIDE: dict[str, tuple[Wide, str]] = {
+    "wide 16": (Wide("f16", 16), "50"),
+    "wide 16 alone": (Wide("f16", 16, cluster=1), "53"),
+    "wide 16 early": (Wide("f16", 16, early=True), "48"),
+    "wide 8": (Wide("f16", 8), "45"),
+}
+ALL: dict[str, tuple[Stream | Wide, str]] = {**VARIANTS, **WIDE}
+
+
+def fitted(variant: Any, M: int, K: int, N: int, processors: int = PROCESSORS) -> tuple[Any, int, int] | None:
     """Return a variant that fits into shared memory, its parts and its blocks; None if it does not."""
     tiles, chunks = -(-N // 16), K // 256
+    if M > variant.tokens:
+        return None
+    if isinstance(variant, Wide):
+        clusters = min(-(-tiles // 4), processors // variant.cluster)
+        parts = wide_nf4.parts_of(tiles, chunks, clusters, variant.cluster * variant.warps)
+        while variant.shared_bytes(parts) > LIMIT:
+            variant = variant._replace(depth=variant.depth - 1)
+        return variant, parts, clusters * variant.cluster
     clusters = min(tiles, processors // variant.cluster)
-    parts = parts_of(tiles, chunks, clusters, variant.cluster * variant.warps)
+    parts = stream_nf4.parts_of(tiles, chunks, clusters, variant.cluster * variant.warps)
     variant = variant._replace(inside=M * K // 64 <= 256)
     while variant.shared_bytes(M, K, parts) > LIMIT:
         if not variant.bulk or variant.depth <= 2:
@@ -63,12 +81,13 @@ def fitted(
     return variant, parts, clusters * variant.cluster
 
 
-def image(variant: Stream) -> Any:
+def image(variant: Any) -> Any:
     """Compile a variant in a process of its own."""
     from cuda_backend.context import current_device
     from cuda_backend.cubins import compiled
 
     current_device()
+    build = wide_nf4.build if isinstance(variant, Wide) else stream_nf4.build
     return compiled(build(variant), SIGNATURE, threads=variant.threads, blocks=variant.blocks)
 
 
@@ -76,23 +95,18 @@ def main() -> None:
     """Print a table for each shape."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="parts of names, separated by commas")
-    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--tokens", default="1,16")
     parser.add_argument("--shapes", type=int, default=len(SHAPES))
     given = parser.parse_args()
     began = time.perf_counter()
-    M = given.tokens
-    chosen = {
-        name: variant
-        for name, (variant, _) in VARIANTS.items()
-        if any(part in name for part in given.only.split(",")) and variant.tokens >= M
-    }
+    cases = [(int(M), K, N) for M in given.tokens.split(",") for K, N in SHAPES[: given.shapes]]
     needed = {}
-    for K, N in SHAPES[: given.shapes]:
-        for name, variant in chosen.items():
-            found = fitted(variant, M, K, N)
-            if found is not None:
-                needed[name, K, N] = found
-    kinds = sorted({found[0] for found in needed.values()})
+    for case in cases:
+        for name, (variant, _) in (VARIANTS if case[0] <= 2 else ALL).items():
+            found = fitted(variant, *case) if any(part in name for part in given.only.split(",")) else None
+            if found is not None and not (getattr(variant, "probe", "") and case[0] > 1):
+                needed[name, *case] = found
+    kinds = list(dict.fromkeys(found[0] for found in needed.values()))
     with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
         images = dict(zip(kinds, pool.map(image, kinds), strict=True))
     _say(f"{len(kinds)} kernels compiled after {time.perf_counter() - began:.1f} s")
@@ -113,13 +127,13 @@ def main() -> None:
         if spilled:
             _say(f"{kind}: {count} registers, {spilled} bytes of local memory")
         allow_shared_memory(functions[kind], LIMIT)
-    for K, N in SHAPES[: given.shapes]:
-        mine = {name: found for (name, *shape), found in needed.items() if shape == [K, N]}
-        _shape(M, K, N, mine, functions)
+    for case in cases:
+        mine = {name: found for (name, *shape), found in needed.items() if tuple(shape) == case}
+        _shape(*case, mine, functions)
         _say(f"    after {time.perf_counter() - began:.1f} s")
 
 
-def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Stream, Any]) -> None:
+def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Any, Any]) -> None:
     import torch
 
     from cuda_backend import nf4_linear_decode, prepare_nf4
@@ -167,15 +181,17 @@ def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Str
     }
     wrong = {"frugal": _error(nf4_linear_decode(sets[0][0], sets[0][2]), truth)}
     for name, (variant, parts, grid) in variants.items():
+        permuted = getattr(variant, "permuted", 0) > 0
         launch = Launch(
             functions[variant], 9, [M, N, K // 256, -(-N // 16), 2 * K, parts, 8], blocks=grid,
-            threads=variant.threads, shared_bytes=variant.shared_bytes(M, K, parts), cluster=variant.cluster,
+            threads=variant.threads, cluster=variant.cluster,
+            shared_bytes=variant.shared_bytes(parts) if isinstance(variant, Wide) else variant.shared_bytes(M, K, parts),
             early=variant.early,
         )  # fmt: skip
         addresses = []
         for x, _, ready, codes, out in sets:
-            at = [codes[variant.permuted > 0], ready.absmax_codes, ready.scale, ready.offset]
-            at += [tables[variant.permuted > 0], levels, x]
+            at = [codes[permuted], ready.absmax_codes, ready.scale, ready.offset]
+            at += [tables[permuted], levels, x]
             addresses.append([*(t.data_ptr() for t in at), 0, out.data_ptr()])
 
         def call(i: int, launch: Any = launch, addresses: Any = addresses) -> None:
@@ -184,7 +200,7 @@ def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Str
         sets[0][4].fill_(float("nan"))
         call(0)
         torch.cuda.synchronize()
-        if not variant.probe:
+        if not getattr(variant, "probe", ""):
             wrong[name] = _error(sets[0][4], truth)
             again = sets[0][4].clone()
             call(0)
@@ -198,7 +214,7 @@ def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Str
         f"\n{M} x {K} x {N}, {size / 1e6:.1f} MB{'':12} us   least  TB/s  of copy  speed-up  host us  error  predicted"
     )
     for name, found in times.items():
-        us, said = 1e6 * found.device_s, VARIANTS.get(name, (None, ""))[1]
+        us, said = 1e6 * found.device_s, ALL.get(name, (None, ""))[1]
         error = wrong.get(name)
         mark = "" if error is None else f"{error:.1e}" + ("" if error < 2**-10 else " WRONG")
         shape = f"d{variants[name][0].depth}" if name in variants else ""
