@@ -197,6 +197,8 @@ def _shape(M: int, K: int, N: int, variants: dict[str, Any], functions: dict[Any
         def call(i: int, launch: Any = launch, addresses: Any = addresses) -> None:
             launch(0, *addresses[i % len(addresses)])
 
+        sys.stdout.write(f"[{name}] ")  # a kernel that never ends is the last one named
+        sys.stdout.flush()
         sets[0][4].fill_(float("nan"))
         call(0)
         torch.cuda.synchronize()
