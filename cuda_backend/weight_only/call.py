@@ -1,40 +1,27 @@
-"""Calling the decoding kernels: what callers pass, the plan of a layer, its launch."""
+"""Calling the decoding kernels: what callers pass, and where it lies."""
 
 from __future__ import annotations
 
 import functools
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cuda_backend._numba import SIMULATOR, cuda
-from cuda_backend.arrays import Layout, View, empty_tensor, is_host, library_of, torch_layout, view
+from cuda_backend._numba import SIMULATOR
+from cuda_backend.arrays import Layout, empty_tensor, is_host, library_of, torch_layout, view
 from cuda_backend.context import current_device
-from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.int8.memory import allocated
 from cuda_backend.int8.operands import described, one_format, one_library
-from cuda_backend.launch import (
-    allow_shared_memory,
-    shared_memory_bytes,
-    simulation,
-    stream_of,
-    torch_stream,
-    wait_for,
-)
+from cuda_backend.launch import stream_of, torch_stream, wait_for
+from cuda_backend.weight_only.plan import Plan, address_of, plan_of
 from cuda_backend.weight_only.prepared import PreparedInt8, PreparedNF4
-from cuda_backend.weight_only.variant import MOST_TOKENS, ROWS, SHARED_LIMIT, Variant, choose, deep
+from cuda_backend.weight_only.variant import MOST_TOKENS, deep
 from refimpl.errors import UnsupportedError
-from refimpl.numerics import Array
-from refimpl.quant.double_quantization import dynamic_map
-from refimpl.quant.nf4 import LEVELS
 from refimpl.validation import bind_axes, floating
 
-__all__ = ["int8_linear_decode", "nf4_linear_decode", "pair_table"]
+__all__ = ["int8_linear_decode", "nf4_linear_decode"]
 
 KINDS = {"float16": "f16", "bfloat16": "bf16"}
-ADDRESSES = 9
-SIMULATED_BLOCKS, SIMULATED_WARPS = 2, 2
 
 
 def int8_linear_decode(x: Any, weight: PreparedInt8, /, *, bias: Any = None, stream: Any = None) -> Any:
@@ -46,7 +33,8 @@ def int8_linear_decode(x: Any, weight: PreparedInt8, /, *, bias: Any = None, str
         Tokens, 1 to 16: NumPy's, or of a GPU library on the current GPU; rows are whole and begin at
         multiples of 8 bytes.
     weight : PreparedInt8
-        As `prepare_int8_groups` makes it, in the library of `x`.
+        As `prepare_int8_groups` makes it, in the library of `x`; constant, as
+        `cuda_backend.weight_only.prepared` says.
     bias : array like `x`, shape (N,), optional
         Added in float32.
     stream : int or stream object, optional
@@ -97,7 +85,7 @@ def nf4_linear_decode(x: Any, weight: PreparedNF4, /, *, bias: Any = None, strea
     x, bias, stream
         As for `int8_linear_decode`.
     weight : PreparedNF4
-        As `prepare_nf4` makes it, in the library of `x`.
+        As `prepare_nf4` makes it, in the library of `x`; constant, as `cuda_backend.weight_only.prepared` says.
 
     Returns
     -------
@@ -194,28 +182,12 @@ def _decode(
         if given.strides != (2,):
             raise UnsupportedError(f"{caller}: bias has strides of {given.strides} bytes; expected (2,)")
         wait_for([given], on)
-        added = _address(given)
+        added = address_of(given)
     wait_for([*views, tokens], on)
-    stored = [*map(_address, views), 0, 0][:4]
-    plan = _plan(kind, KINDS[dtype], M, K, N, pitch, groups, share, 0 if SIMULATOR else current_device())
-    plan.enqueue(on, [*stored, *plan.tables, _address(tokens), added, _address(out)])
+    stored = [*map(address_of, views), 0, 0][:4]
+    plan = plan_of(kind, KINDS[dtype], M, K, N, pitch, groups, share, 0 if SIMULATOR else current_device())
+    plan.enqueue(on, [*stored, *plan.tables, address_of(tokens), added, address_of(out)])
     return result()
-
-
-class Plan(NamedTuple):
-    """A launch but for its addresses; `lock` is held while they are written and not yet read.
-
-    `tables` are the addresses of levels, of which int8 has none.
-    """
-
-    launch: Any
-    lock: Any
-    tables: list[int]
-
-    def enqueue(self, stream: int, addresses: list[int]) -> None:
-        """Queue the kernel on `stream`; nothing waits."""
-        with self.lock:
-            self.launch(stream, *addresses)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -237,84 +209,4 @@ def _plan_of_tensors(
     pitch = 2 * (strides[0] if M > 1 else K)
     if pitch % 8 or not 0 < pitch < 2**31:
         return None
-    return _plan(kind, format_, M, K, N, pitch, groups, share, device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    weight: str, kind: str, M: int, K: int, N: int, pitch: int, groups: int, share: int, device: int
-) -> Plan:
-    variant = choose(weight, kind, M, K, shared_memory_bytes() or SHARED_LIMIT)
-    tiles, chunks = -(-N // ROWS), K // deep(weight)
-    numbers = [M, N, chunks, tiles, pitch, groups, share]
-    tables = [_address(table) for table in _tables(kind, device)] if weight == "nf4" else [0, 0]
-    if SIMULATOR:
-        variant = variant._replace(warps=SIMULATED_WARPS)
-        return Plan(_simulated(variant, numbers, variant.shared_bytes(M, K)), Lock(), tables)
-    from cuda_backend.int8.launches_hopper import Launch
-
-    processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
-    shared_bytes = variant.shared_bytes(M, K)
-    function = allow_shared_memory(_function(variant, device), shared_bytes)
-    blocks = min(tiles, variant.blocks * processors)
-    return Plan(
-        Launch(
-            function, ADDRESSES, numbers, blocks=blocks, threads=variant.threads, shared_bytes=shared_bytes
-        ),
-        Lock(),
-        tables,
-    )
-
-
-def _simulated(variant: Variant, numbers: list[int], shared_bytes: int) -> Any:
-    """Return what plays the kernel with Python threads."""
-    from cuda_backend.weight_only.decode import build
-
-    kernel = cuda.jit(build(variant))
-
-    def launch(_stream: int, *addresses: int) -> None:
-        arguments = [*map(np.uint64, addresses), *map(np.int32, numbers)]
-        with simulation():
-            kernel[SIMULATED_BLOCKS, variant.threads, 0, shared_bytes](*arguments)
-
-    return launch
-
-
-@functools.cache
-def _function(variant: Variant, device: int) -> Any:
-    return load("weight_only_decode", variant, device, functools.partial(_compiled, variant))
-
-
-def _compiled(variant: Variant) -> Image:
-    from cuda_backend.weight_only.decode import SIGNATURE, build  # not needed if the kernel is on disk
-
-    return compiled(build(variant), SIGNATURE, threads=variant.threads, blocks=variant.blocks)
-
-
-def pair_table(kind: str) -> Array:
-    """Return the two levels of each byte of NF4 codes as a word, that of the high nibble in its low half.
-
-    >>> hex(pair_table("f16")[0xF7])
-    '0x3c00'
-    """
-    if kind == "f16":
-        halves = LEVELS.astype(np.float16).view(np.uint16).astype(np.uint32)
-    else:
-        bits = LEVELS.view(np.uint32)  # to nearest even, as `refimpl.numerics.round_to`
-        halves = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)) >> np.uint32(16)
-    byte = np.arange(256)
-    pairs: Array = halves[byte >> 4] | halves[byte & 15] << np.uint32(16)
-    return pairs
-
-
-@functools.cache
-def _tables(kind: str, _device: int) -> list[View]:
-    """Return pairs of levels, and levels of absmax codes, on the current GPU; they stay there."""
-    found = [view("levels", table, 0) for table in (pair_table(kind), np.array(dynamic_map()))]
-    if not SIMULATOR:
-        cuda.synchronize()
-    return found
-
-
-def _address(item: View) -> int:
-    return int(item.owner.ctypes.data) if SIMULATOR else item.address
+    return plan_of(kind, format_, M, K, N, pitch, groups, share, device)

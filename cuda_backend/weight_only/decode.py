@@ -15,7 +15,9 @@ weight costs an eighth of an instruction there, and what counts is how it gets t
 Scales multiply sums, not weights: one multiply-add for 64 (NF4) or 128 (int8) weights of a row.  The absmax
 of NF4 come as codes of their own and are restored on the way.
 
-Not yet run on a device.
+On Hopper the grid may start before the one ahead of it has ended.  It asks for weights and tables, which
+nothing writes (`cuda_backend.weight_only.prepared` says why), and then waits; x, bias and out are touched
+behind that.
 
 Sources: Dettmers et al. 2023, arXiv:2305.14314, eq. 5 and 6; PTX ISA 8.7, "mma"; bytes are placed behind an
 exponent as by Kim et al. 2022, arXiv:2211.10017.
@@ -30,6 +32,7 @@ import numpy as np
 
 from cuda_backend._numba import cuda, device_function, types
 from cuda_backend.weight_only import machine
+from cuda_backend.weight_only.nf4_pieces import filled, level_of, widened
 from cuda_backend.weight_only.variant import BLOCK, CHUNK_BYTES, ROWS, Variant
 
 __all__ = ["SIGNATURE", "build"]
@@ -56,13 +59,11 @@ def build(variant: Variant) -> Callable[..., None]:
 
     It wants ``variant.threads`` threads and ``variant.shared_bytes(M, K)`` of dynamic shared memory.
     """
-    NF4, RESIDENT, WIDE = variant.weight == "nf4", variant.resident, variant.wide
+    NF4, RESIDENT, WIDE, EARLY = variant.weight == "nf4", variant.resident, variant.wide, variant.early
     WARPS, THREADS, DEPTH, SUMS = variant.warps, variant.threads, variant.depth, variant.sums
-    CHUNK, TABLE, MAP, X_AT = variant.chunk, variant.table_at, variant.map_at, variant.x_at
+    CHUNK, TABLE, X_AT = variant.chunk, variant.table_at, variant.x_at
     WORDS, EXTRA, GIVEN = 16 * DEPTH, 4 * DEPTH, 2 * BATCH
-    ENTRIES = 256 // WARPS  # pairs of levels that a warp writes, a warp's lanes at once
-    AT_ONCE = min(32, ENTRIES)
-    PARTS, LEVELS = ENTRIES // AT_ONCE, max(1, 256 // THREADS)
+    asked, kept, ENTRIES, LEVELS = filled(THREADS)
     FLUSHES, STEPS = (4, 4) if NF4 else (1, 8)  # sums that a scale multiplies, products of each
     multiply = machine.product(variant.kind)
     pack, unpack = machine.pack_pair(variant.kind), machine.unpack_low(variant.kind)
@@ -132,9 +133,7 @@ def build(variant: Variant) -> Callable[..., None]:
                     multiply(part, int32(4), a0, a1, a2, a3, pairs[4 + 2 * half], pairs[5 + 2 * half])
             for i in range(2):
                 if NF4:
-                    shift = uint32(extra[4 * slot + i])
-                    place = (shift >> uint32(8 * flush)) & uint32(0xFF)
-                    level = machine.load_shared_float(uint32(base + MAP) + (place << uint32(2)))
+                    level = level_of(uint32(base + TABLE), extra[4 * slot + i], 8 * flush)
                     scale = level * uint32(extra[4 * slot + 2 + i]).view(np.float32) + offset
                 else:
                     scale = uint32(extra[4 * slot + i]).view(np.float32)
@@ -148,13 +147,15 @@ def build(variant: Variant) -> Callable[..., None]:
         x: Any, bias: Any, out: Any, M: Any, N: Any, chunks: Any, tiles: Any, pitch: Any, groups: Any,
         shared_by: Any,
     ) -> None:  # fmt: skip
+        if EARLY:
+            machine.let_next_grid_start()
         shared = cuda.shared.array(0, types.uint8)
         base = uint32((machine.shared_address(shared) + uint32(255)) & uint32(0xFFFFFF00))
         words = cuda.local.array(WORDS, uint32)
         extra = cuda.local.array(EXTRA, uint32)
         total = cuda.local.array(SUMS, float32)
         given = cuda.local.array(GIVEN, uint32)
-        entries = cuda.local.array(PARTS, uint32)
+        entries = cuda.local.array(ENTRIES, uint32)
         levels = cuda.local.array(LEVELS, float32)
 
         thread = int32(cuda.threadIdx.x)
@@ -182,14 +183,9 @@ def build(variant: Variant) -> Callable[..., None]:
         offset = float32(0.0)
         if NF4:
             offset = machine.load_float(offset_at)
-            # A lane loads a pair or few, and all lanes store each: no load waits for another.
-            for part in range(PARTS):
-                entry = uint64(ENTRIES * warp + AT_ONCE * part + (lane & (AT_ONCE - 1)))
-                entries[part] = machine.load_word(pairs_at + uint64(4) * entry)
-            for i in range(LEVELS):
-                code = int32(thread + THREADS * i)
-                if code < 256:
-                    levels[i] = machine.load_float(levels_at + uint64(4) * uint64(code))
+            asked(entries, levels, pairs_at, levels_at, thread)
+        if EARLY:
+            machine.wait_for_earlier_grids()
         K = int32(chunks * CHUNK)
         if RESIDENT:
             quarters = int32(K >> 2)
@@ -209,15 +205,7 @@ def build(variant: Variant) -> Callable[..., None]:
                         target = uint32(X_AT + token * (2 * K + 64) + 8 * unit)
                         machine.store_shared_8(base + target, given[2 * i], given[2 * i + 1])
         if NF4:
-            for part in range(PARTS):
-                pair = uint32(entries[part])
-                for i in range(AT_ONCE):
-                    entry_at = uint32(TABLE + 256 * (ENTRIES * warp + AT_ONCE * part + i) + 4 * lane)
-                    machine.store_shared_word(base + entry_at, machine.from_lane(pair, int32(i)))
-            for i in range(LEVELS):
-                code = int32(thread + THREADS * i)
-                if code < 256:
-                    machine.store_shared_float(base + uint32(MAP + 4 * code), levels[i])
+            kept(base + uint32(TABLE), entries, levels, thread)
         cuda.syncthreads()
 
         # Columns beyond the last token repeat it, and are never stored.
@@ -290,11 +278,7 @@ def _widening(variant: Variant) -> Callable[..., Any]:
 
         @device_function
         def levels(base: Any, bank: Any, word: Any, half: Any) -> Any:
-            # Byte 0 of an address within the table is the lane's bank, byte 1 the byte of codes.
-            start = uint32(base + table)
-            first = machine.look_up(start, bank, word, uint32(0x1140 + 0x20 * half))
-            second = machine.look_up(start, bank, word, uint32(0x1150 + 0x20 * half))
-            return first, second
+            return widened(uint32(base + table), bank, word, half)
 
         return levels
     subtract = machine.subtract_pair(variant.kind)

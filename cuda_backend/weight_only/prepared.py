@@ -1,4 +1,9 @@
-"""Weights made ready for decoding: as the references store them, then in the kernel's order, once."""
+"""Weights made ready for decoding: as the references store them, then in the kernel's order, once.
+
+A prepared weight is constant.  On Hopper a decoding kernel asks for it while kernels ahead of it in the stream
+still run, and does not see what those write: so the functions here return when a weight lies in memory, and
+whoever writes into one later has to wait, in the same way, for that to be done before the next call.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import numpy as np
 
 from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import ITEMSIZE, View, contiguous, is_host, view
+from cuda_backend.context import checked, driver
 from cuda_backend.int8.memory import transposed_view
 from cuda_backend.int8.operands import codes_matrix, described, one_library
 from cuda_backend.launch import stream_of
@@ -21,7 +27,7 @@ __all__ = ["PreparedInt8", "PreparedNF4", "flat", "prepare_int8_groups", "prepar
 
 
 class PreparedInt8(NamedTuple):
-    """Packed codes and scales of a weight [K, N] in int8; `shape` is (K, N)."""
+    """Packed codes and scales of a weight [K, N] in int8, all constant; `shape` is (K, N)."""
 
     codes: Any
     scale: Any
@@ -30,7 +36,10 @@ class PreparedInt8(NamedTuple):
 
 
 class PreparedNF4(NamedTuple):
-    """Packed codes and absmax codes of a weight [K, N] in NF4, its scales as they are; `shape` is (K, N)."""
+    """Packed codes and absmax codes of a weight [K, N] in NF4, its scales as they are; all constant.
+
+    `shape` is (K, N).
+    """
 
     codes: Any
     absmax_codes: Any
@@ -56,14 +65,14 @@ def prepare_int8_groups(weight: Int8Groups, /, *, group_size: int = 128, stream:
     Returns
     -------
     PreparedInt8
-        As many bytes, rows of the last tile of 16 features repeated.
+        As many bytes, rows of the last tile of 16 features repeated; constant, and in memory.
 
     Raises
     ------
     ShapeError, DTypeError, OptionError
         If the parts do not fit.
     UnsupportedError
-        If K is no multiple of 128, or the group size none.
+        If K is no multiple of 128, or the group size none; under capture, as this waits.
 
     Examples
     --------
@@ -89,10 +98,12 @@ def prepare_int8_groups(weight: Int8Groups, /, *, group_size: int = 128, stream:
             f"prepare_int8_groups: group_size is {group_size}; the kernel takes multiples of {chunk}"
         )
     on = stream_of(weight.codes, stream)
+    _refuse_capture("prepare_int8_groups", on)
     lines = _units(transposed_view("weight codes", weight.codes, on), "uint8")
     scales = _units(transposed_view("weight scale", weight.scale, on), "uint32")
     packed = moved(lines, int8_order(K, N), weight.codes, on, features=N, flip=0x80)
     packed_scales = moved(scales, scale_order(groups, N), weight.codes, on, features=N)
+    _wait(on)
     return PreparedInt8(packed, packed_scales, (K, N), group_size)
 
 
@@ -110,7 +121,7 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
     Returns
     -------
     PreparedNF4
-        As many bytes, rows of the last tile of 16 features repeated.
+        As many bytes, rows of the last tile of 16 features repeated; constant, and in memory.
 
     Raises
     ------
@@ -118,7 +129,7 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
         If the parts do not fit.
     UnsupportedError
         If K is no multiple of 256, blocks are not of 64 weights, or no power of two from 4 on of absmax
-        share a scale.
+        share a scale; under capture, as this waits.
 
     Examples
     --------
@@ -149,11 +160,24 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
         if found.dtype != np.dtype(dtype):
             raise DTypeError(f"{name}: expected {dtype}, got {found.dtype}")
     on = stream_of(weight.codes, stream)
+    _refuse_capture("prepare_nf4", on)
     lines = flat(view("codes", _whole(weight.codes), on), (N, K // 4), "uint16")
     absmax = flat(view("absmax_codes", _whole(weight.absmax_codes), on), (N, K // BLOCK), "uint8")
     codes = moved(lines, nf4_order(K, N), weight.codes, on, features=N)
     absmax_codes = moved(absmax, absmax_order(K, N), weight.codes, on, features=N)
+    _wait(on)
     return PreparedNF4(codes, absmax_codes, weight.scale, weight.offset, (K, N), inner)
+
+
+def _refuse_capture(caller: str, stream: int) -> None:
+    if not SIMULATOR and checked(driver.cuStreamIsCapturing(stream)):
+        raise UnsupportedError(f"{caller}: the stream is under capture; prepare weights ahead")
+
+
+def _wait(stream: int) -> None:
+    """Return when a weight is in memory: decoding kernels do not wait for it."""
+    if not SIMULATOR:
+        checked(driver.cuStreamSynchronize(stream))
 
 
 def _whole(array: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["MOST_TOKENS", "ROWS", "Variant", "choose", "deep"]
+__all__ = ["MOST_TOKENS", "ROWS", "Grid", "Stream", "Variant", "Wide", "choose", "choose_nf4_hopper", "deep"]
 
 ROWS = 16  # output features of a tile: what one product of a warp has
 MOST_TOKENS = 16
@@ -13,10 +13,22 @@ BLOCK = 64  # weights that share an absmax in NF4
 SHARED_LIMIT = 232_448  # bytes that a block may use on sm_90
 RESERVED = 1024  # of shared memory, for each block, by the system
 TABLE_BYTES = 1 << 16  # of pairs of NF4 levels: 256 rows of 256 bytes, the first half of each in use
+SLACK = 256  # by which a base is aligned
+MAP_BYTES = 1024  # of levels of absmax codes
+TILES = 4  # that share activations in `Wide`
+STAGE_BYTES = TILES * (CHUNK_BYTES // 2 + 4 * ROWS)  # of what the copy engine brings at once
+
+
+class Grid(NamedTuple):
+    """A launch of a kernel: blocks, bytes of dynamic shared memory, and the most parts of tiles of a warp."""
+
+    blocks: int
+    shared_bytes: int
+    parts: int = 0
 
 
 class Variant(NamedTuple):
-    """One compiled kernel.
+    """One compiled kernel for any GPU, `cuda_backend.weight_only.decode`.
 
     Attributes
     ----------
@@ -32,6 +44,8 @@ class Variant(NamedTuple):
         Whether all activations lie in shared memory, or are read from global memory as they are needed.
     depth
         Chunks in flight for each warp.
+    early
+        Whether it may start before the grid ahead of it has ended, which takes compute capability 9.0.
     """
 
     weight: str
@@ -40,6 +54,7 @@ class Variant(NamedTuple):
     wide: bool
     resident: bool
     depth: int = 2
+    early: bool = False
 
     @property
     def threads(self) -> int:
@@ -74,11 +89,89 @@ class Variant(NamedTuple):
     @property
     def x_at(self) -> int:
         """Where the activations lie."""
-        return self.map_at + (1024 if self.weight == "nf4" else 0)
+        return self.map_at + (MAP_BYTES if self.weight == "nf4" else 0)
 
     def shared_bytes(self, tokens: int, K: int) -> int:
         """Dynamic shared memory, with slack for alignment."""
-        return 256 + self.x_at + (tokens * x_pitch(K) if self.resident else 0)
+        return SLACK + self.x_at + (tokens * x_pitch(K) if self.resident else 0)
+
+    def grid(self, tokens: int, K: int, N: int, processors: int) -> Grid:
+        """Return how a layer is launched on so many multiprocessors."""
+        return Grid(min(-(-N // ROWS), self.blocks * processors), self.shared_bytes(tokens, K))
+
+
+class Stream(NamedTuple):
+    """One compiled kernel for up to 2, 4 or 8 `tokens`, `cuda_backend.weight_only.stream_nf4`."""
+
+    kind: str
+    tokens: int
+    warps: int = 16
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def columns(self) -> int:
+        """Blocks of 64 weights that share a product of tensor cores."""
+        return min(4, 8 // self.tokens)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds."""
+        return 1
+
+    def grid(self, tokens: int, K: int, N: int, processors: int) -> Grid:
+        """Return how a layer is launched; shared memory holds tables, activations, sums of parts of tiles."""
+        tiles = -(-N // ROWS)
+        blocks = min(tiles, processors)
+        parts = _parts(tiles, K // deep("nf4"), blocks, self.warps)
+        sums = 4 * ROWS * self.tokens * self.warps * parts
+        return Grid(blocks, SLACK + TABLE_BYTES + MAP_BYTES + 2 * tokens * K + sums, parts)
+
+
+class Wide(NamedTuple):
+    """One compiled kernel for up to 8 or 16 `tokens`, `cuda_backend.weight_only.wide_nf4`."""
+
+    kind: str
+    tokens: int
+    warps: int = 8
+    depth: int = 3
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of the sums of four tiles."""
+        return 4 * TILES * ROWS * self.tokens
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds."""
+        return 1
+
+    def grid(self, _tokens: int, K: int, N: int, processors: int) -> Grid:
+        """Return how a layer is launched; shared memory holds tables, stages, sums but for a warp's last."""
+        fours = -(-N // (ROWS * TILES))
+        blocks = min(fours, processors)
+        parts = _parts(fours, 2 * (K // deep("nf4")), blocks, self.warps)
+        stages = self.warps * self.depth * (STAGE_BYTES + 8)
+        sums = self.warps * (parts - 1) * self.part_bytes
+        return Grid(blocks, SLACK + TABLE_BYTES + MAP_BYTES + stages + sums, parts)
+
+
+def _parts(things: int, units: int, blocks: int, warps: int) -> int:
+    """Return the most things of `units` units that a warp may have a part of, divided evenly.
+
+    >>> _parts(5, 4, 2, 3), _parts(4, 4, 2, 2), _parts(1, 1, 1, 8)
+    (2, 2, 1)
+    """
+    per = -(-(-(-things // blocks) * units) // warps)
+    return (per - 2) // units + 2 if per > 1 else 1
 
 
 def deep(weight: str) -> int:
@@ -115,3 +208,29 @@ def choose(weight: str, kind: str, tokens: int, K: int, limit: int = SHARED_LIMI
         return small
     large = Variant(weight, kind, 16, wide, resident=True)
     return large if large.shared_bytes(tokens, K) <= limit else large._replace(resident=False)
+
+
+def choose_nf4_hopper(
+    kind: str, tokens: int, K: int, N: int, processors: int, limit: int = SHARED_LIMIT
+) -> Variant | Stream | Wide:
+    """Return the variant for a layer in NF4 on Hopper.
+
+    Where activations fit beside the tables, they lie there: `Stream` up to 8 tokens, and `Variant` for more.
+    Where they do not, they are read once for 64 features: `Wide`.  docs/performance.md has the times.
+
+    >>> layers = (1, 28672), (8, 8192), (16, 4096), (16, 8192), (8, 28672)
+    >>> [type(choose_nf4_hopper("f16", M, K, 8192, 132)).__name__ for M, K in layers]
+    ['Stream', 'Stream', 'Variant', 'Wide', 'Wide']
+    """
+    if tokens <= 8:
+        stream = Stream(kind, 2 if tokens <= 2 else 4 if tokens <= 4 else 8)
+        if stream.grid(tokens, K, N, processors).shared_bytes <= limit:
+            return stream
+    else:
+        portable = choose("nf4", kind, tokens, K, limit)
+        if portable.resident:
+            return portable
+    wide = Wide(kind, 8 if tokens <= 8 else 16)
+    while wide.grid(tokens, K, N, processors).shared_bytes > limit:
+        wide = wide._replace(depth=wide.depth - 1)
+    return wide
