@@ -85,7 +85,8 @@ def nf4_linear_decode(x: Any, weight: PreparedNF4, /, *, bias: Any = None, strea
     x, bias, stream
         As for `int8_linear_decode`.
     weight : PreparedNF4
-        As `prepare_nf4` makes it, in the library of `x`; constant, as `cuda_backend.weight_only.prepared` says.
+        As `prepare_nf4` makes it, in the library of `x`; constant, as
+        `cuda_backend.weight_only.prepared` says.
 
     Returns
     -------

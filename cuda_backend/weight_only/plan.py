@@ -29,7 +29,7 @@ from refimpl.numerics import Array
 from refimpl.quant.double_quantization import dynamic_map
 from refimpl.quant.nf4 import LEVELS
 
-__all__ = ["Plan", "address_of", "pair_table", "plan_of"]
+__all__ = ["Plan", "address_of", "for_hopper", "pair_table", "plan_of", "plan_with"]
 
 ADDRESSES = 9
 SIMULATED_BLOCKS, SIMULATED_WARPS = 2, 2
@@ -52,23 +52,46 @@ class Plan(NamedTuple):
             self.launch(stream, *addresses)
 
 
+def for_hopper() -> bool:
+    """Return whether to use what compute capability 9.0 has; the simulator plays all of it."""
+    return SIMULATOR or is_hopper()
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_of(
     weight: str, kind: str, M: int, K: int, N: int, pitch: int, groups: int, share: int, device: int
 ) -> Plan:
     """Return the plan of a layer, `pitch` bytes from a token to the next; `groups`, `share` by kernel."""
-    limit, hopper = shared_memory_bytes() or SHARED_LIMIT, SIMULATOR or is_hopper()
-    processors = SIMULATED_BLOCKS if SIMULATOR else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
-    variant: Variant | Stream | Wide
-    if weight == "nf4" and hopper:
-        variant = choose_nf4_hopper(kind, M, K, N, processors, limit)
-    else:
-        variant = choose(weight, kind, M, K, limit)
+    variant = _chosen(weight, kind, M, K, N)
+    return plan_with(variant, (weight, kind), (M, K, N), (pitch, groups, share), device)
+
+
+def _processors() -> int:
+    return SIMULATED_BLOCKS if SIMULATOR else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+def _chosen(weight: str, kind: str, M: int, K: int, N: int) -> Variant | Stream | Wide:
+    limit = shared_memory_bytes() or SHARED_LIMIT
+    if weight == "nf4" and for_hopper():
+        return choose_nf4_hopper(kind, M, K, N, _processors(), limit)
+    return choose(weight, kind, M, K, limit)
+
+
+def plan_with(
+    variant: Variant | Stream | Wide,
+    formats: tuple[str, str],
+    sizes: tuple[int, int, int],
+    layout: tuple[int, int, int],
+    device: int,
+) -> Plan:
+    """Return the plan of a layer with a given kernel; arguments are those of `plan_of`, in its order."""
+    (weight, kind), (M, K, N), (pitch, groups, share) = formats, sizes, layout
+    early = for_hopper()
     if isinstance(variant, Variant):
-        variant = variant._replace(early=hopper)
+        variant = variant._replace(early=early)
     if SIMULATOR:
         variant = variant._replace(warps=SIMULATED_WARPS)
-    grid = variant.grid(M, K, N, processors)
+    grid = variant.grid(M, K, N, _processors())
     tables = [address_of(table) for table in _tables(kind, device)] if weight == "nf4" else [0, 0]
     numbers = [M, N, K // deep(weight), -(-N // ROWS), pitch, groups or grid.parts, share]
     if SIMULATOR:
@@ -78,7 +101,7 @@ def plan_of(
     function = allow_shared_memory(_function(variant, device), grid.shared_bytes)
     launch = Launch(
         function, ADDRESSES, numbers, blocks=grid.blocks, threads=variant.threads,
-        shared_bytes=grid.shared_bytes, early=hopper,
+        shared_bytes=grid.shared_bytes, early=early,
     )  # fmt: skip
     return Plan(launch, Lock(), tables)
 

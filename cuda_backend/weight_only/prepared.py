@@ -1,8 +1,8 @@
 """Weights made ready for decoding: as the references store them, then in the kernel's order, once.
 
-A prepared weight is constant.  On Hopper a decoding kernel asks for it while kernels ahead of it in the stream
-still run, and does not see what those write: so the functions here return when a weight lies in memory, and
-whoever writes into one later has to wait, in the same way, for that to be done before the next call.
+A prepared weight is constant.  On Hopper a decoding kernel asks for it while kernels ahead of it in the
+stream still run, and does not see what those write: so the functions here return when a weight lies in
+memory, and whoever writes into one later has to wait in the same way before the next call.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 With many tokens it is activations that would fill shared memory and what leads to it.  A warp works on an
 item of four tiles of 16 output features and 128 input features, so that what it loads of the tokens serves
-four tiles.  Items come by the copy engine, a ring of stages for each warp; activations come from global memory,
-for the next item while this one is multiplied.  `cuda_backend.weight_only.nf4_pieces` says how items are
-divided and how sums meet.
+four tiles.  Items come by the copy engine, a ring of stages for each warp; activations come from global
+memory, for the next item while this one is multiplied.  `cuda_backend.weight_only.nf4_pieces` says how items
+are divided and how sums meet.
 
 The grid may start before the one ahead of it has ended, as that of `cuda_backend.weight_only.stream_nf4`.
 

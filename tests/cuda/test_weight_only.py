@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,30 @@ import pytest
 
 import cuda_backend
 from cuda_backend.arrays import poisoned_outputs
-from cuda_backend.weight_only import call, decode, pack, prepared
-from cuda_backend.weight_only.variant import Variant, choose
+from cuda_backend.weight_only import call, decode, pack, plan, prepared, stream_nf4, wide_nf4
+from cuda_backend.weight_only.variant import Variant, Wide, choose, choose_nf4_hopper
 from refimpl import quant
 from refimpl.errors import DTypeError, ShapeError, UnsupportedError
 from refimpl.numerics import round_to, widen
 from refimpl.quant import Int8Groups, nf4_quantize, quantize_groups
 from tests.cuda.judge import DTYPES
-from tests.cuda.weight_only_judge import case_of, decoding, decoding_difference
+from tests.cuda.weight_only_judge import KERNELS, case_of, decoding, decoding_difference
 
 pytestmark = pytest.mark.cudasim
 
 NARROW = ("float16", "bfloat16")
+
+
+@pytest.fixture
+def kernel_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Return what makes layers take a kernel of `KERNELS` until the end of the test."""
+
+    def use(kernel: str) -> None:
+        monkeypatch.setattr(plan, *KERNELS[kernel])
+        plan.plan_of.cache_clear()
+
+    yield use
+    plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -32,8 +45,6 @@ NARROW = ("float16", "bfloat16")
         ("int8", {"M": 1, "K": 384, "N": 17, "group_size": 128}),  # an odd number of chunks, a ragged tile
         ("int8", {"M": 9, "K": 256, "N": 16, "group_size": 256}),
         ("int8", {"M": 16, "K": 128, "N": 5, "group_size": 4096, "bias": False}),
-        ("nf4", {"M": 1, "K": 768, "N": 17, "scale_block_size": 256}),
-        ("nf4", {"M": 8, "K": 256, "N": 17, "scale_block_size": 4, "values": "scaled"}),
         ("nf4", {"M": 16, "K": 256, "N": 16, "scale_block_size": 8, "bias": False}),
     ],
 )
@@ -41,17 +52,45 @@ def test_decoding_obeys_its_record(weight: str, sizes: dict[str, Any], dtype: st
     assert decoding_difference(weight, case_of(weight, dtype, **sizes), dtype) is None
 
 
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "sizes"),
+    [
+        # Two blocks of two warps: tiles that two warps share, warps with parts of several tiles, ragged ends.
+        ("stream", "float16", {"M": 1, "K": 512, "N": 81, "scale_block_size": 256}),
+        ("stream", "bfloat16", {"M": 2, "K": 256, "N": 5, "scale_block_size": 4, "values": "scaled"}),
+        ("stream", "float16", {"M": 3, "K": 1280, "N": 17, "scale_block_size": 8, "bias": False}),
+        ("stream", "bfloat16", {"M": 4, "K": 512, "N": 48}),
+        ("stream", "float16", {"M": 7, "K": 768, "N": 33, "scale_block_size": 16}),
+        ("stream", "bfloat16", {"M": 8, "K": 256, "N": 17, "scale_block_size": 4, "values": "scaled"}),
+        ("wide", "float16", {"M": 1, "K": 256, "N": 321, "scale_block_size": 4}),
+        ("wide", "bfloat16", {"M": 8, "K": 512, "N": 66, "scale_block_size": 256, "bias": False}),
+        ("wide", "float16", {"M": 9, "K": 512, "N": 17, "values": "scaled"}),
+        ("wide", "bfloat16", {"M": 16, "K": 256, "N": 5, "scale_block_size": 8}),
+        ("portable", "float16", {"M": 1, "K": 768, "N": 17, "scale_block_size": 256}),
+        ("portable", "bfloat16", {"M": 8, "K": 256, "N": 17, "scale_block_size": 4, "values": "scaled"}),
+    ],
+)
+def test_kernels_of_nf4_obey_the_record(
+    kernel: str, dtype: str, sizes: dict[str, Any], kernel_of: Callable[[str], None]
+) -> None:
+    kernel_of(kernel)
+    assert decoding_difference("nf4", case_of("nf4", dtype, **sizes), dtype) is None
+
+
 @pytest.mark.parametrize("weight", ["int8", "nf4"])
-def test_activations_from_global_memory(weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_from_global_memory(
+    weight: str, monkeypatch: pytest.MonkeyPatch, kernel_of: Callable[[str], None]
+) -> None:
     """What does not fit into shared memory is read as it is needed, and gives the same bits."""
+    kernel_of("portable")
     for M in (1, 11):
         case = case_of(weight, "float16", M=M, K=256, N=20)
         resident = case.call(decoding(weight))
         with monkeypatch.context() as patch:
-            patch.setattr(call, "choose", lambda *a: choose(*a)._replace(resident=False))
-            call._plan.cache_clear()
+            patch.setattr(plan, "choose", lambda *a: choose(*a)._replace(resident=False))
+            plan.plan_of.cache_clear()
             assert np.array_equal(case.call(decoding(weight)), resident)
-        call._plan.cache_clear()
+        plan.plan_of.cache_clear()
 
 
 def test_rows_with_a_pitch_and_nothing_to_do() -> None:
@@ -169,6 +208,13 @@ def test_shared_memory_suffices() -> None:
                 assert variant.blocks * (variant.shared_bytes(tokens, K) + 1024) <= 233_472
                 assert variant.table_at % 256 == variant.x_at % 16 == 0
     assert choose("nf4", "f16", 1, 8192) == Variant("nf4", "f16", 8, wide=False, resident=True)
+    for tokens in range(1, 17):
+        for K in (256, 2048, 8192, 14336, 28672, 1 << 17):
+            for N in (1, 4096, 28672, 128256):
+                found = choose_nf4_hopper("f16", tokens, K, N, 132)
+                grid = found.grid(tokens, K, N, 132)
+                assert found.blocks * (grid.shared_bytes + 1024) <= 233_472
+                assert not isinstance(found, Wide) or found.depth >= 2
 
 
 # Mistakes: each changes one thing between the stored weight and the output, and must be seen by the record.
@@ -194,7 +240,7 @@ MISTAKES = {
         "int8", prepared, "scale_order", lambda f, *a: f(*a)._replace(within=(0,) * 8),
     ),
     "nibbles exchanged": (
-        "nf4", call, "pair_table", lambda f, *a: f(*a) >> np.uint32(16) | f(*a) << np.uint32(16),
+        "nf4", plan, "pair_table", lambda f, *a: f(*a) >> np.uint32(16) | f(*a) << np.uint32(16),
     ),
     "pairs and lanes exchanged": (
         "nf4", prepared, "nf4_order", lambda f, *a: _swapped(f(*a), 5, 6),
@@ -213,39 +259,60 @@ def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert decoding_difference(weight, case, "float16") is None
     with monkeypatch.context() as patch:
         patch.setattr(module, name, functools.partial(change, right))
-        call._tables.cache_clear()
-        call._plan.cache_clear()
+        plan._tables.cache_clear()
+        plan.plan_of.cache_clear()
         assert decoding_difference(weight, case, "float16") is not None
-    call._tables.cache_clear()
-    call._plan.cache_clear()
+    plan._tables.cache_clear()
+    plan.plan_of.cache_clear()
 
 
-# What stands in the source of the kernel, and what is put in its place.
+# What stands in the source of a kernel, and what is put in its place.
 IN_THE_KERNEL = {
-    "sums of one warp": ("nf4", "for w in range(WARPS)", "for w in range(1)"),
-    "tokens exchanged": ("nf4", "2 * (owner & 3) + (i & 1)", "2 * (owner & 3) + 1 - (i & 1)"),
+    "sums of one warp": ("portable", "for w in range(WARPS)", "for w in range(1)"),
+    "tokens exchanged": ("portable", "2 * (owner & 3) + (i & 1)", "2 * (owner & 3) + 1 - (i & 1)"),
     "rows exchanged": ("int8", "8 * ((i >> 1) & 1)", "8 * (1 - (i >> 1) & 1)"),
-    "no offset of absmax": ("nf4", ".view(np.float32) + offset", ".view(np.float32)"),
+    "no offset of absmax": ("portable", ".view(np.float32) + offset", ".view(np.float32)"),
     "scale of the other row": ("int8", "uint32(extra[4 * slot + i]).v", "uint32(extra[4 * slot + 1 - i]).v"),
     "sums kept for the next tile": ("int8", "total[i] = float32(0.0)\n                        cuda", "cuda"),
-    "chunk of the next warp": ("nf4", "int32(2 * CHUNK * chunk)", "int32(2 * CHUNK * (chunk ^ 1))"),
-}  # fmt: skip
+    "chunk of the next warp": ("portable", "int32(2 * CHUNK * chunk)", "int32(2 * CHUNK * (chunk ^ 1))"),
+    "columns of one block": ("stream", "if column == i else", "if column == 0 else"),
+    "absmax of another column": ("stream", "8 * e + 16 * group +", "8 * e + 8 * group +"),
+    "parts of the next tile": ("stream", "w * parts + tile -", "w * parts + 1 + tile -"),
+    "a tile's end forgotten": ("stream", "if chunk == chunks or unit == end", "if unit == end"),
+    "tile ahead stays": ("stream", "tile_ahead += int32(1)", "tile_ahead += int32(0)"),
+    "first warp alone": ("stream", "in range(source, last + 1)", "in range(source, source + 1)"),
+    "halves of a piece exchanged": ("stream", "(q >> 3) ^ (q >> 4)", "(q >> 4)"),
+    "scales of the same item": ("wide", "outers[i] = outers_ahead[i]", "outers[i] = outers[i]"),
+    "half of a chunk repeated": ("wide", "base, lane, step & 1, offset", "base, lane, 0, offset"),
+    "the last part not in the ring": ("wide", "if own == machine.quotient(last, steps)", "if own < 0"),
+    "tiles of the first four": ("wide", "TILES * four + lane", "lane"),
+    "the first stage alone": ("wide", "STAGE_BYTES * slot)\n            machine", "0)\n            machine"),
+}
+MODULES = {"portable": decode, "int8": decode, "stream": stream_nf4, "wide": wide_nf4}
+# Several tiles for each of two blocks, or one group of four of them.
+SIZES = {
+    "portable": {"M": 3, "K": 512, "N": 65, "scale_block_size": 4},
+    "int8": {"M": 3, "K": 256, "N": 65},
+    "stream": {"M": 3, "K": 512, "N": 81, "scale_block_size": 4},
+    "wide": {"M": 3, "K": 768, "N": 65, "scale_block_size": 4},
+}
 
 
 @pytest.mark.parametrize("mistake", IN_THE_KERNEL)
-def test_mistakes_in_the_kernel_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, right, wrong = IN_THE_KERNEL[mistake]
-    text = inspect.getsource(decode.build)
+def test_mistakes_in_the_kernel_are_seen(
+    mistake: str, monkeypatch: pytest.MonkeyPatch, kernel_of: Callable[[str], None]
+) -> None:
+    kernel, right, wrong = IN_THE_KERNEL[mistake]
+    weight, module = "int8" if kernel == "int8" else "nf4", MODULES[kernel]
+    text = inspect.getsource(module.build)
     changed = text.replace(right, wrong)
     assert changed != text
-    space = dict(vars(decode))
-    exec(compile(changed, decode.__file__, "exec"), space)
-    case = case_of(weight, "float16", M=3, K=512, N=49)  # two tiles for each of two blocks
-    with monkeypatch.context() as patch:
-        patch.setattr(decode, "build", space["build"])
-        call._plan.cache_clear()
-        assert decoding_difference(weight, case, "float16") is not None
-    call._plan.cache_clear()
+    space = dict(vars(module))
+    exec(compile(changed, str(module.__file__), "exec"), space)
+    kernel_of("portable" if kernel == "int8" else kernel)
+    monkeypatch.setattr(module, "build", space["build"])
+    case = case_of(weight, "float16", **SIZES[kernel])
+    assert decoding_difference(weight, case, "float16") is not None
 
 
 def test_padding_repeats_a_row() -> None:

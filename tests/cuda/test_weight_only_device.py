@@ -1,25 +1,28 @@
 """Quantised weights and attention in int8 on a GPU: decoding, any number of tokens, QLoRA, the Hopper kernel.
 
-``FRUGAL_TEST_GPU=1 pytest -s -m cuda tests/cuda/test_weight_only_device.py`` prints errors of attention too.
+``FRUGAL_TEST_GPU=1 pytest -n 6 -s -m cuda tests/cuda/test_weight_only_device.py`` also prints errors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cuda_backend
+from cuda_backend.weight_only import plan
 from refimpl import quant
 from refimpl.attention import scaled_dot_product_attention
+from refimpl.errors import UnsupportedError
 from refimpl.numerics import round_to, widen
 from refimpl.quant import nf4_quantize, quantize_groups
 from tests.cuda.int8_attention_judge import case_of as attention_case
 from tests.cuda.int8_attention_judge import int8_difference
 from tests.cuda.judge import DTYPES
 from tests.cuda.test_device import on_torch
-from tests.cuda.weight_only_judge import case_of, decoding, decoding_difference
+from tests.cuda.weight_only_judge import KERNELS, case_of, decoding, decoding_difference, moved
 
 pytestmark = pytest.mark.cuda
 
@@ -42,17 +45,85 @@ def _hopper() -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("weight", ["int8", "nf4"])
-@pytest.mark.parametrize("M", [1, 2, 7, 8, 9, 16])
-def test_decoding_obeys_its_record(M: int, weight: str, dtype: str) -> None:
-    for K, N in ((256, 5), (512, 16), (1280, 33), (4096, 1100), (8192, 300)):
-        case = case_of(weight, dtype, seed=N, M=M, K=K, N=N)
-        assert decoding_difference(weight, case, dtype) is None, (K, N)
+@pytest.mark.parametrize("tokens", [(1, 2), (3, 4), (5, 6, 7, 8), range(9, 17)], ids=["2", "4", "8", "16"])
+def test_decoding_obeys_its_record(tokens: Sequence[int], weight: str, dtype: str) -> None:
+    """Ragged and whole tiles, parts of a tile for several warps, several tiles for one, bias or none."""
+    shapes = ((256, 5), (512, 16), (1280, 33), (2304, 1100), (8192, 50))
+    for i, M in enumerate(tokens):
+        for K, N in shapes if i == 0 else shapes[i % 3 : i % 3 + 2]:
+            case = case_of(weight, dtype, seed=N, M=M, K=K, N=N, bias=(M + N) % 2 == 0)
+            assert decoding_difference(weight, case, dtype) is None, (M, K, N)
+
+
+@pytest.mark.parametrize("kernel", ["stream", "wide", "portable"])
+def test_every_kernel_of_nf4(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever the rule takes for a layer, all that fit compute it."""
+    _hopper()
+    for M, K, N in ((1, 1280, 2200), (4, 512, 40), (8, 4096, 200), (16, 256, 33)):
+        if kernel == "stream" and M > 8:
+            continue
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, *KERNELS[kernel])
+            plan.plan_of.cache_clear()
+            case = case_of("nf4", "float16", seed=M, M=M, K=K, N=N)
+            assert decoding_difference("nf4", case, "float16") is None, (M, K, N)
+        plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("weight", ["int8", "nf4"])
-def test_wide_layers_read_activations_from_global_memory(weight: str) -> None:
-    case = case_of(weight, "float16", M=16, K=28_672, N=64)
+@pytest.mark.parametrize("M", [1, 6, 16])
+def test_long_rows(M: int, weight: str) -> None:
+    """Activations that do not fit into shared memory come from global memory."""
+    case = case_of(weight, "float16", M=M, K=28_672, N=64)
     assert decoding_difference(weight, case, "float16") is None
+
+
+@pytest.mark.parametrize("weight", ["int8", "nf4"])
+@pytest.mark.parametrize("M", [1, 5, 16])
+def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
+    """A grid that starts early sees what the layer before it has written: as when the host waits between."""
+    torch = pytest.importorskip("torch")
+    layers, K = 12, 2048
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def prepared() -> Any:
+        values = torch.randn(K, K, device="cuda", generator=generator).cpu().numpy() / np.sqrt(K)
+        if weight == "int8":
+            return cuda_backend.prepare_int8_groups(moved(quantize_groups(values), on_torch))
+        return cuda_backend.prepare_nf4(moved(nf4_quantize(values), on_torch))
+
+    weights = [prepared() for _ in range(2)]
+    f = cuda_backend.int8_linear_decode if weight == "int8" else cuda_backend.nf4_linear_decode
+
+    def chain(x: Any, *, wait: bool = False) -> Any:
+        for i in range(layers):
+            x = f(x, weights[i % 2])
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    inputs = [torch.randn(M, K, device="cuda", generator=generator).half() for _ in range(3)]
+    expected = [chain(x, wait=True) for x in inputs]
+    for _ in range(20):
+        for x, wanted in zip(inputs, expected, strict=True):
+            assert torch.equal(chain(x), wanted)
+    given = torch.empty_like(inputs[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(given)
+    for _ in range(20):
+        for x, wanted in zip(inputs, expected, strict=True):
+            given.copy_(x)
+            graph.replay()
+            assert torch.equal(out, wanted)
+
+
+def test_weights_are_not_prepared_under_capture() -> None:
+    torch = pytest.importorskip("torch")
+    packed = moved(nf4_quantize(np.ones((256, 16), np.float32)), on_torch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(UnsupportedError, match="prepare weights ahead"):
+        cuda_backend.prepare_nf4(packed)
 
 
 @pytest.mark.parametrize("group_size", [128, 256, 4096])
@@ -131,8 +202,9 @@ def test_portable_attention_in_int8(dtype: str, causal: Any) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("D", [128, 64, 40])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(128, "float16"), (128, "bfloat16"), (64, "float16"), (40, "float16")]
+)
 def test_hopper_attention_in_int8(D: int, dtype: str, causal: Any) -> None:
     _hopper()
     for Tq, Tk in ((1, 1), (64, 128), (65, 129), (200, 70), (300, 700)):
