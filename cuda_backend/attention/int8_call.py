@@ -132,7 +132,7 @@ def prepare(
     *,
     coded: Callable[..., tuple[Codes, Codes]] | None = None,
 ) -> Prepared:
-    """Check a call as the reference does, and queue what makes its codes: `coded`, or the portable kernels."""
+    """Check a call as the reference does; queue what makes its codes: `coded`, or the portable kernels."""
     named = {"q": q, "k": k, "v": v}
     one_library(named)
     if is_host(q):

@@ -16,8 +16,9 @@ from cuda_backend.attention.counters import tile_counters
 from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
 from cuda_backend.attention.int8_call import prepare
 from cuda_backend.attention.int8_codes_call_hopper import coded
+from cuda_backend.attention.int8_consumer_hopper import Tries
 from cuda_backend.attention.int8_forward_hopper import KEYS, QUERIES, WIDEST, choose
-from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, MISALIGNED, section_of
+from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, MISALIGNED, early_config, section_of
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
 from cuda_backend.context import checked, current_device, driver, is_hopper
 from cuda_backend.cubins import Image, compiled, load
@@ -29,6 +30,7 @@ from refimpl.errors import UnsupportedError
 __all__ = ["int8_attention_hopper"]
 
 # int8_forward_hopper.SIGNATURE: the descriptors, addresses, and what the plan settles.
+TRIES = Tries()  # `tests.cuda.int8_attention_table` times the others beside it
 MAPS_BYTES = 3 * DESCRIPTOR_BYTES
 ADDRESSES, SETTLED = struct.Struct("4Q"), struct.Struct("f12i")
 OFFSETS = [
@@ -119,7 +121,7 @@ def int8_attention_hopper(
     queries, keys = (_rows(codes.words) for codes in (call.queries, call.keys))
     plan = _plan(
         queries.shape, keys.shape, values.shape, values.strides, call.dtype, bool(causal), call.offset,
-        call.scale, columns, call.on, current_device(),
+        call.scale, columns, call.on, current_device(), TRIES,
     )  # fmt: skip
     addresses = out.address, call.queries.scale.address, call.keys.scale.address
     plan.enqueue((queries.address, keys.address, values.address), addresses)
@@ -165,6 +167,7 @@ def _plan(
     columns: int,
     stream: int,
     device: int,
+    tries: Tries,
 ) -> Plan:
     batch, tq, heads, _ = q
     _, tk, kv_heads, value_width = v
@@ -189,12 +192,9 @@ def _plan(
             (v, v_strides, dtype, variant.block_n),
         )
     ]
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = min(tiles, processors), 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = variant.threads, 1, 1
-    config.sharedMemBytes, config.hStream = variant.shared_bytes, driver.CUstream(stream)
+    config = early_config(min(tiles, processors), variant.threads, variant.shared_bytes, stream)
     return Plan(
-        _function(variant, device),
+        _function(variant, tries, device),
         config,
         arguments,
         start,
@@ -210,12 +210,13 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @functools.cache
-def _function(variant: Variant, device: int) -> Any:
-    function = load("attention_int8_hopper", variant, device, functools.partial(_compiled, variant))
+def _function(variant: Variant, tries: Tries, device: int) -> Any:
+    make = functools.partial(_compiled, variant, tries)
+    function = load("attention_int8_hopper", (*variant, *tries), device, make)
     return allow_shared_memory(function, variant.shared_bytes)
 
 
-def _compiled(variant: Variant) -> Image:
+def _compiled(variant: Variant, tries: Tries) -> Image:
     from cuda_backend.attention.int8_forward_hopper import SIGNATURE, build  # not needed if it is on disk
 
-    return compiled(build(variant), SIGNATURE, threads=variant.threads)
+    return compiled(build(variant, tries), SIGNATURE, threads=variant.threads)

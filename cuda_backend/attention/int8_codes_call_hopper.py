@@ -1,4 +1,4 @@
-"""Queueing what makes the codes of attention in int8 on Hopper: two or three launches, looked up by layout."""
+"""Queueing what makes codes for attention in int8 on Hopper: two or three launches, looked up by layout."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _sums_plan(
     parts = -(-T // PART)
     numbers = [H, T, parts, 2 * D // VECTOR, *(step // VECTOR for step in strides[:3])]
     function = _function("sums", kind, device)
-    return Launch(function, 2, numbers, blocks=B * H * parts, threads=THREADS), Lock()
+    return Launch(function, 2, numbers, blocks=B * H * parts, threads=THREADS, early=True), Lock()
 
 
 @functools.lru_cache(maxsize=256)
@@ -90,7 +90,7 @@ def _codes_plan(
     blocks = -(-T // variant.tokens)
     numbers = [H, T, -(-T // PART), 2 * D // VECTOR, blocks, *(step // VECTOR for step in strides[:3])]
     function = _function("codes", variant, device)
-    return Launch(function, 4, numbers, blocks=B * H * blocks, threads=THREADS), Lock()
+    return Launch(function, 4, numbers, blocks=B * H * blocks, threads=THREADS, early=True), Lock()
 
 
 @functools.cache

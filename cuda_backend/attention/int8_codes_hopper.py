@@ -1,6 +1,6 @@
 """Codes of queries and keys for attention in int8 on Hopper: what is read once stays in registers.
 
-Two kernels.  The first adds the keys of each head, 256 tokens a block.  The second gives a block the tokens
+Two kernels, whose grids start early and wait before they read.  The first adds the keys of each head, 256 tokens a block.  The second gives a block the tokens
 that share a scale: it loads them, adds up the sums of its head meanwhile, takes the mean off, finds the
 largest magnitude, and writes codes.  A thread holds eight numbers of every 16th token.
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuda_backend._numba import cuda, device_function
+from cuda_backend._numba import cuda
 from cuda_backend.int8.arithmetic import nearest_code, product
 from cuda_backend.ptx.assembly import types
 from cuda_backend.weight_only import machine
@@ -57,7 +57,7 @@ CODES_SIGNATURE = types.void(
 
 
 class Codes(NamedTuple):
-    """One compiled kernel: ``"f16"`` or ``"bf16"``, the tokens that share a scale, whether a mean goes off."""
+    """One compiled kernel: ``"f16"`` or ``"bf16"``, tokens that share a scale, whether a mean goes off."""
 
     kind: str
     tokens: int
@@ -82,6 +82,8 @@ def build_sums(kind: str) -> Callable[..., None]:
         step_t: Any,
         step_h: Any,
     ) -> None:
+        machine.let_next_grid_start()
+        machine.wait_for_earlier_grids()
         cells = cuda.shared.array(CELLS, float32)
         words = cuda.local.array(WORDS, uint32)
         total = cuda.local.array(8, float32)
@@ -126,9 +128,11 @@ def build_codes(variant: Codes) -> Callable[..., None]:
     CELLS = GROUPS * WIDTH
 
     def quantize(
-        x: Any, sums: Any, codes: Any, scale: Any, heads: Any, tokens: Any, parts: Any, columns: Any, blocks: Any,
-        step_b: Any, step_t: Any, step_h: Any,
+        x: Any, sums: Any, codes: Any, scale: Any, heads: Any, tokens: Any, parts: Any, columns: Any,
+        blocks: Any, step_b: Any, step_t: Any, step_h: Any,
     ) -> None:  # fmt: skip
+        machine.let_next_grid_start()
+        machine.wait_for_earlier_grids()
         cells = cuda.shared.array(CELLS, float32)
         tops = cuda.shared.array(32, uint32)
         words = cuda.local.array(WORDS, uint32)

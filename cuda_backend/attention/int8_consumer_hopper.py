@@ -10,7 +10,7 @@ largest score that the codes can express.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,18 +18,36 @@ from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.schedule_hopper import Schedule
 from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
 from cuda_backend.attention.variant_hopper import Variant
-from cuda_backend.ptx import barrier, copy, registers, wgmma
+from cuda_backend.ptx import barrier, copy, grid, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["CODE_BYTES", "build_consumer"]
+__all__ = ["CODE_BYTES", "Tries", "build_consumer"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 CODE_BYTES = 128  # of a row of codes: a head of up to 128, filled with zeros
 STEPS = [0, 2, 4, 6]  # along a row of codes, 32 each, in units of 16 bytes
+LAG = 8.0  # binary orders that a maximum may lag behind: weights stay below 256
+TURNS = 2  # the number of the first warpgroup's turn
 
 
-def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
+class Tries(NamedTuple):
+    """What is tried beside the schedule of the fp16 kernel.
+
+    Attributes
+    ----------
+    lazy
+        A row's maximum stays as it is until it lags behind by more than `LAG`; where no row of a warp has
+        moved its own, O is not rescaled.
+    turns
+        The warpgroups issue their products in turns, so that one is at its softmax while the other's run.
+    """
+
+    lazy: bool = False
+    turns: bool = False
+
+
+def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callable[..., None]:
     """Return ``consume(base, thread, out, scales, scale, problem)``, a device function for a whole warpgroup.
 
     ``scales`` are the addresses of the scales of q and k and how many of each a head has.
@@ -40,7 +58,8 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
     mask, _, pack_scores = build_softmax(variant)
-    softmax_row = build_softmax_row(variant)
+    LAZY, IN_TURNS = tries.lazy, tries.turns
+    softmax_row = build_softmax_row(variant, tries.lazy)
     rescale, row_total, store_row = build_output(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
@@ -77,6 +96,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
 
     @device_function
     def consume(base: Any, thread: Any, out: Any, scales: Any, scale: Any, problem: Any) -> None:
+        grid.wait_for_earlier_grids()  # which write the scales
         _, per_head, section, heads, all_heads, group, tq, tk, offset, columns = problem
         q_scales, k_scales, q_blocks, k_blocks = scales
         codes = cuda.local.array(s_count, int32)
@@ -87,6 +107,9 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         quad_lane = int32(lane & 3)
         group_index = registers.uniform(int32(thread >> 7) - 1)
         own_row = int32(64 * group_index + 16 * ((thread >> 5) & 3) + (lane >> 2))
+        own_turn, other_turn = int32(TURNS + group_index), int32(TURNS + 1 - group_index)
+        if IN_TURNS and group_index == 1:
+            barrier.give_turn(other_turn)
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
@@ -120,6 +143,9 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
             place_of_q = uint64(4) * (uint64(head) * uint64(q_blocks) + uint64(block))
             q_factor = copy.load_float(q_scales + place_of_q) * scale
             while j >= own:  # what only other warpgroups need
+                if IN_TURNS:
+                    barrier.take_turn(own_turn)
+                    barrier.give_turn(other_turn)
                 barrier.wait(base + k_full + 8 * stage, parity)
                 barrier.wait(base + v_full + 8 * stage, parity)
                 if lane == 0:
@@ -130,8 +156,12 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
             if j >= 0:
                 k_factor = copy.load_float(of_keys + uint64(4) * uint64(j))
                 barrier.wait(base + k_full + 8 * stage, parity)
+                if IN_TURNS:
+                    barrier.take_turn(own_turn)
                 qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
+                if IN_TURNS:
+                    barrier.give_turn(other_turn)
                 scores_done(codes)
                 if lane == 0:
                     barrier.arrive(base + k_empty + 8 * stage)
@@ -157,10 +187,14 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     stage, parity = next_stage(stage, parity)
                     k_factor = copy.load_float(of_keys + uint64(4) * uint64(j))
                     barrier.wait(base + k_full + 8 * stage, parity)
+                    if IN_TURNS:
+                        barrier.take_turn(own_turn)
                     qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                     wgmma.commit()
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
+                    if IN_TURNS:
+                        barrier.give_turn(other_turn)
                     scores_first_done(codes)
                     if lane == 0:
                         barrier.arrive(base + k_empty + 8 * stage)
@@ -185,7 +219,12 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     if lane == 0:
                         barrier.arrive(base + v_empty + 8 * old_stage)
                     pack_scores(p, s)
-                    rescale(o, factor_low, factor_high)
+                    if LAZY:
+                        moved = int32(factor_low != float32(1.0)) | int32(factor_high != float32(1.0))
+                        if registers.any_lane(moved) != 0:
+                            rescale(o, factor_low, factor_high)
+                    else:
+                        rescale(o, factor_low, factor_high)
                     j = int32(j - 1)
                 if lane == 0:
                     barrier.arrive(base + q_empty + 8 * q_stage)
@@ -213,7 +252,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     return consume
 
 
-def build_softmax_row(variant: Variant) -> Callable[..., Any]:
+def build_softmax_row(variant: Variant, lazy: bool) -> Callable[..., Any]:
     """Return ``softmax_row(s, first, factor, old_max, old_sum)`` for scores of MIDDLE plus an integer.
 
     As that of `softmax_hopper.build_softmax`, but maxima are of the scores times ``factor``, which is above 0
@@ -230,6 +269,8 @@ def build_softmax_row(variant: Variant) -> Callable[..., Any]:
         largest = registers.maximum(largest, registers.exchange_float(largest, 1))
         largest = registers.maximum(largest, registers.exchange_float(largest, 2))
         new_max = registers.maximum(old_max, (largest - float32(middle)) * factor)
+        if lazy:
+            new_max = old_max if new_max <= old_max + float32(LAG) else new_max
         # A row without a key so far: exp2(-inf - 0) = 0, where exp2(-inf + inf) would be NaN.
         top = new_max if new_max != float32(NO_KEY) else float32(0.0)
         shrink = registers.exp2(old_max - top)

@@ -3,8 +3,6 @@
 A row of codes is 128 bytes, so tiles of Q and K are to the producer those of heads of 64 in 16 bits, half of
 what heads of 128 take.  A warpgroup's 64 queries share a scale, and so do the 128 keys of a tile.
 
-Compiled ahead of time; not yet run on a device.
-
 Sources: Zhang et al. 2024, arXiv:2410.02367, Algorithm 1; Shah et al. 2024, arXiv:2407.08608, Algorithms 1
 and 2.
 """
@@ -16,17 +14,18 @@ from typing import Any
 
 from cuda_backend._numba import cuda
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
-from cuda_backend.attention.int8_consumer_hopper import build_consumer
+from cuda_backend.attention.int8_consumer_hopper import Tries, build_consumer
 from cuda_backend.attention.producer_hopper import build_producer
 from cuda_backend.attention.schedule_hopper import build_schedule
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
-from cuda_backend.ptx import barrier, copy, parameters, registers
+from cuda_backend.ptx import barrier, copy, grid, parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["KEYS", "QUERIES", "SIGNATURE", "WIDEST", "build", "choose"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
+USUAL = Tries()
 QUERIES, KEYS = 64, 128  # that share a scale: rows of a warpgroup, and of a key tile
 WIDEST = 128  # head: a row of codes
 
@@ -51,14 +50,14 @@ def choose(kind: str, value_width: int, causal: bool) -> Variant:
     return Variant(kind, SUBTILE, d_v, causal, consumers=2, block_n=KEYS, stages=3, q_stages=2)
 
 
-def build(variant: Variant) -> Callable[..., None]:
+def build(variant: Variant, tries: Tries = USUAL) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE` and launched as `forward_hopper`'s."""
     stages, q_stages, consumer_warps = variant.stages, variant.q_stages, 4 * variant.consumers
     places = variant.places
     q_full, q_empty = places.q_full, places.q_empty
     k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
     schedule = build_schedule(variant)
-    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule)
+    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule, tries)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
 
@@ -89,6 +88,7 @@ def build(variant: Variant) -> Callable[..., None]:
         base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
         thread = int32(cuda.threadIdx.x)
         if thread == 0:
+            grid.let_next_grid_start()
             for i in range(q_stages):
                 barrier.initialise(base + q_full + 8 * i, 1)
                 barrier.initialise(base + q_empty + 8 * i, consumer_warps)

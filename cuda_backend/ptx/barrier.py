@@ -16,11 +16,13 @@ __all__ = [
     "arrive",
     "arrive_warp",
     "expect_bytes",
+    "give_turn",
     "initialise",
     "meet_warp",
     "named",
     "publish_initialisation",
     "publish_stores",
+    "take_turn",
     "wait",
 ]
 
@@ -109,3 +111,22 @@ def named(number: int, threads: int) -> Intrinsic:
     """Return barrier `number`, 1 to 15, of `threads` threads of a block in whole warps."""
     doc = 'Orders their memory accesses, too.  PTX ISA, "bar".'
     return instruction("named", types.void, {}, f"bar.sync {number}, {threads};", "", doc)
+
+
+take_turn = instruction(
+    "take_turn",
+    types.void,
+    {"number": types.int32},
+    "bar.sync $0, 256;",
+    "r",
+    'A warpgroup waits until another has given it turn `number`, 1 to 15.  PTX ISA, "bar.sync".',
+)
+
+give_turn = instruction(
+    "give_turn",
+    types.void,
+    {"number": types.int32},
+    "bar.arrive $0, 256;",
+    "r",
+    'A warpgroup gives another turn `number`, and goes on.  PTX ISA, "bar.arrive".',
+)

@@ -11,6 +11,7 @@ from typing import Any
 from cuda_backend.ptx.assembly import Intrinsic, Lowering, declare, instruction, passed, types
 
 __all__ = [
+    "any_lane",
     "exchange_float",
     "exchange_word",
     "exp2",
@@ -247,6 +248,15 @@ word_below = instruction(
     "shfl.sync.up.b32 $0, $1, $2, 0, 0xffffffff;",
     "=r,r,r",
     'The value of the lane `distance` below; in the lowest lanes, their own.  PTX ISA, "shfl.sync", .up.',
+)
+
+any_lane = instruction(
+    "any_lane",
+    _int,
+    {"value": _int},
+    "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.s32 $0, 1, 0, q; }",
+    "=r,r",
+    '1 if the value of any lane of the warp is not 0, else 0.  PTX ISA, "vote.sync", .any.',
 )
 
 uniform = instruction(

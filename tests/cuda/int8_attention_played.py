@@ -7,6 +7,7 @@ in which phase, masks, scales, maxima, and where outputs go.
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from cuda_backend._numba import cuda
 from cuda_backend.attention import int8_forward_hopper
-from cuda_backend.attention.int8_call import prepare
+from cuda_backend.attention.int8_call import portable_codes, prepare
 from cuda_backend.launch import simulation
 from cuda_backend.ptx import barrier, copy, grid, parameters, registers, tma, wgmma
 from cuda_backend.weight_only import machine
@@ -41,6 +42,12 @@ class Barrier:
                 self.pending, self.phase = self.arrivals, self.phase + 1
                 self.changed.notify_all()
 
+    def meet(self) -> None:
+        """Arrive, and wait until the phase that this belongs to has ended."""
+        parity = self.phase % 2  # which cannot end without this arrival
+        self.step(1, 0)
+        self.wait(parity)
+
     def wait(self, parity: int) -> None:
         """Wait until the phase of this parity has ended."""
         with self.changed:
@@ -50,7 +57,8 @@ class Barrier:
 
 def attention(monkeypatch: pytest.MonkeyPatch, build: Any, q: Any, k: Any, v: Any, causal: Any) -> Any:
     """Return what the kernel made by `build` writes for NumPy arrays of float16."""
-    call = prepare("played", q, k, v, causal, None, True, (64, 128), None, width=128)
+    coded = functools.partial(portable_codes, width=128)
+    call = prepare("played", q, k, v, causal, None, True, (64, 128), None, coded=coded)
     B, Tq, H, Dv = call.shape
     Tk, kv_heads = k.shape[1], k.shape[2]
     variant = int8_forward_hopper.choose("f16", Dv, bool(causal))
@@ -79,6 +87,7 @@ def attention(monkeypatch: pytest.MonkeyPatch, build: Any, q: Any, k: Any, v: An
 
 def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> None:
     barriers: dict[int, Barrier] = {}
+    turns = [Barrier(256) for _ in range(4)]
     words: dict[int, int] = {}
     tiles: dict[int, Any] = {}
     lock = threading.Lock()
@@ -149,6 +158,10 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
         given, _ = machine._as_warp(list, value)
         return given[0]
 
+    def any_lane(value: Any) -> Any:
+        given, _ = machine._as_warp(list, value)
+        return np.int32(any(given))
+
     def store_16(address: Any, *four: Any) -> None:
         machine._at(address, 16).view(np.uint32)[:] = four
 
@@ -171,6 +184,8 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             "expect_bytes": lambda at, count: barriers[int(at)].step(1, int(count)),
             "arrive": lambda at: barriers[int(at)].step(1, 0),
             "wait": wait,
+            "take_turn": lambda number: turns[int(number)].meet(),
+            "give_turn": lambda number: turns[int(number)].step(1, 0),
         }),
         (copy, {
             "shared_address": lambda _: np.uint32(0),
@@ -183,14 +198,14 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             "store_global_16": store_16,
         }),
         (registers, {
-            "uniform": uniform, "exchange_float": exchange, "exchange_word": exchange,
+            "uniform": uniform, "any_lane": any_lane, "exchange_float": exchange, "exchange_word": exchange,
             "quotient": machine._quotient, "maximum": np.fmax, "exp2": exp2,
             "fused_multiply_add": lambda x, y, z: np.float32(np.float64(x) * np.float64(y) + np.float64(z)),
             "pack_pair": machine._simulated_pack, "pin": lambda _: nothing,
             "give_registers": lambda _: nothing, "take_registers": lambda _: nothing,
         }),
         (tma, {"prefetch_descriptor": nothing, "load_4d": load_4d}),
-        (grid, {"wait_for_earlier_grids": nothing}),
+        (grid, {"wait_for_earlier_grids": nothing, "let_next_grid_start": nothing}),
         (parameters, {"block_address": lambda block: np.uint64(block)}),
         (wgmma, {
             "descriptor_k_major": lambda at: np.uint64(at),

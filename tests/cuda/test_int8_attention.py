@@ -77,8 +77,8 @@ def test_codes_of_the_hopper_kernels(shape: tuple[int, ...], tokens: int, smooth
     assert not codes[..., D:].any(), "the width is filled with zeros"
     np.testing.assert_allclose(scale, np.where(expected.scale == 0, 1, expected.scale), rtol=1e-6)
     x[0, 1, 1, 3] = np.inf
-    run(build_codes(variant._replace(smooth=False)), B * H * blocks, [x, sums, codes, scale], H, T, parts, D // 8,
-        blocks, *steps)  # fmt: skip
+    run(build_codes(variant._replace(smooth=False)), B * H * blocks, [x, sums, codes, scale], H, T, parts,
+        D // 8, blocks, *steps)  # fmt: skip
     assert not codes[0, :tokens, 1].any(), "infinity has code 0, and beside it all others have"
 
 
