@@ -1,8 +1,9 @@
 """Codes of queries and keys for attention in int8 on Hopper: what is read once stays in registers.
 
-Two kernels, whose grids start early and wait before they read.  The first adds the keys of each head, 256 tokens a block.  The second gives a block the tokens
-that share a scale: it loads them, adds up the sums of its head meanwhile, takes the mean off, finds the
-largest magnitude, and writes codes.  A thread holds eight numbers of every 16th token.
+Two kernels, whose grids start early and wait before they read.  The first adds the keys of each head, 256
+tokens a block.  The second gives a block the tokens that share a scale: it loads them, adds up the sums of
+its head meanwhile, takes the mean off, finds the largest magnitude, and writes codes.  A thread holds eight
+numbers of every 16th token.
 
 A code is the low byte of ``x * scale + 1.5 * 2**23``, whose addition rounds to the nearest integer, halves to
 even; a block that holds an infinity or NaN is treated number by number.

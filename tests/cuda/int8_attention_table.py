@@ -1,7 +1,8 @@
 """Attention in int8 on Hopper beside fp16, piece by piece: ``python -m tests.cuda.int8_attention_table``.
 
 Every line is printed when it is known, so that a kernel that never ends is seen by the line that is missing.
-Codes are made inside the timing; "codes" are they alone.  Errors are rms, of sampled rows against float64.
+The kernels of `Tries` take turns.  Codes are made inside the timing; "codes" are they alone.  Errors are rms,
+of sampled rows against float64.
 """
 
 from __future__ import annotations
@@ -9,46 +10,69 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from typing import Any
+
+from cuda_backend.attention import int8_call_hopper
+from cuda_backend.attention.int8_consumer_hopper import Tries
+from cuda_backend.attention.int8_forward_hopper import choose
 
 SHAPES = ((1, 16, 8192, 128), (1, 16, 16384, 128), (4, 16, 8192, 128))
 SMALL = ((1, 1, 1, 128), (1, 2, 200, 128), (2, 2, 700, 64), (1, 4, 2048, 128))
 BEGAN = time.perf_counter()
 
 
-def ready(task: tuple[str, bool]) -> float:
+TRIES = {
+    "int8": Tries(),
+    "lazy": Tries(lazy=True),
+    "in turns": Tries(turns=True),
+    "lazy, in turns": Tries(lazy=True, turns=True),
+}
+AT_64 = "int8", "lazy, in turns"
+
+
+def ready(task: tuple[str, int, bool]) -> float:
     """Compile a kernel in a process of its own, into the folder that others read; return the seconds."""
     import torch
 
     from cuda_backend import flash_attention_hopper
-    from cuda_backend.attention import int8_call_hopper, int8_codes_call_hopper, int8_codes_hopper
-    from cuda_backend.attention.int8_forward_hopper import choose
+    from cuda_backend.attention import int8_codes_call_hopper, int8_codes_hopper
     from cuda_backend.context import current_device
 
     start = time.perf_counter()
-    what, causal = task
+    what, width, causal = task
     device = current_device()
     if what == "fp16":
-        x = torch.randn(1, 4096, 16, 128, device="cuda").half()
+        x = torch.randn(1, 4096, 16, width, device="cuda").half()
         flash_attention_hopper(x, x, x, causal=causal)
         torch.cuda.synchronize()
-    elif what == "int8":
-        int8_call_hopper._function(choose("f16", 128, causal), device)
-    elif what == "int8, 64 wide":
-        int8_call_hopper._function(choose("f16", 64, causal), device)
-    else:
+    elif what == "codes":
         int8_codes_call_hopper._function("sums", "f16", device)
         int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 64, False), device)
         int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 128, True), device)
+    else:
+        int8_call_hopper._function(choose("f16", width, causal), TRIES[what], device)
     return time.perf_counter() - start
+
+
+@contextmanager
+def trying(tries: Tries) -> Iterator[None]:
+    """Let calls take one of the kernels."""
+    usual, int8_call_hopper.TRIES = int8_call_hopper.TRIES, tries
+    try:
+        yield
+    finally:
+        int8_call_hopper.TRIES = usual
 
 
 def main() -> None:
     """Print what each piece takes."""
-    tasks = [(what, causal) for what in ("int8", "int8, 64 wide", "fp16") for causal in (False, True)]
-    tasks.append(("codes", False))
+    both = False, True
+    tasks = [(what, 128, causal) for what in (*TRIES, "fp16") for causal in both]
+    tasks += [(what, 64, causal) for what in AT_64 for causal in both] + [("codes", 128, False)]
     with ProcessPoolExecutor(len(tasks), mp_context=get_context("spawn")) as pool:
         for task, seconds in zip(tasks, pool.map(ready, tasks), strict=True):
             _say(f"{task}: compiled in {seconds:.1f} s")
@@ -67,48 +91,56 @@ def main() -> None:
         return x
 
     for shape in SMALL:
-        for causal in (False, True):
+        for causal in both:
             q, k, v = arrays(*shape)
-            _say(f"{shape} {'causal' if causal else 'full'}: codes ...")
-            int8_call.prepare("table", q, k, v, causal, None, True, (64, 128), None, coded=coded)
-            torch.cuda.synchronize()
-            _say("    attention ...")
-            out = int8_attention_hopper(q, k, v, causal=causal)
-            torch.cuda.synchronize()
-            again = int8_attention_hopper(q, k, v, causal=causal)
             exact = _exact(q, k, v, causal)
-            _say(f"    error {_error(out, exact):.1e}, repeats: {torch.equal(out, again)}")
+            for name in TRIES if shape[3] > 64 else AT_64:
+                sys.stdout.write(f"[{name}] ")  # a kernel that never ends is the last one named
+                sys.stdout.flush()
+                with trying(TRIES[name]):
+                    outs = [int8_attention_hopper(q, k, v, causal=causal) for _ in range(3)]
+                torch.cuda.synchronize()
+                same = all(torch.equal(outs[0], out) for out in outs)
+                _say(f"{shape} {causal} error {_error(outs[0], exact):.1e}, repeats: {same}")
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    portable = functools.partial(int8_call.portable_codes, width=128)
     for shape in SHAPES:
-        for causal in (False, True):
+        for causal in both:
             q, k, v = arrays(*shape)
 
-            def made(how: Any, q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
-                return int8_call.prepare("table", q, k, v, causal, None, True, (64, 128), None, coded=how)
+            def codes(_: int, q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
+                return int8_call.prepare("table", q, k, v, causal, None, True, (64, 128), None, coded=coded)
 
-            turned = [x.transpose(1, 2) for x in (q, k, v)]
-            functions = {
-                "int8": lambda _, a=(q, k, v), c=causal: int8_attention_hopper(*a, causal=c),
-                "codes": lambda _, f=made: f(coded),
-                "portable codes": lambda _, f=made: f(portable),
-                "fp16": lambda _, a=(q, k, v), c=causal: flash_attention_hopper(*a, causal=c),
-                "torch default": lambda _, a=turned, c=causal: sdpa(*a, is_causal=c),
+            def int8(_: int, q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
+                return int8_attention_hopper(q, k, v, causal=causal)
+
+            def fp16(_: int, q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
+                return flash_attention_hopper(q, k, v, causal=causal)
+
+            def default(
+                _: int, a: Any = [x.transpose(1, 2) for x in (q, k, v)], causal: bool = causal
+            ) -> Any:
+                return sdpa(a[0], a[1], a[2], is_causal=causal)
+
+            functions: dict[str, Callable[[int], Any]] = {
+                **dict.fromkeys(TRIES, int8),
+                "codes": codes,
+                "fp16": fp16,
+                "torch": default,
             }
-            errors = {}
+            contexts = {name: functools.partial(trying, tries) for name, tries in TRIES.items()}
             exact = _exact(q, k, v, causal)
-            for name in ("int8", "fp16"):
-                errors[name] = _error(functions[name](0), exact)
-            found = interleaved(functions, rounds=7)
-            texts = ", ".join(
-                f"{name} {1e6 * t.device_s:.0f} us"
-                + (f" (error {errors[name]:.1e})" if name in errors else "")
-                + (f" host {1e6 * t.host_s:.0f}" if name == "int8" else "")
+            errors = {}
+            for name in (*TRIES, "fp16"):
+                with contexts.get(name, nullcontext)():
+                    errors[name] = f" (error {_error(functions[name](0), exact):.1e})"
+            found = interleaved(functions, contexts=contexts, rounds=9)
+            base = found["fp16"].device_s
+            texts = [
+                f"{name} {1e6 * t.device_s:.0f} us, {base / t.device_s:.3f} times{errors.get(name, '')}"
                 for name, t in found.items()
-            )
-            ratio = found["fp16"].device_s / found["int8"].device_s
-            mask = "causal" if causal else "full"
-            _say(f"{shape} {mask}: {ratio:.3f} times as fast as fp16: {texts}")
+            ]
+            host = f"host {1e6 * found['int8'].host_s:.0f} us"
+            _say(f"{shape} {'causal' if causal else 'full'}: {'; '.join(texts)}; {host}")
 
 
 def _exact(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
