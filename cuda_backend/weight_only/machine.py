@@ -15,30 +15,45 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR
-from cuda_backend.ptx import barrier, bulk, cluster, copy, grid, mma, registers
+from cuda_backend.ptx import barrier, bulk, copy, grid, mma, registers
 
 __all__ = [
+    "bulk_load",
+    "exchange_float",
+    "expect_bytes",
     "from_lane",
+    "initialise",
+    "largest_word",
+    "let_next_grid_start",
     "load_8",
     "load_16",
     "load_float",
     "load_half",
     "load_shared_16",
     "load_shared_float",
+    "load_shared_word",
     "load_word",
     "look_up",
+    "low_bytes",
+    "meet",
     "pack_pair",
     "permute",
     "product",
+    "publish_initialisation",
     "quotient",
     "shared_address",
+    "store_8",
+    "store_float",
     "store_half",
     "store_shared_8",
     "store_shared_float",
     "store_shared_word",
     "subtract_pair",
     "uniform",
+    "unpack_high",
     "unpack_low",
+    "wait",
+    "wait_for_earlier_grids",
 ]
 
 WARP = 32
@@ -316,8 +331,6 @@ wait: Any = _nothing if SIMULATOR else barrier.wait
 meet: Any = _meet if SIMULATOR else barrier.meet_warp
 let_next_grid_start: Any = _nothing if SIMULATOR else grid.let_next_grid_start
 wait_for_earlier_grids: Any = _nothing if SIMULATOR else grid.wait_for_earlier_grids
-synchronise_cluster: Any = _nothing if SIMULATOR else cluster.synchronise
-load_of_block: Any = _nothing if SIMULATOR else cluster.load_word
 largest_word: Any = _largest_word if SIMULATOR else registers.largest_word
 low_bytes: Any = _low_bytes if SIMULATOR else registers.low_bytes
 store_float: Any = _store_float if SIMULATOR else copy.store_global_float

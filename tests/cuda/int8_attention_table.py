@@ -116,10 +116,10 @@ def main() -> None:
             def fp16(_: int, q: Any = q, k: Any = k, v: Any = v, causal: bool = causal) -> Any:
                 return flash_attention_hopper(q, k, v, causal=causal)
 
-            def default(
-                _: int, a: Any = [x.transpose(1, 2) for x in (q, k, v)], causal: bool = causal
-            ) -> Any:
-                return sdpa(a[0], a[1], a[2], is_causal=causal)
+            turned = tuple(x.transpose(1, 2) for x in (q, k, v))
+
+            def default(_: int, turned: Any = turned, causal: bool = causal) -> Any:
+                return sdpa(turned[0], turned[1], turned[2], is_causal=causal)
 
             functions: dict[str, Callable[[int], Any]] = {
                 **dict.fromkeys(TRIES, int8),
