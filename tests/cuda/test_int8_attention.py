@@ -44,9 +44,9 @@ def test_codes_equal_the_definitions(dtype: str) -> None:
         np.testing.assert_allclose(codes.scale.owner, expected.scale, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16"])
 @pytest.mark.parametrize(
-    ("shape", "tokens", "smooth"), [((1, 300, 2, 40), 128, True), ((1, 130, 2, 128), 64, False)]
+    ("shape", "tokens", "smooth", "kind"),
+    [((1, 300, 2, 40), 128, True, "f16"), ((1, 130, 2, 128), 64, False, "bf16")],
 )
 def test_codes_of_the_hopper_kernels(shape: tuple[int, ...], tokens: int, smooth: bool, kind: str) -> None:
     """Their code, played: blocks of keys and of queries, ragged, one of zeros and one with an infinity."""

@@ -37,19 +37,15 @@ def _difference(found: Any, q: Any, k: Any, v: Any, causal: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "causal"),
+    ("sizes", "causal", "tries"),
     [
-        (
-            (70, 300, 1, 1, 128, 64),
-            False,
-        ),  # a second warpgroup with few rows, three key tiles, the last ragged
-        (
-            (150, 260, 2, 2, 72, 40),
-            "bottom_right",
-        ),  # grouped heads, two row blocks, key tiles that are skipped
+        # A second warpgroup with few rows, three key tiles, the last ragged.
+        ((70, 300, 1, 1, 128, 64), False, Tries()),
+        ((70, 300, 1, 1, 128, 64), False, Tries(lazy=True)),
+        # Grouped heads, two row blocks, key tiles that are skipped.
+        ((150, 260, 2, 2, 72, 40), "bottom_right", Tries(lazy=True, turns=True)),
     ],
 )
-@pytest.mark.parametrize("tries", [Tries(), Tries(lazy=True, turns=True)], ids=["usual", "lazy, in turns"])
 def test_outputs(sizes: Any, causal: Any, tries: Tries, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = _arrays(*sizes)
     build = functools.partial(int8_forward_hopper.build, tries=tries)
