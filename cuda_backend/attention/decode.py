@@ -54,8 +54,8 @@ def split_kv_attention(
         Which kernels.  "ampere" ones are made for the speed of memory; they need compute capability 8.0,
         float16 or bfloat16, D and Dv that are multiples of 16 up to 256, pages of a multiple of 16 keys, and
         rows of k and v that begin at multiples of 16 bytes.  "portable" ones run anywhere and take the rest,
-        slowly.  "auto" is "ampere" where GPU, format, widths and pages allow it.  Nothing falls back: what the
-        chosen tier cannot do is an error that says so.
+        slowly.  "auto" is "ampere" where GPU, format, widths and pages allow it.  Nothing falls back: what
+        the chosen tier cannot do is an error that says so.
 
     Returns
     -------

@@ -12,7 +12,8 @@ memory needs.  Products have the keys as their 16 rows and the queries as their 
 
 P' is rounded to the format of the inputs and turned in registers.  Warps merge in shared memory.  A part
 leaves float32 outputs and log-sum-exps to base 2, and the last block of a tile, which a counter in global
-memory tells of, weighs them.  Keys in pages differ in where a turn begins: the table is read one turn ahead.
+memory tells of, weighs them.  Keys in pages differ in where a turn begins: lanes hold the pages of many turns
+ahead.
 
 Not yet run on a device.
 
@@ -65,10 +66,10 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
     """
     D, DV, ROWS, TURN = variant.D, variant.Dv, variant.rows, variant.keys
     WARPS, THREADS, STAGES, STAGE = variant.warps, variant.threads, variant.stages, variant.stage_bytes
-    COLUMNS, FLAG_AT, TILES = ROWS // 8, variant.flag_at, TURN // KEYS
+    COLUMNS, FLAG_AT, BATCH = ROWS // 8, variant.flag_at, 32 * KEYS // TURN
     OWN_ROWS = 2 * COLUMNS  # of a lane
     QUERY_WORDS, OUTPUTS, QUADS = D // 8 * COLUMNS, DV // 4 * COLUMNS, DV // 4
-    look_up, ask = build_loader(variant)
+    ask, look_up = build_loader(variant)
     step, write = build_step(variant), build_write(variant)
     leave, merged_warps = build_merge_of_warps(variant)
     merged_parts = build_merge_of_parts(variant)
@@ -88,7 +89,6 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
         largest = cuda.local.array(OWN_ROWS, float32)
         totals = cuda.local.array(OWN_ROWS, float32)
         limits = cuda.local.array(OWN_ROWS, int32)
-        numbers = cuda.local.array(TILES, int32)
         four = cuda.local.array(4, float32)
 
         thread = int32(cuda.threadIdx.x)
@@ -122,14 +122,14 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
         own_table = table + uint64(b) * uint64(table_batch)
 
         ring = base + uint32(warp * (STAGES * STAGE))
-        ahead = int32(begin + warp)  # the turn to be asked for next
-        look_up(numbers, own_table, table_page, ahead, page, pages)
+        ahead, asked = int32(begin + warp), int32(0)  # the turn to be asked for next, and the turns before it
+        number = look_up(ahead, lane, own_table, table_page, page, pages)
+        later = look_up(int32(ahead + WARPS * BATCH), lane, own_table, table_page, page, pages)
         for slot in range(STAGES - 1):
             if ahead < end:
-                ask(ring + uint32(slot * STAGE), lane, ahead, keys, numbers, k_at, v_at, steps)
+                ask(ring + uint32(slot * STAGE), lane, ahead, asked, keys, number, k_at, v_at, steps)
             copy_async.commit()
-            ahead = int32(ahead + WARPS)
-            look_up(numbers, own_table, table_page, ahead, page, pages)
+            ahead, asked = int32(ahead + WARPS), int32(asked + 1)
 
         # While the first keys are on their way: the queries.
         row, pair = int32(tile * ROWS + (lane >> 2)), int32(lane & 3)
@@ -161,10 +161,12 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
             wait_for_oldest()
             barrier.warp()  # now all lanes' copies are seen, and all have done with the turn before
             if ahead < end:
-                ask(ring + uint32(free * STAGE), lane, ahead, keys, numbers, k_at, v_at, steps)
+                ask(ring + uint32(free * STAGE), lane, ahead, asked, keys, number, k_at, v_at, steps)
             copy_async.commit()
-            ahead = int32(ahead + WARPS)
-            look_up(numbers, own_table, table_page, ahead, page, pages)
+            ahead, asked = int32(ahead + WARPS), int32(asked + 1)
+            if asked % BATCH == 0:
+                number = later
+                later = look_up(int32(ahead + WARPS * BATCH), lane, own_table, table_page, page, pages)
             stage = ring + uint32(slot * STAGE)
             step(outputs, largest, totals, fragments, limits, stage, lane, int32(turn * TURN), lowest, scale)
             free = slot

@@ -72,7 +72,7 @@ class Plan(NamedTuple):
 
 
 def capable(dtype: str, widths: tuple[int, int], page: int) -> bool:
-    """Return whether there is a kernel for this GPU, a number format, D and Dv, and pages of `page` keys or 0."""
+    """Return whether there is a kernel for this GPU, a format, D and Dv, and pages of `page` keys or 0."""
     fits = all(0 < width <= LARGEST_WIDTH and width % 16 == 0 for width in widths)
     return not SIMULATOR and dtype in KINDS and fits and page % KEYS == 0 and _tensor_cores(current_device())
 

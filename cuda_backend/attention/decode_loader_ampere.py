@@ -15,37 +15,42 @@ __all__ = ["build_loader"]
 int32, uint32, uint64 = types.int32, types.uint32, types.uint64
 
 
-def build_loader(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return ``look_up(numbers, table, step, turn, page, pages)`` and ``ask(stage, lane, turn, ...)``.
+def build_loader(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """Return ``ask(stage, lane, turn, asked, keys, number, k, v, steps)`` and ``look_up(turn, lane, ...)``.
 
-    ``look_up`` loads the numbers of the pages of a turn, if there are pages: each 16 keys lie in one.
-    ``ask`` starts the copies of a turn to `stage` in shared memory; behind the last of `keys` there are zeros.
+    ``ask`` starts the copies of a turn to `stage` in shared memory; zeros follow the last of `keys`.  Each 16
+    keys lie in one page: lanes hold the numbers of the pages of a warp's next 32 times 16 keys, which
+    ``look_up`` loads from turn `turn` on, and `asked` turns of the warp came before.
     """
-    D, DV, PAGED, TURN = variant.D, variant.Dv, variant.paged, variant.keys
+    D, DV, PAGED, TURN, WARPS = variant.D, variant.Dv, variant.paged, variant.keys, variant.warps
     PITCH_K, PITCH_V = variant.pitches
     TILES, V_AT = TURN // KEYS, TURN * PITCH_K
     place_in_k, place_in_v = _place(D // 8), _place(DV // 8)
     copy_16 = copy_async.copy_16(variant.ahead)
 
     @device_function
-    def look_up(numbers: Any, table: Any, step: Any, turn: Any, page: Any, pages: Any) -> None:
+    def look_up(turn: Any, lane: Any, table: Any, step: Any, page: Any, pages: Any) -> Any:
         if PAGED:
-            for i in range(TILES):
-                wanted = registers.quotient(int32(turn * TURN + KEYS * i), page)
-                index = int32(min(wanted, pages - 1))  # a turn behind the last is never asked for
-                numbers[i] = copy.load_word(table + uint64(index) * uint64(step))
+            own = int32(turn + WARPS * (lane // TILES))
+            wanted = registers.quotient(int32(own * TURN + KEYS * (lane % TILES)), page)
+            index = uint64(min(wanted, pages - 1))  # what lies behind the last page is never asked for
+            return copy.load_word(table + index * uint64(step))
+        return int32(0)
 
     @device_function
-    def ask(stage: Any, lane: Any, turn: Any, keys: Any, numbers: Any, k: Any, v: Any, steps: Any) -> None:
+    def ask(
+        stage: Any, lane: Any, turn: Any, asked: Any, keys: Any, number: Any, k: Any, v: Any, steps: Any
+    ) -> None:
         k_key, v_key, k_page, v_page, page = steps
         for tile in range(TILES):
             first = int32(turn * TURN + KEYS * tile)
             inside, from_k, from_v = first, k, v
             if PAGED:
-                number = uint64(max(int32(0), numbers[tile]))  # -1 where no key lies
+                found = int32(registers.from_lane(uint32(number), int32((asked * TILES + tile) & 31)))
+                lies = uint64(max(int32(0), found))  # -1 where no key does
                 inside = int32(first - registers.quotient(first, page) * page)
-                from_k += number * k_page
-                from_v += number * v_page
+                from_k += lies * k_page
+                from_v += lies * v_page
             from_k += uint64(inside) * k_key
             from_v += uint64(inside) * v_key
             there = int32(keys - first)
@@ -60,7 +65,7 @@ def build_loader(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[
                 target = stage + uint32(V_AT + (KEYS * tile + row) * PITCH_V + column)
                 copy_16(target, from_v + uint64(row) * v_key + uint64(column), size)
 
-    return look_up, ask
+    return ask, look_up
 
 
 def _place(chunks: int) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ __all__ = ["build_merge_of_parts", "build_merge_of_warps", "build_write"]
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 MINUS_INFINITY = -math.inf
-AT_ONCE, WORDS = 8, 32  # parts whose outputs a thread asks for before it uses the first
+AT_ONCE, WORDS = 16, 64  # parts whose outputs a thread asks for before it uses the first
 
 
 def build_merge_of_warps(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -84,14 +84,13 @@ def build_merge_of_parts(variant: DecodeVariant) -> Callable[..., Any]:
     """Return ``merged(four, base, outputs, parts, row, column)``, which merges four columns of a row of all.
 
     The log-sum-exps of the parts lie at `base` in shared memory, [part, row], their outputs [part, row, Dv]
-    at `outputs` in global memory; those of parts without keys are not read.
+    at `outputs` in global memory: those of parts without keys are 0.
     """
     ROWS, DV = variant.rows, variant.Dv
 
     @device_function
     def merged(four: Any, base: Any, outputs: Any, parts: Any, row: Any, column: Any) -> Any:
         given = cuda.local.array(WORDS, uint32)
-        weights = cuda.local.array(AT_ONCE, float32)
         top = float32(MINUS_INFINITY)
         for part in range(parts):
             top = registers.maximum(top, copy.load_shared_float(base + uint32(4 * (ROWS * part + row))))
@@ -102,20 +101,17 @@ def build_merge_of_parts(variant: DecodeVariant) -> Callable[..., Any]:
             four[i] = float32(0.0)
         for first in range(0, parts, AT_ONCE):
             for i in range(AT_ONCE):
-                part = int32(first + i)
-                weights[i] = float32(0.0)
-                for e in range(4):
-                    given[4 * i + e] = uint32(0)
-                if part < parts:
-                    lse = copy.load_shared_float(base + uint32(4 * (ROWS * part + row)))
-                    if lse != float32(MINUS_INFINITY):
-                        weights[i] = registers.exp2(lse - top)
-                        at = uint64(4) * uint64((ROWS * part + row) * DV + column)
-                        copy.load_16(given, int32(4 * i), outputs + at)
+                part = int32(min(first + i, parts - 1))
+                at = uint64(4) * uint64((ROWS * part + row) * DV + column)
+                copy.load_16(given, int32(4 * i), outputs + at)
             for i in range(AT_ONCE):
-                total += weights[i]
+                part = int32(min(first + i, parts - 1))
+                lse = copy.load_shared_float(base + uint32(4 * (ROWS * part + row)))
+                new = int32(first + i < parts)  # the last part is asked for again in the place of none
+                weight = registers.select_float(new, registers.exp2(lse - top), float32(0.0))
+                total += weight
                 for e in range(4):
-                    four[e] += weights[i] * uint32(given[4 * i + e]).view(np.float32)
+                    four[e] += weight * uint32(given[4 * i + e]).view(np.float32)
         if total == float32(0.0):
             return float32(MINUS_INFINITY)
         for i in range(4):

@@ -27,8 +27,8 @@ def build_step(variant: DecodeVariant) -> Callable[..., None]:
     """Return ``step(outputs, largest, totals, queries, limits, stage, lane, start, lowest, factor)``.
 
     It takes the keys of the turn that lies at `stage` and begins at key `start`.  ``outputs`` are those of
-    the warp so far, ``largest`` the maxima of its scores and ``totals`` the lane's share of their sums, all for
-    queries 2t and 2t + 1 of each eight; ``queries`` are fragments of Q'.  A query sees the keys below its
+    the warp so far, ``largest`` the maxima of its scores and ``totals`` the lane's share of their sums, all
+    for queries 2t and 2t + 1 of each eight; ``queries`` are fragments of Q'.  A query sees the keys below its
     limit, all see those below `lowest`.
     """
     D, DV, COLUMNS = variant.D, variant.Dv, variant.rows // 8

@@ -1,7 +1,8 @@
-"""The decoding kernel for tensor cores played by Python threads: its source runs, its instructions are played.
+"""The decoding kernel for tensor cores played by Python threads: the PTX ISA in plain Python.
 
-Lanes meet where an instruction belongs to the whole warp.  A copy that nobody waits for is done as late as it
-may be, when its group is waited for, or at once (`late` False); until then its target holds NaN.
+Lanes meet where an instruction belongs to the whole warp.  A copy is done as late as it may be, when its
+group is waited for, or at once (`late` False); until then its target holds NaN.  Behind the wait the lane that
+started it sees it, other lanes do when the warp has met.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ def player(
     monkeypatch: pytest.MonkeyPatch, *, late: bool = True, build: Any = decode_ampere.build, **fields: Any
 ) -> Callable[..., Any]:
     """Return the kernel as a function with the reference's arguments; `fields` are those of its variant."""
-    _play(monkeypatch, late)
+    play(monkeypatch, late=late)
 
     def attention(
         q: Any, k: Any, v: Any, table: Any = None, /, *,
@@ -78,6 +80,26 @@ def _lane(value: Any) -> Any:
     return machine._as_warp(list, value)
 
 
+_hides: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _hidden() -> Any:
+    """Return which bytes of the block's shared memory hold copies that not all lanes of their warp see."""
+    block = machine._block()
+    if block not in _hides:
+        _hides[block] = np.zeros(machine._memories[block].size, bool)
+    return _hides[block]
+
+
+def _meet() -> None:
+    """Let a warp meet: what its lanes have waited for is seen by all."""
+    thread: Any = threading.current_thread()
+    for target in getattr(thread, "arrived", []):
+        _hidden()[target : target + 16] = False
+    thread.arrived = []
+    _lane(None)
+
+
 class _Copies:
     """Copies that a thread has under way, in groups."""
 
@@ -95,6 +117,7 @@ class _Copies:
     def start(self, target: Any, source: Any, size: Any) -> None:
         assert int(source) % 16 == 0
         machine._shared(target, 16)[:] = POISON
+        _hidden()[int(target) : int(target) + 16] = True
         self.groups()[-1].append((target, int(source), int(size)))
         if not self.late:
             self.end(self.groups()[-1])
@@ -106,6 +129,8 @@ class _Copies:
             place[:] = 0
             if size:
                 place[:] = machine._at(source, size)
+            thread: Any = threading.current_thread()
+            thread.arrived = [*getattr(thread, "arrived", []), int(target)]
         group.clear()
 
     def commit(self) -> None:
@@ -125,6 +150,9 @@ def _blocks(turned: bool) -> Callable[..., None]:
         given, lane = _lane(int(address))
         for i in range(4):
             rows = [machine._shared(given[8 * i + r], 16).view(np.uint16) for r in range(8)]
+            for r in range(8):
+                at = given[8 * i + r]
+                assert not _hidden()[at : at + 16].any(), "read what other lanes may not see yet"
             block = np.array(rows).T if turned else np.array(rows)
             pair = block[lane // 4, 2 * (lane % 4) :][:2].astype(np.uint32)
             words[int(first) + i] = pair[0] | pair[1] << np.uint32(16)
@@ -147,7 +175,8 @@ def _exchange(value: Any, mask: Any) -> Any:
     return given[lane ^ int(mask)]
 
 
-def _play(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True) -> None:
+    """Put what the PTX ISA says in the place of instructions."""
     copies, lock = _Copies(late), threading.Lock()
 
     def fetch_increment(address: Any, bound: Any) -> Any:
@@ -171,13 +200,14 @@ def _play(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
         return machine._shared(address, 4).view(np.int32)[0]
 
     modules: list[tuple[Any, dict[str, Any]]] = [
-        (barrier, {"warp": lambda: _lane(None)}),
+        (barrier, {"warp": _meet}),
         (copy_async, {"copy_16": lambda _: copies.start, "commit": copies.commit, "wait": copies.wait}),
         (copy, {
             "shared_address": machine._shared_address, "load_word": machine._load_word,
             "load_word_fresh": machine._load_word, "load_16": machine._loader(4, machine._at),
             "load_shared_16": machine._loader(4, machine._shared), "load_shared_word": load_shared_word,
-            "load_shared_float": machine._load_shared_float, "store_shared_float": machine._store_shared_float,
+            "load_shared_float": machine._load_shared_float,
+            "store_shared_float": machine._store_shared_float,
             "store_shared_word": machine._store_shared_word, "store_global_float": store_float,
             "store_global_8": store(2), "store_global_16": store(4), "fetch_increment": fetch_increment,
         }),
@@ -186,9 +216,11 @@ def _play(monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
         }),
         (mma, {"product": machine._simulated_product}),
         (registers, {
-            "uniform": lambda value: value, "quotient": machine._quotient, "exchange_float": _exchange,
+            "uniform": lambda value: value, "from_lane": lambda value, lane: _lane(value)[0][int(lane)],
+            "quotient": machine._quotient, "exchange_float": _exchange,
             "select_int": lambda c, x, y: x if c else y, "select_float": lambda c, x, y: x if c else y,
-            "maximum": np.fmax, "exp2": lambda x: np.exp2(np.float32(x)), "log2": lambda x: np.log2(np.float32(x)),
+            "maximum": np.fmax, "exp2": lambda x: np.exp2(np.float32(x)),
+            "log2": lambda x: np.log2(np.float32(x)),
             "pack_pair": machine._simulated_pack,
         }),
     ]  # fmt: skip
