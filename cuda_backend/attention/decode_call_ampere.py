@@ -27,7 +27,7 @@ from cuda_backend.attention.call import prepare
 from cuda_backend.attention.counters import tile_counters
 from cuda_backend.attention.decode_rule import options_of, rule_of
 from cuda_backend.attention.decode_variant_ampere import KEYS, MOST_PARTS, DecodeVariant, choose, parts
-from cuda_backend.context import current_device
+from cuda_backend.context import checked, current_device, driver
 from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.launch import allow_shared_memory, shared_memory_bytes, stream_of, torch_stream, wait_for
 from cuda_backend.scratch import workspace
@@ -301,6 +301,8 @@ def _tensor_cores(_device: int) -> bool:
 def _function(variant: DecodeVariant, device: int) -> Any:
     """Return the kernel of `variant` on the current GPU, compiled once, and allowed its shared memory."""
     function = load("decode_ampere", variant, device, functools.partial(_compiled, variant))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    checked(driver.cuFuncSetAttribute(function, attribute, 100))  # percent: room for all `variant.blocks`
     return allow_shared_memory(function, variant.shared_bytes)
 
 

@@ -1,8 +1,8 @@
 """The decoding kernel for tensor cores played by Python threads: the PTX ISA in plain Python.
 
 Lanes meet where an instruction belongs to the whole warp.  A copy is done as late as it may be, when its
-group is waited for, or at once (`late` False); until then its target holds NaN.  Behind the wait the lane that
-started it sees it, other lanes do when the warp has met.
+group is waited for, or at once (`late` False); until then its target holds NaN.  Behind the wait the lane
+that started it sees it, other lanes do when the warp has met.
 """
 
 from __future__ import annotations
