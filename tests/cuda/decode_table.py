@@ -108,8 +108,8 @@ def check() -> int:
             with poisoned_outputs():
                 found = [function(*args, **options, tier="ampere") for _ in range(2)]
             torch.cuda.synchronize()
-        except Exception as error:  # the others may still say something
-            say(f"FAILED {case}: {type(error).__name__}: {error}")
+        except Exception as problem:  # the others may still say something
+            say(f"FAILED {case}: {type(problem).__name__}: {problem}")
             wrong += 1
             continue
         error = float((found[0].out.float() - out).abs().max() / out.abs().max()) / EPSILON[case[-1]]
