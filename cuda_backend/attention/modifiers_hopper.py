@@ -1,0 +1,60 @@
+"""What functions of the user's do to the scores in a Hopper consumer's registers.
+
+Which query and key an accumulator belongs to is said in `softmax_hopper`.  Indices that a function gets are
+never beyond the arrays: rows and columns of padding get those of the last query and key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cuda_backend._numba import device_function
+from cuda_backend.attention.softmax_hopper import NO_KEY
+from cuda_backend.attention.user_device import mask_on_device, score_on_device
+from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
+from cuda_backend.ptx.assembly import types
+
+__all__ = ["build_modifiers"]
+
+int32, float32 = types.int32, types.float32
+
+
+def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return ``modify(s, scale, where)`` and ``mask(s, where)`` for a tile of scores, device functions.
+
+    `where` is batch, head, this thread's two queries, its first key, how many keys there are, and `aux`.
+    ``modify`` makes products into scores; ``mask`` makes scores -inf that the mask forbids, or that are those
+    of no key.
+    """
+    count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
+    allows, changed = mask_on_device(variant.mods.mask), score_on_device(variant.mods.score)
+
+    @device_function
+    def modify(s: Any, scale: Any, where: Any) -> None:
+        b, h, i_low, i_high, first, tk, aux = where
+        for i in range(count // 4):
+            for e in range(2):
+                j = int32(first + 8 * i + e)
+                if ragged:
+                    j = min(j, int32(tk - 1))
+                s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, aux)
+                s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, aux)
+
+    @device_function
+    def mask(s: Any, where: Any) -> None:
+        b, h, i_low, i_high, first, tk, aux = where
+        for i in range(count // 4):
+            for e in range(2):
+                j = int32(first + 8 * i + e)
+                low, high = True, True
+                if ragged:
+                    low = high = j < tk
+                    j = min(j, int32(tk - 1))
+                if masked:
+                    low = low and allows(b, h, i_low, j, aux)
+                    high = high and allows(b, h, i_high, j, aux)
+                s[4 * i + e] = s[4 * i + e] if low else float32(NO_KEY)
+                s[4 * i + 2 + e] = s[4 * i + 2 + e] if high else float32(NO_KEY)
+
+    return modify, mask
