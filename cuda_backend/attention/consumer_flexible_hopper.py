@@ -30,7 +30,12 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     log2(e), times the scale if there is no such function.
     """
     tiles, work_slot, step_slot = variant.tiles, variant.work_slot, variant.step_slot
-    block_m, block_n, masked, modified = tiles.block_m, tiles.block_n, variant.masked, bool(variant.mods.score)
+    block_m, block_n, masked, modified = (
+        tiles.block_m,
+        tiles.block_n,
+        variant.masked,
+        bool(variant.mods.score),
+    )
     s_count, o_count, p_count = block_n // 2, tiles.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
@@ -92,7 +97,8 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
             q_head = int32(head - batch * heads)
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
             row = int32(row_block * block_m + own_row)
-            place = batch, q_head, min(row, tq - 1), min(row + 8, tq - 1), 2 * quad_lane, tk, aux
+            last = int32(tq - 1)
+            place = batch, q_head, min(row, last), min(int32(row + 8), last), int32(2 * quad_lane), tk, aux
             for i in range(o_count):
                 o[i] = float32(0.0)
             rows = float32(NO_KEY), float32(0.0), float32(NO_KEY), float32(0.0)

@@ -51,7 +51,9 @@ def resized(given: BlockMask, sizes: tuple[int, int]) -> Array:
     array([[[[1, 0]]]], dtype=uint8)
     """
     states = given.states
-    for axis, (own, wanted, length) in enumerate(zip(given.block_sizes, sizes, given.lengths, strict=True), 2):
+    for axis, (own, wanted, length) in enumerate(
+        zip(given.block_sizes, sizes, given.lengths, strict=True), 2
+    ):
         count = -(-length // wanted)
         if own % wanted == 0:
             states = np.repeat(states, own // wanted, axis).take(np.arange(count), axis)

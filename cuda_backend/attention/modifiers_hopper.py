@@ -13,11 +13,12 @@ from cuda_backend._numba import device_function
 from cuda_backend.attention.softmax_hopper import NO_KEY
 from cuda_backend.attention.user_device import mask_on_device, score_on_device
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
+from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_modifiers"]
 
-int32, float32 = types.int32, types.float32
+int32, uint32, float32 = types.int32, types.uint32, types.float32
 
 
 def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -44,17 +45,28 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     @device_function
     def mask(s: Any, where: Any) -> None:
         b, h, i_low, i_high, first, tk, aux = where
+        low, high = uint32(0), uint32(0)
+        step = int32(0)
+        while step < count // 8:  # not unrolled, whatever the user's function is: a bit for each score
+            four_low, four_high = uint32(0), uint32(0)
+            for e in range(4):
+                j = int32(first + 16 * step + 8 * (e // 2) + e % 2)
+                inside = True
+                if ragged:
+                    inside = j < tk
+                    j = min(j, int32(tk - 1))
+                see_low, see_high = inside, inside
+                if masked:
+                    see_low = inside and allows(b, h, i_low, j, aux)
+                    see_high = inside and allows(b, h, i_high, j, aux)
+                four_low = uint32(four_low | uint32(see_low) << e)
+                four_high = uint32(four_high | uint32(see_high) << e)
+            low, high = uint32(low | four_low << (4 * step)), uint32(high | four_high << (4 * step))
+            step = registers.successor(step)
         for i in range(count // 4):
             for e in range(2):
-                j = int32(first + 8 * i + e)
-                low, high = True, True
-                if ragged:
-                    low = high = j < tk
-                    j = min(j, int32(tk - 1))
-                if masked:
-                    low = low and allows(b, h, i_low, j, aux)
-                    high = high and allows(b, h, i_high, j, aux)
-                s[4 * i + e] = s[4 * i + e] if low else float32(NO_KEY)
-                s[4 * i + 2 + e] = s[4 * i + 2 + e] if high else float32(NO_KEY)
+                bit = uint32(1 << (2 * i + e))
+                s[4 * i + e] = s[4 * i + e] if low & bit else float32(NO_KEY)
+                s[4 * i + 2 + e] = s[4 * i + 2 + e] if high & bit else float32(NO_KEY)
 
     return modify, mask
