@@ -98,7 +98,7 @@ def flexible_attention_hopper(
         layouts = aligned[0].layout, aligned[1].layout, aligned[2].layout
         lists = _lists(layouts, mods, aux, blocks, stream)
         on = stream, current_device()
-        plan = make_flexible_plan(*layouts, scale, mods, lists.tiles, lists.count, *on)
+        plan = make_flexible_plan(*layouts, scale, mods, lists.tiles, lists.work_items, *on)
         out, out_result = empty(plan.out_shape, plan.dtype, q, stream)
         lse, lse_result = empty(plan.lse_shape, "float32", q, stream) if return_lse else (None, None)
         addresses = aligned[0].address, aligned[1].address, aligned[2].address

@@ -1,4 +1,4 @@
-"""What settles a Hopper launch with functions of the user's: lists of key tiles, kernel, numbers, descriptors."""
+"""What settles a Hopper launch with functions of the user's: lists of key tiles, kernel, numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cuda_backend._numba import cuda
 from cuda_backend.arrays import ITEMSIZE, Layout, View, laid_out, view
 from cuda_backend.attention.counters import TileCounters, tile_counters
 from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
-from cuda_backend.attention.lists_hopper import ROWS, key_lists, live_tiles
+from cuda_backend.attention.lists_hopper import key_lists, live_tiles
 from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, early_config, section_of
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
@@ -41,14 +41,14 @@ class Lists(NamedTuple):
     ----------
     tiles
         The tiles that they are lists of.
-    count
+    work_items
         Tiles of query rows.
     work, steps
         As `lists_hopper.KeyLists` has them.
     """
 
     tiles: Variant
-    count: int
+    work_items: int
     work: View
     steps: View
 
@@ -100,11 +100,9 @@ def make_lists(q: Layout, v: Layout, states: Callable[[int], Array], stream: int
     section = section_of(B * Hq, 2 * Tk * (D + Dv) * Hkv // Hq)
     ragged = Tk % tiles.block_n != 0
     found = key_lists(states(tiles.block_n), tiles.consumers, B, Hq, section, ragged=ragged)
-    lists = Lists(
-        tiles, len(found.work), view("work", found.work, stream), view("steps", found.steps, stream)
-    )
+    work, steps = view("work", found.work, stream), view("steps", found.steps, stream)
     checked(driver.cuStreamSynchronize(stream))  # they are kept, and may be used on another stream
-    return lists
+    return Lists(tiles, len(found.work), work, steps)
 
 
 def enqueue(
@@ -142,7 +140,7 @@ def make_flexible_plan(
     stream: int,
     device: int,
 ) -> FlexiblePlan:
-    """Return the plan of a call on the current GPU, `device`, to which `plan_hopper.reasons` has no objection."""
+    """Return the plan of a call on the current GPU, `device`; `plan_hopper.reasons` has none against it."""
     views = [laid_out(name, layout) for name, layout in zip("qkv", (q, k, v), strict=True)]
     dtype = views[0].dtype
     batch, tq, heads, width = views[0].shape

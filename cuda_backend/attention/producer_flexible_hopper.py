@@ -1,4 +1,4 @@
-"""What the producer thread of a Hopper block does with lists of key tiles: follow them, stream what they name.
+"""What the producer thread of a Hopper block does with lists of key tiles: follow them, and stream.
 
 It hands on what the lists say through shared memory: the words of a tile of query rows with its Q, the word
 of a key tile with its K, both under the barrier that says that the tile has arrived.
@@ -24,10 +24,10 @@ int32, uint64 = types.int32, types.uint64
 
 
 def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
-    """Return ``produce(base, descriptors, counter, work, steps, problem)``, a device function for one thread.
+    """Return ``produce(base, descriptors, counter, work, steps, problem)``, for one thread.
 
-    `work` and `steps` are addresses of what `lists_hopper.key_lists` returns.  Tiles are drawn as in the dense
-    kernel; a list is read one step ahead of what it is needed for.
+    `work` and `steps` are addresses of what `lists_hopper.key_lists` returns.  Tiles are drawn as in
+    the dense kernel; a list is read one step ahead of what it is needed for.
     """
     tiles, work_slot, step_slot = variant.tiles, variant.work_slot, variant.step_slot
     block_m, block_n = tiles.block_m, tiles.block_n

@@ -1,4 +1,4 @@
-"""The shapes a Hopper kernel with functions of the user's is compiled for: those of the dense one, and more."""
+"""The shapes a Hopper kernel with functions of the user's is compiled for: the dense ones', and more."""
 
 from __future__ import annotations
 
