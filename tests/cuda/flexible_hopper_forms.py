@@ -1,4 +1,4 @@
-"""What `flexible_hopper_table` measures: masks and scores, as ours and as FlexAttention's, and their tiles."""
+"""What `flexible_hopper_table` measures: masks and scores, ours and FlexAttention's, and their tiles."""
 
 from __future__ import annotations
 
@@ -129,5 +129,11 @@ def their_blocks(form: Form) -> Any:
             torch.argsort(dense, dim=-1, descending=True, stable=True).to(torch.int32),
         ]
     return TheirBlockMask.from_kv_blocks(
-        *listed, BLOCK_SIZE=(128, 128), mask_mod=form.their_mask, seq_lengths=(form.N, form.N)
+        listed[0],
+        listed[1],
+        listed[2],
+        listed[3],
+        BLOCK_SIZE=(128, 128),
+        mask_mod=form.their_mask,
+        seq_lengths=(form.N, form.N),
     )

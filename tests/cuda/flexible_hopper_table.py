@@ -118,8 +118,9 @@ def row(form: Form, D: int, compiled: Any, dense: float, stream: Any) -> float:
     sys.stdout.write(
         f"{form.name} B={form.B} H={form.H} N={form.N} D={D} tiles {tiles.block_m}x{tiles.block_n} "
         f"live {live.mean():.3f}: ours {1e3 * times['ours']:.3f} ms  FlexAttention "
-        f"{1e3 * times['FlexAttention']:.3f} ms  ratio {ratio:.2f}  {1e-12 * work / times['ours']:.0f} TFLOP/s, "
-        f"{share:.2f} of dense  errors {errors[0]:.1e} {errors[1]:.1e} apart {apart:.1e} "
+        f"{1e3 * times['FlexAttention']:.3f} ms  ratio {ratio:.2f}  "
+        f"{1e-12 * work / times['ours']:.0f} TFLOP/s, {share:.2f} of dense  "
+        f"errors {errors[0]:.1e} {errors[1]:.1e} apart {apart:.1e} "
         f"{'ok' if right else 'WRONG'}  (first calls {compiling[0]:.1f} s {compiling[1]:.1f} s)\n"
     )
     sys.stdout.flush()
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str]) -> None:
     widths = [int(word) for word in arguments if word.isdigit()] or [128, 64]
     names = [word for word in arguments if not word.isdigit()]
     torch.manual_seed(0)
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for D in widths:
         dense = dense_rate(D, stream)
         sys.stdout.write(f"dense D={D}: {1e-12 * dense:.0f} TFLOP/s\n")
