@@ -55,9 +55,9 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
         """Turn products of a step into weights; return maxima, sums and factors of what was before."""
         scale, factor, group_index = numbers
-        b, h, i_low, i_high, column, tk, aux = place
+        b, h, row, last, column, tk, aux = place
         max_low, sum_low, max_high, sum_high = old
-        where = b, h, i_low, i_high, int32((step >> STATE_BITS) * block_n + column), tk, aux
+        where = b, h, row, last, int32((step >> STATE_BITS) * block_n + column), tk, aux
         if modified:
             modify(s, scale, where)
         if masked and (step >> group_index) & 1 != 0:
@@ -97,8 +97,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
             q_head = int32(head - batch * heads)
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
             row = int32(row_block * block_m + own_row)
-            last = int32(tq - 1)
-            place = batch, q_head, min(row, last), min(int32(row + 8), last), int32(2 * quad_lane), tk, aux
+            place = batch, q_head, row, int32(tq - 1), int32(2 * quad_lane), tk, aux
             for i in range(o_count):
                 o[i] = float32(0.0)
             rows = float32(NO_KEY), float32(0.0), float32(NO_KEY), float32(0.0)
@@ -159,6 +158,9 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
             sum_low, sum_high = row_total(sum_low), row_total(sum_high)
             factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
             factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
+            # Again, rather than kept in registers all along.
+            batch = registers.quotient(registers.fresh(head), heads)
+            q_head = int32(head - batch * heads)
             line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(q_head)
             row_bytes = uint64(2 * columns)
             address = out + line * row_bytes

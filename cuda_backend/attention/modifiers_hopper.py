@@ -11,46 +11,67 @@ from typing import Any
 
 from cuda_backend._numba import device_function
 from cuda_backend.attention.softmax_hopper import NO_KEY
-from cuda_backend.attention.user_device import mask_on_device, score_on_device
+from cuda_backend.attention.traced import traced_mask, traced_score
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
 from cuda_backend.ptx import registers
-from cuda_backend.ptx.assembly import types
+from cuda_backend.ptx.assembly import instruction, types
 
 __all__ = ["build_modifiers"]
 
 int32, uint32, float32 = types.int32, types.uint32, types.float32
 
+rolled = instruction(
+    "rolled",
+    types.void,
+    {},
+    '.pragma \\22nounroll\\22;',  # quotes as LLVM writes them
+    "",
+    'At the start of a loop: it stays one.  PTX ISA, "Pragma Strings: nounroll".',
+)
+
 
 def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
     """Return ``modify(s, scale, where)`` and ``mask(s, where)`` for a tile of scores, device functions.
 
-    `where` is batch, head, this thread's two queries, its first key, how many keys there are, and `aux`.
+    `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
+    are, and `aux`.
     ``modify`` makes products into scores; ``mask`` makes scores -inf that the mask forbids, or that are those
     of no key.
     """
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
-    allows, changed = mask_on_device(variant.mods.mask), score_on_device(variant.mods.score)
+    mods = variant.mods
+    allows, changed = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux)
+
+    @device_function
+    def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
+        b, h, row, last, first, tk, aux = where
+        i_low, i_high = min(row, last), min(int32(row + 8), last)
+        for e in range(2):
+            j = int32(first + 8 * i + e)
+            if ragged:
+                j = min(j, int32(tk - 1))
+            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, aux)
+
+    modify_all = _repeated(modify_four, count // 4)
 
     @device_function
     def modify(s: Any, scale: Any, where: Any) -> None:
-        b, h, i_low, i_high, first, tk, aux = where
-        for i in range(count // 4):
-            for e in range(2):
-                j = int32(first + 8 * i + e)
-                if ragged:
-                    j = min(j, int32(tk - 1))
-                s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, aux)
-                s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, aux)
+        modify_all(int32(0), s, scale, where)
 
     @device_function
     def mask(s: Any, where: Any) -> None:
-        b, h, i_low, i_high, first, tk, aux = where
+        b, h, row, last, first, tk, aux = where
+        # What the user's function makes of these is not kept from one tile to the next.
+        b, row = registers.fresh(b), registers.fresh(row)
+        i_low, i_high = min(row, last), min(int32(row + 8), last)
         low, high = uint32(0), uint32(0)
         step = int32(0)
-        while step < count // 8:  # not unrolled, whatever the user's function is: a bit for each score
+        while step < count // 4:  # whatever the user's function is, it stands here few times: bits for scores
+            rolled()
             four_low, four_high = uint32(0), uint32(0)
-            for e in range(4):
-                j = int32(first + 16 * step + 8 * (e // 2) + e % 2)
+            for e in range(2):
+                j = int32(first + 8 * step + e)
                 inside = True
                 if ragged:
                     inside = j < tk
@@ -61,7 +82,7 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
                     see_high = inside and allows(b, h, i_high, j, aux)
                 four_low = uint32(four_low | uint32(see_low) << e)
                 four_high = uint32(four_high | uint32(see_high) << e)
-            low, high = uint32(low | four_low << (4 * step)), uint32(high | four_high << (4 * step))
+            low, high = uint32(low | four_low << (2 * step)), uint32(high | four_high << (2 * step))
             step = registers.successor(step)
         for i in range(count // 4):
             for e in range(2):
@@ -70,3 +91,24 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
                 s[4 * i + 2 + e] = s[4 * i + 2 + e] if high & bit else float32(NO_KEY)
 
     return modify, mask
+
+
+def _repeated(function: Callable[..., None], count: int) -> Callable[..., None]:
+    """Return what calls a device function for ``i``, ``i + 1`` and so on, `count` times, without a loop.
+
+    A loop over the user's function may be too long for the compiler to unroll, and then scores, whose place
+    depends on ``i``, are not in registers.
+    """
+    if count == 1:
+        return function
+    middle, odd = count // 2, count % 2 == 1
+    half = _repeated(function, middle)
+
+    @device_function
+    def both(i: Any, s: Any, scale: Any, where: Any) -> None:
+        half(i, s, scale, where)
+        half(int32(i + middle), s, scale, where)
+        if odd:
+            function(int32(i + 2 * middle), s, scale, where)
+
+    return both

@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from refimpl.errors import OptionError
 from refimpl.validation import positive, whole
 
@@ -176,7 +174,7 @@ def alibi(slot: int = 0) -> Score:
     """
 
     def score_mod(score: Any, _b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
-        return score - aux[slot][h] * np.float32(abs(i - j))
+        return score - aux[slot][h] * abs(i - j)
 
     return score_mod
 
