@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.consumer_hopper import LN2
+from cuda_backend.attention.finish_hopper import build_finish
 from cuda_backend.attention.lists_hopper import STATE_BITS
 from cuda_backend.attention.modifiers_hopper import build_modifiers
 from cuda_backend.attention.schedule_hopper import ring
@@ -42,7 +42,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     next_stage, next_q_stage = ring(tiles.stages), ring(tiles.q_stages)
     modify, mask = build_modifiers(variant)
     _, softmax_row, pack_scores = build_softmax(tiles)
-    rescale, row_total, store_row = build_output(tiles)
+    (rescale, _, _), finish = build_output(tiles), build_finish(tiles)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
     q_steps, k_steps = (wgmma.k_major_steps(tiles.d_qk, rows) for rows in (block_m, block_n))
@@ -82,17 +82,13 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
-            # Lane 0 alone reads them, since lane 0 alone says that the stage may be written again.
-            row_block, head, left, step = int32(0), int32(0), int32(0), int32(0)
+            # All lanes read the words; `arrive_warp`, which frees them, waits for all.
             slot = base + work_slot + 16 * q_stage
-            if lane == 0:
-                row_block = copy.load_shared_word(slot)
-                head = copy.load_shared_word(slot + 4)
-                left = copy.load_shared_word(slot + 8)
-            row_block = registers.uniform(row_block)
+            row_block = registers.uniform(copy.load_shared_word(slot))
             if row_block < 0:
                 break
-            head, left = registers.uniform(head), registers.uniform(left)
+            head = registers.uniform(copy.load_shared_word(slot + 4))
+            left = registers.uniform(copy.load_shared_word(slot + 8))
             batch = registers.quotient(head, heads)
             q_head = int32(head - batch * heads)
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
@@ -106,12 +102,9 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                 wgmma.fence()
                 qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
-                if lane == 0:
-                    step = copy.load_shared_word(base + step_slot + 4 * stage)
-                step = registers.uniform(step)
+                step = registers.uniform(copy.load_shared_word(base + step_slot + 4 * stage))
                 scores_done(s)
-                if lane == 0:
-                    barrier.arrive(base + k_empty + 8 * stage)
+                barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                 rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)
                 barrier.wait(base + v_full + 8 * stage, parity)
                 pack_scores(p, s)
@@ -125,56 +118,30 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                     wgmma.commit()
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
-                    if lane == 0:
-                        step = copy.load_shared_word(base + step_slot + 4 * stage)
-                    step = registers.uniform(step)
+                    step = registers.uniform(copy.load_shared_word(base + step_slot + 4 * stage))
                     scores_first_done(s)
-                    if lane == 0:
-                        barrier.arrive(base + k_empty + 8 * stage)
+                    barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                     rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)
                     # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
                     barrier.wait(base + v_full + 8 * stage, parity)
                     output_done(o)
-                    if lane == 0:
-                        barrier.arrive(base + v_empty + 8 * old_stage)
+                    barrier.arrive_warp(base + v_empty + 8 * old_stage, lane)
                     pack_scores(p, s)
                     rescale(o, factor_low, factor_high)
                     left = int32(left - 1)
-                if lane == 0:
-                    barrier.arrive(base + q_empty + 8 * q_stage)
+                barrier.arrive_warp(base + q_empty + 8 * q_stage, lane)
                 wgmma.fence()
                 pv_product(o, p, v_descriptor(base + v_tiles + stage * v_bytes))
                 wgmma.commit()
                 output_done(o)
-                if lane == 0:
-                    barrier.arrive(base + v_empty + 8 * stage)
+                barrier.arrive_warp(base + v_empty + 8 * stage, lane)
                 stage, parity = next_stage(stage, parity)
-            elif lane == 0:
-                barrier.arrive(base + q_empty + 8 * q_stage)
+            else:
+                barrier.arrive_warp(base + q_empty + 8 * q_stage, lane)
             q_stage, q_parity = next_q_stage(q_stage, q_parity)
 
-            max_low, sum_low, max_high, sum_high = rows
-            sum_low, sum_high = row_total(sum_low), row_total(sum_high)
-            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
-            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
-            # Again, rather than kept in registers all along.
-            batch = registers.quotient(registers.fresh(head), heads)
-            q_head = int32(head - batch * heads)
-            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(q_head)
-            row_bytes = uint64(2 * columns)
-            address = out + line * row_bytes
-            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
-            address += uint64(8 * heads) * row_bytes
-            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
-            if lse != uint64(0) and quad_lane == 0:
-                # A row without keys: -inf + log2(0) = -inf.
-                address = lse + uint64(4) * (uint64(head) * uint64(tq) + uint64(row))
-                if row < tq:
-                    value = (max_low * factor + registers.log2(sum_low)) * float32(LN2)
-                    copy.store_global_float(address, value)
-                if row + 8 < tq:
-                    value = (max_high * factor + registers.log2(sum_high)) * float32(LN2)
-                    copy.store_global_float(address + uint64(32), value)
+            # The head's number rather than its parts: those would be kept in registers all along.
+            finish(o, rows, factor, out, lse, row, registers.fresh(head), quad_lane, (heads, tq, columns))
 
     return consume

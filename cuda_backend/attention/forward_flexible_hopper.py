@@ -16,9 +16,9 @@ from cuda_backend._numba import cuda
 from cuda_backend.attention.arguments import aux_signature
 from cuda_backend.attention.consumer_flexible_hopper import build_flexible_consumer
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
-from cuda_backend.attention.producer_flexible_hopper import build_flexible_producer
+from cuda_backend.attention.producer_flexible_hopper import build_flexible_producer, build_start
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
-from cuda_backend.ptx import barrier, copy, grid, parameters, registers
+from cuda_backend.ptx import copy, grid, parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build", "signature"]
@@ -44,10 +44,7 @@ def build(variant: FlexibleVariant) -> Callable[..., None]:
     It wants to be launched as `forward_hopper.build` says.
     """
     tiles = variant.tiles
-    stages, q_stages, consumer_warps = tiles.stages, tiles.q_stages, 4 * tiles.consumers
-    places = tiles.places
-    q_full, q_empty = places.q_full, places.q_empty
-    k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
+    start = build_start(tiles)
     produce, consume = build_flexible_producer(variant), build_flexible_consumer(variant)
     give_registers = registers.give_registers(tiles.producer_registers)
     take_registers = registers.take_registers(tiles.consumer_registers)
@@ -76,15 +73,7 @@ def build(variant: FlexibleVariant) -> Callable[..., None]:
         thread = int32(cuda.threadIdx.x)
         if thread == 0:
             grid.let_next_grid_start()
-            for i in range(q_stages):
-                barrier.initialise(base + q_full + 8 * i, 1)
-                barrier.initialise(base + q_empty + 8 * i, consumer_warps)
-            for i in range(stages):
-                barrier.initialise(base + k_full + 8 * i, 1)
-                barrier.initialise(base + k_empty + 8 * i, consumer_warps)
-                barrier.initialise(base + v_full + 8 * i, 1)
-                barrier.initialise(base + v_empty + 8 * i, consumer_warps)
-            barrier.publish_initialisation()
+            start(base)
         cuda.syncthreads()
         if registers.uniform(thread >> 7) == 0:
             give_registers()

@@ -24,7 +24,7 @@ rolled = instruction(
     "rolled",
     types.void,
     {},
-    '.pragma \\22nounroll\\22;',  # quotes as LLVM writes them
+    ".pragma \\22nounroll\\22;",  # quotes as LLVM writes them
     "",
     'At the start of a loop: it stays one.  PTX ISA, "Pragma Strings: nounroll".',
 )
@@ -40,6 +40,7 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     """
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
+    columns = 2 if variant.tiles.consumers == 3 else 4  # of a row asked at once: where registers are few, 2
     allows, changed = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux)
 
     @device_function
@@ -67,28 +68,31 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
         i_low, i_high = min(row, last), min(int32(row + 8), last)
         low, high = uint32(0), uint32(0)
         step = int32(0)
-        while step < count // 4:  # whatever the user's function is, it stands here few times: bits for scores
+        while step < count // (
+            2 * columns
+        ):  # whatever the user's function is, it stands here few times: bits for scores
             rolled()
-            four_low, four_high = uint32(0), uint32(0)
-            for e in range(2):
-                j = int32(first + 8 * step + e)
+            some_low, some_high = uint32(0), uint32(0)
+            for e in range(columns):
+                j = int32(first + 8 * (columns // 2 * step + e // 2) + e % 2)
                 inside = True
                 if ragged:
                     inside = j < tk
                     j = min(j, int32(tk - 1))
                 see_low, see_high = inside, inside
                 if masked:
-                    see_low = inside and allows(b, h, i_low, j, aux)
-                    see_high = inside and allows(b, h, i_high, j, aux)
-                four_low = uint32(four_low | uint32(see_low) << e)
-                four_high = uint32(four_high | uint32(see_high) << e)
-            low, high = uint32(low | four_low << (2 * step)), uint32(high | four_high << (2 * step))
+                    see_low = inside & allows(b, h, i_low, j, aux)
+                    see_high = inside & allows(b, h, i_high, j, aux)
+                some_low = uint32(some_low | uint32(see_low) << e)
+                some_high = uint32(some_high | uint32(see_high) << e)
+            at = columns * step
+            low, high = uint32(low | some_low << at), uint32(high | some_high << at)
             step = registers.successor(step)
         for i in range(count // 4):
             for e in range(2):
-                bit = uint32(1 << (2 * i + e))
-                s[4 * i + e] = s[4 * i + e] if low & bit else float32(NO_KEY)
-                s[4 * i + 2 + e] = s[4 * i + 2 + e] if high & bit else float32(NO_KEY)
+                bit, none = uint32(1 << (2 * i + e)), float32(NO_KEY)
+                s[4 * i + e] = registers.select_float(int32(low & bit), s[4 * i + e], none)
+                s[4 * i + 2 + e] = registers.select_float(int32(high & bit), s[4 * i + 2 + e], none)
 
     return modify, mask
 

@@ -14,13 +14,33 @@ from cuda_backend.attention.lists_hopper import STATE_BITS
 from cuda_backend.attention.producer_hopper import NO_TILE
 from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
-from cuda_backend.attention.variant_hopper import SUBTILE
+from cuda_backend.attention.variant_hopper import SUBTILE, Variant
 from cuda_backend.ptx import barrier, copy, grid, registers, tma
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["build_flexible_producer"]
+__all__ = ["build_flexible_producer", "build_start"]
 
 int32, uint64 = types.int32, types.uint64
+
+
+def build_start(tiles: Variant) -> Callable[..., None]:
+    """Return ``start(base)``, which makes the barriers, for one thread before all others."""
+    stages, q_stages, consumer_warps = tiles.stages, tiles.q_stages, 4 * tiles.consumers
+    _, _, _, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
+
+    @device_function
+    def start(base: Any) -> None:
+        for i in range(q_stages):
+            barrier.initialise(base + q_full + 8 * i, 1)
+            barrier.initialise(base + q_empty + 8 * i, consumer_warps)
+        for i in range(stages):
+            barrier.initialise(base + k_full + 8 * i, 1)
+            barrier.initialise(base + k_empty + 8 * i, consumer_warps)
+            barrier.initialise(base + v_full + 8 * i, 1)
+            barrier.initialise(base + v_empty + 8 * i, consumer_warps)
+        barrier.publish_initialisation()
+
+    return start
 
 
 def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:

@@ -19,7 +19,7 @@ from cuda_backend.attention.traced_values import (
     LONGEST,
     Array,
     Trace,
-    Undecided,
+    UndecidedError,
     UntraceableError,
     Value,
 )
@@ -73,15 +73,15 @@ def traced_score(mod: Mod | None, arrays: Arrays) -> Any:
 
 def _compiled(source: str) -> Any:
     scope = {
-        "int32": types.int32, "uint32": types.uint32, "float32": types.float32, "infinity": np.float32(np.inf),
-        "tanh": tanh, "exp": exp, "math": math,
+        "int32": types.int32, "uint32": types.uint32, "float32": types.float32,
+        "infinity": np.float32(np.inf), "tanh": tanh, "exp": exp, "math": math,
     }  # fmt: skip
     exec(source, scope)
     return device_function(scope["traced"])
 
 
 def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
-    """Return the source of function ``traced``, which computes what `mod` does; None if it cannot be followed.
+    """Return the source of function ``traced``, which computes what `mod` does; None if that is unknown.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
             given.append(tuple(Array(trace, f"aux[{n}]", *kind) for n, kind in enumerate(arrays)))
         try:
             found = trace.of(_with_stand_ins(mod.function, trace)(*given))
-        except Undecided as question:
+        except UndecidedError as question:
             condition = _truth(question.value)
             lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
             lines.append(f"{indent}if {condition}:")
@@ -152,7 +152,9 @@ def _with_stand_ins(function: Any, trace: Trace) -> Any:
     def value(item: Any) -> Any:
         if item is math or item is np:
             return _Module(trace)
-        return _with_stand_ins(item, trace) if isinstance(item, FunctionType) and item is not function else item
+        return (
+            _with_stand_ins(item, trace) if isinstance(item, FunctionType) and item is not function else item
+        )
 
     cells = tuple(CellType(value(cell.cell_contents)) for cell in function.__closure__ or ())
     names = [name for name in function.__code__.co_names if name in function.__globals__]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LONGEST", "Array", "Trace", "UntraceableError", "Value"]
+__all__ = ["LONGEST", "Array", "Trace", "UndecidedError", "UntraceableError", "Value"]
 
 LONGEST = 1 << 24  # of an axis: float32 still counts so far
 _INT32 = 1 << 31
@@ -23,7 +23,7 @@ class UntraceableError(Exception):
     """The function asks for what is not written here: Numba is to compile it as it is."""
 
 
-class Undecided(Exception):
+class UndecidedError(Exception):
     """The function asks whether a value is true: what follows depends on it."""
 
     def __init__(self, value: Value) -> None:
@@ -69,7 +69,7 @@ class Trace:
     def choose(self, value: Value) -> bool:
         """Return whether `value` is true on this path."""
         if self.asked == len(self.decisions):
-            raise Undecided(value)
+            raise UndecidedError(value)
         self.asked += 1
         if self.asked == len(self.decisions):
             self.fresh = len(self.lines)
@@ -77,7 +77,7 @@ class Trace:
 
 
 def _narrow(low: int, high: int) -> bool:
-    return -_INT32 <= low and high < _INT32
+    return low >= -_INT32 and high < _INT32
 
 
 class Value:
@@ -107,7 +107,9 @@ class Value:
     def index(self) -> str:
         """Return the code of an index; unsigned where it is not negative, so that nobody asks."""
         number = self.as_int()
-        return f"uint32({number.code})" if number.low >= 0 and _narrow(number.low, number.high) else number.code
+        return (
+            f"uint32({number.code})" if number.low >= 0 and _narrow(number.low, number.high) else number.code
+        )
 
     def __bool__(self) -> bool:
         return self.trace.choose(self)
@@ -121,7 +123,7 @@ class Value:
         return self.trace.integer(f"abs({number.code})", least, max(ends))
 
     def __neg__(self) -> Value:
-        return 0 - self
+        return _arithmetic("-", lambda a, b: a - b)(self.trace.of(0), self)
 
     def __pos__(self) -> Value:
         return self
@@ -141,7 +143,7 @@ class Array(NamedTuple):
     ndim: int
     indices: tuple[str, ...] = ()
 
-    def __getitem__(self, key: Any) -> Any:  # type: ignore[override]
+    def __getitem__(self, key: Any) -> Any:
         given = key if isinstance(key, tuple) else (key,)
         indices = *self.indices, *(self.trace.of(index).index() for index in given)
         if len(indices) < self.ndim:
@@ -155,7 +157,9 @@ class Array(NamedTuple):
             return self.trace.named(code, "bool", 0, 1)
         limits = np.iinfo(self.dtype)
         if limits.max >= 1 << 62:
-            return self.trace.named(code, "int", -(1 << 61), 1 << 61)  # a number that is compared, or an index
+            return self.trace.named(
+                code, "int", -(1 << 61), 1 << 61
+            )  # a number that is compared, or an index
         return self.trace.integer(code, int(limits.min), int(limits.max))
 
 
