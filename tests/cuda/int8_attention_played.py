@@ -134,29 +134,6 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
 
         return product
 
-    def product_shared(n: int, kind: str, a_offsets: Any, _b_offsets: Any) -> Any:
-        def rows_of(address: int, count: int, pitch: int) -> Any:
-            """Return rows of a tile from an address on: 64 columns, those of the next sub-tile, and so on."""
-            start = max(place for place in tiles if place <= address)
-            parts = [tiles[start + at] for at in range(0, len(a_offsets) // 4 * pitch, pitch)]
-            first = (address - start) // 128
-            return np.hstack([part[first : first + count].view(np.float16) for part in parts])
-
-        def product(sums: Any, a: Any, b: Any) -> None:
-            row, quad = thread_place()
-            left = rows_of(int(a), 64, pitch_of(int(a))).astype(np.float64)
-            right = rows_of(int(b), n, pitch_of(int(b))).astype(np.float64)
-            for half in range(2):
-                found = left[row + 8 * half] @ right.T
-                sums.reshape(-1, 2, 2)[:, half] = found.reshape(-1, 4, 2)[:, quad].astype(np.float32)
-            read()
-
-        return product
-
-    def pitch_of(address: int) -> int:
-        """Return how far apart the sub-tiles of a tile lie."""
-        return int(tiles[max(place for place in tiles if place <= address)].nbytes)
-
     def fetch(address: Any, change: Any) -> Any:
         with lock:
             place = machine._at(address, 4).view(np.uint32)
@@ -200,9 +177,6 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             "load_shared_word": lambda at: np.int32(words[int(at)]),
             "store_shared_word": lambda at, value: words.__setitem__(int(at), int(value)),
             "load_float": machine._load_float,
-            "load_16": machine._loader(4, machine._at),
-            "load_word": machine._load_word,
-            "store_global_float": lambda at, value: machine._at(at, 4).view(np.float32).__setitem__(0, value),
             "fetch_add": lambda at, value: fetch(at, lambda old: old + int(value)),
             "fetch_increment": lambda at, bound: fetch(at, lambda old: 0 if old >= int(bound) else old + 1),
             "store_global_word": lambda at, value: machine._at(at, 4).view(np.uint32).__setitem__(0, value),
@@ -213,17 +187,15 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             "quotient": machine._quotient, "maximum": np.fmax, "exp2": exp2,
             "fused_multiply_add": lambda x, y, z: np.float32(np.float64(x) * np.float64(y) + np.float64(z)),
             "pack_pair": machine._simulated_pack, "pin": lambda _: nothing,
-            "log2": lambda x: np.log2(np.float32(x)), "successor": lambda x: np.int32(x + 1),
             "give_registers": lambda _: nothing, "take_registers": lambda _: nothing,
         }),
         (tma, {"prefetch_descriptor": nothing, "load_4d": load_4d}),
-        (grid, {"wait_for_earlier_grids": nothing, "let_next_grid_start": nothing}),
+        (grid, {"wait_for_earlier_grids": nothing}),
         (parameters, {"block_address": lambda block: np.uint64(block)}),
         (wgmma, {
             "descriptor_k_major": lambda at: np.uint64(at),
             "descriptor_mn_major": lambda _: lambda at: np.uint64(at),
             "product_codes_from_middle": product_codes, "product_registers": product_registers,
-            "product_shared": product_shared,
             "fence": nothing, "commit": nothing, "wait": lambda *_: nothing,
         }),
     ]  # fmt: skip
