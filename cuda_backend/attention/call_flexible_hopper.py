@@ -82,7 +82,7 @@ def flexible_attention_hopper(
     ----------
     .. [1] Dong et al., 2024, arXiv:2412.05496, section 4.
     """
-    mods = mods._replace(vjp=None)
+    device, mods = current_device(), mods._replace(vjp=None)
     if scale is not None:
         finite("scale", scale)
     views = [view(name, array, stream) for name, array in zip("qkv", (q, k, v), strict=True)]
@@ -97,7 +97,7 @@ def flexible_attention_hopper(
             raise UnsupportedError(f"{CALLER}: {'; '.join(found)}")
         layouts = aligned[0].layout, aligned[1].layout, aligned[2].layout
         lists = _lists(layouts, mods, aux, blocks, stream)
-        on = stream, current_device()
+        on = stream, device
         plan = make_flexible_plan(*layouts, scale, mods, lists.tiles, lists.work_items, *on)
         out, out_result = empty(plan.out_shape, plan.dtype, q, stream)
         lse, lse_result = empty(plan.lse_shape, "float32", q, stream) if return_lse else (None, None)
