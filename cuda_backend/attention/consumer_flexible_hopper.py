@@ -77,7 +77,6 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         lane = int32(thread & 31)
         quad_lane = int32(lane & 3)
         group_index = registers.uniform(int32(thread >> 7) - 1)
-        own_row = int32(64 * group_index + 16 * ((thread >> 5) & 3) + (lane >> 2))
         numbers = scale, factor, group_index
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
@@ -92,7 +91,8 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
             batch = registers.quotient(head, heads)
             q_head = int32(head - batch * heads)
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
-            row = int32(row_block * block_m + own_row)
+            own = registers.fresh(thread)  # again for each tile, rather than kept in a register
+            row = int32(row_block * block_m + 64 * group_index + 16 * ((own >> 5) & 3) + ((own >> 2) & 7))
             place = batch, q_head, row, int32(tq - 1), int32(2 * quad_lane), tk, aux
             for i in range(o_count):
                 o[i] = float32(0.0)

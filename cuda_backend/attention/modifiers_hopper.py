@@ -64,7 +64,7 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     def mask(s: Any, where: Any) -> None:
         b, h, row, last, first, tk, aux = where
         # What the user's function makes of these is not kept from one tile to the next.
-        b, row = registers.fresh(b), registers.fresh(row)
+        b, h, row = registers.fresh(b), registers.fresh(h), registers.fresh(row)
         i_low, i_high = min(row, last), min(int32(row + 8), last)
         low, high = uint32(0), uint32(0)
         step = int32(0)
