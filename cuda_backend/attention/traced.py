@@ -31,6 +31,7 @@ from refimpl.attention.user_functions import Mod
 __all__ = ["source_of", "traced_mask", "traced_score"]
 
 PATHS = 32
+LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
 NAMES = "b", "h", "i", "j"
 Arrays = tuple[tuple[str, int], ...]
 float32 = types.float32
@@ -49,14 +50,14 @@ reciprocal = instruction(
 @device_function
 def tanh(x: Any) -> Any:
     """Return the hyperbolic tangent within 2**-22: as exact as a score, for two special functions."""
-    grown = registers.exp2(float32(x * float32(2.0 * math.log2(math.e))))
+    grown = registers.exp2(float32(x * float32(2.0 * LOG2_E)))
     return float32(1.0) - float32(2.0) * reciprocal(grown + float32(1.0))
 
 
 @device_function
 def exp(x: Any) -> Any:
     """Return e**x, with a relative error that grows with x as that of x * log2(e) in float32."""
-    return registers.exp2(float32(x * float32(math.log2(math.e))))
+    return registers.exp2(float32(x * float32(LOG2_E)))
 
 
 def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
