@@ -11,7 +11,7 @@ from typing import Any
 
 from cuda_backend._numba import device_function
 from cuda_backend.attention.softmax_hopper import NO_KEY
-from cuda_backend.attention.traced import traced_mask, traced_score
+from cuda_backend.attention.traced import is_short, traced_mask, traced_score
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
 from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import instruction, types
@@ -94,7 +94,31 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
                 s[4 * i + e] = registers.select_float(int32(low & bit), s[4 * i + e], none)
                 s[4 * i + 2 + e] = registers.select_float(int32(high & bit), s[4 * i + 2 + e], none)
 
-    return modify, mask
+    @device_function
+    def mask_four(i: Any, s: Any, _scale: Any, where: Any) -> None:
+        b, h, row, last, first, tk, aux = where
+        i_low, i_high, none = min(row, last), min(int32(row + 8), last), float32(NO_KEY)
+        for e in range(2):
+            j = int32(first + 8 * i + e)
+            inside = True
+            if ragged:
+                inside = j < tk
+                j = min(j, int32(tk - 1))
+            low, high = (
+                int32(inside & allows(b, h, i_low, j, aux)),
+                int32(inside & allows(b, h, i_high, j, aux)),
+            )
+            s[4 * i + e] = registers.select_float(low, s[4 * i + e], none)
+            s[4 * i + 2 + e] = registers.select_float(high, s[4 * i + 2 + e], none)
+
+    mask_all = _repeated(mask_four, count // 4)
+
+    @device_function
+    def mask_at_once(s: Any, where: Any) -> None:
+        mask_all(int32(0), s, float32(0.0), where)
+
+    short = not masked or is_short(mods.mask, mods.aux)
+    return modify, mask_at_once if short else mask
 
 
 def _repeated(function: Callable[..., None], count: int) -> Callable[..., None]:

@@ -98,6 +98,9 @@ def make_lists(q: Layout, v: Layout, states: Callable[[int], Array], stream: int
 
     tiles, _ = min(candidates(KINDS[queries.dtype], D, Dv), key=time)
     section = section_of(B * Hq, 2 * Tk * (D + Dv) * Hkv // Hq)
+    lengths = live_tiles(states(tiles.block_n), tiles.consumers).sum(-1)
+    if lengths.max() * processors > float(lengths.mean()) * lengths.shape[2] * section:
+        section = B * Hq  # the longest list of the last section would be left over: it comes first of all
     ragged = Tk % tiles.block_n != 0
     found = key_lists(states(tiles.block_n), tiles.consumers, B, Hq, section, ragged=ragged)
     work, steps = view("work", found.work, stream), view("steps", found.steps, stream)

@@ -28,9 +28,9 @@ from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import instruction, types
 from refimpl.attention.user_functions import Mod
 
-__all__ = ["source_of", "traced_mask", "traced_score"]
+__all__ = ["is_short", "source_of", "traced_mask", "traced_score"]
 
-PATHS = 32
+PATHS, SHORT = 32, 20
 LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
 NAMES = "b", "h", "i", "j"
 Arrays = tuple[tuple[str, int], ...]
@@ -70,6 +70,12 @@ def traced_score(mod: Mod | None, arrays: Arrays) -> Any:
     """Return ``f(score, b, h, i, j, aux)`` for kernels, as `score_on_device` does."""
     source = None if mod is None or SIMULATOR else source_of(mod, arrays, "float")
     return score_on_device(mod) if source is None else _compiled(source)
+
+
+def is_short(mod: Mod | None, arrays: Arrays) -> bool:
+    """Return whether a mask is so little code, without loads, that it may stand there for each score."""
+    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "bool")
+    return source is not None and "aux[" not in source and source.count("\n") <= SHORT and "if " not in source
 
 
 def _compiled(source: str) -> Any:

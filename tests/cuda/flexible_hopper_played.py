@@ -51,11 +51,13 @@ def played(
     which: int = 0,
     late: bool = False,
     blocks: int = 2,
+    short: bool = False,
     mutant: Mutant | None = None,
 ) -> tuple[Any, Any]:
     """Return the output and the log-sum-exps that the kernel makes, in float32.
 
-    `which` is that of the candidates for tiles; `mutant` names one of `MODULES`, a part of it, and what
+    `which` is that of the candidates for tiles; `short` says that the mask stands in the kernel for each
+    score; `mutant` names one of `MODULES`, a part of it, and what
     stands there instead.
     """
     (B, Tq, H, D), (_, Tk, kv_heads, Dv) = q.shape, v.shape
@@ -82,6 +84,7 @@ def played(
     out, lse = np.full((B, Tq, H, Dv), np.nan, np.float32), np.full((B, H, Tq), np.nan, np.float32)
     install(monkeypatch, machine, [*modules.values(), softmax_hopper, schedule_hopper])
     stand_in(monkeypatch, modules, out, lse, KINDS[kind])
+    monkeypatch.setattr(modules["modifiers"], "is_short", lambda *_: short)
     counter = np.zeros(2, np.int32)
     problem = tuple(map(np.int32, (len(work), H, H // kv_heads, Tq, Tk, Dv)))
     factor = D**-0.5 if scale is None else scale
