@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -187,8 +188,9 @@ def _function(variant: FlexibleVariant, device: int) -> Any:
     mods = variant.mods
     keys = [None if mod is None else mod.key for mod in (mods.mask, mods.score)]
     with blamed(mods):
-        # Bytecode and constants are what a file on disk is found by; it is not read as the functions' names.
-        name = (variant.tiles, variant.ragged, mods.aux, *keys)
+        name: tuple[object, ...] = (variant.tiles, variant.ragged, mods.aux, *keys)
+        if " object at 0x" in repr(keys):
+            name = *name, uuid4()  # a function reads what has no name that another process would know
         function = load("attention_flexible_hopper", name, device, make)
     return allow_shared_memory(function, variant.tiles.shared_bytes)
 
