@@ -41,9 +41,9 @@ def build_wide_backward(variant: WideBackwardVariant) -> Callable[..., None]:
 
     def wide_backward(
         descriptor_block: Any, dk: Any, dv: Any, shifts: Any, deltas: Any, sums: Any, words: Any,
-        counter: Any, seed: Any, threshold: Any, scale: Any, factor: Any, kept: Any, tiles: Any, per_head: Any,
-        section: Any, heads: Any, all_heads: Any, group: Any, blocks: Any, tq: Any, tk: Any, offset: Any,
-        k_columns: Any, v_columns: Any,
+        counter: Any, seed: Any, threshold: Any, scale: Any, factor: Any, kept: Any,
+        tiles: Any, per_head: Any, section: Any, heads: Any, all_heads: Any, group: Any,
+        blocks: Any, tq: Any, tk: Any, offset: Any, k_columns: Any, v_columns: Any,
     ) -> None:  # fmt: skip
         descriptors = parameters.block_address(descriptor_block)
         problem = (
