@@ -89,12 +89,12 @@ def build_receiver(variant: WideBackwardVariant) -> Callable[..., None]:
 def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable[..., None], ...]:
     """Return ``multiply`` and ``add``, device functions for a consumer's columns of dQ.
 
-    ``multiply(dq, base, ds_stage)`` issues dS K; ``add(dq, sums, words, line, turn, thread)`` adds the result
+    ``multiply(dq, base)`` issues dS K; ``add(dq, sums, words, line, turn, thread)`` adds the result
     to the sums of a tile, `line`; with the deterministic option not before `turn` blocks of keys have.
     """
     first, count = variant.dq_shares(consumer)
     k_columns = variant.places.k_tile + first * 128 * variant.block_n
-    ds_tiles, ds_bytes, share_bytes = variant.places.ds_tiles, variant.ds_bytes, variant.share_bytes
+    ds_tile, share_bytes = variant.places.ds_tile, variant.share_bytes
     tile_bytes, deterministic = variant.shares * share_bytes, variant.deterministic
     along, across = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * variant.block_n)
     ds_steps, k_steps = wgmma.k_major_steps(64, 64), [128 * k for k in range(variant.block_n // 16)]
@@ -102,9 +102,9 @@ def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable
     product = wgmma.product_shared(columns, variant.kind, ds_steps, k_steps, b_turned=True)
 
     @device_function
-    def multiply(dq: Any, base: Any, ds_stage: Any) -> None:
+    def multiply(dq: Any, base: Any) -> None:
         wgmma.fence()
-        product(dq, along(base + ds_tiles + ds_stage * ds_bytes), across(base + k_columns))
+        product(dq, along(base + ds_tile), across(base + k_columns))
         wgmma.commit()
 
     @device_function

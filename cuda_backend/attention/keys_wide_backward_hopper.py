@@ -34,16 +34,14 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
     block_m, block_n = variant.block_m, variant.block_n
     s_count, p_count, dk_count = block_m // 2, block_m // 4, variant.d // 2
     dq_count = 32 * variant.dq_shares(1)[1]
-    q_bytes, do_bytes, ds_bytes, stat_bytes = (
-        variant.q_bytes, variant.do_bytes, variant.ds_bytes, 4 * block_m
-    )  # fmt: skip
+    q_bytes, do_bytes, stat_bytes = variant.q_bytes, variant.do_bytes, 4 * block_m
     places = variant.places
     v_tile, q_tiles, do_tiles, p_tile = places.v_tile, places.q_tiles, places.do_tiles, places.p_tile
-    ds_tiles, delta_places, tile_slot = places.ds_tiles, places.deltas, places.tile_slot
+    ds_tile, delta_places, tile_slot = places.ds_tile, places.deltas, places.tile_slot
     k_full, v_full, kv_empty = places.k_full, places.v_full, places.kv_empty
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
-    p_full, p_empty, ds_full, ds_empty = places.p_full, places.p_empty, places.ds_full, places.ds_empty
-    place, first_block, turn, next_stage, next_ds = schedule
+    p_full, ds_full, ds_empty = places.p_full, places.ds_full, places.ds_empty
+    place, first_block, turn, next_stage, _ = schedule
     pack = build_gradient(variant)[3]
     receive = build_receiver(variant)
     store_ds, _, store_row = build_stores(variant)
@@ -73,11 +71,10 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
         # Lane l gives row l % 8 of block l // 8: blocks 0 and 2 are of the first eight keys, 2 and 3 of the
         # next eight queries.
         chunk = int32((2 * warp + ((lane >> 3) & 1)) ^ (lane & 7))
-        ds_lane = base + ds_tiles + ((lane >> 4) * 8 + (lane & 7)) * 128 + chunk * 16
+        ds_lane = base + ds_tile + ((lane >> 4) * 8 + (lane & 7)) * 128 + chunk * 16
         p_lane = base + p_tile + 16 * thread
         v_rows = along_v(base + v_tile)
-        stage, parity, ds_stage, ds_parity = int32(0), int32(0), int32(0), int32(0)
-        kv_parity, p_parity = int32(0), int32(0)
+        stage, parity, kv_parity, step_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + k_full, kv_parity)
             tile = registers.uniform(copy.load_shared_word(base + tile_slot))
@@ -98,29 +95,28 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
                     dp_product(dp, v_rows, along_v(base + do_tiles + stage * do_bytes))
                     wgmma.commit()
                     dp_done(dp)
-                    barrier.wait(base + p_full, p_parity)
-                    p_parity = int32(p_parity ^ 1)
+                    barrier.wait(base + p_full, step_parity)
                     receive(dp, p_lane, base + delta_places + stage * stat_bytes + 8 * quad_lane, kept)
-                    barrier.arrive_warp(base + p_empty, lane)
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)
                     pack(ds, dp)
-                    barrier.wait(base + ds_empty + 8 * ds_stage, ds_parity ^ 1)
-                    store_ds(ds, ds_lane + ds_stage * ds_bytes)
+                    # Other warps of this warpgroup may still multiply dS; the first consumer has, see P.
+                    barrier.wait(base + ds_empty, step_parity ^ 1)
+                    store_ds(ds, ds_lane)
                     barrier.publish_stores()
-                    barrier.arrive_warp(base + ds_full + 8 * ds_stage, lane)
+                    barrier.arrive_warp(base + ds_full, lane)
                     barrier.wait(base + q_full + 8 * stage, parity)
-                    barrier.wait(base + ds_full + 8 * ds_stage, ds_parity)
-                    multiply_queries(dq, base, ds_stage)
+                    barrier.wait(base + ds_full, step_parity)
+                    step_parity = int32(step_parity ^ 1)
+                    multiply_queries(dq, base)
                     key_product(dk, ds, across_q(base + q_tiles + stage * q_bytes))
                     wgmma.commit()
                     queries_done(dq)
-                    barrier.arrive_warp(base + ds_empty + 8 * ds_stage, lane)
+                    barrier.arrive_warp(base + ds_empty, lane)
                     line = int32((kv_head * group + member) * blocks + block)
                     add_queries(dq, sums, words, line, turn(key_block, block, tq, tk, offset), thread)
                     keys_done(dk)
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     stage, parity = next_stage(stage, parity)
-                    ds_stage, ds_parity = next_ds(ds_stage, ds_parity)
                     block = registers.successor(block)
                 member = registers.successor(member)
             barrier.arrive_warp(base + kv_empty, lane)

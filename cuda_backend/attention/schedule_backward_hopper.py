@@ -68,4 +68,5 @@ def build_backward_schedule(variant: BackwardVariant | WideBackwardVariant) -> B
         return int32(key_block)
 
     place = build_place(causal and variant.deterministic)
-    return BackwardSchedule(place, first_block, turn, ring(variant.stages), ring(variant.ds_stages))
+    ds_stages = 1 if isinstance(variant, WideBackwardVariant) else variant.ds_stages
+    return BackwardSchedule(place, first_block, turn, ring(variant.stages), ring(ds_stages))

@@ -46,9 +46,8 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         places.shifts,
     )
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
-    p_full, p_empty = places.p_full, places.p_empty
-    ds_full, ds_empty = places.ds_full, places.ds_empty
-    place, first_block, turn, next_stage, next_ds = schedule
+    p_full, ds_full = places.p_full, places.ds_full
+    place, first_block, turn, next_stage, _ = schedule
     mask, weights, _, pack = build_gradient(variant)
     send, mark, keep = build_sender(variant)
     store_row = build_stores(variant._replace(d=variant.d_v))[2]
@@ -78,8 +77,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         own_row = int32(16 * warp + (lane >> 2))
         p_lane = base + p_tile + 16 * thread
         k_rows = along_k(base + k_tile)
-        stage, parity, ds_stage, ds_parity = int32(0), int32(0), int32(0), int32(0)
-        kv_parity, p_parity = int32(0), int32(1)
+        stage, parity, kv_parity, ds_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + k_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
@@ -121,8 +119,6 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     if dropout:
                         head, first_key = int32(own_head * group + member), int32(key - (lane >> 2))
                         mark(s, (seed, batch, head, row, first_key, lane, threshold))
-                    barrier.wait(base + p_empty, p_parity)
-                    p_parity = int32(p_parity ^ 1)
                     send(s, p_lane)
                     barrier.arrive_warp(base + p_full, lane)
                     if dropout:
@@ -132,16 +128,15 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     wgmma.fence()
                     value_product(dv, p, across_q(do_place))
                     wgmma.commit()
-                    barrier.wait(base + ds_full + 8 * ds_stage, ds_parity)
-                    multiply_queries(dq, base, ds_stage)
+                    barrier.wait(base + ds_full, ds_parity)
+                    ds_parity = int32(ds_parity ^ 1)
+                    multiply_queries(dq, base)
                     values_done(dv)
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)
                     queries_done(dq)
-                    barrier.arrive_warp(base + ds_empty + 8 * ds_stage, lane)
                     line = int32((kv_head * group + member) * blocks + block)
                     add_queries(dq, sums, words, line, turn(key_block, block, tq, tk, offset), thread)
                     stage, parity = next_stage(stage, parity)
-                    ds_stage, ds_parity = next_ds(ds_stage, ds_parity)
                     block = registers.successor(block)
                 member = registers.successor(member)
             barrier.arrive_warp(base + kv_empty, lane)

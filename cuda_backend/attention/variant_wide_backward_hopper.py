@@ -22,7 +22,7 @@ class WideBackwardPlaces(NamedTuple):
     v_tile: int
     q_tiles: int
     do_tiles: int
-    ds_tiles: int
+    ds_tile: int
     p_tile: int
     shifts: int
     deltas: int
@@ -34,7 +34,6 @@ class WideBackwardPlaces(NamedTuple):
     do_full: int
     do_empty: int
     p_full: int
-    p_empty: int
     ds_full: int
     ds_empty: int
     tile_slot: int
@@ -52,8 +51,8 @@ class WideBackwardVariant(NamedTuple):
         Head dimensions of q and k, and of v, after padding to multiples of 64; `d` is at least 128.
     causal, deterministic, dropout
         As of `BackwardVariant`.
-    stages, ds_stages
-        Tiles of Q, and of dO, in flight; tiles of dS.
+    stages
+        Tiles of Q, and of dO, in flight.
     """
 
     kind: str
@@ -63,7 +62,6 @@ class WideBackwardVariant(NamedTuple):
     deterministic: bool
     dropout: bool
     stages: int = 2
-    ds_stages: int = 2
 
     @property
     def block_m(self) -> int:
@@ -160,9 +158,9 @@ class WideBackwardVariant(NamedTuple):
         stages = 8 * self.stages
         sizes = (
             self.k_bytes, self.v_bytes, self.stages * self.q_bytes, self.stages * self.do_bytes,
-            self.ds_stages * self.ds_bytes, self.p_bytes,
+            self.ds_bytes, self.p_bytes,
             4 * self.stages * QUERIES, 4 * self.stages * QUERIES,
-            8, 8, 8, stages, stages, stages, stages, 8, 8, 8 * self.ds_stages, 8 * self.ds_stages, 8,
+            8, 8, 8, stages, stages, stages, stages, 8, 8, 8, 8,
         )  # fmt: skip
         at = [0]
         for size in sizes:

@@ -3,8 +3,9 @@
 As `backward_hopper`, with tiles of 64 keys.  What is kept in registers over all queries is shared between the
 warpgroups: one keeps dV, the other dK.  The first computes P and hands it to the second through shared memory
 in float32, as it lies in registers; the second computes dS, for its dK and, rounded and in shared memory, for
-dQ, of which each computes half the columns.  Nothing is computed twice and nobody meets: each waits for what
-it needs.  dQ is added to global memory from registers, four float32 at a time.
+dQ, of which each computes half the columns.  Nothing is computed twice.  One tile of P and one of dS are
+enough: the first has multiplied dS before it hands over the next P, and the second had read that P before it
+wrote dS.  dQ is added to global memory from registers, four float32 at a time.
 
 Sources: Dao et al. 2022, arXiv:2205.14135, Algorithm 4; Dao 2023, arXiv:2307.08691, section 3.1.2; Shah et
 al. 2024, arXiv:2407.08608, section 3.1 and Appendix B.
@@ -74,13 +75,12 @@ def build_wide_backward(variant: WideBackwardVariant) -> Callable[..., None]:
 
 def build_wide_start(variant: WideBackwardVariant) -> Callable[..., None]:
     """Return ``start(base)``, for one thread before all others: barriers, and how many arrive at them."""
-    places, stages, ds_stages, one, both = variant.places, variant.stages, variant.ds_stages, 4, 8
+    places, stages, one, both = variant.places, variant.stages, 4, 8  # warps of one consumer, and of both
     singles = (
         (places.k_full, 1, 1), (places.v_full, 1, 1), (places.kv_empty, 1, both),
         (places.q_full, stages, 1), (places.q_empty, stages, both),
         (places.do_full, stages, 1), (places.do_empty, stages, both),
-        (places.p_full, 1, one), (places.p_empty, 1, one),
-        (places.ds_full, ds_stages, one), (places.ds_empty, ds_stages, both),
+        (places.p_full, 1, one), (places.ds_full, 1, one), (places.ds_empty, 1, one),
     )  # fmt: skip
     barriers = tuple((at + 8 * i, arrivals) for at, count, arrivals in singles for i in range(count))
 

@@ -1,4 +1,4 @@
-"""The table of the Hopper backward kernels: ``python -m tests.cuda.hopper_backward_table [PART FORMAT WIDTH]``.
+"""The table of the Hopper backward kernels: ``python -m tests.cuda.hopper_backward_table [PART] [FORMAT]``.
 
 Part "backward" times the gradients alone, "both" the forward and the backward pass; width "wide" takes heads
 wider than 128 only, "narrow" the others.  Operations: 2 B H N² (3 D + 2 Dv) for the gradients, 2 B H N² (D +
