@@ -86,19 +86,13 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                 break
             key_block, kv_head = place(tile, per_head, section, all_heads)
             key = int32(key_block * block_n + own_row)
-            batch = registers.quotient(kv_head, heads)
-            own_head = int32(kv_head - batch * heads)
-            last_key = int32(key_block * block_n + (block_n - 1))
-            # The first query that this thread's rows may see; queries from `seeing` on see all keys.
-            first_low, first_high, seeing = int32(ALL), int32(ALL), int32(ALL)
-            if causal:
-                first_low, first_high, seeing = key - offset, key + 8 - offset, int32(last_key - offset)
-            first_low = registers.select_int(int32(key >= tk), NONE, first_low)
-            first_high = registers.select_int(int32(key + 8 >= tk), NONE, first_high)
-            if last_key >= tk:
-                seeing = int32(NONE)
             for i in range(dv_count):
                 dv[i] = float32(0.0)
+            seeing = int32(ALL)  # queries from here on see all keys
+            if causal:
+                seeing = int32(key_block * block_n + (block_n - 1) - offset)
+            if key_block * block_n + block_n > tk:
+                seeing = int32(NONE)
             begin = first_block(key_block, blocks, tq, offset)
             member = int32(0)
             while member < group:
@@ -112,13 +106,21 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     scores_done(s)
                     row = int32(block * block_m)
                     if row < seeing:
+                        # The first query that may see the thread's two rows.
+                        first_low, first_high = int32(ALL), int32(ALL)
+                        if causal:
+                            first_low, first_high = key - offset, key + 8 - offset
+                        first_low = registers.select_int(int32(key >= tk), NONE, first_low)
+                        first_high = registers.select_int(int32(key + 8 >= tk), NONE, first_high)
                         shift = row + 2 * quad_lane
                         mask(s, first_low - shift, first_high - shift)
                     weights(s, scale, base + shift_places + stage * stat_bytes + 8 * quad_lane)
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     if dropout:
-                        head, first_key = int32(own_head * group + member), int32(key - (lane >> 2))
-                        mark(s, (seed, batch, head, row, first_key, lane, threshold))
+                        # For want of registers anew for each tile.
+                        batch = registers.quotient(registers.fresh(kv_head), heads)
+                        head = int32((kv_head - batch * heads) * group + member)
+                        mark(s, (seed, batch, head, row, int32(key - (lane >> 2)), lane, threshold))
                     send(s, p_lane)
                     barrier.arrive_warp(base + p_full, lane)
                     if dropout:
@@ -140,7 +142,10 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     block = registers.successor(block)
                 member = registers.successor(member)
             barrier.arrive_warp(base + kv_empty, lane)
-            rows = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(own_head)
+            batch = registers.quotient(kv_head, heads)
+            rows = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(
+                kv_head - batch * heads
+            )
             for half in range(2):
                 address = dv_out + (rows + uint64(8 * half * heads)) * uint64(2 * columns)
                 valid = int32(key + 8 * half < tk)

@@ -1,6 +1,7 @@
 """Mistakes in the Hopper backward kernel for wide heads: the played machine sees each.
 
-It plays a warpgroup as one, so what warps of one wait for among themselves (dS) it cannot miss.
+It plays a warpgroup as one, so what its warps wait for among themselves (dS) it cannot miss; nor what both
+consumers wait for, of which one is earlier (dO of dV, Q of dK).
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ V, K, X, S = "values", "keys", "exchange", "wide"
 MUTANTS = {
     "K before it has arrived": (V, "barrier.wait(base + k_full, kv_parity)", "tile = 0"),
     "Q before it has arrived": (V, "barrier.wait(base + q_full + 8 * stage, parity)", "pass"),
-    "dO of dV before it has arrived": (V, "barrier.wait(base + do_full + 8 * stage, parity)", "pass"),
     "scores not waited for": (V, "scores_done(s)", "pass"),
     "dS not waited for": (V, "barrier.wait(base + ds_full, ds_parity)", "pass"),
     "parity of dS": (V, "ds_parity = int32(ds_parity ^ 1)", "pass"),
     "dV not waited for": (V, "values_done(dv)", "pass"),
     "dO released before dV": (
         V,
-        "                    values_done(dv)\n"
-        "                    barrier.arrive_warp(base + do_empty + 8 * stage, lane)\n",
-        "                    barrier.arrive_warp(base + do_empty + 8 * stage, lane)\n"
-        "                    values_done(dv)\n",
+        """barrier.wait(base + ds_full, ds_parity)
+                    ds_parity = int32(ds_parity ^ 1)
+                    multiply_queries(dq, base)
+                    values_done(dv)
+                    barrier.arrive_warp(base + do_empty + 8 * stage, lane)
+""",
+        """barrier.arrive_warp(base + do_empty + 8 * stage, lane)
+                    barrier.wait(base + ds_full, ds_parity)
+                    ds_parity = int32(ds_parity ^ 1)
+                    multiply_queries(dq, base)
+                    values_done(dv)
+""",
     ),
     "first columns of dQ not waited for": (V, "queries_done(dq)", "pass"),
     "Q released before its shifts are read": (
@@ -42,7 +50,11 @@ MUTANTS = {
     "mask left out too early": (V, "if row < seeing:", "if row < seeing - 64:"),
     "keys of padding count": (V, "int32(key >= tk), NONE", "int32(key > tk + 500), NONE"),
     "dropped weights kept for dV": (V, "keep(s, kept)", "pass"),
-    "dropout of the first head": (V, "int32(own_head * group + member)", "int32(own_head * group)"),
+    "dropout of the first head": (
+        V,
+        "(kv_head - batch * heads) * group + member)",
+        "(kv_head - batch * heads) * group)",
+    ),
     "V before it has arrived": (K, "barrier.wait(base + v_full, kv_parity)", "pass"),
     "dO before it has arrived": (K, "barrier.wait(base + do_full + 8 * stage, parity)", "pass"),
     "dP not waited for": (K, "dp_done(dp)", "pass"),
