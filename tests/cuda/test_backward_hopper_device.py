@@ -142,6 +142,29 @@ def test_wide_heads(widths: tuple[int, int], deterministic: bool) -> None:
             judge(kind, (2, tq, tk, 4, 2, *widths), causal, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("widths", [(256, 256), (192, 128), (128, 128), (64, 64)])
+def test_dropout(widths: tuple[int, int]) -> None:
+    """Autograd in float64, weights dropped by the reference's Philox: another one dropped is seen."""
+    from refimpl.random import dropout_keep
+
+    dropout_p, seed = 0.3, 2**63 + 5
+    B, Tq, Tk, Hq, Hkv = 2, 200, 330, 4, 2
+    q, k, v, do = inputs("float16", (B, Tq, Tk, Hq, Hkv, *widths))
+    kept = dropout_keep(seed, dropout_p, np.arange(B)[:, None], np.arange(Hq), np.arange(Tq), np.arange(Tk))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(Hq // Hkv, 2) for x in leaves[1:])
+    scores = torch.einsum("bihd,bjhd->bhij", leaves[0], keys) * widths[0] ** -0.5
+    weights = scores.softmax(-1) * torch.from_numpy(kept).cuda() / (1 - dropout_p)
+    out = torch.einsum("bhij,bjhd->bihd", weights, values)
+    truth = torch.autograd.grad(out, leaves, do.double())
+    given = q, k, v, out.half(), scores.logsumexp(-1).float(), do
+    for deterministic in (False, True):
+        how: dict[str, Any] = {"dropout_p": dropout_p, "rng": seed, "deterministic": deterministic}
+        found = flash_attention_vjp_hopper(*(x.detach() for x in given), **how)
+        for x, exact in zip(found[:3], truth, strict=True):
+            assert (x.double() - exact).abs().max() <= 4e-3 * exact.abs().max()
+
+
 def test_wide_heads_repeat() -> None:
     q, k, v, do = inputs("bfloat16", (2, 1000, 1000, 8, 2, 256, 256))
     out, lse = flash_attention_hopper(q, k, v, causal=True, return_lse=True)

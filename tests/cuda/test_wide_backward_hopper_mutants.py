@@ -1,7 +1,8 @@
 """Mistakes in the Hopper backward kernel for wide heads: the played machine sees each.
 
 It plays a warpgroup as one, so what its warps wait for among themselves (dS) it cannot miss; nor what both
-consumers wait for, of which one is earlier (dO of dV, Q of dK), nor, but by luck, that dO is kept until dV is there.
+consumers wait for, of which one is earlier (dO of dV, Q of dK); nor, but by luck, that dO stays until it is
+multiplied.
 """
 
 from __future__ import annotations
