@@ -77,9 +77,12 @@ def verify() -> None:
 def without_sums() -> None:
     """Let the consumers throw their columns of dQ away, in kernels not yet compiled."""
     from cuda_backend._numba import device_function
-    from cuda_backend.attention import exchange_wide_backward_hopper, keys_wide_backward_hopper
+    from cuda_backend.attention import (
+        exchange_wide_backward_hopper,
+        keys_wide_backward_hopper,
+        values_wide_backward_hopper,
+    )
     from cuda_backend.attention import plan_backward_hopper as plan
-    from cuda_backend.attention import values_wide_backward_hopper
 
     os.environ["FRUGAL_KERNEL_CACHE"] = "off"
     original = exchange_wide_backward_hopper.build_queries
@@ -120,7 +123,7 @@ def measure() -> None:
         call = functools.partial(flash_attention_vjp_hopper, q, k, v, out, lse, do, causal=causal)
         if ablated:
             without_sums()
-            contestants = {"without sums": call}
+            contestants: dict[str, Any] = {"without sums": call}
         else:
             options = variants(widths, causal)
             contestants = {name: functools.partial(call, **how) for name, how in options.items()}
