@@ -57,8 +57,7 @@ def flash_attention_vjp_hopper(
     causal, scale, stream
         As for `flash_attention_hopper`.
     dropout_p, rng
-        As for `refimpl.attention.flash_attention_vjp`: probability and the integer seed of the forward call,
-        which `flash_attention_hopper` cannot make, but `flash_attention` can.
+        As for `refimpl.attention.flash_attention_vjp`: probability and the integer seed of the forward call.
     deterministic : bool
         Whether dQ repeats bit for bit; dK and dV always do.
     variant : BackwardVariant, optional
