@@ -17,6 +17,8 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.gradient_hopper import build_gradient, build_stores
+from cuda_backend.attention.lists_backward_hopper import LENGTH, entry_block, entry_member, entry_partial
+from cuda_backend.attention.mods_backward_hopper import LOG2_E, build_mods
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS, BackwardVariant
 from cuda_backend.ptx import barrier, copy, registers, wgmma
@@ -30,10 +32,10 @@ ALL, NONE = -(1 << 30), 1 << 30  # first column that a row may see: before and a
 
 
 def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callable[..., None]:
-    """Return ``consume(base, thread, dk_out, dv_out, scale, factor, drop, problem)``, for a whole warpgroup.
+    """Return ``consume(base, thread, dk_out, dv_out, scale, factor, drop, problem, aux)``, for a warpgroup.
 
     `scale` is that of the scores times log2(e), `factor` that of the scores; `drop` has the seed of the
-    dropout, its threshold, and the factor of what is kept.
+    dropout, its threshold, and the factor of what is kept; `aux` the arrays of the user's functions.
     """
     block_m, block_n, d, kind, causal = (
         variant.block_m,
@@ -66,6 +68,8 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
         schedule.place, schedule.first_block, schedule.next_stage, schedule.next_ds
     )  # fmt: skip
     mask, weights, gradient, pack = build_gradient(variant)
+    lists, entry_places = variant.lists, places.entries
+    allow, modify, weigh, fetch, modified, parked = build_mods(variant)
     store_ds, store_dq, store_row = build_stores(variant)
     meet = barrier.named(1, 128 * CONSUMERS)
     along_k, across_q = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_m)
@@ -88,7 +92,15 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
 
     @device_function
     def consume(
-        base: Any, thread: Any, dk_out: Any, dv_out: Any, scale: Any, factor: Any, drop: Any, problem: Any
+        base: Any,
+        thread: Any,
+        dk_out: Any,
+        dv_out: Any,
+        scale: Any,
+        factor: Any,
+        drop: Any,
+        problem: Any,
+        aux: Any,
     ) -> None:
         seed, threshold, kept = drop
         _, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, k_columns, v_columns = problem
@@ -124,7 +136,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             key_block, kv_head = place(tile, per_head, section, all_heads)
             key = int32(key_block * block_n + own_row)
             batch, head_first, first_key = int32(0), int32(0), int32(0)
-            if dropout:
+            if dropout or lists:
                 batch = registers.quotient(kv_head, heads)
                 head_first = int32((kv_head - batch * heads) * group)
                 first_key = int32(key_block * block_n + 64 * w + 16 * warp)
@@ -140,11 +152,15 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             for i in range(dk_count):
                 dk[i] = float32(0.0)
                 dv[i] = float32(0.0)
-            begin = first_block(key_block, blocks, tq, offset)
+            begin, end, members = first_block(key_block, blocks, tq, offset), blocks, group
+            if lists:
+                begin, members = int32(0), int32(1)
+                end = registers.uniform(copy.load_shared_word(base + tile_slot + LENGTH))
             member = int32(0)
-            while member < group:
-                block = begin
-                while block < blocks:
+            while member < members:
+                at = begin
+                while at < end:
+                    block = at
                     q_place = base + q_tiles + stage * q_bytes
                     do_place = base + do_tiles + stage * q_bytes
                     barrier.wait(base + q_full + 8 * stage, parity)
@@ -154,15 +170,33 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     barrier.wait(base + do_full + 8 * stage, parity)
                     score_product(dp, v_rows, along_k(do_place))
                     wgmma.commit()
+                    if lists:
+                        entry = registers.uniform(copy.load_shared_word(base + entry_places + 4 * stage))
+                        block = entry_block(entry)
                     scores_done(s)
                     row = int32(block * block_m)
                     drawn = (
                         seed, batch, int32(head_first + member), row, first_key, lane, threshold, kept
                     )  # fmt: skip
-                    if row < seeing:
-                        shift = row + 2 * quad_lane
-                        mask(s, first_low - shift, first_high - shift)
-                    weights(s, scale, base + shift_places + stage * stat_bytes + 8 * quad_lane)
+                    own_shifts = base + shift_places + stage * stat_bytes + 8 * quad_lane
+                    if lists:
+                        head = int32(head_first + entry_member(entry))
+                        where = batch, head, int32(row + 2 * quad_lane), key, tq, tk, aux
+                        own_ds = ds_lane + ds_stage * ds_bytes
+                        if entry_partial(entry) != 0:
+                            allow(s, factor, own_shifts, own_ds, where)
+                        if parked:
+                            weigh(s, factor, own_shifts, own_ds, where)
+                        elif modified:
+                            modify(s, factor, own_shifts, own_ds, where)
+                            weights(s, float32(LOG2_E), own_shifts)
+                        else:
+                            weights(s, scale, own_shifts)
+                    else:
+                        if row < seeing:
+                            shift = row + 2 * quad_lane
+                            mask(s, first_low - shift, first_high - shift)
+                        weights(s, scale, own_shifts)
                     # Without the pin, ptxas may move the exponentials behind the wait for dP.
                     pin_scores(s)
                     if early_dv:
@@ -172,7 +206,9 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                         wgmma.commit()
                     dp_done(dp)
                     gradient(dp, s, base + delta_places + stage * stat_bytes + 8 * quad_lane, drawn)
-                    if not early_dv:
+                    if parked:
+                        fetch(p, ds_lane + ds_stage * ds_bytes)
+                    elif not early_dv:
                         pack(p, s)
                     pack(ds, dp)
                     if one_ds:
@@ -205,7 +241,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     stage, parity = next_stage(stage, parity)
                     ds_stage, ds_parity = next_ds(ds_stage, ds_parity)
-                    block = registers.successor(block)
+                    at = registers.successor(at)
                 member = registers.successor(member)
             barrier.arrive_warp(base + kv_empty, lane)
             batch = registers.quotient(kv_head, heads)
