@@ -91,6 +91,11 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
     pin_scores = registers.pin(s_count)
 
     @device_function
+    def row_of(thread: Any) -> Any:
+        """Return the first of the two keys of a thread, from the first of the tile on."""
+        return int32(16 * (thread >> 5) - 64 + ((thread & 31) >> 2))
+
+    @device_function
     def consume(
         base: Any,
         thread: Any,
@@ -134,7 +139,10 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             barrier.wait(base + v_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
             key_block, kv_head = place(tile, per_head, section, all_heads)
-            key = int32(key_block * block_n + own_row)
+            if lists:
+                key = int32(key_block * block_n + row_of(registers.thread()))
+            else:
+                key = int32(key_block * block_n + own_row)
             batch, head_first, first_key = int32(0), int32(0), int32(0)
             if dropout or lists:
                 batch = registers.quotient(kv_head, heads)
@@ -180,11 +188,11 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     )  # fmt: skip
                     own_shifts = base + shift_places + stage * stat_bytes + 8 * quad_lane
                     if lists:
-                        head = int32(head_first + entry_member(entry))
-                        where = batch, head, int32(row + 2 * quad_lane), key, tq, tk, aux
+                        head = int32(registers.fresh(head_first) + entry_member(entry))
+                        where = registers.fresh(batch), head, int32(row + 2 * quad_lane), key, tq, tk, aux
                         own_ds = ds_lane + ds_stage * ds_bytes
                         if entry_partial(entry) != 0:
-                            allow(s, factor, own_shifts, own_ds, where)
+                            allow(s, where)
                         if parked:
                             weigh(s, factor, own_shifts, own_ds, where)
                         elif modified:
@@ -243,6 +251,10 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     ds_stage, ds_parity = next_ds(ds_stage, ds_parity)
                     at = registers.successor(at)
                 member = registers.successor(member)
+            if lists:  # as above: for want of registers it has not been kept
+                tile = registers.uniform(copy.load_shared_word(base + tile_slot))
+                key_block, kv_head = place(tile, per_head, section, all_heads)
+                key = int32(key_block * block_n + row_of(registers.thread()))
             barrier.arrive_warp(base + kv_empty, lane)
             batch = registers.quotient(kv_head, heads)
             line = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(

@@ -31,6 +31,7 @@ int32, uint32, float32 = types.int32, types.uint32, types.float32
 
 LOG2_E = math.log2(math.e)
 MASKED = float("-inf")
+TOGETHER = 4  # columns whose mask is asked for at a time
 
 
 class _Unknown:
@@ -88,13 +89,29 @@ def build_mods(variant: BackwardVariant) -> tuple[Any, ...]:
     pack_pair = registers.pack_pair(variant.kind)
 
     @device_function
-    def allow_one(s: Any, n: Any, e: Any, where: Any) -> Any:
+    def allow(s: Any, where: Any) -> None:
         batch, head, first, key, tq, tk, aux = where
-        i, j = int32(first + 8 * n + e % 2), int32(key + 8 * (e // 2))
-        inside = int32(i < tq) & int32(j < tk)
-        i, j = int32(min(i, int32(tq - 1))), int32(min(j, int32(tk - 1)))
-        allowed = int32(allows(batch, head, i, j, aux)) & inside
-        return registers.select_float(int32(allowed), s, float32(MASKED))
+        j_low, j_high = int32(min(key, int32(tk - 1))), int32(min(key + 8, int32(tk - 1)))
+        low, high = uint32(0), uint32(0)
+        start = int32(0)
+        # A loop, not unrolled: the functions of all scores at once would want more registers than there are.
+        while start < count // 2:
+            for at in range(TOGETHER):
+                column = int32(start + at)
+                i = int32(first + 8 * (column >> 1) + (column & 1))
+                i_inside = int32(min(i, int32(tq - 1)))
+                see = int32(i < tq)
+                see_low = int32(allows(batch, head, i_inside, j_low, aux)) & int32(key < tk) & see
+                see_high = int32(allows(batch, head, i_inside, j_high, aux)) & int32(key + 8 < tk) & see
+                low = uint32(low | uint32(uint32(see_low) << uint32(column)))
+                high = uint32(high | uint32(uint32(see_high) << uint32(column)))
+            start = int32(registers.successor(start) + (TOGETHER - 1))
+        for n in range(count // 4):
+            for e in range(2):
+                at = 4 * n + e
+                bit = uint32(1 << (2 * n + e))
+                s[at] = registers.select_float(int32(low & bit), s[at], float32(MASKED))
+                s[at + 2] = registers.select_float(int32(high & bit), s[at + 2], float32(MASKED))
 
     @device_function
     def change_one(s: Any, factor: Any, n: Any, e: Any, where: Any) -> Any:
@@ -116,14 +133,6 @@ def build_mods(variant: BackwardVariant) -> tuple[Any, ...]:
         slope = pull(float32(1.0), s * factor, batch, head, i, j, aux)
         # Where a score is masked its gradient may be no number.
         return p, registers.select_float(int32(p > float32(0.0)), p * slope, float32(0.0))
-
-    def allow_columns(n: int) -> Any:
-        @device_function
-        def step(s: Any, _factor: Any, _shifts: Any, _place: Any, where: Any) -> None:
-            for e in range(4):
-                s[4 * n + e] = allow_one(s[4 * n + e], n, e, where)
-
-        return step
 
     def modify_columns(n: int) -> Any:
         @device_function
@@ -158,8 +167,7 @@ def build_mods(variant: BackwardVariant) -> tuple[Any, ...]:
         for n in range(count // 8):
             copy.load_shared_16(p, int32(4 * n), place + 2048 * n)
 
-    allow, modify = (in_turn(make, count // 4) for make in (allow_columns, modify_columns))
-    weigh = in_turn(weigh_columns, count // 8)
+    modify, weigh = in_turn(modify_columns, count // 4), in_turn(weigh_columns, count // 8)
     modified = mods.score is not None
     return allow, modify, weigh, fetch, modified, modified and is_parked(variant)
 

@@ -79,7 +79,7 @@ def played(
             ):
                 monkeypatch.setattr(user, name, getattr(modules[mutant[0]], name))
     install(monkeypatch, machine, list(modules.values()))
-    install_functions(monkeypatch, machine, modules["mods"])
+    install_functions(monkeypatch, machine, modules["mods"], modules["consumer"])
     counter = np.zeros(2, np.int32)
     kept: dict[str, Any] = {}
 

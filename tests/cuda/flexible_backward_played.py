@@ -18,7 +18,7 @@ from tests.cuda.int8_hopper_played import at as at_address
 BASE = 1024
 
 
-def install_functions(monkeypatch: pytest.MonkeyPatch, machine: Machine, module: ModuleType) -> None:
+def install_functions(monkeypatch: pytest.MonkeyPatch, machine: Machine, module: ModuleType, consumer: ModuleType) -> None:
     """Let functions of the user's be asked for all lanes at once, as the reference asks them."""
     copy: Any = module.copy  # type: ignore[attr-defined]
 
@@ -51,6 +51,7 @@ def install_functions(monkeypatch: pytest.MonkeyPatch, machine: Machine, module:
 
         return changed
 
+    monkeypatch.setattr(vars(consumer)["registers"], "thread", lambda: machine.own.threads, raising=False)
     for name, value in {
         "mask_on_device": mask_on_device, "score_on_device": score_on_device, "min": np.minimum
     }.items():  # fmt: skip
@@ -78,6 +79,7 @@ def play_lists(machine: Machine, modules: dict[str, Any], variant: Any, values: 
 
         def role() -> None:
             with np.errstate(all="ignore"):  # what is masked is computed, too
+                machine.own.threads = thread
                 consume(BASE, thread, dk, dv, scale, factor, (0, 0, kept), problem, aux)
 
         return role
