@@ -17,7 +17,8 @@ def array_type(dtype: Any, ndim: int) -> Any:
 
 def aux_signature(mods: Mods) -> Any:
     """Return the type of the arrays that functions of the user's read; one array if there is none."""
-    return types.Tuple([array_type(getattr(types, "boolean" if d == "bool" else d), n) for d, n in mods.arrays])
+    arrays = mods.arrays
+    return types.Tuple([array_type(getattr(types, "boolean" if d == "bool" else d), n) for d, n in arrays])
 
 
 def array_words(axes: int) -> int:

@@ -100,9 +100,9 @@ def flexible_attention_vjp_hopper(
 
     Notes
     -----
-    Lists of tiles are made once for each mask that takes no `aux`, and for each block mask.  A mask that takes
-    `aux`, without a block mask, is evaluated for every score in every call, on the host: slow.  A gradient of
-    a score is asked for once, with gradient 1, and multiplied: it must be linear in it, as gradients are.
+    Lists of tiles are made once for each mask that takes no `aux`, and for each block mask.  A mask that
+    takes `aux`, without a block mask, is evaluated for every score in every call, on the host: slow.  A
+    gradient of a score is asked for with gradient 1, and multiplied: it must be linear, as gradients are.
     Not yet run on a device.
 
     References

@@ -1,7 +1,7 @@
-"""Functions of the user's in the registers of a Hopper backward consumer: mask, score, gradient of the score.
+"""Functions of the user's in the registers of a Hopper backward consumer: mask, score, its gradient.
 
-Scores are turned: accumulator ``4 n + e`` of a thread is of query ``first + 8 n + e % 2`` and of key ``key + 8
-(e // 2)``.  With S' = q·k and s = factor S'::
+Scores are turned: accumulator ``4 n + e`` of a thread is of query ``first + 8 n + e % 2`` and of key
+``key + 8 (e // 2)``.  With S' = q·k and s = factor S'::
 
     P = exp2(log2(e) score_mod(s) + shift)     dS = P (dP - delta) score_mod_vjp(1, s)
 
@@ -14,7 +14,6 @@ Source: Dong et al. 2024, arXiv:2412.05496, sections 3 and 4.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -40,7 +39,7 @@ class _Unknown:
     def _refuse(self, *_: Any) -> NoReturn:
         raise TypeError("unknown")
 
-    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse  # type: ignore[assignment]
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = _refuse
 
 
 def is_parked(variant: BackwardVariant) -> bool:
@@ -60,31 +59,31 @@ def passes(vjp: Mod | None) -> bool:
     """Return whether a gradient is the one that comes in, whatever the other arguments are."""
     if vjp is None:
         return True
-    gradient = _Unknown()
+    gradient, others = _Unknown(), [_Unknown()] * 5
     try:
-        return vjp.call((gradient, _Unknown()), (_Unknown(),) * 4, (_Unknown(),)) is gradient
+        return vjp.function(gradient, *others, *[_Unknown()] * vjp.takes_aux) is gradient
     except Exception:
         return False
 
 
 def build_mods(variant: BackwardVariant) -> tuple[Any, ...]:
-    """Return ``allow``, ``modify``, ``weigh`` and ``fetch``, device functions; whether two of them are called.
+    """Return device functions, and whether two of them are called.
 
-    The first three have the arguments ``(s, factor, shifts, place, where)``, `where` being the batch, the query
-    head, the thread's first query and first key, the numbers of both, and the user's arrays:
+    `where` is the batch, the query head, the thread's first query and first key, how many there are of both,
+    and the user's arrays:
 
-    * `allow` makes scores -inf where the mask function says no, and behind the last query and key;
-    * `modify` makes S' into score_mod(s), and keeps -inf;
-    * `weigh` makes S' into P score_mod_vjp(1, s), and lays P at `place`, from where ``fetch(p, place)`` takes
-      it: there are 16 bytes of the lane's, and more each 2048 bytes.
-
-    `modify` is for a score function whose gradient passes, `weigh` for another.
+    * ``allow(s, where)`` makes scores -inf where the mask says no, and behind the last query and key;
+    * ``modify(s, factor, shifts, place, where)`` makes S' into score_mod(s), and keeps -inf;
+    * ``weigh(s, factor, shifts, place, where)`` makes S' into P score_mod_vjp(1, s), and lays P at `place`;
+    * ``fetch(p, place)`` takes it from there: 16 bytes of the lane's, and more each 2048 bytes;
+    * whether there is a score function, and whether `weigh` is called for it in place of `modify`.
     """
     mods = variant.mods
     if mods is None:
         nothing = device_function(lambda *_: None)
         return nothing, nothing, nothing, nothing, False, False
-    allows, change, pull = mask_on_device(mods.mask), score_on_device(mods.score), score_on_device(mods.vjp, 2)
+    allows = mask_on_device(mods.mask)
+    change, pull = score_on_device(mods.score), score_on_device(mods.vjp, 2)
     count = variant.block_m // 2
     pack_pair = registers.pack_pair(variant.kind)
 

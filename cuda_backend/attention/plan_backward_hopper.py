@@ -37,7 +37,10 @@ from refimpl.attention.scores import Causal
 from refimpl.errors import UnsupportedError
 from refimpl.validation import bind_axes
 
-__all__ = ["BackwardPlan", "Inputs", "Outputs", "backward_reasons", "enqueue_backward", "make_backward_plan", "together"]
+__all__ = [
+    "BackwardPlan", "Inputs", "Outputs", "backward_reasons", "enqueue_backward", "make_backward_plan",
+    "together",
+]  # fmt: skip
 
 AXES = {
     "q": "B Tq Hq D", "k": "B Tk Hkv D", "v": "B Tk Hkv Dv", "o": "B Tq Hq Dv", "do": "B Tq Hq Dv",
@@ -272,7 +275,10 @@ def _compiled(name: str, variant: BackwardVariant) -> Image:
     from cuda_backend.attention.backward_hopper import SIGNATURE, build_backward
 
     if variant.mods is not None:
-        from cuda_backend.attention.flexible_backward_hopper import build_flexible_backward, flexible_signature
+        from cuda_backend.attention.flexible_backward_hopper import (
+            build_flexible_backward,
+            flexible_signature,
+        )
 
         with blamed(variant.mods):
             kernel, signature = build_flexible_backward(variant), flexible_signature(variant.mods)

@@ -124,7 +124,8 @@ def _states(
         )
     if mask.states.shape[0] not in (1, shape.B) or mask.states.shape[1] not in (1, shape.Hq):
         raise OptionError(
-            f"block_mask: expected {shape.B} or 1 sequences, {shape.Hq} or 1 heads, got {mask.states.shape[:2]}"
+            f"block_mask: expected {shape.B} or 1 sequences and {shape.Hq} or 1 heads, "
+            f"got {mask.states.shape[:2]}"
         )
     return mask.states.copy()
 
@@ -136,7 +137,7 @@ def _order(lengths: Array, draw: Draw) -> Array:
     left for the end is short.  A tile that is longer than all of its section takes comes first of all.
     Where blocks take turns, nobody may wait for a tile that is drawn after its own: in a section keys fall.
     """
-    heads, columns = lengths.shape
+    heads = len(lengths)
     head, column = (axis.ravel() for axis in np.indices(lengths.shape))
     section, length = head // draw.section, lengths.ravel()
     if draw.deterministic:

@@ -89,7 +89,7 @@ class BackwardVariant(NamedTuple):
 
     @property
     def addresses(self) -> int:
-        """Arguments of 8 bytes: addresses, and two words of dropout or, per array of `mods`, as Numba wants."""
+        """Arguments of 8 bytes: addresses; two words of dropout, or arrays of the user's."""
         if self.mods is None:
             return 9
         return 10 + sum(array_words(axes) for _, axes in self.mods.arrays)

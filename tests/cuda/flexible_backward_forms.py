@@ -1,4 +1,4 @@
-"""What `flexible_backward_table` measures: masks and scores, as ours and as FlexAttention's, and their tiles."""
+"""What `flexible_backward_table` measures: masks and scores, ours and FlexAttention's, and their tiles."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def alibi(score: Any, _b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
 
 def functions(name: str) -> Mods:
     """Return our functions of a form: no array is needed to compile them."""
-    mask, aux = mods.causal, ()
+    mask: Any = mods.causal
+    aux: Any = ()
     score: Any = None
     vjp: Any = None
     match name:
@@ -155,6 +156,6 @@ def their_blocks(form: Form, B: int, H: int, N: int) -> Any:
             dense.sum(-1).to(torch.int32),
             torch.argsort(dense, dim=-1, descending=True, stable=True).to(torch.int32),
         ]
-    return TheirBlockMask.from_kv_blocks(
-        *listed, BLOCK_SIZE=(128, 128), mask_mod=form.their_mask, seq_lengths=(N, N)
-    )
+    how: dict[str, Any] = {"BLOCK_SIZE": (128, 128), "mask_mod": form.their_mask, "seq_lengths": (N, N)}
+    counts, indices, full_counts, full_indices = listed
+    return TheirBlockMask.from_kv_blocks(counts, indices, full_counts, full_indices, **how)

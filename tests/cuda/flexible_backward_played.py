@@ -18,9 +18,11 @@ from tests.cuda.int8_hopper_played import at as at_address
 BASE = 1024
 
 
-def install_functions(monkeypatch: pytest.MonkeyPatch, machine: Machine, module: ModuleType, consumer: ModuleType) -> None:
+def install_functions(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, module: ModuleType, consumer: ModuleType
+) -> None:
     """Let functions of the user's be asked for all lanes at once, as the reference asks them."""
-    copy: Any = module.copy  # type: ignore[attr-defined]
+    copy: Any = module.copy
 
     def load_shared_16(array: Any, first: Any, address: Any) -> None:
         places = np.asarray(address, np.int64)[:, None] + np.arange(16)
@@ -84,12 +86,13 @@ def play_lists(machine: Machine, modules: dict[str, Any], variant: Any, values: 
 
         return role
 
+    nothing = np.uint64(0)
     roles: list[Any] = []
     for number in range(machine.counts["blocks"]):
         block = Block(number, variant.shared_bytes, CONSUMERS)
         machine.own.block = block
         start(BASE)
-        roles.append((block, 1, lambda: produce(BASE, np.uint64(0), shifts, deltas, counter, problem, tables)))
+        roles.append((block, 1, lambda: produce(BASE, nothing, shifts, deltas, counter, problem, tables)))
         roles.append((block, 1, lambda: write(BASE, sums, turn_words, problem, tables)))
         roles += [(block, 128, consumer(w)) for w in range(CONSUMERS)]
     machine.run(roles)

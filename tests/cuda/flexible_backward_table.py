@@ -1,9 +1,9 @@
-"""Gradients of flexible attention on Hopper: ``python -m tests.cuda.flexible_backward_table [64] [128] [form]``.
+"""Gradients of flexible attention: ``python -m tests.cuda.flexible_backward_table [64] [128] [form]``.
 
 Each kernel is first checked on a short ragged problem with grouped heads against PyTorch's autograd in
-float64, its outputs full of NaN before: the error is at most a few roundings of the format.  Then, at the size
-that is timed, against compiled FlexAttention's gradients; then both are timed in turn as `hopper_table` does.
-Kernels are compiled by other processes meanwhile.  It stops by itself after `SECONDS`.
+float64, its outputs full of NaN before: the error is at most a few roundings of the format.  Then, at the
+size that is timed, against compiled FlexAttention's gradients; then both are timed in turn as `hopper_table`
+does.  Kernels are compiled by other processes meanwhile.  It stops by itself after `SECONDS`.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def row(name: str, D: int, compiled: Any, stream: Any) -> float:
     sys.stdout.write(
         f"{name} B={B} H={H} N={N} D={D} live {blocks.density:.3f}: ours {1e3 * times['ours']:.3f} ms  "
         f"in turn {1e3 * times['in turn']:.3f}  FlexAttention {1e3 * times['FlexAttention']:.3f}  "
-        f"ratio {ratio:.2f}  {1e-12 * work / times['ours']:.0f} TFLOP/s  errors {fast:.1e} {turned_error:.1e} "
-        f"apart {errors[0]:.1e} {errors[1]:.1e} {'repeats' if repeats else 'DIFFERS'} "
+        f"ratio {ratio:.2f}  {1e-12 * work / times['ours']:.0f} TFLOP/s  errors {fast:.1e} "
+        f"{turned_error:.1e} apart {errors[0]:.1e} {errors[1]:.1e} {'repeats' if repeats else 'DIFFERS'} "
         f"{'ok' if right else 'WRONG'}  ({checked - began:.1f} s, theirs {middle - checked:.1f} s)\n"
     )
     sys.stdout.flush()
@@ -178,7 +178,7 @@ def main(words: list[str]) -> None:
     }
     torch._functorch.config.donated_buffer = False  # a backward pass is timed again and again
     torch.manual_seed(0)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.set_stream(stream)
     for D in widths:
         ratios = []

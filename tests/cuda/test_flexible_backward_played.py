@@ -11,6 +11,7 @@ from cuda_backend.attention.call_flexible_backward_hopper import flexible_attent
 from cuda_backend.attention.user_device import Mods
 from refimpl.attention import flexible_attention, flexible_attention_vjp, mods
 from refimpl.attention.user_functions import as_mod
+from refimpl.errors import OptionError
 from tests.cuda.backward_hopper_played import played
 from tests.cuda.hopper_machine import KINDS
 from tests.cuda.int8_hopper_played import viewed
@@ -61,9 +62,7 @@ def options(name: str, sizes: Any) -> dict[str, Any]:
         "documents": {
             "mask_mod": mods.documents(), "aux": (np.sort(rng.integers(0, 4, (B, longest)), axis=1),)
         },
-        "by head": {
-            "mask_mod": mods.bigbird(64), "aux": (rng.random((Hq, -(-longest // 64), -(-longest // 64))) < 0.4,)
-        },
+        "by head": {"mask_mod": mods.bigbird(64), "aux": (rng.random((Hq, *[-(-longest // 64)] * 2)) < 0.4,)},
         "alibi": {"mask_mod": mods.causal, **alibi},
         "softcap": {"score_mod": mods.softcap(2.0), "score_mod_vjp": mods.softcap_vjp(2.0)},
         "branching": {
@@ -77,8 +76,10 @@ def options(name: str, sizes: Any) -> dict[str, Any]:
     return cases[name]
 
 
-def difference(kind: str, sizes: Any, name: str, *, deterministic: bool = False, **more: Any) -> float:
-    """Return the largest error of a gradient, as a part of its largest number."""
+def gradients(
+    kind: str, sizes: Any, name: str, *, deterministic: bool = False, **more: Any
+) -> tuple[list[Any], list[Any]]:
+    """Return gradients of a case, and the true ones."""
     B, Tq, Tk, Hq, Hkv, D, Dv = sizes
     rng = np.random.default_rng(7)
     shapes = (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv), (B, Tq, Hq, Dv)
@@ -95,13 +96,19 @@ def difference(kind: str, sizes: Any, name: str, *, deterministic: bool = False,
     )  # fmt: skip
     found = flexible_attention_vjp_hopper(
         q, k, v, forward.out.astype(KINDS[kind]), forward.lse.astype(np.float32), do,
-        mods=functions, arrays=arrays, aux=aux, scale=given.get("scale"), deterministic=deterministic, stream=0,
+        mods=functions, arrays=arrays, aux=aux, scale=given.get("scale"), deterministic=deterministic,
+        stream=0,
     )  # fmt: skip
+    return list(found[:3]), list(truth[:3])
+
+
+def difference(kind: str, sizes: Any, name: str, **more: Any) -> float:
+    """Return the largest error of a gradient, as a part of its largest number."""
     errors = []
-    for part in ("dq", "dk", "dv"):
-        gradient, exact = getattr(found, part).astype(np.float64), getattr(truth, part)
-        assert gradient.shape == exact.shape
-        assert not np.isnan(gradient).any(), part
+    for found, exact in zip(*gradients(kind, sizes, name, **more), strict=True):
+        assert found.shape == exact.shape
+        gradient = found.astype(np.float64)
+        assert not np.isnan(gradient).any()
         errors.append(float(np.abs(gradient - exact).max() / max(1.0, np.abs(exact).max())))
     return max(errors)
 
@@ -110,12 +117,54 @@ def _mod(name: str, given: dict[str, Any], *leading: str) -> Any:
     return as_mod(name, given[name], leading) if name in given else None
 
 
-NAMES = ("none", "sliding", "documents", "by head", "alibi", "softcap", "branching", "far", "blocky", "nothing")
+NAMES = (
+    "none", "sliding", "documents", "by head", "alibi", "softcap", "branching", "far", "blocky", "nothing"
+)  # fmt: skip
+SIZES = {64: (2, 200, 190, 2, 1, 64, 64), 128: (1, 150, 270, 2, 1, 128, 128)}
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_functions(monkeypatch: pytest.MonkeyPatch, name: str, d: int) -> None:
     launched = played(monkeypatch, late=d == 64)
-    assert difference("f16", (2, 300, 270, 2, 1, d, d), name) < LIMITS["f16"]
+    assert difference("f16", SIZES[d], name) < LIMITS["f16"]
     assert launched == ["prepare", "main", "finish"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ((1, 1, 1, 1, 1, 8, 8), "softcap"),
+        ((2, 140, 300, 4, 2, 64, 64), "by head"),
+        ((1, 300, 70, 2, 1, 40, 24), "branching"),
+        ((1, 161, 257, 2, 2, 72, 128), "alibi"),
+    ],
+)
+def test_shapes_in_turn(monkeypatch: pytest.MonkeyPatch, sizes: Any, name: str) -> None:
+    """Ragged, grouped and unequal heads, in bfloat16, blocks taking turns."""
+    played(monkeypatch, late=True, processors=3)
+    assert difference("bf16", sizes, name, deterministic=True) < LIMITS["bf16"]
+
+
+def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for seed in range(2):
+        played(monkeypatch, processors=3, seed=seed, late=seed == 1)
+        found.append(gradients("f16", (1, 300, 300, 1, 1, 64, 64), "blocky", deterministic=True)[0])
+    for one, same in zip(found[0], found[1], strict=True):
+        assert np.array_equal(one, same)
+
+
+def test_the_scale_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    played(monkeypatch)
+    assert difference("f16", (1, 70, 70, 1, 1, 64, 64), "softcap", scale=0.4) < LIMITS["f16"]
+
+
+def test_a_score_needs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    played(monkeypatch)
+    with pytest.raises(OptionError, match="score_mod_vjp: needed"):
+        flexible_attention_vjp_hopper(
+            *[np.zeros((1, 1, 1, 8), np.float16)] * 6,
+            mods=Mods(score=as_mod("score_mod", mods.softcap(2.0), ("score",))),
+            arrays=(), aux=(), scale=None, stream=0,
+        )  # fmt: skip
