@@ -86,6 +86,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
     # Where in dS, and in K, a consumer's part of dQ begins: 64 rows of either, or a sub-tile of 64 columns.
     ds_part, k_part = (64 * 128, 0) if variant.row_split else (0, 128 * block_n)
     early_dv = variant.early_dv and not variant.dropout
+    scores_alone = wgmma.wait(0, s_count)
     scores_done, dp_done = wgmma.wait(1, s_count), wgmma.wait(int(early_dv), s_count)
     dq_done, dk_done = wgmma.wait(1, dq_count), wgmma.wait(0, dk_count)
     pin_scores = registers.pin(s_count)
@@ -175,13 +176,17 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     wgmma.fence()
                     score_product(s, k_rows, along_k(q_place))
                     wgmma.commit()
-                    barrier.wait(base + do_full + 8 * stage, parity)
-                    score_product(dp, v_rows, along_k(do_place))
-                    wgmma.commit()
+                    if not modified:
+                        barrier.wait(base + do_full + 8 * stage, parity)
+                        score_product(dp, v_rows, along_k(do_place))
+                        wgmma.commit()
                     if lists:
                         entry = registers.uniform(copy.load_shared_word(base + entry_places + 4 * stage))
                         block = entry_block(entry)
-                    scores_done(s)
+                    if modified:
+                        scores_alone(s)
+                    else:
+                        scores_done(s)
                     row = int32(block * block_m)
                     drawn = (
                         seed, batch, int32(head_first + member), row, first_key, lane, threshold, kept
@@ -193,11 +198,18 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                         own_ds = ds_lane + ds_stage * ds_bytes
                         if entry_partial(entry) != 0:
                             allow(s, where)
-                        if parked:
-                            weigh(s, factor, own_shifts, own_ds, where)
-                        elif modified:
-                            modify(s, factor, own_shifts, own_ds, where)
-                            weights(s, float32(LOG2_E), own_shifts)
+                        if modified:
+                            if parked:
+                                weigh(s, factor, own_shifts, own_ds, where)
+                            else:
+                                modify(s, factor, own_shifts, own_ds, where)
+                            # dP only now: beside its accumulators there is no room for what functions want.
+                            barrier.wait(base + do_full + 8 * stage, parity)
+                            wgmma.fence()
+                            score_product(dp, v_rows, along_k(do_place))
+                            wgmma.commit()
+                            if not parked:
+                                weights(s, float32(LOG2_E), own_shifts)
                         else:
                             weights(s, scale, own_shifts)
                     else:
