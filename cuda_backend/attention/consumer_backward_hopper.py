@@ -17,7 +17,7 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.gradient_hopper import build_gradient, build_stores
-from cuda_backend.attention.lists_backward_hopper import LENGTH, entry_block, entry_member, entry_partial
+from cuda_backend.attention.lists_backward_hopper import BATCH, LENGTH, entry_block, entry_partial
 from cuda_backend.attention.mods_backward_hopper import LOG2_E, build_mods
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS, BackwardVariant
@@ -145,7 +145,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             else:
                 key = int32(key_block * block_n + own_row)
             batch, head_first, first_key = int32(0), int32(0), int32(0)
-            if dropout or lists:
+            if dropout:
                 batch = registers.quotient(kv_head, heads)
                 head_first = int32((kv_head - batch * heads) * group)
                 first_key = int32(key_block * block_n + 64 * w + 16 * warp)
@@ -163,8 +163,8 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                 dv[i] = float32(0.0)
             begin, end, members = first_block(key_block, blocks, tq, offset), blocks, group
             if lists:
-                begin, members = int32(0), int32(1)
-                end = registers.uniform(copy.load_shared_word(base + tile_slot + LENGTH))
+                begin = int32(-registers.uniform(copy.load_shared_word(base + tile_slot + LENGTH)))
+                end, members = int32(0), int32(1)
             member = int32(0)
             while member < members:
                 at = begin
@@ -181,7 +181,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                         score_product(dp, v_rows, along_k(do_place))
                         wgmma.commit()
                     if lists:
-                        entry = registers.uniform(copy.load_shared_word(base + entry_places + 4 * stage))
+                        entry = registers.uniform(copy.load_shared_word(base + entry_places + 8 * stage))
                         block = entry_block(entry)
                     if modified:
                         scores_alone(s)
@@ -193,8 +193,9 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     )  # fmt: skip
                     own_shifts = base + shift_places + stage * stat_bytes + 8 * quad_lane
                     if lists:
-                        head = int32(registers.fresh(head_first) + entry_member(entry))
-                        where = registers.fresh(batch), head, int32(row + 2 * quad_lane), key, tq, tk, aux
+                        batch = registers.uniform(copy.load_shared_word(base + tile_slot + BATCH))
+                        head = registers.uniform(copy.load_shared_word(base + entry_places + 8 * stage + 4))
+                        where = batch, head, int32(row + 2 * quad_lane), key, tq, tk, aux
                         own_ds = ds_lane + ds_stage * ds_bytes
                         if entry_partial(entry) != 0:
                             allow(s, where)
@@ -203,6 +204,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                                 weigh(s, factor, own_shifts, own_ds, where)
                             else:
                                 modify(s, factor, own_shifts, own_ds, where)
+                            pin_scores(s)
                             # dP only now: beside its accumulators there is no room for what functions want.
                             barrier.wait(base + do_full + 8 * stage, parity)
                             wgmma.fence()

@@ -2,7 +2,7 @@
 
 They are those of `producer_backward_hopper`, but which keys come next, and which queries see them, stands in
 tables (`tile_lists`).  The producer reads them and tells the others: beside the number of the tile of keys,
-where its list begins and how long it is; beside each tile of Q, its entry.
+where its list begins, how long it is, and the batch; beside each tile of Q, its entry and its query head.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from cuda_backend.ptx import barrier, bulk, copy, grid, registers, tma, turns
 from cuda_backend.ptx.assembly import types
 
 __all__ = [
-    "FIRST", "LENGTH", "build_list_producer", "build_list_writer", "entry_block", "entry_member",
+    "BATCH", "FIRST", "LENGTH", "build_list_producer", "build_list_writer", "entry_block", "entry_member",
     "entry_partial",
 ]  # fmt: skip
 
 int32, uint64 = types.int32, types.uint64
 
-FIRST, LENGTH = 4, 8  # bytes behind the number of the tile: where its list begins, how long it is
+FIRST, LENGTH, BATCH = 4, 8, 12  # bytes behind the number of the tile; where its list begins, how long it is
 
 
 @device_function
@@ -73,20 +73,22 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
         grid.wait_for_earlier_grids()
         record = cuda.local.array(4, int32)
         tile = int32(cuda.blockIdx.x)
-        # For want of registers one number: step around the ring, and 16 times the parity of K and V.
+        # For want of registers one number: step around the ring, 16 times the parity of K and V, and 32 times
+        # how many entries are left.
         state = int32(16)
         while tile < tiles:
             copy.load_16(record, int32(0), tables[0] + uint64(tile) * uint64(RECORD_BYTES))
-            at, end = record[1], int32(record[1] + record[2])
+            at = record[1]
             key_block, kv_head = place(record[0], registers.fresh(per_head), section, all_heads)
             batch = registers.quotient(kv_head, heads)
             own_head = int32(kv_head - batch * heads)
             row = int32(key_block * block_n)
             barrier.wait(base + kv_empty, state >> 4)
-            state = int32(state ^ 16)
+            state = int32((state ^ 16) + 32 * record[2])
             copy.store_shared_word(base + tile_slot, record[0])
             copy.store_shared_word(base + tile_slot + FIRST, at)
             copy.store_shared_word(base + tile_slot + LENGTH, record[2])
+            copy.store_shared_word(base + tile_slot + BATCH, batch)
             barrier.expect_bytes(base + k_full, k_bytes)
             for c in range(subtiles):
                 target = base + k_tile + c * (128 * block_n)
@@ -95,7 +97,7 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
             for c in range(subtiles):
                 target = base + v_tile + c * (128 * block_n)
                 load_v(target, descriptors, base + v_full, c * SUBTILE, row, own_head, batch)
-            while at < end:
+            while state >= 32:
                 entry = copy.load_word(tables[1] + uint64(4) * uint64(at))
                 block, member = entry_block(entry), entry_member(entry)
                 head = int32(own_head * group + member)
@@ -105,7 +107,8 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
                 stage, parity = int32((state & 15) - stages * odd), int32(odd ^ 1)
                 full = base + q_full + 8 * stage
                 barrier.wait(base + q_empty + 8 * stage, parity)
-                copy.store_shared_word(base + entry_places + 4 * stage, entry)
+                copy.store_shared_word(base + entry_places + 8 * stage, entry)
+                copy.store_shared_word(base + entry_places + 8 * stage + 4, head)
                 barrier.expect_bytes(full, q_bytes + stat_bytes)
                 target = base + q_tiles + stage * q_bytes
                 for c in range(subtiles):
@@ -125,6 +128,7 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
                 state = registers.successor(state)
                 if (state & 15) == 2 * stages:
                     state = int32(state - 2 * stages)
+                state = int32(state - 32)
                 at = registers.successor(at)
             tile = int32(copy.fetch_add(counter, 1) + grid.blocks())
         barrier.wait(base + kv_empty, state >> 4)

@@ -152,7 +152,7 @@ class BackwardVariant(NamedTuple):
             self.ds_stages * self.ds_bytes, CONSUMERS * self.share_bytes,
             4 * self.stages * self.block_m, 4 * self.stages * self.block_m,
             8, 8, 8, *[8 * self.stages] * 4, 8 * CONSUMERS, 8 * CONSUMERS,
-            16 if self.lists else 8, 4 * self.stages if self.lists else 0,
+            16 if self.lists else 8, 8 * self.stages if self.lists else 0,
         )  # fmt: skip
         at = [0]
         for size in sizes:
