@@ -132,13 +132,18 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
         k_across = across_k(base + k_tile + w * k_part)
         stage, parity, ds_stage, ds_parity = int32(0), int32(0), int32(0), int32(0)
         kv_parity, dq_parity = int32(0), int32(1)
+        # With lists, for want of registers, one number: steps modulo 4, and 4 times the parity of K and V.
+        state = int32(0)
         while True:
+            if lists:
+                kv_parity = int32(state >> 2)
             barrier.wait(base + k_full, kv_parity)
             tile = registers.uniform(copy.load_shared_word(base + tile_slot))
             if tile < 0:
                 break
             barrier.wait(base + v_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
+            state = int32(state ^ 4)
             key_block, kv_head = place(tile, per_head, section, all_heads)
             if lists:
                 key = int32(key_block * block_n + row_of(registers.thread()))
@@ -170,6 +175,9 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                 at = begin
                 while at < end:
                     block = at
+                    if lists:
+                        stage, parity = int32(state & 1), int32((state >> 1) & 1)
+                        ds_stage, dq_parity = int32(state & 1), int32((state & 1) ^ 1)
                     q_place = base + q_tiles + stage * q_bytes
                     do_place = base + do_tiles + stage * q_bytes
                     barrier.wait(base + q_full + 8 * stage, parity)
@@ -263,6 +271,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     stage, parity = next_stage(stage, parity)
                     ds_stage, ds_parity = next_ds(ds_stage, ds_parity)
+                    state = int32((state & 4) | ((state + 1) & 3))
                     at = registers.successor(at)
                 member = registers.successor(member)
             if lists:  # as above: for want of registers it has not been kept
