@@ -96,6 +96,13 @@ def play_lists(machine: Machine, modules: dict[str, Any], variant: Any, values: 
         roles.append((block, 1, lambda: write(BASE, sums, turn_words, problem, tables)))
         roles += [(block, 128, consumer(w)) for w in range(CONSUMERS)]
     machine.run(roles)
+    if variant.deterministic:
+        records = at_address(int(tables[0]), (int(numbers[0]), 4), np.int32)
+        drawn = {int(tile): place for place, tile in enumerate(records[:, 0])}
+        added: dict[int, list[int]] = {}
+        for target, tile in machine.additions:
+            added.setdefault(target, []).append(drawn[tile])
+        assert all(places == sorted(places) for places in added.values()), "nobody waits for who comes later"
 
 
 def _arrays(variant: Any, given: list[Any]) -> Any:

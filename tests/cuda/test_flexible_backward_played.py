@@ -69,6 +69,11 @@ def options(name: str, sizes: Any) -> dict[str, Any]:
             "mask_mod": branching, "score_mod": bent, "score_mod_vjp": bent_vjp,
             "aux": (rng.standard_normal((Hq, B)),),
         },
+        "both": {
+            "mask_mod": mods.bigbird(64), "score_mod": mods.softcap(1.0),
+            "score_mod_vjp": mods.softcap_vjp(1.0),
+            "aux": (rng.random((Hq, *[-(-longest // 64)] * 2)) < 0.5,),
+        },
         "far": {"score_mod": far, "score_mod_vjp": far_vjp},
         "blocky": {"mask_mod": blocky},
         "nothing": {"mask_mod": lambda b, h, i, j: j < -i - 1},
