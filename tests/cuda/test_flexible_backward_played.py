@@ -50,6 +50,11 @@ def blocky(_b: Any, _h: Any, i: Any, j: Any) -> Any:
     return (i // 128 != j // 128) & (i // 256 == j // 256) | (i > j + 300)
 
 
+def everywhere_else(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+    """Another mask for each sequence and head."""
+    return aux[0][b, h, i // 64, j // 64]
+
+
 def options(name: str, sizes: Any) -> dict[str, Any]:
     """Return the functions and arrays of a case."""
     B, Tq, Tk, Hq = sizes[:4]
@@ -70,9 +75,9 @@ def options(name: str, sizes: Any) -> dict[str, Any]:
             "aux": (rng.standard_normal((Hq, B)),),
         },
         "both": {
-            "mask_mod": mods.bigbird(64), "score_mod": mods.softcap(1.0),
+            "mask_mod": everywhere_else, "score_mod": mods.softcap(1.0),
             "score_mod_vjp": mods.softcap_vjp(1.0),
-            "aux": (rng.random((Hq, *[-(-longest // 64)] * 2)) < 0.5,),
+            "aux": (rng.random((B, Hq, *[-(-longest // 64)] * 2)) < 0.5,),
         },
         "far": {"score_mod": far, "score_mod_vjp": far_vjp},
         "blocky": {"mask_mod": blocky},
