@@ -19,6 +19,7 @@ from refimpl.registry import add_implementation, resolve
 
 __all__ = [
     "availability",
+    "block_mask",
     "dequantize_product",
     "flash_attention",
     "flash_attention_hopper",
@@ -64,6 +65,7 @@ _HOME = {
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
     "paged_attention": "cuda_backend.attention.decode:paged_attention",
     "split_kv_attention": "cuda_backend.attention.decode:split_kv_attention",
+    "block_mask": "cuda_backend.attention.tile_states:block_mask",
     "flexible_attention": "cuda_backend.attention.flexible:flexible_attention",
     "flexible_attention_vjp": "cuda_backend.attention.flexible:flexible_attention_vjp",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",

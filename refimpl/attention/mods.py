@@ -149,7 +149,7 @@ def both(first: Mask, second: Mask) -> Mask:
     def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
         return first(b, h, i, j) & second(b, h, i, j)
 
-    return mask
+    return _made_of(mask, first, second)
 
 
 def either(first: Mask, second: Mask) -> Mask:
@@ -162,7 +162,13 @@ def either(first: Mask, second: Mask) -> Mask:
     def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
         return first(b, h, i, j) | second(b, h, i, j)
 
-    return mask
+    return _made_of(mask, first, second)
+
+
+def _made_of(mask: Any, *parts: Mask) -> Mask:
+    """Return `mask`, which reads what its parts read: alike for all heads, if they are."""
+    mask.parts = parts
+    return mask  # type: ignore[no-any-return]
 
 
 def alibi(slot: int = 0) -> Score:

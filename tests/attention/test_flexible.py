@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_ready_made_functions_are_the_patterns(name: str) -> None:
 
 
 def test_documents_do_not_meet() -> None:
-    x = draws()
+    x: Any = draws()
     together = attention.flexible_attention(
         *x, mask_mod=mods.documents(), aux=(np.repeat([0, 1], [5, 7])[None],)
     )
@@ -131,6 +132,20 @@ def heads_of_keys_for_heads(q: Any, k: Any, v: Any, /, **options: Any) -> Any:
     return attention.flexible_attention(
         q, k, v, mask_mod=lambda b, h, i, j: given(b, h // group, i, j), **options
     )
+
+
+@mutant("flexible")
+def block_mask_is_forgotten(q: Any, k: Any, v: Any, /, *, block_mask: Any = None, **options: Any) -> Any:
+    if block_mask is not None:
+        options.setdefault("mask_mod", block_mask.mod and block_mask.mod.function)
+    return attention.flexible_attention(q, k, v, **options)
+
+
+@mutant("flexible")
+def partial_tiles_are_full(q: Any, k: Any, v: Any, /, *, block_mask: Any = None, **options: Any) -> Any:
+    if block_mask is not None:
+        block_mask = dataclasses.replace(block_mask, states=2 * block_mask.live.astype(np.uint8))
+    return attention.flexible_attention(q, k, v, block_mask=block_mask, **options)
 
 
 @mutant("split_kv")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.aot
 PROGRAM = """
 import json, sys
 from cuda_backend import aot
-from cuda_backend.attention import backward_portable as portable, forward_portable
+from cuda_backend.attention import backward_portable as portable, forward_portable, states_portable
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_backward import BackwardVariant
 from cuda_backend.attention.variant_portable import Features, Variant, choose
@@ -38,6 +38,7 @@ sizes = dict(block_sizes=None, sram=None, capacity=227 * 256)
 def variant(form):
     return choose(kind, D, D, Features(mods=mods), form=form, **sizes)
 forward, backward = variant(Variant), variant(BackwardVariant)
+states = states_portable.StatesVariant(mods, 128, 176, 256)
 found = {}
 try:
     with blamed(mods):
@@ -45,6 +46,7 @@ try:
             ("forward", forward_portable.source(forward), forward_portable.signature(forward)),
             ("queries", portable.queries_source(backward), portable.queries_signature(backward)),
             ("keys", portable.keys_source(backward), portable.keys_signature(backward)),
+            ("states", states_portable.source(states), states_portable.signature(states)),
         ):
             ptx = aot.compile_ptx(function, signature, aot.HOPPER)
             found[name] = aot.resources(ptx, aot.HOPPER)._asdict()
@@ -75,7 +77,7 @@ def compiled(*arguments: Any, replaced: str = "{}", folder: Path | None = None) 
 )
 def test_functions_compile_and_nothing_spills(arguments: Any) -> None:
     found = compiled(*arguments)
-    assert set(found) == {"forward", "queries", "keys"}, found.get("error")
+    assert set(found) == {"forward", "queries", "keys", "states"}, found.get("error")
     for name, used in found.items():
         assert used["spill_bytes"] == 0, name
         assert used["local_bytes"] == 0, name
