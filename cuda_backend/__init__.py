@@ -55,6 +55,8 @@ __all__ = [
     "scaled_int8_matmul",
     "split_kv_attention",
     "supports",
+    "varlen_attention",
+    "varlen_attention_vjp",
 ]
 
 _FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.backward"
@@ -68,6 +70,8 @@ _HOME = {
     "block_mask": "cuda_backend.attention.tile_states:block_mask",
     "flexible_attention": "cuda_backend.attention.flexible:flexible_attention",
     "flexible_attention_vjp": "cuda_backend.attention.flexible:flexible_attention_vjp",
+    "varlen_attention": "cuda_backend.attention.varlen:varlen_attention",
+    "varlen_attention_vjp": "cuda_backend.attention.varlen:varlen_attention_vjp",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "flash_attention_vjp_deterministic": f"{_HOPPER_BACKWARD}:flash_attention_vjp_deterministic",
     "flash_attention_vjp_hopper": f"{_HOPPER_BACKWARD}:flash_attention_vjp_hopper",
@@ -103,6 +107,7 @@ for _technique, _function in (
     ("attention.flash", "flash_attention"),
     ("attention.flash_backward", "flash_attention_vjp"),
     ("attention.flexible", "flexible_attention"),
+    ("attention.varlen", "varlen_attention"),
     ("attention.split_kv", "split_kv_attention"),
     ("attention.paged", "paged_attention"),
     ("attention.dense", "scaled_dot_product_attention"),

@@ -27,6 +27,7 @@ __all__ = [
     "either",
     "global_tokens",
     "prefix_lm",
+    "ranges",
     "shifted_groups",
     "sliding",
     "softcap",
@@ -135,6 +136,19 @@ def prefix_lm(prefix: int) -> Mask:
 
     def mask(_b: Any, _h: Any, i: Any, j: Any) -> Any:
         return (j < prefix) | (j <= i)
+
+    return mask
+
+
+def ranges(slot: int = 0) -> Mask:
+    """Keys from ``aux[slot][i]`` up to, and without, ``aux[slot + 1][i]``, as `varlen_attention` packs them.
+
+    >>> [ranges()(0, 0, 0, j, ([1], [3])) for j in range(4)]
+    [False, True, True, False]
+    """
+
+    def mask(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return (aux[slot][i] <= j) & (j < aux[slot + 1][i])
 
     return mask
 

@@ -75,7 +75,7 @@ def test_ready_made_functions_are_the_patterns(name: str) -> None:
 
 def test_documents_do_not_meet() -> None:
     x: Any = draws()
-    together = attention.flexible_attention(
+    together: Any = attention.flexible_attention(
         *x, mask_mod=mods.documents(), aux=(np.repeat([0, 1], [5, 7])[None],)
     )
     for part in (slice(0, 5), slice(5, None)):

@@ -91,3 +91,26 @@ def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
     replaced = "dict(mask_mod=__import__('users_masks').window)"
     found = compiled("none", "none", "float32", 16, replaced=replaced, folder=tmp_path)
     assert found["error"].startswith(f"mask_mod: does not compile for the GPU; {path}, line 3: "), found
+
+
+RANGES = """
+import json, sys
+from cuda_backend import aot
+from cuda_backend.attention import ranges_portable as ranges
+
+found = {}
+for causal in ("", "top_left", "bottom_right"):
+    variant = ranges.RangesVariant(causal, "int32", "int64", 128)
+    ptx = aot.compile_ptx(ranges.source(variant), ranges.signature(variant), aot.HOPPER)
+    found[causal] = aot.resources(ptx, aot.HOPPER)._asdict()
+print(json.dumps(found))
+"""
+
+
+def test_ranges_of_keys_compile() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "-c", RANGES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for used in json.loads(run.stdout).values():
+        assert used["spill_bytes"] == used["local_bytes"] == 0
