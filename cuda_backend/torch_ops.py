@@ -17,6 +17,7 @@ from refimpl.numerics import Array
 
 __all__ = [
     "attention",
+    "beside",
     "draw",
     "int8_linear",
     "missing",
@@ -50,6 +51,15 @@ def draw(shape: tuple[int, ...], dtype: str, seed: int, outliers: int = 0) -> An
     tensor = torch.randn(shape, device="cuda", generator=generator, dtype=getattr(torch, dtype)).clamp_(-5, 5)
     tensor[..., :outliers] = 20
     return tensor
+
+
+def beside(array: Array, like: Any) -> Any:
+    """Return an array as a tensor where `like` lies, if that is a tensor; else as it is."""
+    if not hasattr(like, "is_cuda"):
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(like.device)
 
 
 def to_host(tensor: Any, dtype: np.dtype[Any]) -> Array:

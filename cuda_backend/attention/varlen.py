@@ -157,9 +157,11 @@ def _ranges(
 ) -> tuple[Any, Any]:
     """Check a call; return the first key that each query sees and the one behind the last, beside `q`."""
     starts = cu_seqlens_q, cu_seqlens_k
-    arrays: Any = [np.asarray(x) if is_host(x) else stub("q, k or v", x) for x in (q, k, v)]
+    checked_q, checked_k, checked_v = (
+        np.asarray(x) if is_host(x) else stub("q, k or v", x) for x in (q, k, v)
+    )
     if is_host(starts[0]) and is_host(starts[1]):
-        pack = packing(*arrays, cu_seqlens_q, cu_seqlens_k, causal=causal)
+        pack = packing(checked_q, checked_k, checked_v, cu_seqlens_q, cu_seqlens_k, causal=causal)
         if is_host(q):
             first, behind = key_ranges(pack, causal)
             return first.astype(np.int32), behind.astype(np.int32)
@@ -168,7 +170,7 @@ def _ranges(
         if sizes[0] != sizes[1] or len(sizes[0]) != 1:
             raise ShapeError(f"cu_seqlens_q, cu_seqlens_k: expected one axis alike, got {sizes}")
         unknown = np.zeros(sizes[0], np.int64)
-        packing(*arrays, unknown, unknown, causal=causal)
+        packing(checked_q, checked_k, checked_v, unknown, unknown, causal=causal)
     on = stream_of(q, stream)
     aligned = "top_left" if causal is True else causal or ""
 
