@@ -41,6 +41,7 @@ __all__ = [
     "store_shared_float",
     "store_shared_half",
     "store_shared_word",
+    "words_loader",
 ]
 
 
@@ -197,10 +198,11 @@ load_byte = instruction(
 )
 
 
-def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic:
-    """Return the load of `count` words at once into a local array, from element `first` on."""
-    places = ", ".join(f"${i}" for i in range(count))
-    text = f"ld.{space}.v{count}.b32 {{{places}}}, [${count}];"
+def words_loader(name: str, count: int, text: str, constraint: str, doc: str) -> Intrinsic:
+    """Return an instruction that loads `count` words at once into a local array, from element `first` on.
+
+    The words are operands ``$0`` on of `text`, the address is the next: "r" in shared, "l" in global memory.
+    """
 
     def lower(words: Any, _first: Any, _address: Any) -> Lowering:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -220,7 +222,14 @@ def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic
 
         return types.void(words, types.int32, types.uint32 if constraint == "r" else types.uint64), codegen
 
-    return declare(name, ("words", "first", "address"), 'PTX ISA, "ld", .v2 and .v4.', lower)
+    return declare(name, ("words", "first", "address"), doc, lower)
+
+
+def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic:
+    """Return the load of two or four words that lie side by side."""
+    places = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.{space}.v{count}.b32 {{{places}}}, [${count}];"
+    return words_loader(name, count, text, constraint, 'PTX ISA, "ld", .v2 and .v4.')
 
 
 load_8 = _load_words("load_8", 2, "global", "l")

@@ -220,6 +220,7 @@ def test_training_tracks_pytorch(deterministic: bool) -> None:
     assert np.abs(smooth["ours"] - smooth["MATH"]).max() <= 2 * between + 0.02
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # its own
 def test_under_compile_on_the_gpu() -> None:
     from cuda_backend.torch_ops import attention
 
