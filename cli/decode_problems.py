@@ -19,13 +19,13 @@ __all__ = ["decode_problems"]
 PAGE = 64
 BLOCKS = 264  # two for each processor of the largest GPU here
 COPY = "torch copy of as many bytes"
-AXES = {"Tq": 1, "Hkv": 2, "group": 2, "D": 8, "Dv": 8, "extra": "none"}
 
 
 def decode_problems(shape: Sequence[int], dtype: str, splits: int | None = None) -> list[Problem]:
     """Return decoding over a cache that lies whole, and over one in pages of 64 tokens out of order.
 
-    `shape` is (B, Hq, Hkv, Tk, D).  Without a number of parts there are as many as fill the GPU twice.
+    `shape` is (B, Hq, Hkv, Tk, D).  Without a number of parts, portable kernels get
+    as many as fill the GPU twice.  Outputs are judged by the reference on sampled heads of the very case.
 
     >>> [problem.compulsory_bytes for problem in decode_problems((1, 2, 1, 64, 8), "float16")]
     [2112, 2112]
@@ -41,22 +41,45 @@ def decode_problems(shape: Sequence[int], dtype: str, splits: int | None = None)
             dtype=dtype,
             causal=False,
             technique=technique,
-            axes=AXES,
+            axes={},
             work=4 * B * Hq * Tk * D,
             compulsory_bytes=moved,
             precision=precision,
-            options={"splits": parts},
+            options={},
             operands=partial(operands, shape, dtype),
             check=partial(check, dtype),
             rival_names=("torch SDPA", COPY),
             rivals=partial(_rivals, moved),
-            functions=None if operation == "split-KV" else _paged,
+            functions=partial(_functions, technique, splits, parts),
         )
         for operation, technique, operands, check in (
             ("split-KV", "attention.split_kv", _whole, _check_whole),
             ("paged", "attention.paged", _in_pages, _check_pages),
         )
     ]
+
+
+def _functions(
+    technique: str, splits: int | None, parts: int, backend: str
+) -> Mapping[str, Callable[..., Any]]:
+    """Return ours by tier; lengths of a paged cache come last, for they lie on the GPU.
+
+    Tensor cores cut the cache by themselves, if nobody says otherwise.
+    """
+    import cuda_backend
+
+    paged = technique == "attention.paged"
+    f: Any = cuda_backend.paged_attention if paged else cuda_backend.split_kv_attention
+
+    def called(tier: str, *operands: Any) -> Any:
+        *arrays, last = operands
+        own = {"splits": splits} if tier == "ampere" else {"splits": parts}
+        if paged:
+            return f(*arrays, k_lengths=last, tier=tier, **own)
+        return f(*arrays, last, tier=tier, **own)
+
+    tiers = ("portable",) if backend == "cudasim" else ("ampere", "portable")
+    return {f"frugal {tier}": partial(called, tier) for tier in tiers}
 
 
 def _whole(shape: Sequence[int], dtype: str, draw: Draw, seed: int) -> tuple[Arrays, Arrays]:
@@ -79,21 +102,6 @@ def _in_pages(shape: Sequence[int], dtype: str, draw: Draw, seed: int) -> tuple[
     lengths = beside(np.full(B, Tk, np.int32), q)
     _, theirs = _whole(shape, dtype, draw, seed)
     return (q, *pages, beside(table, q), lengths), theirs
-
-
-def _paged(backend: str) -> Mapping[str, Callable[..., Any]]:
-    """Return ours by tier; lengths come last, for they lie on the GPU."""
-    from refimpl import registry
-
-    def called(f: Callable[..., Any], *operands: Any, **options: Any) -> Any:
-        *arrays, lengths = operands
-        return f(*arrays, k_lengths=lengths, **options)
-
-    return {
-        f"frugal {item.tier}": partial(called, item.load())
-        for item in registry.implementations_of("attention.paged")
-        if backend in item.backends
-    }
 
 
 def _check_whole(dtype: str, operands: Arrays, output: Any, to_host: ToHost) -> str | None:

@@ -87,24 +87,21 @@ def _operands(
 
 def _functions(form: Form, backward: bool, backend: str) -> Mapping[str, Callable[..., Any]]:
     """Return ours by tier; they take the arrays of functions last."""
+    import inspect
+
     import cuda_backend
-    from refimpl import registry
 
     options = {name: f for name, f in form.options.items() if backward or name != "score_mod_vjp"}
-    if backward:
-        found = {"frugal portable": cuda_backend.flexible_attention_vjp}
-    else:
-        found = {
-            f"frugal {item.tier}": item.load()
-            for item in registry.implementations_of("attention.flexible")
-            if backend in item.backends
-        }
+    function = cuda_backend.flexible_attention_vjp if backward else cuda_backend.flexible_attention
+    tiers: dict[str, dict[str, str]] = {"portable": {}}
+    if backend == "cuda" and "tier" in inspect.signature(function).parameters:
+        tiers = {tier: {"tier": tier} for tier in ("hopper", "portable")}
 
-    def called(f: Callable[..., Any], *operands: Any) -> Any:
+    def called(tier: dict[str, str], *operands: Any) -> Any:
         *arrays, aux = operands
-        return f(*arrays, aux=aux, **options)
+        return function(*arrays, aux=aux, **tier, **options)
 
-    return {name: partial(called, f) for name, f in found.items()}
+    return {f"frugal {name}": partial(called, tier) for name, tier in tiers.items()}
 
 
 def _rivals(form: Form, backward: bool) -> Mapping[str, Rival]:

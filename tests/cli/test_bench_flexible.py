@@ -160,21 +160,32 @@ def test_the_backward_rival_gives_gradients(monkeypatch: pytest.MonkeyPatch) -> 
 def test_sampled_heads_of_a_cache(dtype: str) -> None:
     functions: tuple[Any, Any] = split_kv_attention, paged_attention
     for problem, function in zip(decode_problems((2, 4, 2, 130, 8), dtype, 3), functions, strict=True):
-        assert problem.options == {"splits": 3}
+        assert problem.functions is not None
+        assert set(problem.functions("cudasim")) == {"frugal portable"}
+        assert set(problem.functions("cuda")) == {"frugal portable", "frugal ampere"}
         operands, theirs = problem.operands(contest._draw_on_host, 0)
         assert [x.shape for x in theirs] == [(2, 1, 4, 8), (2, 130, 2, 8), (2, 130, 2, 8)]
         given = dict(zip(("k_lengths",), operands[4:], strict=False))
-        out = function(*operands[:4], **given, **problem.options)
+        out = function(*operands[:4], splits=3, **given)
         assert problem.check(operands, out, keep) is None
         assert "key head 0" in str(problem.check(operands, out[:, :, ::-1], keep))
         shorter = given | {"k_lengths": np.full(2, 129)}
-        wrong = function(*operands[:4], **shorter, **problem.options)
+        wrong = function(*operands[:4], splits=3, **shorter)
         assert problem.check(operands, wrong, keep) is not None
 
 
-def test_parts_fill_the_gpu_and_bytes_are_those_of_the_cache() -> None:
+def test_parts_fill_the_gpu_and_bytes_are_those_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        cuda_backend, "split_kv_attention", lambda *_, **options: asked.append(options), raising=False
+    )
     long, wide = (
         decode_problems(shape, "float16")[0] for shape in ((1, 32, 8, 131072, 128), (64, 32, 8, 64, 8))
     )
-    assert (long.options["splits"], wide.options["splits"]) == (33, 1)
+    for problem in (long, wide):
+        assert problem.functions is not None
+        for function in problem.functions("cuda").values():
+            function(1, 2, 3)
+    parts = [(options["tier"], options["splits"]) for options in asked]
+    assert parts == [("ampere", None), ("portable", 33), ("ampere", None), ("portable", 1)]
     assert long.compulsory_bytes == 2 * (2 * 8 * 131072 * 128 + 2 * 32 * 128)
