@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda
-from cuda_backend.arrays import View, contiguous, dtype_name, is_host, view
+from cuda_backend.arrays import View, absent, contiguous, dtype_name, is_host, view
 from cuda_backend.attention.remembered import remembered
 from cuda_backend.attention.states_portable import StatesVariant, build
 from cuda_backend.attention.user_device import Mods
@@ -74,7 +74,7 @@ def queue_states(
     threads = SIMULATED_THREADS if SIMULATOR else THREADS
     variant = StatesVariant(mods._replace(score=None, vjp=None), *block_sizes, threads)
     if math.prod(tiles):
-        given = arrays or (View((1,), (0,), "float32", 0, np.zeros(1, np.float32)),)
+        given = arrays or (absent("float32", 1),)
         launch(
             build(variant), [states, given, np.int64(Tq), np.int64(Tk)],
             blocks=math.prod(tiles), threads=threads, shared_bytes=0, stream=on,

@@ -25,6 +25,7 @@ __all__ = [
     "dilated",
     "documents",
     "either",
+    "given",
     "global_tokens",
     "prefix_lm",
     "ranges",
@@ -151,6 +152,31 @@ def ranges(slot: int = 0) -> Mask:
         return (aux[slot][i] <= j) & (j < aux[slot + 1][i])
 
     return mask
+
+
+def given(by_sequence: bool = True, by_head: bool = True, slot: int = 0) -> Mask:
+    """What an array of truth values allows, ``aux[slot]`` [B or 1, Hq or 1, Tq, Tk].
+
+    >>> import numpy as np
+    >>> [given(False, False)(3, 5, 1, j, (np.eye(2, dtype=bool)[None, None],)) for j in range(2)]
+    [np.False_, np.True_]
+    """
+
+    def everywhere(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][b, h, i, j]
+
+    def of_heads(_b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][0, h, i, j]
+
+    def of_sequences(b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][b, 0, i, j]
+
+    def of_all(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][0, 0, i, j]
+
+    if by_sequence:
+        return everywhere if by_head else of_sequences
+    return of_heads if by_head else of_all
 
 
 def both(first: Mask, second: Mask) -> Mask:
