@@ -6,6 +6,7 @@ off and goes on.  Not yet run on a device.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 import traceback
@@ -54,10 +55,10 @@ def masks() -> None:
 
 def packed() -> None:
     """Compare packed sequences with SDPA of each, both passes; time them beside the padded batch."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
+    from cuda_backend import torch_ops
 
-    from cuda_backend.torch_ops import varlen_attention
+    torch: Any = importlib.import_module("torch")
+    sdpa, varlen_attention = torch.nn.functional.scaled_dot_product_attention, torch_ops.varlen_attention
 
     for dtype, lengths in (
         ("float32", [5, 0, 70, 129]),
@@ -73,7 +74,7 @@ def packed() -> None:
         ours = [x.clone().requires_grad_() for x in (q, k, v)]
 
         def call(x: Any = ours, s: Any = starts, n: int = longest) -> Any:
-            return varlen_attention(*x, s, s, n, n, causal=True)
+            return varlen_attention(x[0], x[1], x[2], s, s, n, n, causal=True)
 
         out = call()
         out.backward(do)
@@ -86,11 +87,14 @@ def packed() -> None:
                 continue
             pairs = [(out[a:b], wanted), *((x.grad[a:b], y.grad) for x, y in zip(ours, exact, strict=True))]
             for index, (found, truth) in enumerate(pairs):
-                error = (found.float() - truth[0].transpose(0, 1)).abs().max() / truth.abs().max()
+                error = (
+                    found.float() - truth[0].transpose(0, 1)
+                ).detach().abs().max() / truth.abs().max().clamp(min=1)
                 worst[index] = max(worst[index], float(error))
         off = [f"{x:.1e}" for x in worst]
         say(
-            f"packed {dtype}, {total} tokens: off by {off} of the largest (out, dq, dk, dv); {max(worst) < CLOSE[dtype]}"
+            f"packed {dtype}, {total} tokens: off by {off} of the largest or of 1 (out, dq, dk, dv): "
+            f"{max(worst) < CLOSE[dtype]}"
         )
         if dtype == "float16":
             with torch.no_grad():
@@ -105,15 +109,15 @@ def packed() -> None:
 
 def models() -> None:
     """Compare logits, tokens and gradients of tiny models; time one of a few layers."""
-    import torch
-    import transformers
-
     from cuda_backend.transformers_attention import register
 
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
     name = register()
     tiny: dict[str, Any] = {
         "vocab_size": 67, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "pad_token_id": 0,
     }  # fmt: skip
     gemma = {"sliding_window": 32, "attn_logit_softcapping": 0.5, "head_dim": 16}
     for kind, further, rival in (
@@ -150,7 +154,8 @@ def models() -> None:
 
     sizes: dict[str, Any] = {
         "vocab_size": 1000, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 4,
-        "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 16384, "pad_token_id": 0,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 16384,
+        "pad_token_id": 0,
     }  # fmt: skip
     for kind, further in (("Llama", {}), ("Mistral", {"sliding_window": 1024})):
         rates = {}
