@@ -20,7 +20,7 @@ from refimpl.attention.user_functions import as_mod
 from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.numerics import is_floating, widen
 
-__all__ = ["aux_views", "block_mask", "device_bytes", "queue_states", "tile_states"]
+__all__ = ["aux_views", "block_mask", "device_bytes", "known_block_mask", "queue_states", "tile_states"]
 
 AUX = ("bool", "int32", "int64", "uint8", "float32")
 THREADS, SIMULATED_THREADS = 256, 4
@@ -133,12 +133,30 @@ def block_mask(
     on = stream_of(aux[0] if aux else np.zeros(0), stream)
     arrays = aux_views(aux, on)
     mods = Mods(mod, aux=tuple((given.dtype, len(given.shape)) for given in arrays))
-    states = tile_states(mods, arrays, aux, (B, Hq, Tq, Tk), block_sizes, on)
-    host: Any = states.owner
-    if not SIMULATOR and 0 not in states.shape:
-        cuda.synchronize()
-        host = states.owner.copy_to_host()
-    return BlockMask(host, block_sizes, (Tq, Tk), mod)
+    return known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), block_sizes, on)
+
+
+def known_block_mask(
+    mods: Mods, arrays: tuple[View, ...], aux: tuple[Any, ...], shape: tuple[int, ...],
+    block_sizes: tuple[int, int], on: int,
+) -> BlockMask:  # fmt: skip
+    """Return what `tile_states` does, on the host, and the same object while nothing has changed.
+
+    For kernels that walk along lists of tiles, which NumPy makes: `live` and `full` are bool, (B or 1, Hq or
+    1, ceil(Tq / Br), ceil(Tk / Bc)).  The first call waits for the GPU.
+    """
+    mask: Any = mods.mask
+
+    def make() -> BlockMask:
+        states = tile_states(mods, arrays, aux, shape, block_sizes, on)
+        host: Any = states.owner
+        if not SIMULATOR and 0 not in states.shape:
+            cuda.synchronize()
+            host = states.owner.copy_to_host()
+        return BlockMask(host, block_sizes, (shape[2], shape[3]), mask)
+
+    found: BlockMask = remembered(("host", mask, shape, block_sizes), aux if mask.takes_aux else (), make)
+    return found
 
 
 def aux_views(aux: Any, on: int) -> tuple[View, ...]:

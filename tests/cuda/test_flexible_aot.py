@@ -84,6 +84,20 @@ def test_functions_compile_and_nothing_spills(arguments: Any) -> None:
         assert 8 < used["registers"] <= 255
 
 
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        "dict(mask_mod=samples.mods.ranges(), aux=(np.zeros(4, np.int32), np.zeros(4, np.int32)))",
+        "dict(mask_mod=samples.mods.given(True, False), aux=(np.ones((1, 1, 4, 4), bool),))",
+    ],
+)
+def test_packed_sequences_and_given_masks_compile_and_nothing_spills(replaced: str) -> None:
+    found = compiled("none", "softcap", "float16", 128, replaced=replaced)
+    assert set(found) == {"forward", "queries", "keys", "states"}, found.get("error")
+    for name, used in found.items():
+        assert used["spill_bytes"] == used["local_bytes"] == 0, name
+
+
 def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
     source = "def window(b, h, i, j):\n    near = abs(i - j) < 4\n    return near.nonsense\n"
     path = tmp_path / "users_masks.py"

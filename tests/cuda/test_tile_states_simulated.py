@@ -75,6 +75,24 @@ def test_a_mask_is_asked_once_while_nothing_changes(monkeypatch: Any) -> None:
     assert len(asked) == 2
 
 
+def test_a_block_mask_stays_the_same_object_while_nothing_changes() -> None:
+    """So lists of tiles that are made of it can be kept by it."""
+    documents = np.array([[7, 7, 7, 8, 8, 9]])
+
+    def made(radius: int = 2) -> Any:
+        mask = mods.both(mods.causal, mods.sliding(radius))
+        return cuda_backend.block_mask(mask, 1, 1, 6, 6, block_sizes=(2, 2)), cuda_backend.block_mask(
+            mods.documents(), 1, 1, 6, 6, block_sizes=(2, 2), aux=(documents,)
+        )
+
+    first = made()
+    assert all(a is b for a, b in zip(first, made(), strict=True))
+    assert made(3)[0] is not first[0]
+    documents[0, 3] = 7
+    assert made()[1] is not first[1]
+    assert made()[1].live.tolist() != first[1].live.tolist()
+
+
 def test_tensors_are_known_by_the_writes_to_them() -> None:
     torch = pytest.importorskip("torch")
     tensor, numbers = torch.zeros(3), itertools.count(1)
