@@ -20,6 +20,7 @@ __all__ = [
     "beside",
     "draw",
     "int8_linear",
+    "masked_attention",
     "missing",
     "replace_linear",
     "to_host",
@@ -167,13 +168,49 @@ def varlen_attention(
     return torch.ops.frugal.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)[0]
 
 
-def _registered() -> bool:
-    """Register the operators behind `attention` and `varlen_attention`, once; return True."""
+def masked_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    attn_mask: Any = None,
+    bias: Any = None,
+    causal: str = "",
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Any:
+    """Return attention of tensors [B, T, H, D] with masks, by the kernels that run it best, with a gradient.
+
+    An operator of its own, ``torch.ops.frugal.masked_attention``, also under `torch.compile`.  On the GPU one
+    query over a long cache is decoded, a mask or a softcap is a function of `cuda_backend.flexible_attention`
+    and the rest goes to `cuda_backend.flash_attention`, to the Hopper kernels if they take it; tensors on the
+    host go to the reference.
+
+    Parameters
+    ----------
+    q, k, v, attn_mask, bias, causal, softcap, scale, dropout_p
+        As for `refimpl.attention.scaled_dot_product_attention`; `causal` is "" for no mask.  The bias has a
+        gradient, too.
+    seed : int
+        As for `attention`.
+    """
     import torch
 
-    from cuda_backend.attention import autograd, autograd_varlen
+    _registered()
+    options = causal, softcap, scale, dropout_p, seed
+    return torch.ops.frugal.masked_attention(q, k, v, attn_mask, bias, *options)[0]
 
-    return None not in (autograd.register(torch), autograd_varlen.register(torch))
+
+def _registered() -> bool:
+    """Register the operators behind the attentions here, once; return True."""
+    import torch
+
+    from cuda_backend.attention import autograd, autograd_masked, autograd_varlen
+
+    return None not in [module.register(torch) for module in (autograd, autograd_masked, autograd_varlen)]
 
 
 # As torch.compiler.assume_constant_result marks it: it is called when code is compiled, not traced.

@@ -1,7 +1,7 @@
 """Our attention in models of transformers: ``attn_implementation="frugal_attention"``.
 
 Tensors are asked for their own methods, so PyTorch is not named here; transformers is, to be told our name.
-What it asks for becomes options of `scaled_dot_product_attention`; `cuda_backend.attention.attend` runs it.
+What it asks for becomes options of `scaled_dot_product_attention`; `cuda_backend.torch_ops` runs it.
 """
 
 from __future__ import annotations
@@ -87,11 +87,9 @@ def frugal_attention(
 
     Notes
     -----
-    On the GPU a single query without a mask is decoded (`split_kv_attention`), a mask of truth values is a
-    mask function (`flexible_attention`), and the rest is `flash_attention`: in each case by the fastest tier
-    that takes the call.  On the host the references run, for tests.  Not yet run on a device.
+    `cuda_backend.torch_ops.masked_attention` says which kernels run.  Not yet run on a device.
     """
-    from cuda_backend.attention.attend import attend
+    from cuda_backend.torch_ops import masked_attention
 
     unknown = [name for name in UNKNOWN if further.get(name) is not None]
     if unknown:
@@ -101,9 +99,9 @@ def frugal_attention(
     options |= {"scale": scaling, "softcap": softcap}
     if dropout:
         seed = query.new_zeros((), device="cpu").long().random_()
-        options |= {"dropout_p": dropout, "rng": int(seed)}
+        options |= {"dropout_p": dropout, "seed": int(seed)}
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return attend(q, k, v, options), None
+    return masked_attention(q, k, v, **options), None
 
 
 def options_of(query: Any, key: Any, mask: Any, bias: Any, causal: bool) -> dict[str, Any]:

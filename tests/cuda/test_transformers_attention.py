@@ -12,7 +12,11 @@ import cuda_backend
 from cuda_backend.attention import attend as attending
 from cuda_backend.transformers_attention import frugal_attention, options_of, register
 from refimpl import attention as reference
-from refimpl.attention import flexible_attention, scaled_dot_product_attention
+from refimpl.attention import (
+    flexible_attention,
+    scaled_dot_product_attention,
+    scaled_dot_product_attention_vjp,
+)
 from refimpl.errors import ShapeError, UnsupportedError
 
 torch = pytest.importorskip("torch")
@@ -216,6 +220,81 @@ def test_options_as_functions_say_the_same() -> None:
     assert np.abs(found - scaled_dot_product_attention(q, k, v, causal=True, softcap=0.7)).max() < CLOSE
     for refused in ({"bias": 1}, {"attn_mask": mask, "causal": "top_left"}, {"causal": "top_left"}):
         assert attending.as_functions(refused) is None
+
+
+@pytest.mark.cudasim
+@pytest.mark.parametrize(
+    ("wanted", "ran"),
+    [
+        ({"causal": "top_left"}, "flash_attention"),
+        ({"causal": "top_left", "softcap": 0.7}, "flexible_attention"),
+        ({"attn_mask": True}, "flexible_attention"),
+        ({"attn_mask": True, "dropout_p": 0.3, "rng": 5}, "flash_attention"),
+        ({"bias": True, "causal": "top_left"}, "flash_attention"),
+    ],
+)
+def test_the_way_through_the_kernels(
+    wanted: dict[str, Any], ran: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens to tensors of the GPU, with tensors of the host that the simulator takes as arrays."""
+    calls: list[str] = []
+
+    def simulated(name: str) -> Any:
+        function = getattr(cuda_backend, name)
+
+        def called(*tensors: Any, **options: Any) -> Any:
+            calls.append(name)
+            options = {key: x.numpy() if hasattr(x, "numpy") else x for key, x in options.items()}
+            if "aux" in options:
+                options["aux"] = tuple(x.numpy() for x in options["aux"])
+            found = function(*(x.contiguous().numpy() for x in tensors), **options)
+            return type(found)(*(None if x is None else torch.from_numpy(x) for x in found))
+
+        return called
+
+    for name in ("flash_attention", "flash_attention_vjp", "flexible_attention", "flexible_attention_vjp"):
+        monkeypatch.setattr(cuda_backend, name, simulated(name), raising=False)
+    q, k, v, do = (draws(1, 6, heads, 3).float() for heads in (2, 1, 1, 2))
+    options = dict(wanted)
+    if "attn_mask" in options:
+        options["attn_mask"] = draws(1, 2, 6, 6) < 0.5
+    if "bias" in options:
+        options["bias"] = draws(1, 2, 6, 6).float()
+    out, lse = attending.forward(q, k, v, options)
+    found = attending.gradients((q, k, v, out, lse, do), options)
+    arrays: Any = tuple(x.double().numpy() for x in (q, k, v, do))
+    exact = {key: x.numpy() if hasattr(x, "numpy") else x for key, x in options.items()}
+    assert np.abs(out.numpy() - scaled_dot_product_attention(*arrays[:3], **exact)).max() < CLOSE
+    truth = scaled_dot_product_attention_vjp(*arrays, **exact)
+    for ours, expected in zip(found, truth, strict=True):
+        assert (ours is None) == (expected is None)
+        assert expected is None or np.abs(ours.numpy() - expected).max() < CLOSE
+    assert calls == [ran, f"{ran}_vjp"]
+
+
+def test_the_operator_is_sound() -> None:
+    """Schema, shapes without data, autograd's registration, and all of it traced."""
+    from cuda_backend.attention.autograd_masked import register as operator
+
+    q, k, v, bias = (
+        draws(*s).requires_grad_() for s in ((1, 4, 2, 3), (1, 5, 1, 3), (1, 5, 1, 2), (1, 1, 4, 5))
+    )
+    mask = torch.ones(1, 2, 4, 5, dtype=torch.bool).tril(1)
+    for given in ((mask, None), (None, bias)):
+        torch.library.opcheck(operator(torch), (q, k, v, *given, "", 0.7, 0.3, 0.0, 0))
+
+
+def test_a_compiled_model_has_one_graph() -> None:
+    """Prefill with padding, in training: no break, and the gradients that it has uncompiled."""
+    ids = tokens(7)
+    padded = torch.ones_like(ids)
+    padded[0, :2] = 0
+    one, other = model("mistral", register()), model("mistral", register())
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for each in (one, compiled):
+        each(ids, attention_mask=padded, use_cache=False).logits[:, -1].square().sum().backward()
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() < CLOSE * max(1.0, float(a.grad.abs().max()))
 
 
 def test_masks_of_transformers_as_options() -> None:
