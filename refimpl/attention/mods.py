@@ -180,29 +180,58 @@ def given(by_sequence: bool = True, by_head: bool = True, slot: int = 0) -> Mask
 
 
 def both(first: Mask, second: Mask) -> Mask:
-    """What two masks without arrays allow together.
+    """What two masks allow together; those with arrays get the same `aux`.
 
     >>> [both(causal, sliding(1))(0, 0, 2, j) for j in range(4)]
     [False, True, True, False]
     """
+    if not (_takes_aux(first) or _takes_aux(second)):
 
-    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return first(b, h, i, j) & second(b, h, i, j)
+        def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return first(b, h, i, j) & second(b, h, i, j)
 
-    return _made_of(mask, first, second)
+        return _made_of(mask, first, second)
+    one, other = _with_aux(first), _with_aux(second)
+
+    def mask_of_arrays(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return one(b, h, i, j, aux) & other(b, h, i, j, aux)
+
+    return _made_of(mask_of_arrays, first, second)
 
 
 def either(first: Mask, second: Mask) -> Mask:
-    """What one of two masks without arrays allows.
+    """What one of two masks allows; those with arrays get the same `aux`.
 
     >>> [either(sliding(0), global_tokens(1))(0, 0, 3, j) for j in range(4)]
     [True, False, False, True]
     """
+    if not (_takes_aux(first) or _takes_aux(second)):
 
-    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return first(b, h, i, j) | second(b, h, i, j)
+        def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return first(b, h, i, j) | second(b, h, i, j)
 
-    return _made_of(mask, first, second)
+        return _made_of(mask, first, second)
+    one, other = _with_aux(first), _with_aux(second)
+
+    def mask_of_arrays(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return one(b, h, i, j, aux) | other(b, h, i, j, aux)
+
+    return _made_of(mask_of_arrays, first, second)
+
+
+def _takes_aux(mask: Any) -> bool:
+    return int(mask.__code__.co_argcount) == 5
+
+
+def _with_aux(mask: Mask) -> Mask:
+    """Return the same mask with an argument for arrays."""
+    if _takes_aux(mask):
+        return mask
+
+    def ignoring(b: Any, h: Any, i: Any, j: Any, _aux: Any) -> Any:
+        return mask(b, h, i, j)
+
+    return ignoring
 
 
 def _made_of(mask: Any, *parts: Mask) -> Mask:

@@ -88,6 +88,8 @@ def test_functions_compile_and_nothing_spills(arguments: Any) -> None:
     "replaced",
     [
         "dict(mask_mod=samples.mods.ranges(), aux=(np.zeros(4, np.int32), np.zeros(4, np.int32)))",
+        "dict(mask_mod=samples.mods.both(samples.mods.causal, samples.mods.documents()),"
+        " aux=(np.zeros((1, 4), int),))",
         "dict(mask_mod=samples.mods.given(True, False), aux=(np.ones((1, 1, 4, 4), bool),))",
     ],
 )

@@ -55,6 +55,14 @@ def test_tiles_of_the_caller_serve_both_passes() -> None:
         cuda_backend.flexible_attention(q, k, v, block_mask=tiles, block_sizes=(8, 8), **options)
 
 
+def test_joined_masks_are_kernels_too() -> None:
+    rng, numbers = np.random.default_rng(0), np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2]])
+    q, k, v = (rng.standard_normal((1, 9, 1, 3)).astype(np.float32) for _ in range(3))
+    options: dict[str, Any] = {"mask_mod": mods.both(mods.causal, mods.documents()), "aux": (numbers,)}
+    found = cuda_backend.flexible_attention(q, k, v, **options)
+    assert np.abs(found - flexible_attention(q, k, v, **options)).max() < CLOSE
+
+
 def test_a_mask_is_asked_once_while_nothing_changes(monkeypatch: Any) -> None:
     asked: list[Any] = []
 
