@@ -56,13 +56,15 @@ def flexible_problem(form: Form | str, shape: Sequence[int], dtype: str, *, back
 
 
 def _density(form: Form, B: int, H: int, N: int) -> float:
-    """Return the share of live tiles."""
-    from refimpl.attention import block_mask
+    """Return the share of live tiles, counted on the GPU if there is one: a host takes seconds a form."""
+    import cuda_backend
+    from refimpl.attention import block_mask as on_host
 
     if "mask_mod" not in form.options:
         return 1.0
     mask = form.options["mask_mod"]
-    return block_mask(mask, B, H, N, N, block_sizes=(TILE, TILE), aux=form.aux).density
+    block_mask = cuda_backend.block_mask if cuda_backend.availability("cuda") is None else on_host
+    return float(block_mask(mask, B, H, N, N, block_sizes=(TILE, TILE), aux=form.aux).density)
 
 
 def _operands(
