@@ -5,6 +5,7 @@ On the host the references run, for tests.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,13 @@ from refimpl.errors import UnsupportedError
 __all__ = ["as_functions", "decodes", "forward", "forward_on_host", "gradients", "gradients_on_host"]
 
 LONG = 256  # keys from which a single query is worth parts
+
+_given = functools.cache(mods.given)  # the same function each time: what is known of it is known by it
+
+
+@functools.lru_cache(maxsize=16)
+def _softcap(cap: float) -> tuple[mods.Score, mods.Score]:
+    return mods.softcap(cap), mods.softcap_vjp(cap)
 
 
 def decodes(q: Any, k: Any, options: dict[str, Any]) -> bool:
@@ -40,11 +48,12 @@ def as_functions(options: dict[str, Any]) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = {"scale": options.get("scale")}
     if mask is not None:
-        found |= {"mask_mod": mods.given(mask.shape[0] > 1, mask.shape[1] > 1), "aux": (mask,)}
+        found |= {"mask_mod": _given(mask.shape[0] > 1, mask.shape[1] > 1), "aux": (mask,)}
     elif causal:
         found["mask_mod"] = mods.causal
     if cap is not None:
-        found |= {"score_mod": mods.softcap(cap), "score_mod_vjp": mods.softcap_vjp(cap)}
+        score, gradient = _softcap(cap)
+        found |= {"score_mod": score, "score_mod_vjp": gradient}
     return found
 
 

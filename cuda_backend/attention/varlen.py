@@ -20,6 +20,7 @@ from refimpl.errors import ShapeError, UnsupportedError
 __all__ = ["queue_ranges", "varlen_attention", "varlen_attention_vjp"]
 
 THREADS, SIMULATED_THREADS = 128, 4
+MASK = mods.ranges()
 
 
 def varlen_attention(
@@ -145,7 +146,7 @@ def _options(
     stream: Any,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "mask_mod": mods.ranges(), "aux": aux, "scale": scale, "block_sizes": block_sizes, "stream": stream,
+        "mask_mod": MASK, "aux": aux, "scale": scale, "block_sizes": block_sizes, "stream": stream,
     }  # fmt: skip
     if softcap is not None:
         found |= {"score_mod": mods.softcap(softcap), "score_mod_vjp": mods.softcap_vjp(softcap)}
