@@ -177,6 +177,7 @@ def masked_attention(
     attn_mask: Any = None,
     bias: Any = None,
     causal: str = "",
+    window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -194,13 +195,15 @@ def masked_attention(
     q, k, v, attn_mask, bias, causal, softcap, scale, dropout_p
         As for `refimpl.attention.scaled_dot_product_attention`; `causal` is "" for no mask.  The bias has a
         gradient, too.
+    window : int, optional
+        With causal="top_left": keys that a query sees, the last at its own place.
     seed : int
         As for `attention`.
     """
     import torch
 
     _registered()
-    options = causal, softcap, scale, dropout_p, seed
+    options = causal, window, softcap, scale, dropout_p, seed
     return torch.ops.frugal.masked_attention(q, k, v, attn_mask, bias, *options)[0]
 
 

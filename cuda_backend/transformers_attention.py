@@ -6,6 +6,7 @@ What it asks for becomes options of `scaled_dot_product_attention`; `cuda_backen
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -32,10 +33,25 @@ def register() -> str:
         attentions: Any = importlib.import_module("transformers").AttentionInterface
         masks: Any = importlib.import_module("transformers.masking_utils")
         attentions.register(NAME, frugal_attention)
-        masks.AttentionMaskInterface.register(NAME, masks.sdpa_mask)
+        masks.AttentionMaskInterface.register(NAME, functools.partial(_mask, masks.sdpa_mask))
     except (ImportError, AttributeError) as error:
         raise BackendUnavailableError(f"transformers takes no attention of ours: {error}") from None
     return NAME
+
+
+def _mask(sdpa_mask: Any, **asked: Any) -> Any:
+    """Return the mask that SDPA gets, or None where causality, and a window, say it all.
+
+    Without a window transformers knows when that is: no padding, and nothing laid over the mask.  With one it is
+    the same if there is more than a query, or no key out of its sight: a layer tells its attention the window.
+    Chunks, as Llama 4 has them, are local too, but not told.
+    """
+    config, window = asked.get("config"), asked.get("local_size")
+    told = window is not None and window == getattr(config, "sliding_window", None)
+    chunks = getattr(config, "attention_chunk_size", None) is not None
+    if told and not chunks and (asked["q_length"] > 1 or asked["kv_length"] <= window):
+        asked = asked | {"local_size": None}
+    return sdpa_mask(**asked)
 
 
 def frugal_attention(
@@ -49,6 +65,7 @@ def frugal_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     position_bias: Any = None,
     **further: Any,
 ) -> tuple[Any, None]:
@@ -61,17 +78,17 @@ def frugal_attention(
     query, key, value : torch.Tensor, shapes (B, Hq, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv)
         Key heads are not repeated for their group.
     attention_mask : torch.Tensor, optional
-        Four axes: bool, True where a query may attend, or float and added to the scores.  Without one several
-        queries are causal, from the first key on, if the layer is, and a single one sees all.  Sliding
-        windows come as such a mask; tiles that it leaves dead are skipped.
-    scaling, softcap, is_causal
+        Four axes: bool, True where a query may attend, or float and added to the scores; tiles that a mask
+        leaves dead are skipped.  Without one several queries are causal, from the first key on, if the layer
+        is, and see `sliding_window` keys, if that is given; a single one sees all.
+    scaling, softcap, is_causal, sliding_window
         As transformers passes them.
     position_bias : torch.Tensor, optional
         Added to the scores, with a gradient if it wants one.
     dropout : float
         Of the probabilities, drawn from PyTorch's generator of the host.
     **further
-        What says the same as the mask (`sliding_window`), or nothing here.
+        What says nothing here.
 
     Returns
     -------
@@ -97,6 +114,8 @@ def frugal_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options = options_of(query, key, attention_mask, position_bias, causal)
     options |= {"scale": scaling, "softcap": softcap}
+    if sliding_window is not None and options.get("causal"):
+        options["window"] = sliding_window
     if dropout:
         seed = query.new_zeros((), device="cpu").long().random_()
         options |= {"dropout_p": dropout, "seed": int(seed)}

@@ -1,6 +1,7 @@
 """Attention of tensors with any option of the reference: the kernels that run a call best, and its gradients.
 
-On the host the references run, for tests.
+There is one option more, `window`: a causal query sees so many keys, its own place the last.  On the host the
+references run, for tests.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from refimpl.attention import mods
 from refimpl.errors import UnsupportedError
 
@@ -18,6 +21,11 @@ __all__ = ["as_functions", "decodes", "forward", "forward_on_host", "gradients",
 LONG = 256  # keys from which a single query is worth parts
 
 _given = functools.cache(mods.given)  # the same function each time: what is known of it is known by it
+
+
+@functools.lru_cache(maxsize=16)
+def _causal_window(size: int) -> mods.Mask:
+    return mods.both(mods.causal, mods.sliding(size - 1))
 
 
 @functools.lru_cache(maxsize=16)
@@ -33,7 +41,7 @@ def decodes(q: Any, k: Any, options: dict[str, Any]) -> bool:
 def as_functions(options: dict[str, Any]) -> dict[str, Any] | None:
     """Return options as those of `flexible_attention`, whose kernels skip what a mask leaves dead.
 
-    None if a call has neither a mask nor a softcap, or something that is no function of one score.
+    None if a call has neither mask, window nor softcap, or something that is no function of one score.
 
     Examples
     --------
@@ -43,11 +51,16 @@ def as_functions(options: dict[str, Any]) -> dict[str, Any] | None:
     (None, None)
     """
     mask, cap, causal = (options.get(name) for name in ("attn_mask", "softcap", "causal"))
-    said = set(options) <= {"scale", "causal", "attn_mask", "softcap"} and causal in (None, "top_left")
-    if not said or (mask is None and cap is None) or (mask is not None and causal):
+    said = set(options) <= {"scale", "causal", "window", "attn_mask", "softcap"} and causal in (
+        None,
+        "top_left",
+    )
+    if not said or not {"attn_mask", "softcap", "window"} & set(options) or (mask is not None and causal):
         return None
     found: dict[str, Any] = {"scale": options.get("scale")}
-    if mask is not None:
+    if "window" in options:
+        found["mask_mod"] = _causal_window(options["window"])
+    elif mask is not None:
         found |= {"mask_mod": _given(mask.shape[0] > 1, mask.shape[1] > 1), "aux": (mask,)}
     elif causal:
         found["mask_mod"] = mods.causal
@@ -65,7 +78,8 @@ def forward(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
     if decodes(q, k, options):
         return cuda_backend.split_kv_attention(q, k, v, return_lse=True, **options)
     if functions is None:
-        return _fastest(cuda_backend.flash_attention, (q, k, v), {**options, "return_lse": True})
+        options = _spelled_out(q, k, options) | {"return_lse": True}
+        return _fastest(cuda_backend.flash_attention, (q, k, v), options)
     functions.pop("score_mod_vjp", None)
     return _fastest(cuda_backend.flexible_attention, (q, k, v), {**functions, "return_lse": True})
 
@@ -76,8 +90,22 @@ def gradients(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
 
     functions = as_functions(options)
     if functions is None:
+        options = _spelled_out(arrays[0], arrays[1], options)
         return _fastest(cuda_backend.flash_attention_vjp, arrays, options)
     return _fastest(cuda_backend.flexible_attention_vjp, arrays, functions)
+
+
+def _spelled_out(q: Any, k: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose window is a mask of truth values, beside `q`."""
+    if "window" not in options:
+        return options
+    others = {name: value for name, value in options.items() if name not in ("window", "causal")}
+    if isinstance(q, np.ndarray):
+        mask = np.tri(q.shape[1], k.shape[1], dtype=bool)
+        mask &= ~np.tri(q.shape[1], k.shape[1], -options["window"], dtype=bool)
+        return others | {"attn_mask": mask}
+    mask = q.new_ones((q.shape[1], k.shape[1])).tril().triu(1 - options["window"])
+    return others | {"attn_mask": mask.bool()[None, None]}
 
 
 def _fastest(function: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -98,7 +126,7 @@ def forward_on_host(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
 
     if decodes(q, k, options):
         return reference.split_kv_attention(q, k, v, splits=2, return_lse=True, **options)
-    return reference.scaled_dot_product_attention(q, k, v, return_lse=True, **options)
+    return reference.scaled_dot_product_attention(q, k, v, return_lse=True, **_spelled_out(q, k, options))
 
 
 def gradients_on_host(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -106,4 +134,4 @@ def gradients_on_host(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     from refimpl import attention as reference
 
     q, k, v, _, _, do = arrays
-    return reference.scaled_dot_product_attention_vjp(q, k, v, do, **options)
+    return reference.scaled_dot_product_attention_vjp(q, k, v, do, **_spelled_out(q, k, options))

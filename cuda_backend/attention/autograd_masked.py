@@ -15,7 +15,7 @@ from cuda_backend.attention.autograd import as_array, as_tensor, statistic_of
 __all__ = ["SCHEMA", "register"]
 
 MASKS = "Tensor? attn_mask, Tensor? bias"
-OPTIONS = "str causal, float? softcap, float? scale, float dropout_p, int seed"
+OPTIONS = "str causal, int? window, float? softcap, float? scale, float dropout_p, int seed"
 SCHEMA = f"(Tensor q, Tensor k, Tensor v, {MASKS}, {OPTIONS}) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
     f"(Tensor do, Tensor q, Tensor k, Tensor v, {MASKS}, Tensor out, Tensor lse, {OPTIONS})"
@@ -28,7 +28,8 @@ def register(torch: Any) -> Callable[..., Any]:
     """Register ``frugal::masked_attention`` and its backward operator; return the former.
 
     The operator takes q, k, v as [B, T, H, D], a mask of truth values and a bias, `causal` as "" for no mask,
-    and the seed of the dropout; it returns the output and the log-sum-exp, which has no gradient.
+    a window of keys, and the seed of the dropout; it returns the output and the log-sum-exp, which has no
+    gradient.
     """
 
     def forward(q: Any, k: Any, v: Any, mask: Any, bias: Any, *options: Any) -> Any:
@@ -86,10 +87,20 @@ def register(torch: Any) -> Callable[..., Any]:
 
 
 def _chosen(
-    mask: Any, bias: Any, causal: str, softcap: float | None, scale: float | None, dropout_p: float, seed: int
+    mask: Any,
+    bias: Any,
+    causal: str,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Return options as the reference takes them, those that are there."""
-    chosen = {"attn_mask": mask, "bias": bias, "causal": causal or None, "softcap": softcap, "scale": scale}
+    chosen = {
+        "attn_mask": mask, "bias": bias, "causal": causal or None, "window": window, "softcap": softcap,
+        "scale": scale,
+    }  # fmt: skip
     if dropout_p:
         chosen |= {"dropout_p": dropout_p, "rng": seed % 2**64}
     return {name: value for name, value in chosen.items() if value is not None}

@@ -141,6 +141,36 @@ def test_training_has_the_same_gradients(models: Any, name: str) -> None:
     assert theirs["model.layers.0.self_attn.k_proj.weight"].grad.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_a_window_needs_no_mask_of_all_scores(
+    models: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at prefill nor while the cache holds no more than the window; padding does."""
+    import cuda_backend.torch_ops
+
+    given: list[Any] = []
+    run = cuda_backend.torch_ops.masked_attention
+
+    def seen(*arrays: Any, **options: Any) -> Any:
+        given.append((options.get("attn_mask") is not None, options.get("window")))
+        return run(*arrays, **options)
+
+    monkeypatch.setattr(cuda_backend.torch_ops, "masked_attention", seen)
+    ids = tokens(13)
+    with torch.no_grad():
+        models[name][1](ids)
+    assert given == [(False, 4), (False, 4 if name == "mistral" else None)]
+    given.clear()
+    models[name][1].generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert [mask for mask, _ in given] == [False] * 6
+    given.clear()
+    padded = torch.ones_like(ids)
+    padded[0, 0] = 0
+    with torch.no_grad():
+        models[name][1](ids, attention_mask=padded)
+    assert [mask for mask, _ in given] == [True] * 2
+
+
 def test_our_attention_was_the_one_that_ran(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -229,6 +259,8 @@ def test_options_as_functions_say_the_same() -> None:
         ({"causal": "top_left"}, "flash_attention"),
         ({"causal": "top_left", "softcap": 0.7}, "flexible_attention"),
         ({"attn_mask": True}, "flexible_attention"),
+        ({"causal": "top_left", "window": 3, "softcap": 0.7}, "flexible_attention"),
+        ({"causal": "top_left", "window": 3, "dropout_p": 0.3, "rng": 5}, "flash_attention"),
         ({"attn_mask": True, "dropout_p": 0.3, "rng": 5}, "flash_attention"),
         ({"bias": True, "causal": "top_left"}, "flash_attention"),
     ],
@@ -264,6 +296,10 @@ def test_the_way_through_the_kernels(
     found = attending.gradients((q, k, v, out, lse, do), options)
     arrays: Any = tuple(x.double().numpy() for x in (q, k, v, do))
     exact = {key: x.numpy() if hasattr(x, "numpy") else x for key, x in options.items()}
+    if exact.pop("window", None):
+        exact = {key: x for key, x in exact.items() if key != "causal"}
+        i, j = np.ogrid[:6, :6]
+        exact["attn_mask"] = (j <= i) & (j > i - 3)
     assert np.abs(out.numpy() - scaled_dot_product_attention(*arrays[:3], **exact)).max() < CLOSE
     truth = scaled_dot_product_attention_vjp(*arrays, **exact)
     for ours, expected in zip(found, truth, strict=True):
@@ -281,7 +317,8 @@ def test_the_operator_is_sound() -> None:
     )
     mask = torch.ones(1, 2, 4, 5, dtype=torch.bool).tril(1)
     for given in ((mask, None), (None, bias)):
-        torch.library.opcheck(operator(torch), (q, k, v, *given, "", 0.7, 0.3, 0.0, 0))
+        torch.library.opcheck(operator(torch), (q, k, v, *given, "", None, 0.7, 0.3, 0.0, 0))
+    torch.library.opcheck(operator(torch), (q, k, v, None, None, "top_left", 2, None, None, 0.0, 0))
 
 
 def test_a_compiled_model_has_one_graph() -> None:
