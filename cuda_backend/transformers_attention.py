@@ -42,9 +42,9 @@ def register() -> str:
 def _mask(sdpa_mask: Any, **asked: Any) -> Any:
     """Return the mask that SDPA gets, or None where causality, and a window, say it all.
 
-    Without a window transformers knows when that is: no padding, and nothing laid over the mask.  With one it is
-    the same if there is more than a query, or no key out of its sight: a layer tells its attention the window.
-    Chunks, as Llama 4 has them, are local too, but not told.
+    Without a window transformers knows when that is: no padding, and nothing laid over the mask.  With one it
+    is the same if there is more than a query, or no key out of its sight: layers tell their attention the
+    window.  Chunks, as Llama 4 has them, are local too, but not told.
     """
     config, window = asked.get("config"), asked.get("local_size")
     told = window is not None and window == getattr(config, "sliding_window", None)
