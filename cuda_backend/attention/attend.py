@@ -16,7 +16,15 @@ import numpy as np
 from refimpl.attention import mods
 from refimpl.errors import UnsupportedError
 
-__all__ = ["as_functions", "decodes", "forward", "forward_on_host", "gradients", "gradients_on_host"]
+__all__ = [
+    "as_functions",
+    "decodes",
+    "fastest",
+    "forward",
+    "forward_on_host",
+    "gradients",
+    "gradients_on_host",
+]
 
 LONG = 256  # keys from which a single query is worth parts
 
@@ -79,9 +87,9 @@ def forward(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
         return cuda_backend.split_kv_attention(q, k, v, return_lse=True, **options)
     if functions is None:
         options = _spelled_out(q, k, options) | {"return_lse": True}
-        return _fastest(cuda_backend.flash_attention, (q, k, v), options)
+        return fastest(cuda_backend.flash_attention, (q, k, v), options)
     functions.pop("score_mod_vjp", None)
-    return _fastest(cuda_backend.flexible_attention, (q, k, v), {**functions, "return_lse": True})
+    return fastest(cuda_backend.flexible_attention, (q, k, v), {**functions, "return_lse": True})
 
 
 def gradients(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -91,8 +99,8 @@ def gradients(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     functions = as_functions(options)
     if functions is None:
         options = _spelled_out(arrays[0], arrays[1], options)
-        return _fastest(cuda_backend.flash_attention_vjp, arrays, options)
-    return _fastest(cuda_backend.flexible_attention_vjp, arrays, functions)
+        return fastest(cuda_backend.flash_attention_vjp, arrays, options)
+    return fastest(cuda_backend.flexible_attention_vjp, arrays, functions)
 
 
 def _spelled_out(q: Any, k: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def _spelled_out(q: Any, k: Any, options: dict[str, Any]) -> dict[str, Any]:
     return others | {"attn_mask": mask.bool()[None, None]}
 
 
-def _fastest(function: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def fastest(function: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Call a function with the Hopper kernels if they are there and take the call, else the portable ones."""
     from cuda_backend.attention.forward import chosen_tier
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cuda_backend.attention.attend import fastest
 from cuda_backend.attention.autograd import as_array, as_tensor, simulated, statistic_of
 
 __all__ = ["SCHEMA", "register"]
@@ -34,7 +35,8 @@ def register(torch: Any) -> Callable[..., Any]:
 
         chosen = _chosen(*options)
         if q.is_cuda:
-            found: Any = varlen_attention(q, k, v, starts, key_starts, return_lse=True, **chosen)
+            tensors = q, k, v, starts, key_starts
+            found: Any = fastest(varlen_attention, tensors, {**chosen, "return_lse": True})
             return found.out.contiguous(), found.lse.contiguous()
         arrays = [as_array(torch, x) for x in (q, k, v, starts, key_starts)]
         compute: Any = varlen_attention if simulated(q) else reference
@@ -50,7 +52,8 @@ def register(torch: Any) -> Callable[..., Any]:
 
         chosen, do = _chosen(*options), do.contiguous()
         if q.is_cuda:
-            found: Any = varlen_attention_vjp(q, k, v, starts, key_starts, out, lse, do, **chosen)
+            tensors = q, k, v, starts, key_starts, out, lse, do
+            found: Any = fastest(varlen_attention_vjp, tensors, chosen)
             return tuple(x.contiguous() for x in found[:3])
         arrays: Any = [as_array(torch, x) for x in (q, k, v, starts, key_starts, do)]
         if simulated(q):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.finish_hopper import build_finish
 from cuda_backend.attention.schedule_hopper import Schedule
 from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
 from cuda_backend.attention.variant_hopper import Variant
@@ -20,9 +21,7 @@ from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_consumer"]
 
-int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
-
-LN2 = 0.6931471805599453
+int32, uint32, float32 = types.int32, types.uint32, types.float32
 
 
 def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
@@ -33,7 +32,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
     mask, softmax_row, pack_scores = build_softmax(variant)
-    rescale, row_total, store_row = build_output(variant)
+    (rescale, _, _), finish = build_output(variant), build_finish(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
     q_steps, k_steps = (wgmma.k_major_steps(variant.d_qk, rows) for rows in (block_m, block_n))
@@ -180,24 +179,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                 barrier.arrive(base + q_empty + 8 * q_stage)
             q_stage, q_parity = next_q_stage(q_stage, q_parity)
 
-            sum_low, sum_high = row_total(sum_low), row_total(sum_high)
-            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
-            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
-            batch = registers.quotient(head, heads)
-            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
-            row_bytes = uint64(2 * columns)
-            address = out + line * row_bytes
-            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
-            address += uint64(8 * heads) * row_bytes
-            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
-            if lse != uint64(0) and quad_lane == 0:
-                # A row without keys: -inf + log2(0) = -inf.
-                address = lse + uint64(4) * (uint64(head) * uint64(tq) + uint64(row))
-                if row < tq:
-                    value = (max_low * scale + registers.log2(sum_low)) * float32(LN2)
-                    copy.store_global_float(address, value)
-                if row + 8 < tq:
-                    value = (max_high * scale + registers.log2(sum_high)) * float32(LN2)
-                    copy.store_global_float(address + uint64(32), value)
+            rows = max_low, sum_low, max_high, sum_high
+            finish(o, rows, scale, out, lse, row, head, quad_lane, (heads, tq, columns))
 
     return consume

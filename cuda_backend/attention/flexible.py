@@ -12,7 +12,7 @@ import numpy as np
 from cuda_backend.arrays import View, broadcast, empty, is_host, view
 from cuda_backend.attention.backward import backward_variant, prepare_backward, queue_backward
 from cuda_backend.attention.call import Call, features, numbers, prepare, reasons
-from cuda_backend.attention.forward import forward_variant, run_forward
+from cuda_backend.attention.forward import Tier, chosen_tier, forward_variant, run_forward
 from cuda_backend.attention.tile_states import aux_views, tile_states
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_portable import Features, Variant
@@ -40,6 +40,7 @@ def flexible_attention(
     return_lse: bool = False,
     block_sizes: tuple[int, int] | None = None,
     stream: Any = None,
+    tier: Tier = "portable",
 ) -> Any:
     """Return attention with a mask and a score that the user writes, tile by tile; dead tiles are skipped.
 
@@ -50,8 +51,8 @@ def flexible_attention(
     mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale, return_lse
         As for `refimpl.attention.flexible_attention`.  Floats that functions close over are float32 here, and
         so are floating arrays of `aux` on the host; on the GPU they are bool, int32, int64, uint8 or float32.
-    block_sizes, stream
-        As for `cuda_backend.flash_attention`.
+    block_sizes, stream, tier
+        As for `cuda_backend.flash_attention`; the Hopper kernels choose their own block sizes.
 
     Returns
     -------
@@ -89,6 +90,13 @@ def flexible_attention(
         raise UnsupportedError("flexible_attention: " + "; ".join(refused))
     on = stream_of(q, stream)
     arrays, mods = _mods(call, mask_mod, score_mod, score_mod_vjp, block_mask, aux, on)
+    if chosen_tier(tier, q) == "hopper":
+        from cuda_backend.attention.call_flexible_hopper import flexible_attention_hopper
+
+        if block_sizes is not None:
+            raise UnsupportedError("flexible_attention_hopper: the kernel has no block_sizes")
+        given: dict[str, Any] = {"arrays": arrays, "aux": aux, "blocks": block_mask, "scale": scale}
+        return flexible_attention_hopper(q, k, v, mods=mods, return_lse=return_lse, stream=on, **given)
     wanted, optional = features(call, on, lse=return_lse)
     wanted = wanted._replace(mods=mods._replace(vjp=None))
     sizes = _tile_sizes(block_mask, forward_variant(call, wanted, block_sizes, None), block_sizes)

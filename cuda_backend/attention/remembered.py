@@ -23,7 +23,7 @@ from cuda_backend.context import current_device
 
 __all__ = ["KEPT", "remembered"]
 
-KEPT = 64  # answers
+KEPT = 256  # answers; a mask has a few: states of tiles, there and on the host, and lists of them
 
 _answers: OrderedDict[Any, Any] = OrderedDict()
 _lock = threading.Lock()

@@ -9,6 +9,7 @@ import numpy as np
 from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import View, empty, is_host, library_of, stub, view
 from cuda_backend.attention.flexible import flexible_attention, flexible_attention_vjp
+from cuda_backend.attention.forward import Tier
 from cuda_backend.attention.ranges_portable import RangesVariant, build
 from cuda_backend.attention.remembered import remembered
 from cuda_backend.launch import launch, stream_of
@@ -37,6 +38,7 @@ def varlen_attention(
     return_lse: bool = False,
     block_sizes: tuple[int, int] | None = None,
     stream: Any = None,
+    tier: Tier = "portable",
 ) -> Any:
     """Return the attention within each of several sequences that lie one behind the other.
 
@@ -48,8 +50,8 @@ def varlen_attention(
         On the host, or beside `q`, where they are taken unchecked: nothing waits for them.
     causal, softcap, scale, return_lse
         As for `refimpl.attention.varlen_attention`.
-    block_sizes, stream
-        As for `cuda_backend.flash_attention`.
+    block_sizes, stream, tier
+        As for `cuda_backend.flexible_attention`.
 
     Returns
     -------
@@ -81,7 +83,7 @@ def varlen_attention(
     aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
     options.pop("score_mod_vjp", None)
-    found = flexible_attention(*map(_one, (q, k, v)), return_lse=return_lse, **options)
+    found = flexible_attention(*map(_one, (q, k, v)), return_lse=return_lse, tier=tier, **options)
     return AttentionOutput(found.out[0], found.lse[0]) if return_lse else found[0]
 
 

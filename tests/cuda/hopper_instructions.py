@@ -51,6 +51,7 @@ def lanes(machine: Machine) -> Any:
         shared=SimpleNamespace(array=lambda *_: None),
         blockIdx=Block(),
         threadIdx=Thread(),
+        gridDim=SimpleNamespace(x=machine.counts.get("blocks", 1)),
         syncthreads=lambda: machine.block.meeting.wait(),
     )
 
@@ -193,6 +194,7 @@ def copies(machine: Machine) -> Any:
         load_16=load_16,
         load_shared_16=load_shared_16,
         load_float=lambda address: memory(int(address), 4).view(np.float32)[0],
+        load_word=lambda address: memory(int(address), 4).view(np.int32)[0],
         load_half=lambda address: np.uint32(memory(int(address), 2).view(np.uint16)[0]),
         fetch_add=lambda address, value: old_and(address, lambda old: old + value),
         fetch_increment=lambda address, bound: old_and(address, lambda old: 0 if old >= bound else old + 1),
@@ -275,7 +277,10 @@ def tma(machine: Machine) -> Any:
 
         return load
 
-    return SimpleNamespace(load_4d_of=load_4d_of, prefetch_descriptor=lambda _: None)
+    def load_4d(target: Any, which: Any, *rest: Any) -> None:
+        load_4d_of(int(which) // 128)(target, which, *rest)
+
+    return SimpleNamespace(load_4d=load_4d, load_4d_of=load_4d_of, prefetch_descriptor=lambda _: None)
 
 
 def matrix_store(machine: Machine) -> Any:
