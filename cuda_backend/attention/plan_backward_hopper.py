@@ -29,6 +29,7 @@ from cuda_backend.attention.variant_backward_hopper import (
     BackwardVariant,
     choose_backward,
 )
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant, choose_wide_backward
 from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.launch import allow_shared_memory
 from cuda_backend.scratch import workspace
@@ -44,7 +45,7 @@ AXES = {
 }  # fmt: skip
 PLACE = 256  # arrays in the workspace begin at multiples of it
 LARGEST = (1 << 31) - 1
-THREADS = 128 * CONSUMERS  # of the kernels before and after
+THREADS = 128 * CONSUMERS  # of the kernel before
 
 
 class Inputs(NamedTuple):
@@ -126,7 +127,7 @@ def make_backward_plan(
     deterministic: bool,
     stream: int,
     device: int,
-    variant: BackwardVariant | None = None,
+    variant: BackwardVariant | WideBackwardVariant | None = None,
     dropout_p: float = 0.0,
 ) -> BackwardPlan:
     """Return the plan of a call on the current GPU, `device`; `variant` is in place of `choose_backward`'s.
@@ -149,21 +150,23 @@ def make_backward_plan(
     group, kind = heads // kv_heads, KINDS[q.dtype]
     if variant is None:
         how = {"deterministic": deterministic, "dropout": dropout_p > 0}
-        variant = choose_backward(kind, width, value_width, bool(causal), **how)
+        choose = choose_backward if max(width, value_width) <= LARGEST_WIDTH else choose_wide_backward
+        variant = choose(kind, width, value_width, bool(causal), **how)
     blocks, key_blocks = -(-tq // variant.block_m), -(-tk // variant.block_n)
     lines, tiles, all_heads = batch * heads * blocks, key_blocks * batch * kv_heads, batch * kv_heads
     processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
     factor = width**-0.5 if scale is None else scale
     columns, value_columns = (-(-size // COLUMNS) * COLUMNS for size in (width, value_width))
     # Q and dO are read again for every block of keys, and sums of dQ added to.
-    head_bytes = group * blocks * (2 * variant.q_bytes + CONSUMERS * variant.share_bytes)
+    sums_bytes = variant.shares * variant.share_bytes
+    head_bytes = group * blocks * (variant.q_bytes + variant.do_bytes + sums_bytes)
     section = section_of(all_heads, head_bytes) if variant.causal else 1
     offset = tk - tq if causal == "bottom_right" else 0
     problem = (
         tiles, key_blocks, section, kv_heads, all_heads, group, blocks, tq, tk, offset, columns, value_columns
     )  # fmt: skip
     statistics = 4 * lines * variant.block_m
-    sizes = (statistics, statistics, lines * CONSUMERS * variant.share_bytes, 4 * lines)
+    sizes = (statistics, statistics, lines * sums_bytes, 4 * lines)
     places = [0]
     for size in sizes:
         places.append(places[-1] + -(-size // PLACE) * PLACE)
@@ -192,7 +195,7 @@ def make_backward_plan(
         main=main,
         finish=Packed(
             _function("finish", variant, device),
-            early_config(lines, THREADS, turned_bytes, stream),
+            early_config(lines, 128 * variant.shares, turned_bytes, stream),
             0,
             "2Q1f4i",
             (factor, blocks, heads, tq, columns),
@@ -217,9 +220,6 @@ def backward_reasons(given: Inputs, *, causal: Causal, scale: float | None) -> l
     stubs = [np.broadcast_to(np.float32(0), x.shape) for x in given]
     bind_axes({name: (x, AXES[name]) for name, x in zip(Inputs._fields, stubs, strict=True)})
     found = reasons(given.q, given.k, given.v, causal=causal, scale=scale)
-    for axis, width in (("D", given.q.shape[3]), ("Dv", given.v.shape[3])):
-        if width > LARGEST_WIDTH:
-            found.append(f"{axis} is {width}; the backward kernel takes up to {LARGEST_WIDTH}")
     for name, x in (("o", given.o), ("do", given.do)):
         found += _of_the_output(name, x, given.q)
     if given.lse.dtype != "float32" or not _contiguous(given.lse):
@@ -250,21 +250,24 @@ def _contiguous(x: View) -> bool:
 
 
 @functools.cache
-def _function(name: str, variant: BackwardVariant, device: int) -> Any:
+def _function(name: str, variant: BackwardVariant | WideBackwardVariant, device: int) -> Any:
     """Return a kernel of `variant` on the current GPU, compiled once: "prepare", "main" or "finish"."""
     made = functools.partial(_compiled, name, variant)
     function = load(f"attention_backward_{name}_hopper", variant, device, made)
     return allow_shared_memory(function, variant.shared_bytes) if name == "main" else function
 
 
-def _compiled(name: str, variant: BackwardVariant) -> Image:
+def _compiled(name: str, variant: BackwardVariant | WideBackwardVariant) -> Image:
     from cuda_backend.attention import around_backward_hopper as around  # not needed if the kernel is on disk
     from cuda_backend.attention.backward_hopper import SIGNATURE, build_backward
+    from cuda_backend.attention.wide_backward_hopper import build_wide_backward
 
     if name == "main":
-        return compiled(build_backward(variant), SIGNATURE, threads=variant.threads)
-    build, signature = {
-        "prepare": (around.build_prepare, around.PREPARE_SIGNATURE),
-        "finish": (around.build_finish, around.FINISH_SIGNATURE),
-    }[name]
-    return compiled(build(variant), signature, threads=THREADS)
+        if isinstance(variant, WideBackwardVariant):
+            kernel = build_wide_backward(variant)
+        else:
+            kernel = build_backward(variant)
+        return compiled(kernel, SIGNATURE, threads=variant.threads)
+    if name == "prepare":
+        return compiled(around.build_prepare(variant), around.PREPARE_SIGNATURE, threads=THREADS)
+    return compiled(around.build_finish(variant), around.FINISH_SIGNATURE, threads=128 * variant.shares)

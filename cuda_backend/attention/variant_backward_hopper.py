@@ -9,7 +9,7 @@ from cuda_backend.attention.variant_hopper import SUBTILE
 __all__ = ["CONSUMERS", "LARGEST_WIDTH", "BackwardPlaces", "BackwardVariant", "choose_backward"]
 
 CONSUMERS = 2  # warpgroups that compute, 64 keys each
-LARGEST_WIDTH = 128  # dK and dV of 64 keys, in registers: 2 * 128 / 2 numbers a thread
+LARGEST_WIDTH = 128  # of this kernel: dK and dV of 64 keys, in registers: 2 * 128 / 2 numbers a thread
 
 
 class BackwardPlaces(NamedTuple):
@@ -104,6 +104,26 @@ class BackwardVariant(NamedTuple):
     def k_bytes(self) -> int:
         """Bytes of a tile of K or V."""
         return 2 * self.block_n * self.d
+
+    @property
+    def d_v(self) -> int:
+        """Head dimension of v after padding."""
+        return self.d
+
+    @property
+    def do_bytes(self) -> int:
+        """Bytes of a tile of dO."""
+        return self.q_bytes
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of a tile of V."""
+        return self.k_bytes
+
+    @property
+    def shares(self) -> int:
+        """Parts of a dQ tile that lie one behind the other."""
+        return CONSUMERS
 
     @property
     def ds_bytes(self) -> int:

@@ -14,6 +14,7 @@ from llvmlite import ir
 from cuda_backend.ptx.assembly import LLVM_TYPES, Intrinsic, Lowering, declare, emit, instruction, types
 
 __all__ = [
+    "add_global_16",
     "fetch_add",
     "fetch_increment",
     "load_8",
@@ -280,6 +281,15 @@ reduce_add = instruction(
     "red.global.add.s32 [$0], $1;",
     "l,r",
     'Add to a word of global memory.  PTX ISA, "red", .add.',
+)
+
+add_global_16 = instruction(
+    "add_global_16",
+    types.void,
+    {"address": types.uint64, **dict.fromkeys("abcd", types.float32)},
+    "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};",
+    "l,f,f,f,f",
+    'Add four float32 to global memory, at a multiple of 16.  PTX ISA, "red", .v4.',
 )
 
 fetch_add = instruction(

@@ -20,16 +20,21 @@ from cuda_backend.attention import (
     call_backward_hopper,
     consumer_backward_hopper,
     dropout_hopper,
+    exchange_wide_backward_hopper,
     gradient_hopper,
+    keys_wide_backward_hopper,
     packed,
     plan_backward_hopper,
     plan_hopper,
     producer_backward_hopper,
     schedule_backward_hopper,
     schedule_hopper,
+    values_wide_backward_hopper,
+    wide_backward_hopper,
 )
 from cuda_backend.attention.padding import needs_copy
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from tests.cuda.hopper_instructions import install
 from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment
 from tests.cuda.int8_hopper_played import aligned, viewed
@@ -38,6 +43,8 @@ from tests.cuda.int8_hopper_played import at as at_address
 MODULES = {
     "dropout": dropout_hopper,
     "around": around_backward_hopper, "consumer": consumer_backward_hopper, "gradient": gradient_hopper,
+    "values": values_wide_backward_hopper, "keys": keys_wide_backward_hopper,
+    "exchange": exchange_wide_backward_hopper, "wide": wide_backward_hopper,
     "producer": producer_backward_hopper, "schedule": schedule_backward_hopper, "place": schedule_hopper,
 }  # fmt: skip
 BASE = 1024
@@ -66,10 +73,18 @@ def played(
     if mutant is not None:
         modules[mutant[0]] = mutated(*mutant)
         for user, name in itertools.product(
-            modules.values(), ("build_gradient", "build_stores", "build_words")
+            modules.values(),
+            (
+                "build_gradient",
+                "build_stores",
+                "build_words",
+                "build_queries",
+                "build_receiver",
+                "build_sender",
+            ),
         ):
             if (
-                mutant[0] in ("gradient", "dropout")
+                mutant[0] in ("gradient", "dropout", "exchange")
                 and hasattr(user, name)
                 and hasattr(modules[mutant[0]], name)
             ):
@@ -183,23 +198,34 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
     dk, dv, shifts, deltas, sums, words, counter, seed, threshold, scale, factor, kept, *numbers = values
     problem = tuple(numbers)
     schedule = modules["schedule"].build_backward_schedule(variant)
-    start = modules["producer"].build_start(variant)
     produce = modules["producer"].build_backward_producer(variant, schedule)
-    write = modules["producer"].build_writer(variant, schedule)
-    consume = modules["consumer"].build_backward_consumer(variant, schedule)
+    if isinstance(variant, WideBackwardVariant):
+        start = modules["wide"].build_wide_start(variant)
+        consume_values = modules["values"].build_values_consumer(variant, schedule)
+        consume_keys = modules["keys"].build_keys_consumer(variant, schedule)
+        thread, drop = np.arange(128, dtype=np.int32), (seed, threshold, kept)
+        warpgroups: list[tuple[int, Callable[[], None]]] = [
+            (128, lambda: consume_values(BASE, thread, dv, sums, words, scale, drop, problem)),
+            (128, lambda: consume_keys(BASE, thread, dk, sums, words, factor, kept, problem)),
+        ]
+    else:
+        start = modules["producer"].build_start(variant)
+        write = modules["producer"].build_writer(variant, schedule)
+        consume = modules["consumer"].build_backward_consumer(variant, schedule)
 
-    def consumer(w: int) -> Callable[[], None]:
-        thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
-        return lambda: consume(BASE, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
+        def consumer(w: int) -> Callable[[], None]:
+            thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
+            return lambda: consume(BASE, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
 
+        warpgroups = [(1, lambda: write(BASE, sums, words, problem))]
+        warpgroups += [(128, consumer(w)) for w in range(CONSUMERS)]
     roles: list[Any] = []
     for number in range(machine.counts["blocks"]):
         block = Block(number, variant.shared_bytes, CONSUMERS)
         machine.own.block = block
         start(BASE)
         roles.append((block, 1, lambda: produce(BASE, np.uint64(0), shifts, deltas, counter, problem)))
-        roles.append((block, 1, lambda: write(BASE, sums, words, problem)))
-        roles += [(block, 128, consumer(w)) for w in range(CONSUMERS)]
+        roles += [(block, lanes, role) for lanes, role in warpgroups]
     machine.run(roles)
     if variant.deterministic:
         turns: dict[int, list[int]] = {}
@@ -244,7 +270,7 @@ def prepare(variant: Any, values: list[Any], lines: int) -> None:
     seen = lse > -np.inf
     shifts[:, :, :tq] = np.where(seen, -lse / np.log(2), -np.inf)
     deltas[:, :, :tq] = np.where(seen, (o * do).sum(-1).transpose(0, 2, 1), 0)
-    at_address(sums_at, (lines, variant.block_m * variant.d), np.float32)[...] = 0
+    at_address(sums_at, (lines, variant.shares * variant.share_bytes // 4), np.float32)[...] = 0
     at_address(words_at, (lines,), np.int32)[...] = 0
 
 
@@ -254,9 +280,9 @@ def finish(variant: Any, values: list[Any], lines: int) -> None:
     blocks, heads, tq, width = (int(number) for number in numbers)
     batch, columns = lines // (heads * blocks), variant.dq_columns
     rows, places = fragment(columns)
-    shares = at_address(int(sums_at), (lines, CONSUMERS, columns // 8, 128, 4), np.float32)
-    tiles = np.empty((lines, CONSUMERS, 64, columns), np.float32)
-    tiles[..., rows, places] = shares.transpose(0, 1, 2, 4, 3).reshape(lines, CONSUMERS, columns // 2, 128)
+    shares = at_address(int(sums_at), (lines, variant.shares, columns // 8, 128, 4), np.float32)
+    tiles = np.empty((lines, variant.shares, 64, columns), np.float32)
+    tiles[..., rows, places] = shares.transpose(0, 1, 2, 4, 3).reshape(*tiles.shape[:2], columns // 2, 128)
     if variant.swapped:
         tiles = tiles.transpose(0, 3, 1, 2)
     elif not variant.row_split:
