@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from cuda_backend.arrays import Layout, View, absent, empty, is_host, view
+from cuda_backend.arrays import Layout, View, absent, empty, view
 from cuda_backend.attention.lists_hopper import ROWS, resized
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_flexible_hopper import Lists, enqueue, make_flexible_plan, make_lists
 from cuda_backend.attention.plan_hopper import MISALIGNED, reasons
+from cuda_backend.attention.remembered import remembered
+from cuda_backend.attention.tile_states import known_block_mask
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.context import current_device
 from cuda_backend.launch import wait_for
 from refimpl.attention import AttentionOutput
-from refimpl.attention.block_mask import FULL, BlockMask, block_mask
-from refimpl.attention.user_functions import Mod
+from refimpl.attention.block_mask import FULL, BlockMask
 from refimpl.errors import UnsupportedError
 from refimpl.numerics import Array
 from refimpl.validation import finite
@@ -74,9 +75,8 @@ def flexible_attention_hopper(
 
     Notes
     -----
-    Lists of key tiles are made once for each mask that takes no `aux`, and for each block mask.  A mask that
-    takes `aux`, without a block mask, is evaluated for every score in every call, on the host: slow.
-    Not yet run on a device.
+    Lists of key tiles are made once for each mask, while the arrays that it reads stay as they are, and for
+    each block mask.  Not yet run on a device.
 
     References
     ----------
@@ -96,7 +96,7 @@ def flexible_attention_hopper(
         if found:
             raise UnsupportedError(f"{CALLER}: {'; '.join(found)}")
         layouts = aligned[0].layout, aligned[1].layout, aligned[2].layout
-        lists = _lists(layouts, mods, aux, blocks, stream)
+        lists = _lists(layouts, mods, arrays, aux, blocks, stream)
         on = stream, device
         plan = make_flexible_plan(*layouts, scale, mods, lists.tiles, lists.work_items, *on)
         out, out_result = empty(plan.out_shape, plan.dtype, q, stream)
@@ -112,29 +112,14 @@ def flexible_attention_hopper(
 def _lists(
     layouts: tuple[Layout, Layout, Layout],
     mods: Mods,
+    arrays: tuple[View, ...],
     aux: tuple[Any, ...],
     blocks: BlockMask | None,
     stream: int,
 ) -> Lists:
-    """Return the lists of a call; those that depend on nothing but hashable things are kept."""
+    """Return the lists of a call, made once for a mask while what it reads stays as it is."""
     q, _, v = layouts
-    if blocks is None and mods.mask is not None and mods.mask.takes_aux:
-        hosts = tuple(np.asarray(x if is_host(x) else x.cpu()) for x in aux)
-        return _made(q, v, mods.mask, None, hosts, stream)
-    return _kept(q, v, None if blocks is not None else mods.mask, blocks, stream, current_device())
-
-
-@functools.lru_cache(maxsize=64)
-def _kept(
-    q: Layout, v: Layout, mask: Mod | None, blocks: BlockMask | None, stream: int, _device: int
-) -> Lists:
-    return _made(q, v, mask, blocks, (), stream)
-
-
-def _made(
-    q: Layout, v: Layout, mask: Mod | None, blocks: BlockMask | None, aux: tuple[Array, ...], stream: int
-) -> Lists:
-    (B, Tq, Hq, _), Tk = q[0], v[0][1]
+    mask, (B, Tq, Hq, _), Tk = mods.mask, q[0], v[0][1]
 
     @functools.cache
     def states(keys: int) -> Array:
@@ -142,6 +127,9 @@ def _made(
             return resized(blocks, (ROWS, keys))
         if mask is None:
             return np.full((1, 1, -(-Tq // ROWS), -(-Tk // keys)), FULL, np.uint8)
-        return block_mask(mask.function, B, Hq, Tq, Tk, block_sizes=(ROWS, keys), aux=aux).states
+        return known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), (ROWS, keys), stream).states
 
-    return make_lists(q, v, states, stream)
+    read = aux if blocks is None and mask is not None and mask.takes_aux else ()
+    question = "lists", q, v, None if blocks is not None else mask, blocks, stream
+    found: Lists = remembered(question, read, lambda: make_lists(q, v, states, stream))
+    return found

@@ -14,7 +14,7 @@ import pytest
 
 import cuda_backend
 from cuda_backend.arrays import View
-from cuda_backend.attention import call_flexible_hopper, plan_flexible_hopper, plan_hopper
+from cuda_backend.attention import call_flexible_hopper, plan_flexible_hopper, plan_hopper, remembered
 from cuda_backend.attention.lists_hopper import ROWS, STATE_BITS, key_lists, resized
 from cuda_backend.attention.user_device import Mods
 from refimpl.attention import block_mask, mods
@@ -66,10 +66,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
     }.items():  # fmt: skip
         monkeypatch.setattr(call_flexible_hopper, name, value)
     plan_flexible_hopper.make_flexible_plan.cache_clear()
-    call_flexible_hopper._kept.cache_clear()
+    remembered._answers.clear()
     yield found
     plan_flexible_hopper.make_flexible_plan.cache_clear()
-    call_flexible_hopper._kept.cache_clear()
+    remembered._answers.clear()
 
 
 def dense(*shape: int, dtype: str = "float16", address: int = 1 << 20) -> View:
@@ -119,16 +119,18 @@ def test_without_a_score_the_softmax_scales(launched: list[SimpleNamespace]) -> 
     assert not found.variant.ragged
 
 
-def test_lists_are_made_once_for_masks_without_arrays(launched: list[SimpleNamespace]) -> None:
+def test_lists_are_made_once_for_a_mask_and_what_it_reads(launched: list[SimpleNamespace]) -> None:
     x = dense(1, 256, 4, 64)
     for radius in (5, 5, 6):
         call(x, x, x, mask=mods.sliding(radius))
     works = [found.values[3] for found in launched]
     assert works[0] == works[1] != works[2]
     numbers = np.zeros((1, 256), np.int32)
-    for _ in range(2):
+    for document in (0, 0, 1):
+        numbers[0, 9] = document
         call(x, x, x, mask=mods.documents(), aux=(numbers,))
-    assert launched[3].values[3] != launched[4].values[3], "arrays may have changed"
+    works = [found.values[3] for found in launched[3:]]
+    assert works[0] == works[1] != works[2], "arrays have changed"
 
 
 def test_tiles_are_those_that_take_least_time(launched: list[SimpleNamespace]) -> None:
