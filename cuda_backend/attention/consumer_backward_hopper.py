@@ -45,11 +45,11 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
         variant.causal,
     )
     s_count, p_count, dk_count, dq_count = block_m // 2, block_m // 4, d // 2, variant.dq_columns // 2
-    q_bytes, ds_bytes, share_bytes, stat_bytes = (
+    q_bytes, ds_bytes, share_bytes, stat_pitch = (
         variant.q_bytes,
         variant.ds_bytes,
         variant.share_bytes,
-        4 * block_m,
+        variant.stat_pitch,
     )
     places = variant.places
     k_tile, v_tile, q_tiles, do_tiles = places.k_tile, places.v_tile, places.q_tiles, places.do_tiles
@@ -138,7 +138,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             if lists:
                 kv_parity = int32(state >> 2)
             barrier.wait(base + k_full, kv_parity)
-            tile = registers.uniform(copy.load_shared_word(base + tile_slot))
+            tile = copy.load_warp_word(base + tile_slot, lane)
             if tile < 0:
                 break
             barrier.wait(base + v_full, kv_parity)
@@ -168,7 +168,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                 dv[i] = float32(0.0)
             begin, end, members = first_block(key_block, blocks, tq, offset), blocks, group
             if lists:
-                begin = int32(-registers.uniform(copy.load_shared_word(base + tile_slot + LENGTH)))
+                begin = int32(-copy.load_warp_word(base + tile_slot + LENGTH, lane))
                 end, members = int32(0), int32(1)
             member = int32(0)
             while member < members:
@@ -189,7 +189,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                         score_product(dp, v_rows, along_k(do_place))
                         wgmma.commit()
                     if lists:
-                        entry = registers.uniform(copy.load_shared_word(base + entry_places + 8 * stage))
+                        entry = copy.load_warp_word(base + entry_places + 8 * stage, lane)
                         block = entry_block(entry)
                     if modified:
                         scores_alone(s)
@@ -199,10 +199,10 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     drawn = (
                         seed, batch, int32(head_first + member), row, first_key, lane, threshold, kept
                     )  # fmt: skip
-                    own_shifts = base + shift_places + stage * stat_bytes + 8 * quad_lane
+                    own_shifts = base + shift_places + stage * stat_pitch + 8 * quad_lane
                     if lists:
-                        batch = registers.uniform(copy.load_shared_word(base + tile_slot + BATCH))
-                        head = registers.uniform(copy.load_shared_word(base + entry_places + 8 * stage + 4))
+                        batch = copy.load_warp_word(base + tile_slot + BATCH, lane)
+                        head = copy.load_warp_word(base + entry_places + 8 * stage + 4, lane)
                         where = batch, head, int32(row + 2 * quad_lane), key, tq, tk, aux
                         own_ds = ds_lane + ds_stage * ds_bytes
                         if entry_partial(entry) != 0:
@@ -235,7 +235,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                         key_product(dv, p, across_q(do_place))
                         wgmma.commit()
                     dp_done(dp)
-                    gradient(dp, s, base + delta_places + stage * stat_bytes + 8 * quad_lane, drawn)
+                    gradient(dp, s, base + delta_places + stage * stat_pitch + 8 * quad_lane, drawn)
                     if parked:
                         fetch(p, ds_lane + ds_stage * ds_bytes)
                     elif not early_dv:
@@ -275,7 +275,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     at = registers.successor(at)
                 member = registers.successor(member)
             if lists:  # as above: for want of registers it has not been kept
-                tile = registers.uniform(copy.load_shared_word(base + tile_slot))
+                tile = copy.load_warp_word(base + tile_slot, lane)
                 key_block, kv_head = place(tile, per_head, section, all_heads)
                 key = int32(key_block * block_n + row_of(registers.thread()))
             barrier.arrive_warp(base + kv_empty, lane)

@@ -18,7 +18,7 @@ from cuda_backend.attention.lists_backward_hopper import build_list_producer, bu
 from cuda_backend.attention.producer_backward_hopper import build_start
 from cuda_backend.attention.schedule_backward_hopper import build_backward_schedule
 from cuda_backend.attention.user_device import Mods
-from cuda_backend.attention.variant_backward_hopper import BackwardVariant
+from cuda_backend.attention.variant_backward_hopper import DESCRIPTORS, BackwardVariant
 from cuda_backend.ptx import copy, grid, parameters, registers
 from cuda_backend.ptx.assembly import types
 
@@ -30,8 +30,8 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 def flexible_signature(mods: Mods) -> Any:
     """Return the signature of kernels with `mods`; see `backward_hopper.SIGNATURE`."""
     return types.void(
-        parameters.block(4 * DESCRIPTOR_BYTES),
-        *[uint64] * 7,  # dK, dV, shifts, deltas, sums of dQ, words of the turns, the counter
+        parameters.block(DESCRIPTORS * DESCRIPTOR_BYTES),
+        *[uint64] * 5,  # dK, dV, sums of dQ, words of the turns, the counter
         *[uint64] * 3,  # records, entries, turns: `TileLists`
         aux_signature(mods),
         *[float32] * 3,
@@ -49,7 +49,7 @@ def build_flexible_backward(variant: BackwardVariant) -> Callable[..., None]:
 
     def flexible_backward(
         descriptor_block: Any,
-        dk: Any, dv: Any, shifts: Any, deltas: Any, sums: Any, words: Any, counter: Any,
+        dk: Any, dv: Any, sums: Any, words: Any, counter: Any,
         records: Any, entries: Any, turns: Any, aux: Any,
         scale: Any, factor: Any, kept: Any,
         tiles: Any, per_head: Any, section: Any, heads: Any, all_heads: Any, group: Any,
@@ -70,7 +70,7 @@ def build_flexible_backward(variant: BackwardVariant) -> Callable[..., None]:
         if registers.uniform(thread >> 7) == 0:
             give_registers()
             if thread == 0:
-                produce(base, descriptors, shifts, deltas, counter, problem, tables)
+                produce(base, descriptors, counter, problem, tables)
             elif thread == 32:
                 write(base, sums, words, problem, tables)
         else:

@@ -34,7 +34,7 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
     block_m, block_n = variant.block_m, variant.block_n
     s_count, p_count, dk_count = block_m // 2, block_m // 4, variant.d // 2
     dq_count = 32 * variant.dq_shares(1)[1]
-    q_bytes, do_bytes, stat_bytes = variant.q_bytes, variant.do_bytes, 4 * block_m
+    q_bytes, do_bytes, stat_pitch = variant.q_bytes, variant.do_bytes, variant.stat_pitch
     places = variant.places
     v_tile, q_tiles, do_tiles, p_tile = places.v_tile, places.q_tiles, places.do_tiles, places.p_tile
     ds_tile, delta_places, tile_slot = places.ds_tile, places.deltas, places.tile_slot
@@ -77,7 +77,7 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
         stage, parity, kv_parity, step_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + k_full, kv_parity)
-            tile = registers.uniform(copy.load_shared_word(base + tile_slot))
+            tile = copy.load_warp_word(base + tile_slot, lane)
             if tile < 0:
                 break
             barrier.wait(base + v_full, kv_parity)
@@ -96,7 +96,7 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
                     wgmma.commit()
                     dp_done(dp)
                     barrier.wait(base + p_full, step_parity)
-                    receive(dp, p_lane, base + delta_places + stage * stat_bytes + 8 * quad_lane, kept)
+                    receive(dp, p_lane, base + delta_places + stage * stat_pitch + 8 * quad_lane, kept)
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)
                     pack(ds, dp)
                     # Other warps of this warpgroup may still multiply dS; the first consumer has, see P.

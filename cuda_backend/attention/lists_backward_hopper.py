@@ -15,7 +15,7 @@ from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
 from cuda_backend.attention.producer_hopper import NO_TILE
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.tile_lists import BLOCK_SHIFT, MEMBER_SHIFT, MEMBERS, PARTIAL, RECORD_BYTES
-from cuda_backend.attention.variant_backward_hopper import CONSUMERS, BackwardVariant
+from cuda_backend.attention.variant_backward_hopper import CONSUMERS, DESCRIPTORS, BackwardVariant
 from cuda_backend.attention.variant_hopper import SUBTILE
 from cuda_backend.ptx import barrier, bulk, copy, grid, registers, tma, turns
 from cuda_backend.ptx.assembly import types
@@ -55,6 +55,7 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
     """
     block_m, block_n, subtiles = variant.block_m, variant.block_n, variant.d // SUBTILE
     q_bytes, k_bytes, stat_bytes = variant.q_bytes, variant.k_bytes, 4 * variant.block_m
+    stat_pitch = variant.stat_pitch
     places = variant.places
     k_tile, v_tile, q_tiles, do_tiles = places.k_tile, places.v_tile, places.q_tiles, places.do_tiles
     shift_places, delta_places, tile_slot = places.shifts, places.deltas, places.tile_slot
@@ -62,13 +63,12 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
     place, stages = schedule.place, variant.stages
     load_q, load_k, load_v, load_do = (tma.load_4d_of(number) for number in range(4))
+    load_shifts, load_deltas = tma.load_row_of(4), tma.load_row_of(5)
 
     @device_function
-    def produce(
-        base: Any, descriptors: Any, shifts: Any, deltas: Any, counter: Any, problem: Any, tables: Any
-    ) -> None:
+    def produce(base: Any, descriptors: Any, counter: Any, problem: Any, tables: Any) -> None:
         tiles, per_head, section, heads, all_heads, group, blocks, _, _, _, _, _ = problem
-        for number in range(4):
+        for number in range(DESCRIPTORS):
             tma.prefetch_descriptor(descriptors + uint64(DESCRIPTOR_BYTES * number))
         grid.wait_for_earlier_grids()
         record = cuda.local.array(4, int32)
@@ -114,8 +114,8 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
                 for c in range(subtiles):
                     to = target + c * (128 * block_m)
                     load_q(to, descriptors, full, c * SUBTILE, row, head, batch)
-                target = base + shift_places + stage * stat_bytes
-                bulk.load(target, shifts + uint64(line) * uint64(stat_bytes), stat_bytes, full)
+                target = base + shift_places + stage * stat_pitch
+                load_shifts(target, descriptors, full, line)
                 full = base + do_full + 8 * stage
                 barrier.wait(base + do_empty + 8 * stage, parity)
                 barrier.expect_bytes(full, q_bytes + stat_bytes)
@@ -123,8 +123,8 @@ def build_list_producer(variant: BackwardVariant, schedule: BackwardSchedule) ->
                 for c in range(subtiles):
                     to = target + c * (128 * block_m)
                     load_do(to, descriptors, full, c * SUBTILE, row, head, batch)
-                target = base + delta_places + stage * stat_bytes
-                bulk.load(target, deltas + uint64(line) * uint64(stat_bytes), stat_bytes, full)
+                target = base + delta_places + stage * stat_pitch
+                load_deltas(target, descriptors, full, line)
                 state = registers.successor(state)
                 if (state & 15) == 2 * stages:
                     state = int32(state - 2 * stages)

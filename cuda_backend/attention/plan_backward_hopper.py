@@ -12,7 +12,7 @@ import numpy as np
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import Layout, View, laid_out
 from cuda_backend.attention.counters import TileCounters, tile_counters
-from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES, encode_together, encoder
+from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES, encode_together, encoder, row_encoder
 from cuda_backend.attention.packed import Packed
 from cuda_backend.attention.plan_hopper import (
     COLUMNS,
@@ -26,6 +26,7 @@ from cuda_backend.attention.plan_hopper import (
 from cuda_backend.attention.user_device import blamed
 from cuda_backend.attention.variant_backward_hopper import (
     CONSUMERS,
+    DESCRIPTORS,
     LARGEST_WIDTH,
     BackwardVariant,
     choose_backward,
@@ -81,7 +82,7 @@ class BackwardPlan(NamedTuple):
     prepare, main, finish
         The launches.
     encode
-        Writes the descriptors of q, k, v and dO among the arguments of `main`.
+        Writes the descriptors of q, k, v, dO, shifts and deltas among the arguments of `main`.
     strides
         Of o and dO, as `prepare` takes them.
     places
@@ -119,9 +120,9 @@ def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, more: tuple[in
         raise UnsupportedError(f"flash_attention_vjp_hopper: {MISALIGNED}")
     with plan.lock, workspace(plan.places[-1], plan.stream) as room:
         shifts, deltas, sums, words = (room + place for place in plan.places[:-1])
-        plan.encode((at.q, at.k, at.v, at.do))
+        plan.encode((at.q, at.k, at.v, at.do, shifts, deltas))
         plan.prepare(at.o, at.do, at.lse, shifts, deltas, sums, words, *plan.strides)
-        plan.main(to.dk, to.dv, shifts, deltas, sums, words, plan.counters.address(), *more)
+        plan.main(to.dk, to.dv, sums, words, plan.counters.address(), *more)
         plan.finish(sums, to.dq)
 
 
@@ -175,10 +176,11 @@ def make_backward_plan(
         places.append(places[-1] + -(-size // PLACE) * PLACE)
     rows = (variant.block_m, variant.block_n, variant.block_n, variant.block_m)
     encoders = [encoder(x.shape, x.strides, q.dtype, r) for x, r in zip((q, k, v, do), rows, strict=True)]
+    encoders += [row_encoder(lines, variant.block_m)] * 2
     main = Packed(
         _function("main", variant, device),
         early_config(min(tiles, processors), variant.threads, variant.shared_bytes, stream),
-        4 * DESCRIPTOR_BYTES,
+        DESCRIPTORS * DESCRIPTOR_BYTES,
         f"{variant.addresses}Q3f12i",
         (factor * LOG2_E, factor, 1.0 / (1.0 - dropout_p), *problem),
     )

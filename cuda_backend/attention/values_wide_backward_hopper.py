@@ -36,7 +36,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
     block_m, block_n, causal, dropout = variant.block_m, variant.block_n, variant.causal, variant.dropout
     s_count, p_count, dv_count = block_m // 2, block_m // 4, variant.d_v // 2
     dq_count = 32 * variant.dq_shares(0)[1]
-    q_bytes, do_bytes, stat_bytes = variant.q_bytes, variant.do_bytes, 4 * block_m
+    q_bytes, do_bytes, stat_pitch = variant.q_bytes, variant.do_bytes, variant.stat_pitch
     places = variant.places
     k_tile, q_tiles, do_tiles, p_tile = places.k_tile, places.q_tiles, places.do_tiles, places.p_tile
     k_full, kv_empty, tile_slot, shift_places = (
@@ -81,7 +81,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         while True:
             barrier.wait(base + k_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
-            tile = registers.uniform(copy.load_shared_word(base + tile_slot))
+            tile = copy.load_warp_word(base + tile_slot, lane)
             if tile < 0:
                 break
             key_block, kv_head = place(tile, per_head, section, all_heads)
@@ -114,7 +114,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                         first_high = registers.select_int(int32(key + 8 >= tk), NONE, first_high)
                         shift = row + 2 * quad_lane
                         mask(s, first_low - shift, first_high - shift)
-                    weights(s, scale, base + shift_places + stage * stat_bytes + 8 * quad_lane)
+                    weights(s, scale, base + shift_places + stage * stat_pitch + 8 * quad_lane)
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     if dropout:
                         # For want of registers anew for each tile.

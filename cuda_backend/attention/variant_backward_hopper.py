@@ -8,9 +8,17 @@ from cuda_backend.attention.arguments import array_words
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_hopper import SUBTILE
 
-__all__ = ["CONSUMERS", "LARGEST_WIDTH", "BackwardPlaces", "BackwardVariant", "choose_backward"]
+__all__ = [
+    "CONSUMERS",
+    "DESCRIPTORS",
+    "LARGEST_WIDTH",
+    "BackwardPlaces",
+    "BackwardVariant",
+    "choose_backward",
+]
 
 CONSUMERS = 2  # warpgroups that compute, 64 keys each
+DESCRIPTORS = 6  # of Q, K, V, dO, and of what is known of rows: shifts and deltas
 LARGEST_WIDTH = 128  # of this kernel: dK and dV of 64 keys, in registers: 2 * 128 / 2 numbers a thread
 
 
@@ -88,11 +96,16 @@ class BackwardVariant(NamedTuple):
         return self.mods is not None
 
     @property
+    def stat_pitch(self) -> int:
+        """Bytes from one tile's statistics to the next's: the copy engine writes at multiples of 128."""
+        return -(-4 * self.block_m // 128) * 128
+
+    @property
     def addresses(self) -> int:
         """Arguments of 8 bytes: addresses; two words of dropout, or arrays of the user's."""
         if self.mods is None:
-            return 9
-        return 10 + sum(array_words(axes) for _, axes in self.mods.arrays)
+            return 7
+        return 8 + sum(array_words(axes) for _, axes in self.mods.arrays)
 
     @property
     def block_n(self) -> int:
@@ -170,7 +183,7 @@ class BackwardVariant(NamedTuple):
         sizes = (
             self.k_bytes, self.k_bytes, self.stages * self.q_bytes, self.stages * self.q_bytes,
             self.ds_stages * self.ds_bytes, CONSUMERS * self.share_bytes,
-            4 * self.stages * self.block_m, 4 * self.stages * self.block_m,
+            self.stages * self.stat_pitch, self.stages * self.stat_pitch,
             8, 8, 8, *[8 * self.stages] * 4, 8 * CONSUMERS, 8 * CONSUMERS,
             16 if self.lists else 8, 8 * self.stages if self.lists else 0,
         )  # fmt: skip

@@ -67,9 +67,14 @@ class WideBackwardVariant(NamedTuple):
     mods: None = None
 
     @property
+    def stat_pitch(self) -> int:
+        """Bytes from one tile's statistics to the next's."""
+        return 4 * QUERIES
+
+    @property
     def addresses(self) -> int:
         """Arguments of 8 bytes: addresses, and two words of dropout."""
-        return 9
+        return 7
 
     @property
     def block_m(self) -> int:
@@ -167,7 +172,7 @@ class WideBackwardVariant(NamedTuple):
         sizes = (
             self.k_bytes, self.v_bytes, self.stages * self.q_bytes, self.stages * self.do_bytes,
             self.ds_bytes, self.p_bytes,
-            4 * self.stages * QUERIES, 4 * self.stages * QUERIES,
+            self.stages * self.stat_pitch, self.stages * self.stat_pitch,
             8, 8, 8, stages, stages, stages, stages, 8, 8, 8, 8,
         )  # fmt: skip
         at = [0]

@@ -41,7 +41,7 @@ def build_wide_backward(variant: WideBackwardVariant) -> Callable[..., None]:
     take_registers = registers.take_registers(variant.consumer_registers)
 
     def wide_backward(
-        descriptor_block: Any, dk: Any, dv: Any, shifts: Any, deltas: Any, sums: Any, words: Any,
+        descriptor_block: Any, dk: Any, dv: Any, sums: Any, words: Any,
         counter: Any, seed: Any, threshold: Any, scale: Any, factor: Any, kept: Any,
         tiles: Any, per_head: Any, section: Any, heads: Any, all_heads: Any, group: Any,
         blocks: Any, tq: Any, tk: Any, offset: Any, k_columns: Any, v_columns: Any,
@@ -62,7 +62,7 @@ def build_wide_backward(variant: WideBackwardVariant) -> Callable[..., None]:
             give_registers()
             # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.
             if thread == 0:
-                produce(base, descriptors, shifts, deltas, counter, problem)
+                produce(base, descriptors, counter, problem)
         else:
             take_registers()
             if role == 1:

@@ -26,6 +26,7 @@ __all__ = [
     "load_shared_16",
     "load_shared_float",
     "load_shared_word",
+    "load_warp_word",
     "load_word",
     "load_word_fresh",
     "reduce_add",
@@ -255,6 +256,17 @@ load_shared_word = instruction(
     "ld.shared.b32 $0, [$1];",
     "=r,r",
     'Load one 32-bit word from shared memory.  PTX ISA, "ld".',
+)
+
+load_warp_word = instruction(
+    "load_warp_word",
+    types.int32,
+    {"address": types.uint32, "lane": types.int32},
+    "{ .reg .pred first; .reg .b32 word; setp.eq.s32 first, $2, 0; mov.b32 word, 0; "
+    "@first ld.shared.b32 word, [$1]; shfl.sync.idx.b32 $0, word, 0, 31, 0xffffffff; }",
+    "=r,r,r",
+    "Load one word of shared memory for a whole warp.  Lane 0 alone reads, who alone says later that the "
+    'place may be written again (`barrier.arrive_warp`).  PTX ISA, "ld", "shfl.sync".',
 )
 
 load_shared_float = instruction(

@@ -134,6 +134,9 @@ def played(
         assert rows <= 256
         return lambda address: (array_at(address, shape, strides, dtype), rows)
 
+    def row_encoder(rows: int, columns: int) -> Any:
+        return lambda address: at_address(address, (rows, columns), np.float32)
+
     def encode_together(encoders: Any, place: int) -> Any:
         assert place % 64 == 0
 
@@ -168,7 +171,8 @@ def played(
     counters = SimpleNamespace(address=lambda: int(counter.ctypes.data))
     for name, value in {
         "cuda": cuda, "workspace": workspace,
-        "encoder": encoder, "encode_together": encode_together, "tile_counters": lambda *_: counters,
+        "encoder": encoder, "row_encoder": row_encoder, "encode_together": encode_together,
+        "tile_counters": lambda *_: counters,
         "early_config": lambda *numbers: numbers, "_function": lambda name, variant, _: (name, variant),
     }.items():  # fmt: skip
         monkeypatch.setattr(plan_backward_hopper, name, value)
@@ -206,7 +210,7 @@ def array_at(address: int, shape: Sequence[int], strides: Sequence[int], dtype: 
 
 def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: list[Any]) -> None:
     """Run the roles of all blocks of the kernel in the middle, as `backward_hopper` deals them out."""
-    dk, dv, shifts, deltas, sums, words, counter, seed, threshold, scale, factor, kept, *numbers = values
+    dk, dv, sums, words, counter, seed, threshold, scale, factor, kept, *numbers = values
     problem = tuple(numbers)
     schedule = modules["schedule"].build_backward_schedule(variant)
     produce = modules["producer"].build_backward_producer(variant, schedule)
@@ -236,7 +240,7 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
         block = Block(number, variant.shared_bytes, CONSUMERS)
         machine.own.block = block
         start(BASE)
-        roles.append((block, 1, lambda: produce(BASE, np.uint64(0), shifts, deltas, counter, problem)))
+        roles.append((block, 1, lambda: produce(BASE, np.uint64(0), counter, problem)))
         roles += [(block, lanes, role) for lanes, role in warpgroups]
     machine.run(roles)
     if variant.deterministic:

@@ -66,8 +66,8 @@ def _lanes(*values: Any, kind: Any = np.int64) -> tuple[Any, ...]:
 
 def play_lists(machine: Machine, modules: dict[str, Any], variant: Any, values: list[Any]) -> None:
     """Run the roles of all blocks of the kernel, as `flexible_backward_hopper` deals them out."""
-    dk, dv, shifts, deltas, sums, turn_words, counter, *tables = values[:10]
-    arrays, (scale, factor, kept, *numbers) = values[10 : variant.addresses], values[variant.addresses :]
+    dk, dv, sums, turn_words, counter, *tables = values[:8]
+    arrays, (scale, factor, kept, *numbers) = values[8 : variant.addresses], values[variant.addresses :]
     aux = tuple(_arrays(variant, arrays))
     problem = tuple(numbers)
     schedule = modules["schedule"].build_backward_schedule(variant)
@@ -92,7 +92,7 @@ def play_lists(machine: Machine, modules: dict[str, Any], variant: Any, values: 
         block = Block(number, variant.shared_bytes, CONSUMERS)
         machine.own.block = block
         start(BASE)
-        roles.append((block, 1, lambda: produce(BASE, nothing, shifts, deltas, counter, problem, tables)))
+        roles.append((block, 1, lambda: produce(BASE, nothing, counter, problem, tables)))
         roles.append((block, 1, lambda: write(BASE, sums, turn_words, problem, tables)))
         roles += [(block, 128, consumer(w)) for w in range(CONSUMERS)]
     machine.run(roles)

@@ -195,6 +195,7 @@ def copies(machine: Machine) -> Any:
         add_global_16=add_global_16,
         load_shared_8=load_shared_8,
         load_shared_word=load_shared_word,
+        load_warp_word=lambda address, _lane: load_shared_word(address),
         store_shared_word=store_shared_word,
         store_shared_16=store_shared_16,
         store_global_16_where=store_global_16_where,
@@ -289,10 +290,24 @@ def tma(machine: Machine) -> Any:
 
         return load
 
+    def load_row_of(number: int) -> Any:
+        def load(target: Any, _: Any, barrier: Any, row: Any) -> None:
+            data = machine.maps[number][int(row)].copy().view(np.uint8)
+            assert int(target) % 128 == 0
+            places = int(target) + np.arange(data.size)
+            block = machine.block
+            if machine.late:
+                block.shared[places] = 0xFF
+            started(machine, int(barrier), lambda: land(block, places, data))
+
+        return load
+
     def load_4d(target: Any, which: Any, *rest: Any) -> None:
         load_4d_of(int(which) // 128)(target, which, *rest)
 
-    return SimpleNamespace(load_4d=load_4d, load_4d_of=load_4d_of, prefetch_descriptor=lambda _: None)
+    return SimpleNamespace(
+        load_4d=load_4d, load_4d_of=load_4d_of, load_row_of=load_row_of, prefetch_descriptor=lambda _: None
+    )
 
 
 def matrix_store(machine: Machine) -> Any:

@@ -118,7 +118,7 @@ def test_resources_are_as_recorded(case: Any) -> None:
     found = compiled(*case, {})
     clean(found)
     main = found["main"]
-    assert main["block"] == [["64", "512"]], "descriptors among the parameters"
+    assert main["block"] == [["64", "768"]], "descriptors among the parameters"
     assert (main["products"], main["stores"], found["shared"]) == RECORDED[case]
     assert main["reductions"] == 2, "one for each consumer"
     assert found["prepare"]["registers"] <= 64
@@ -131,7 +131,7 @@ def test_resources_of_wide_heads(case: Any) -> None:
     found = compiled(*case, {})
     clean(found)
     main = found["main"]
-    assert main["block"] == [["64", "512"]], "descriptors among the parameters"
+    assert main["block"] == [["64", "768"]], "descriptors among the parameters"
     assert (main["products"], main["stores"], main["added"], found["shared"]) == WIDE[case]
     assert main["reductions"] == 0, "registers are added, not shared memory"
 
@@ -139,7 +139,10 @@ def test_resources_of_wide_heads(case: Any) -> None:
 @pytest.mark.aot
 @pytest.mark.parametrize(("width", "most"), [(64, 400), (128, 100), (256, 100)])
 def test_dropout_spills_little(width: int, most: int) -> None:
-    """Philox needs registers beside the accumulators: a few are spilled, no array lies in local memory."""
+    """Philox needs registers beside the accumulators: a few are spilled, no array lies in local memory.
+
+    At 128 they are 140 bytes, in stores and loads, since the consumer also walks lists (they were 32).
+    """
     found = compiled("f16", width, True, False, {"dropout": True})["main"]
     assert found["warnings"] == []
     assert found["spills"] <= most

@@ -19,23 +19,23 @@ MUTANTS = {
     ),
     "entry of the other stage": (
         "consumer",
-        "copy.load_shared_word(base + entry_places + 8 * stage))",
-        "copy.load_shared_word(base + entry_places + 8 * (1 - stage)))",
+        "copy.load_warp_word(base + entry_places + 8 * stage, lane)",
+        "copy.load_warp_word(base + entry_places + 8 * (1 - stage), lane)",
     ),
     "first head for all": (
         "consumer",
-        "copy.load_shared_word(base + entry_places + 8 * stage + 4))",
-        "0)",
+        "copy.load_warp_word(base + entry_places + 8 * stage + 4, lane)",
+        "0",
     ),
     "first sequence for all": (
         "consumer",
-        "batch = registers.uniform(copy.load_shared_word(base + tile_slot + BATCH))",
+        "batch = copy.load_warp_word(base + tile_slot + BATCH, lane)",
         "batch = 0",
     ),
     "an entry less": (
         "consumer",
-        "int32(-registers.uniform(copy.load_shared_word(base + tile_slot + LENGTH)))",
-        "int32(1 - registers.uniform(copy.load_shared_word(base + tile_slot + LENGTH)))",
+        "int32(-copy.load_warp_word(base + tile_slot + LENGTH, lane))",
+        "int32(1 - copy.load_warp_word(base + tile_slot + LENGTH, lane))",
     ),
     "scores not waited for": (
         "consumer",
@@ -111,11 +111,6 @@ MUTANTS = {
         "lists",
         "* blocks + entry_block(entry))",
         "* blocks + entry_block(entry) ^ 1)",
-    ),
-    "no turns": (
-        "lists",
-        "while turns.word_seen(word) != mine:",
-        "while False:",
     ),
 }
 
