@@ -23,6 +23,7 @@ from cuda_backend.attention.plan_hopper import (
     reasons,
     section_of,
 )
+from cuda_backend.attention.user_device import blamed
 from cuda_backend.attention.variant_backward_hopper import (
     CONSUMERS,
     LARGEST_WIDTH,
@@ -37,7 +38,10 @@ from refimpl.attention.scores import Causal
 from refimpl.errors import UnsupportedError
 from refimpl.validation import bind_axes
 
-__all__ = ["BackwardPlan", "Inputs", "Outputs", "backward_reasons", "enqueue_backward", "make_backward_plan"]
+__all__ = [
+    "BackwardPlan", "Inputs", "Outputs", "backward_reasons", "enqueue_backward", "make_backward_plan",
+    "together",
+]  # fmt: skip
 
 AXES = {
     "q": "B Tq Hq D", "k": "B Tk Hkv D", "v": "B Tk Hkv Dv", "o": "B Tq Hq Dv", "do": "B Tq Hq Dv",
@@ -101,8 +105,10 @@ class BackwardPlan(NamedTuple):
     lock: Any
 
 
-def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, drop: tuple[int, int] = (0, 0)) -> None:
-    """Queue a backward pass of arrays at addresses, `drop` being seed and threshold; nothing waits.
+def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, more: tuple[int, ...] = (0, 0)) -> None:
+    """Queue a backward pass of arrays at addresses; nothing waits.
+
+    `more` is seed and threshold of the dropout; with functions of the user's, lists of tiles and arrays.
 
     Raises
     ------
@@ -115,7 +121,7 @@ def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, drop: tuple[in
         shifts, deltas, sums, words = (room + place for place in plan.places[:-1])
         plan.encode((at.q, at.k, at.v, at.do))
         plan.prepare(at.o, at.do, at.lse, shifts, deltas, sums, words, *plan.strides)
-        plan.main(to.dk, to.dv, shifts, deltas, sums, words, plan.counters.address(), *drop)
+        plan.main(to.dk, to.dv, shifts, deltas, sums, words, plan.counters.address(), *more)
         plan.finish(sums, to.dq)
 
 
@@ -157,16 +163,13 @@ def make_backward_plan(
     processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
     factor = width**-0.5 if scale is None else scale
     columns, value_columns = (-(-size // COLUMNS) * COLUMNS for size in (width, value_width))
-    # Q and dO are read again for every block of keys, and sums of dQ added to.
-    sums_bytes = variant.shares * variant.share_bytes
-    head_bytes = group * blocks * (variant.q_bytes + variant.do_bytes + sums_bytes)
-    section = section_of(all_heads, head_bytes) if variant.causal else 1
+    section = together(variant, all_heads, group * blocks) if variant.causal else 1
     offset = tk - tq if causal == "bottom_right" else 0
     problem = (
         tiles, key_blocks, section, kv_heads, all_heads, group, blocks, tq, tk, offset, columns, value_columns
     )  # fmt: skip
     statistics = 4 * lines * variant.block_m
-    sizes = (statistics, statistics, lines * sums_bytes, 4 * lines)
+    sizes = (statistics, statistics, lines * variant.shares * variant.share_bytes, 4 * lines)
     places = [0]
     for size in sizes:
         places.append(places[-1] + -(-size // PLACE) * PLACE)
@@ -176,7 +179,7 @@ def make_backward_plan(
         _function("main", variant, device),
         early_config(min(tiles, processors), variant.threads, variant.shared_bytes, stream),
         4 * DESCRIPTOR_BYTES,
-        "9Q3f12i",
+        f"{variant.addresses}Q3f12i",
         (factor * LOG2_E, factor, 1.0 / (1.0 - dropout_p), *problem),
     )
     turned_bytes = variant.block_m * (2 * variant.d + 16) if variant.swapped else 0
@@ -186,7 +189,7 @@ def make_backward_plan(
         ),
         dtype=q.dtype,
         prepare=Packed(
-            _function("prepare", variant, device),
+            _function("prepare", variant._replace(mods=None), device),
             early_config(lines, THREADS, 0, stream),
             0,
             "13Q4i",
@@ -194,7 +197,7 @@ def make_backward_plan(
         ),
         main=main,
         finish=Packed(
-            _function("finish", variant, device),
+            _function("finish", variant._replace(mods=None), device),
             early_config(lines, 128 * variant.shares, turned_bytes, stream),
             0,
             "2Q1f4i",
@@ -207,6 +210,15 @@ def make_backward_plan(
         stream=stream,
         lock=Lock(),
     )
+
+
+def together(variant: BackwardVariant | WideBackwardVariant, heads: int, blocks: int) -> int:
+    """Return how many of `heads` key heads to work on together, each seen by `blocks` blocks of queries.
+
+    Q and dO are read again for every block of keys, and sums of dQ added to.
+    """
+    sums_bytes = variant.shares * variant.share_bytes
+    return section_of(heads, blocks * (variant.q_bytes + variant.do_bytes + sums_bytes))
 
 
 def backward_reasons(given: Inputs, *, causal: Causal, scale: float | None) -> list[str]:
@@ -253,7 +265,8 @@ def _contiguous(x: View) -> bool:
 def _function(name: str, variant: BackwardVariant | WideBackwardVariant, device: int) -> Any:
     """Return a kernel of `variant` on the current GPU, compiled once: "prepare", "main" or "finish"."""
     made = functools.partial(_compiled, name, variant)
-    function = load(f"attention_backward_{name}_hopper", variant, device, made)
+    key = variant if variant.mods is None else (*variant[:-1], variant.mods.kept_as())
+    function = load(f"attention_backward_{name}_hopper", key, device, made)
     return allow_shared_memory(function, variant.shared_bytes) if name == "main" else function
 
 
@@ -262,6 +275,15 @@ def _compiled(name: str, variant: BackwardVariant | WideBackwardVariant) -> Imag
     from cuda_backend.attention.backward_hopper import SIGNATURE, build_backward
     from cuda_backend.attention.wide_backward_hopper import build_wide_backward
 
+    if variant.mods is not None:
+        from cuda_backend.attention.flexible_backward_hopper import (
+            build_flexible_backward,
+            flexible_signature,
+        )
+
+        with blamed(variant.mods):
+            kernel, signature = build_flexible_backward(variant), flexible_signature(variant.mods)
+            return compiled(kernel, signature, threads=variant.threads)
     if name == "main":
         if isinstance(variant, WideBackwardVariant):
             kernel = build_wide_backward(variant)

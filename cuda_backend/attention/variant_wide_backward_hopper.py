@@ -53,6 +53,8 @@ class WideBackwardVariant(NamedTuple):
         As of `BackwardVariant`.
     stages
         Tiles of Q, and of dO, in flight.
+    mods
+        None: there are no functions of the user's.
     """
 
     kind: str
@@ -62,6 +64,12 @@ class WideBackwardVariant(NamedTuple):
     deterministic: bool
     dropout: bool
     stages: int = 2
+    mods: None = None
+
+    @property
+    def addresses(self) -> int:
+        """Arguments of 8 bytes: addresses, and two words of dropout."""
+        return 9
 
     @property
     def block_m(self) -> int:

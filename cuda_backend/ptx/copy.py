@@ -42,6 +42,7 @@ __all__ = [
     "store_shared_float",
     "store_shared_half",
     "store_shared_word",
+    "store_shared_words",
     "words_loader",
 ]
 
@@ -263,6 +264,15 @@ load_shared_float = instruction(
     "ld.shared.f32 $0, [$1];",
     "=f,r",
     'Load one float32 from shared memory.  PTX ISA, "ld".',
+)
+
+store_shared_words = instruction(
+    "store_shared_words",
+    types.void,
+    {"address": types.uint32, **dict.fromkeys("abcd", types.uint32)},
+    "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
+    "r,r,r,r,r",
+    'Store four words at a shared address that is a multiple of 16.  PTX ISA, "st".',
 )
 
 store_shared_8 = instruction(

@@ -18,11 +18,14 @@ from cuda_backend.attention import (
     around_backward_hopper,
     backward_hopper,
     call_backward_hopper,
+    call_flexible_backward_hopper,
     consumer_backward_hopper,
     dropout_hopper,
     exchange_wide_backward_hopper,
     gradient_hopper,
     keys_wide_backward_hopper,
+    lists_backward_hopper,
+    mods_backward_hopper,
     packed,
     plan_backward_hopper,
     plan_hopper,
@@ -35,13 +38,14 @@ from cuda_backend.attention import (
 from cuda_backend.attention.padding import needs_copy
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS
 from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
+from tests.cuda.flexible_backward_played import install_functions, play_lists
 from tests.cuda.hopper_instructions import install
 from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment
 from tests.cuda.int8_hopper_played import aligned, viewed
 from tests.cuda.int8_hopper_played import at as at_address
 
 MODULES = {
-    "dropout": dropout_hopper,
+    "dropout": dropout_hopper, "lists": lists_backward_hopper, "mods": mods_backward_hopper,
     "around": around_backward_hopper, "consumer": consumer_backward_hopper, "gradient": gradient_hopper,
     "values": values_wide_backward_hopper, "keys": keys_wide_backward_hopper,
     "exchange": exchange_wide_backward_hopper, "wide": wide_backward_hopper,
@@ -81,15 +85,17 @@ def played(
                 "build_queries",
                 "build_receiver",
                 "build_sender",
+                "build_mods",
             ),
         ):
             if (
-                mutant[0] in ("gradient", "dropout", "exchange")
+                mutant[0] in ("gradient", "dropout", "exchange", "mods")
                 and hasattr(user, name)
                 and hasattr(modules[mutant[0]], name)
             ):
                 monkeypatch.setattr(user, name, getattr(modules[mutant[0]], name))
     install(monkeypatch, machine, list(modules.values()))
+    install_functions(monkeypatch, machine, modules["mods"], modules["consumer"])
     counter = np.zeros(2, np.int32)
     kept: dict[str, Any] = {}
 
@@ -100,8 +106,10 @@ def played(
             "main": backward_hopper.SIGNATURE,
             "finish": around_backward_hopper.FINISH_SIGNATURE,
         }[name].args
-        places = (ctypes.c_void_p * len(signature)).from_address(pointers)
         kinds = [str(kind) for kind in signature]
+        if name == "main" and variant.mods is not None:
+            kinds = ["block", *["uint64"] * variant.addresses, *["float32"] * 3, *["int32"] * 12]
+        places = (ctypes.c_void_p * len(kinds)).from_address(pointers)
         values = [
             NUMBERS[kind](TYPES[kind].from_address(place or 0).value)
             for kind, place in zip(kinds, places, strict=True)
@@ -113,7 +121,7 @@ def played(
         if name == "main":
             assert (threads, shared) == (variant.threads, variant.shared_bytes)
             machine.maps = kept["maps"]
-            play_main(machine, modules, variant, values)
+            {True: play_main, False: play_lists}[variant.mods is None](machine, modules, variant, values)
             assert not counter.any(), "the counter is for the next launch, too"
         elif quick:
             {"prepare": prepare, "finish": finish}[name](variant, values, blocks)
@@ -168,9 +176,12 @@ def played(
     monkeypatch.setattr(packed, "driver", SimpleNamespace(cuLaunchKernelEx=launch))
     for name, value in {
         "view": viewed, "empty": empty, "aligned_rows": aligned_rows, "current_device": lambda: 0,
-        "stream_of": lambda *_: 0, "wait_for": lambda *_: None,
+        "stream_of": lambda *_: 0, "wait_for": lambda *_: None, "cuda": cuda,
     }.items():  # fmt: skip
-        monkeypatch.setattr(call_backward_hopper, name, value)
+        for module in (call_backward_hopper, call_flexible_backward_hopper):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    call_flexible_backward_hopper._kept.cache_clear()
     plan_backward_hopper.make_backward_plan.cache_clear()
     return launched
 
@@ -215,7 +226,8 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
 
         def consumer(w: int) -> Callable[[], None]:
             thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
-            return lambda: consume(BASE, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
+            drop = seed, threshold, kept
+            return lambda: consume(BASE, thread, dk, dv, scale, factor, drop, problem, ())
 
         warpgroups = [(1, lambda: write(BASE, sums, words, problem))]
         warpgroups += [(128, consumer(w)) for w in range(CONSUMERS)]
