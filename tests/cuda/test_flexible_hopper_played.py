@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from refimpl.attention import flexible_attention, mods
+from refimpl.attention.varlen import key_ranges, packing
 from tests.cuda import hopper_machine
 from tests.cuda.flexible_hopper_played import Mutant, played
 from tests.cuda.hopper_machine import KINDS
@@ -52,10 +53,21 @@ def _uneven(_b: Any, _h: Any, i: Any, j: Any) -> bool:
 SLOPES = np.array([0.5, 0.125], np.float32)
 NUMBERS = np.sort(np.random.default_rng(0).integers(0, 4, (2, 300)), axis=1)
 BOTH = {"mask_mod": mods.sliding(90), "score_mod": mods.softcap(2.0)}
+JOINED = mods.both(mods.causal, mods.documents())
+STARTS = np.array([0, 40, 40, 110, 131])  # of packed sequences; what is behind them is padding
+PACKED = np.ones((150, 1, 1))
+RANGES = tuple(
+    x.astype(np.int32) for x in key_ranges(packing(PACKED, PACKED, PACKED, STARTS, STARTS), "bottom_right")
+)
+GIVEN = np.random.default_rng(1).random((2, 1, 70, 140)) < 0.5
 CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "branches, ragged, grouped": ((2, 150, 300, 2, 2, 64, 64), {"mask_mod": _odd}, 0),
     "three warpgroups": ((1, 450, 384, 1, 1, 64, 64), {"mask_mod": mods.causal, "scale": 0.2}, 1),
     "documents": ((2, 300, 300, 1, 1, 128, 128), {"mask_mod": mods.documents(), "aux": (NUMBERS,)}, 0),
+    "joined": ((2, 130, 130, 1, 1, 64, 64), {"mask_mod": JOINED, "aux": (NUMBERS[:, :130],)}, 0),
+    "packed": ((1, 150, 150, 1, 1, 64, 64), {"mask_mod": mods.ranges(), "aux": RANGES}, 0),
+    "given": ((2, 70, 140, 2, 1, 64, 64), {"mask_mod": mods.given(True, False), "aux": (GIVEN,)}, 0),
+    "window": ((1, 300, 300, 1, 1, 64, 64), {"mask_mod": mods.both(mods.causal, mods.sliding(31))}, 0),
     "ragged alone": ((1, 70, 140, 1, 1, 64, 128), {}, 0),
     "score of aux": ((1, 70, 140, 2, 1, 128, 64), {"score_mod": mods.alibi(), "aux": (SLOPES,)}, 0),
     "both": ((1, 66, 260, 1, 1, 64, 64), BOTH, 0),
