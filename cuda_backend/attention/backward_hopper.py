@@ -22,7 +22,7 @@ from cuda_backend.attention.consumer_backward_hopper import build_backward_consu
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
 from cuda_backend.attention.producer_backward_hopper import build_backward_producer, build_start, build_writer
 from cuda_backend.attention.schedule_backward_hopper import build_backward_schedule
-from cuda_backend.attention.variant_backward_hopper import BackwardVariant
+from cuda_backend.attention.variant_backward_hopper import DESCRIPTORS, BackwardVariant
 from cuda_backend.ptx import copy, grid, parameters, registers
 from cuda_backend.ptx.assembly import types
 
@@ -31,9 +31,9 @@ __all__ = ["SIGNATURE", "build_backward"]
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 SIGNATURE = types.void(
-    parameters.block(4 * DESCRIPTOR_BYTES),  # of Q, K, V, dO
+    parameters.block(DESCRIPTORS * DESCRIPTOR_BYTES),  # of Q, K, V, dO, shifts, deltas
     *[uint64] * 2,  # dK, dV
-    *[uint64] * 4,  # shifts, deltas, sums of dQ, words of the turns: see `around_backward_hopper`
+    *[uint64] * 2,  # sums of dQ, words of the turns: see `around_backward_hopper`
     uint64,  # the counter, two words that are 0 before and after
     *[uint64] * 2,  # seed of the dropout; what its words are at least where a weight is kept
     *[float32] * 3,  # scale * log2(e), positive; scale; factor of what dropout keeps
@@ -58,8 +58,6 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
         descriptor_block: Any,
         dk: Any,
         dv: Any,
-        shifts: Any,
-        deltas: Any,
         sums: Any,
         words: Any,
         counter: Any,
@@ -96,11 +94,11 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
             give_registers()
             # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.
             if thread == 0:
-                produce(base, descriptors, shifts, deltas, counter, problem)
+                produce(base, descriptors, counter, problem)
             elif thread == 32:
                 write(base, sums, words, problem)
         else:
             take_registers()
-            consume(base, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
+            consume(base, thread, dk, dv, scale, factor, (seed, threshold, kept), problem, ())
 
     return backward

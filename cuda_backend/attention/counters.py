@@ -11,27 +11,31 @@ __all__ = ["TileCounters", "tile_counters"]
 
 COUNTER_BYTES = 8
 CAPTURED = 4096  # launches that graphs captured on one stream may hold
+ARENA_BYTES = 4 << 20  # for them, so that launches with many counters are fewer
 
 
 class TileCounters:
-    """The counters of one stream: one for its launches, which follow each other, and more for graphs.
+    """The counters of one stream: those of its launches, which follow each other, and more for graphs.
 
-    Graphs may be replayed side by side, on any streams: each captured launch has a counter of its own.
+    Graphs may be replayed side by side, on any streams: each captured launch has counters of its own.
 
     Parameters
     ----------
     stream : int
         A CUstream, not under capture.
+    size : int
+        Bytes of the counters of one launch.
     """
 
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-        self._base = int(checked(driver.cuMemAlloc(COUNTER_BYTES * (1 + CAPTURED))))
-        checked(driver.cuMemsetD32Async(self._base, 0, COUNTER_BYTES // 4 * (1 + CAPTURED), stream))
+    def __init__(self, stream: int, size: int = COUNTER_BYTES) -> None:
+        self._stream, self._size = stream, size
+        self._most = min(CAPTURED, ARENA_BYTES // size)
+        self._base = int(checked(driver.cuMemAlloc(size * (1 + self._most))))
+        checked(driver.cuMemsetD32Async(self._base, 0, size // 4 * (1 + self._most), stream))
         self._captured = 0
 
     def address(self) -> int:
-        """Return where the counter of the next launch lies.
+        """Return where the counters of the next launch lie.
 
         Raises
         ------
@@ -40,15 +44,15 @@ class TileCounters:
         """
         if not checked(driver.cuStreamIsCapturing(self._stream)):
             return self._base
-        if self._captured == CAPTURED:
-            raise UnsupportedError(f"graphs hold the tile counters of {CAPTURED} launches of this stream")
+        if self._captured == self._most:
+            raise UnsupportedError(f"graphs hold the tile counters of {self._most} launches of this stream")
         self._captured += 1
-        return self._base + COUNTER_BYTES * self._captured
+        return self._base + self._size * self._captured
 
 
 @functools.cache
-def tile_counters(stream: int, _device: int) -> TileCounters:
-    """Return the counters of a stream of a GPU.
+def tile_counters(stream: int, _device: int, size: int = COUNTER_BYTES) -> TileCounters:
+    """Return the counters of a stream of a GPU, `size` bytes for a launch.
 
     Raises
     ------
@@ -57,4 +61,4 @@ def tile_counters(stream: int, _device: int) -> TileCounters:
     """
     if checked(driver.cuStreamIsCapturing(stream)):
         raise UnsupportedError("a stream under capture: call once on it before capturing")
-    return TileCounters(stream)
+    return TileCounters(stream, size)

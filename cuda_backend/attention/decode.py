@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cuda_backend.arrays import absent, empty, is_host, view
+from cuda_backend.arrays import absent, dtype_name, empty, is_host, view
 from cuda_backend.attention.call import Call, prepare, reasons
+from cuda_backend.attention.decode_call_ampere import attend, capable
 from cuda_backend.attention.decode_portable import MERGE_THREADS, DecodeVariant, build, build_merge
+from cuda_backend.attention.decode_rule import options_of, rule_of
 from cuda_backend.launch import launch, shared_memory_bytes, stream_of
 from cuda_backend.scratch import UNWRITTEN, scratch
 from refimpl.attention import AttentionOutput
-from refimpl.attention.decode import checked_pages
-from refimpl.attention.scores import ScoreRule, score_rule
-from refimpl.errors import ShapeError, UnsupportedError
+from refimpl.errors import OptionError, UnsupportedError
 from refimpl.validation import whole
 
 __all__ = ["paged_attention", "split_kv_attention"]
+
+Tier = Literal["portable", "ampere", "auto"]
 
 KEYS, THREADS, SIMULATED_KEYS, SIMULATED_THREADS = 64, 128, 4, 4
 
@@ -28,20 +30,32 @@ def split_kv_attention(
     v: Any,
     /,
     *,
-    splits: int = 1,
+    splits: int | None = None,
     k_lengths: Any = None,
     scale: float | None = None,
     return_lse: bool = False,
     stream: Any = None,
+    tier: Tier = "auto",
 ) -> Any:
     """Return the attention of the last queries over a cache, its parts computed side by side.
 
     Parameters
     ----------
-    q, k, v, splits, k_lengths, scale, return_lse
-        As for `refimpl.attention.split_kv_attention`; arrays as for `cuda_backend.flash_attention`.
+    q, k, v, k_lengths, scale, return_lse
+        As for `refimpl.attention.split_kv_attention`; arrays as for `cuda_backend.flash_attention`.  Lengths
+        on the GPU are clamped to [0, Tk] rather than checked.
+    splits : int, optional
+        Parts of the cache, which blocks of the GPU take side by side.  Default: what fills the GPU in tier
+        "ampere", where each sequence is cut by its own length, in turns of 16 keys; 1 in tier "portable",
+        where parts are those of the reference.
     stream : int or stream object, optional
         As for `cuda_backend.flash_attention`.
+    tier : {"auto", "ampere", "portable"}
+        Which kernels.  "ampere" ones are made for the speed of memory; they need compute capability 8.0,
+        float16 or bfloat16, D and Dv that are multiples of 16 up to 256, pages of a multiple of 16 keys, and
+        rows of k and v that begin at multiples of 16 bytes.  "portable" ones run anywhere and take the rest,
+        slowly.  "auto" is "ampere" where GPU, format, widths and pages allow it.  Nothing falls back: what
+        the chosen tier cannot do is an error that says so.
 
     Returns
     -------
@@ -52,11 +66,12 @@ def split_kv_attention(
     ------
     ShapeError, DTypeError, OptionError, UnsupportedError, BackendUnavailableError
         As `cuda_backend.flash_attention`; UnsupportedError too if the queries of a key head fill the GPU's
-        shared memory.
+        shared memory in tier "portable".
 
     Notes
     -----
-    The call needs ``splits B Tq Hq (Dv + 1)`` floats for itself.  Not yet run on a device.
+    The call needs ``splits B Tq Hq (Dv + 1)`` floats for itself, rows of a key head rounded up to 8 in tier
+    "ampere", where P is rounded to `q`'s dtype before P V, unnormalised.  Results repeat bit for bit.
 
     References
     ----------
@@ -69,8 +84,7 @@ def split_kv_attention(
     >>> if cuda_backend.availability("cudasim") is None:
     ...     assert split_kv_attention(q, k, k, splits=2).shape == (1, 1, 2, 4)
     """
-    call = prepare({"q": q, "k": k, "v": v}, _options(k_lengths, scale))
-    return _decoded("split_kv_attention", call, None, k_lengths, splits, return_lse, stream)
+    return _attention("split_kv_attention", q, k, v, None, k_lengths, splits, scale, return_lse, stream, tier)
 
 
 def paged_attention(
@@ -81,19 +95,20 @@ def paged_attention(
     /,
     *,
     k_lengths: Any,
-    splits: int = 1,
+    splits: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     stream: Any = None,
+    tier: Tier = "auto",
 ) -> Any:
     """Return `split_kv_attention` over a cache that lies in pages.
 
     Parameters
     ----------
-    q, k_pages, v_pages, page_table, k_lengths, splits, scale, return_lse
+    q, k_pages, v_pages, page_table, k_lengths, scale, return_lse
         As for `refimpl.attention.paged_attention`.  A table on the GPU is taken as it is, unchecked.
-    stream : int or stream object, optional
-        As for `cuda_backend.flash_attention`.
+    splits, stream, tier
+        As for `split_kv_attention`.
 
     Returns
     -------
@@ -105,30 +120,38 @@ def paged_attention(
     ShapeError, DTypeError, OptionError, UnsupportedError, BackendUnavailableError
         As `split_kv_attention`, and as the reference.
 
-    Notes
-    -----
-    Not yet run on a device.
-
     References
     ----------
     .. [1] Kwon et al., 2023, arXiv:2309.06180, section 4.1.
     """
-
-    def rule(q: Any, k: Any, v: Any, **options: Any) -> ScoreRule:
-        if is_host(page_table) and is_host(k_lengths):
-            checked_pages(q, k, v, page_table, k_lengths)
-        if k.ndim != 4 or v.ndim != 4 or len(np.shape(page_table)) != 2:
-            raise ShapeError("k_pages, v_pages, page_table: expected 4, 4 and 2 axes")
-        B, count = np.shape(page_table)
-        cache = (np.broadcast_to(x[:1, :1], (B, count * x.shape[1], *x.shape[2:])) for x in (k, v))
-        return score_rule(q, *cache, **options)
-
-    call = prepare({"q": q, "k": k_pages, "v": v_pages}, _options(k_lengths, scale), rule)
-    return _decoded("paged_attention", call, page_table, k_lengths, splits, return_lse, stream)
+    return _attention(
+        "paged_attention", q, k_pages, v_pages, page_table, k_lengths, splits, scale, return_lse, stream, tier
+    )
 
 
-def _options(k_lengths: Any, scale: float | None) -> Any:
-    return {"causal": "bottom_right", "k_lengths": k_lengths, "scale": scale}
+def _attention(
+    name: str, q: Any, k: Any, v: Any, table: Any, k_lengths: Any, splits: int | None,
+    scale: float | None, return_lse: bool, stream: Any, tier: Tier,
+) -> Any:  # fmt: skip
+    if tier not in get_args(Tier):
+        raise OptionError(f"tier: expected one of {', '.join(get_args(Tier))}, got {tier!r}")
+    if tier == "ampere" or (tier == "auto" and _is_for_tensor_cores(q, k, v, table)):
+        try:
+            return attend(name, q, k, v, table, k_lengths, splits, scale, return_lse, stream)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}; tier='portable' is slower and takes more") from None
+    call = prepare({"q": q, "k": k, "v": v}, options_of(k_lengths, scale), rule_of(table, k_lengths))
+    return _decoded(name, call, table, k_lengths, 1 if splits is None else splits, return_lse, stream)
+
+
+def _is_for_tensor_cores(q: Any, k: Any, v: Any, table: Any) -> bool:
+    q_shape, k_shape, v_shape = np.shape(q), np.shape(k), np.shape(v)
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4 or 0 in (*q_shape, *k_shape, *v_shape):
+        return False  # an error, or nothing to be read
+    if table is not None and 0 in np.shape(table):
+        return False
+    dtype = np.asarray(q).dtype.name if is_host(q) else dtype_name("q", q)
+    return capable(dtype, (k_shape[3], v_shape[3]), 0 if table is None else k_shape[1])
 
 
 def _decoded(

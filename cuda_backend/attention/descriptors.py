@@ -12,7 +12,7 @@ from typing import Any
 
 from cuda_backend.context import checked, driver
 
-__all__ = ["ALIGNMENT", "DESCRIPTOR_BYTES", "encode_together", "encoder"]
+__all__ = ["ALIGNMENT", "DESCRIPTOR_BYTES", "encode_together", "encoder", "row_encoder"]
 
 DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap)
 ALIGNMENT = 64  # of a CUtensorMap
@@ -53,6 +53,29 @@ def encoder(shape: Sequence[int], strides: Sequence[int], dtype: str, rows: int)
 
     def encode(address: int) -> Any:
         return checked(driver.cuTensorMapEncodeTiled(kind, 4, address, *settled))
+
+    return encode
+
+
+def row_encoder(rows: int, columns: int) -> Callable[[int], Any]:
+    """Return the function from an address to the descriptor of float32 [rows, columns], copied row by row.
+
+    `columns` is a multiple of 4, at most 256.
+    """
+    settled = (
+        [driver.cuuint64_t(size) for size in (columns, rows)],
+        [driver.cuuint64_t(4 * columns)],
+        [driver.cuuint32_t(size) for size in (columns, 1)],
+        [driver.cuuint32_t(1)] * 2,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    kind = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+
+    def encode(address: int) -> Any:
+        return checked(driver.cuTensorMapEncodeTiled(kind, 2, address, *settled))
 
     return encode
 

@@ -24,6 +24,7 @@ __all__ = [
     "publish_stores",
     "take_turn",
     "wait",
+    "warp",
 ]
 
 _BARRIER = {"barrier": types.uint32}
@@ -104,6 +105,15 @@ wait = instruction(
     "r,r",
     "Spin until the phase of this parity has completed.  The loop ends a basic block for ptxas, so what is "
     'computed before it does not sink below.  PTX ISA, "mbarrier.try_wait".',
+)
+
+warp = instruction(
+    "warp",
+    types.void,
+    {},
+    "bar.warp.sync 0xffffffff;",
+    "",
+    'The lanes of a warp meet, and see what each has stored.  PTX ISA, "bar.warp.sync".',
 )
 
 

@@ -14,6 +14,7 @@ from llvmlite import ir
 from cuda_backend.ptx.assembly import LLVM_TYPES, Intrinsic, Lowering, declare, emit, instruction, types
 
 __all__ = [
+    "add_global_16",
     "fetch_add",
     "fetch_increment",
     "load_8",
@@ -25,6 +26,7 @@ __all__ = [
     "load_shared_16",
     "load_shared_float",
     "load_shared_word",
+    "load_warp_word",
     "load_word",
     "load_word_fresh",
     "reduce_add",
@@ -41,6 +43,8 @@ __all__ = [
     "store_shared_float",
     "store_shared_half",
     "store_shared_word",
+    "store_shared_words",
+    "words_loader",
 ]
 
 
@@ -197,10 +201,11 @@ load_byte = instruction(
 )
 
 
-def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic:
-    """Return the load of `count` words at once into a local array, from element `first` on."""
-    places = ", ".join(f"${i}" for i in range(count))
-    text = f"ld.{space}.v{count}.b32 {{{places}}}, [${count}];"
+def words_loader(name: str, count: int, text: str, constraint: str, doc: str) -> Intrinsic:
+    """Return an instruction that loads `count` words at once into a local array, from element `first` on.
+
+    The words are operands ``$0`` on of `text`, the address is the next: "r" in shared, "l" in global memory.
+    """
 
     def lower(words: Any, _first: Any, _address: Any) -> Lowering:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -220,7 +225,14 @@ def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic
 
         return types.void(words, types.int32, types.uint32 if constraint == "r" else types.uint64), codegen
 
-    return declare(name, ("words", "first", "address"), 'PTX ISA, "ld", .v2 and .v4.', lower)
+    return declare(name, ("words", "first", "address"), doc, lower)
+
+
+def _load_words(name: str, count: int, space: str, constraint: str) -> Intrinsic:
+    """Return the load of two or four words that lie side by side."""
+    places = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.{space}.v{count}.b32 {{{places}}}, [${count}];"
+    return words_loader(name, count, text, constraint, 'PTX ISA, "ld", .v2 and .v4.')
 
 
 load_8 = _load_words("load_8", 2, "global", "l")
@@ -246,6 +258,17 @@ load_shared_word = instruction(
     'Load one 32-bit word from shared memory.  PTX ISA, "ld".',
 )
 
+load_warp_word = instruction(
+    "load_warp_word",
+    types.int32,
+    {"address": types.uint32, "lane": types.int32},
+    "{ .reg .pred first; .reg .b32 word; setp.eq.s32 first, $2, 0; mov.b32 word, 0; "
+    "@first ld.shared.b32 word, [$1]; shfl.sync.idx.b32 $0, word, 0, 31, 0xffffffff; }",
+    "=r,r,r",
+    "Load one word of shared memory for a whole warp.  Lane 0 alone reads, who alone says later that the "
+    'place may be written again (`barrier.arrive_warp`).  PTX ISA, "ld", "shfl.sync".',
+)
+
 load_shared_float = instruction(
     "load_shared_float",
     types.float32,
@@ -253,6 +276,15 @@ load_shared_float = instruction(
     "ld.shared.f32 $0, [$1];",
     "=f,r",
     'Load one float32 from shared memory.  PTX ISA, "ld".',
+)
+
+store_shared_words = instruction(
+    "store_shared_words",
+    types.void,
+    {"address": types.uint32, **dict.fromkeys("abcd", types.uint32)},
+    "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
+    "r,r,r,r,r",
+    'Store four words at a shared address that is a multiple of 16.  PTX ISA, "st".',
 )
 
 store_shared_8 = instruction(
@@ -271,6 +303,15 @@ reduce_add = instruction(
     "red.global.add.s32 [$0], $1;",
     "l,r",
     'Add to a word of global memory.  PTX ISA, "red", .add.',
+)
+
+add_global_16 = instruction(
+    "add_global_16",
+    types.void,
+    {"address": types.uint64, **dict.fromkeys("abcd", types.float32)},
+    "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};",
+    "l,f,f,f,f",
+    'Add four float32 to global memory, at a multiple of 16.  PTX ISA, "red", .v4.',
 )
 
 fetch_add = instruction(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import Intrinsic, instruction, types
 
-__all__ = ["load_4d", "load_4d_of", "prefetch_descriptor"]
+__all__ = ["load_4d", "load_4d_of", "load_row_of", "prefetch_descriptor"]
 
 prefetch_descriptor = instruction(
     "prefetch_descriptor",
@@ -40,6 +40,23 @@ load_4d = instruction(
     "completes on "
     '`barrier`, by bytes.  PTX ISA, "cp.async.bulk.tensor".',
 )
+
+
+_ROWS = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+
+
+def load_row_of(number: int) -> Intrinsic:
+    """Return the copy of a row of a matrix by descriptor `number` of those at ``descriptor``.
+
+    compute-sanitizer's racecheck knows that the copy engine writes here, not a thread: it takes a copy
+    without a descriptor (`bulk.load`) for a write of the thread that starts it, which no barrier orders.
+    """
+    text = f"{{ .reg .b64 own; add.u64 own, $1, {128 * number}; {_ROWS} [$0], [own, {{0, $3}}], [$2]; }}"
+    operands = {
+        "target": types.uint32, "descriptor": types.uint64, "barrier": types.uint32, "row": types.int32,
+    }  # fmt: skip
+    doc = 'PTX ISA, "cp.async.bulk.tensor", two coordinates.'
+    return instruction(f"load_row_{number}", types.void, operands, text, "r,l,r,r", doc)
 
 
 def load_4d_of(number: int) -> Intrinsic:

@@ -27,7 +27,9 @@ def int8_difference(f: Any, case: Case, dtype: str) -> str | None:
     """Return how `f` differs from the definition, outputs filled with NaN before; None if it does not."""
     record = registry.get("attention.int8")
     truth, baseline, limits, invalid = baseline_limits(record, case, DTYPES[dtype])
-    if invalid:
+    # Of many codes one or the other rounds to its neighbour in float32: the cap on the baseline, which judges
+    # single draws, says nothing then; its error remains the limit.
+    if invalid and dtype != "float32":
         return invalid
     with poisoned_outputs():
         found = np.asarray(case.call(f))

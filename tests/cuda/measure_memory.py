@@ -71,7 +71,8 @@ def built(case: dict[str, Any], device: str) -> Any:
     config = transformers.LlamaConfig(
         **sizes, tie_word_embeddings=False, attn_implementation=KERNELS[case.get("attention", "flash")]
     )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device)
+    with torch.device(device):  # a CPU needs minutes for as many random numbers
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if case.get("recompute") == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -122,6 +123,9 @@ def main(folder: Path) -> None:
             found.append({**case, **_measured(case)})
         except torch.OutOfMemoryError as error:
             sys.stderr.write(f"{case}: {error}\n")
+            continue
+        sys.stdout.write(f"{found[-1]}\n")
+        sys.stdout.flush()
     card = recognised(torch.cuda.get_device_name(), hardware_names()) or "unknown"
     result = document(KIND, card, f"PyTorch {torch.__version__}", case=found)
     (folder / file_name(result)).write_text(toml_text(result), encoding="utf-8")

@@ -1,4 +1,7 @@
-"""The kernels of decoding compiled ahead of time, without a GPU: nothing spills."""
+"""The kernels of decoding compiled ahead of time, without a GPU: nothing spills.
+
+``pytest -s -m aot tests/cuda/test_decode_aot.py`` prints registers and instructions of some.
+"""
 
 from __future__ import annotations
 
@@ -41,3 +44,59 @@ def test_nothing_spills(arguments: tuple[object, ...]) -> None:
         assert used["spill_bytes"] == 0, name
         assert used["local_bytes"] == 0, name
         assert 8 < used["registers"] <= 255
+
+
+AMPERE_PROGRAM = """
+import json, re, sys
+from cuda_backend import aot
+from cuda_backend._numba import cuda
+from cuda_backend.attention import decode_ampere
+from cuda_backend.attention.decode_variant_ampere import choose
+
+found = []
+for fields, memory, capability in json.loads(sys.argv[1]):
+    capability, variant = tuple(capability), choose(*fields, memory)
+    function, how = decode_ampere.build(variant), {"launch_bounds": (variant.threads, variant.blocks)}
+    with aot.pretended(capability):
+        ptx, _ = cuda.compile(
+            function, decode_ampere.SIGNATURE, cc=capability, device=False, abi="numba", **how
+        )
+    found.append(aot.resources(ptx, capability)._asdict() | {
+        "threads": variant.threads * variant.blocks,
+        "copies": len(re.findall(r"cp.async.cg.shared.global", ptx)),
+        "products": len(re.findall(r"mma.sync.aligned.m16n8k16", ptx)),
+        "fragments": len(re.findall(r"ldmatrix", ptx)),
+        "turned": len(re.findall(r"movmatrix", ptx)),
+        "barriers": len(re.findall(r"barrier.sync|bar.sync", ptx)),
+    })
+print(json.dumps(found))
+"""
+H200, A100 = (232_448, [9, 0, "a"]), (166_912, [8, 0])
+FIELDS = [
+    (("f16", 128, 128, 4, False), H200),
+    (("bf16", 128, 128, 16, True), H200),
+    (("bf16", 128, 128, 4, True), A100),
+    (("f16", 256, 256, 8, True), A100),
+    (("f16", 96, 80, 1, False), H200),
+]
+
+
+@pytest.mark.aot
+def test_tensor_cores() -> None:
+    """Copies of 16 bytes and fragments by fours; each fragment of K and V is used by one product a column."""
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    cases = [(fields, *machine) for fields, machine in FIELDS]
+    command = [sys.executable, "-c", AMPERE_PROGRAM, json.dumps(cases)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for (fields, _), used in zip(FIELDS, json.loads(run.stdout), strict=True):
+        sys.stdout.write(f"{fields}: {used}\n")
+        _, D, Dv, rows, _ = fields
+        blocks, columns = (D + Dv) // 16, 2 if rows > 8 else 1  # of 16 by 16 numbers, of 8 queries
+        assert used["spill_bytes"] == used["local_bytes"] == 0
+        assert used["registers"] * used["threads"] <= 65536
+        assert used["fragments"] == blocks
+        assert used["products"] == columns * blocks
+        assert used["turned"] == 2 * columns
+        assert used["copies"] % blocks == 0
+        assert used["barriers"] == 5  # before and after the sums of warps, and around the last block's part

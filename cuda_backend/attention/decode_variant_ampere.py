@@ -1,0 +1,131 @@
+"""What the decoding kernel for tensor cores is compiled for, its places in shared memory, and its parts."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+__all__ = ["DecodeVariant", "choose", "parts"]
+
+KEYS = 16  # of one product
+MOST_PARTS = 256  # of a cache: their log-sum-exps meet in shared memory
+LEAST_KEYS = 256  # of a part, to be worth its beginning and its end
+RESERVED = 1024  # bytes of shared memory for each block, by the system
+FULL = 0.98  # of the last wave of blocks
+
+# Warps of a block, blocks of a multiprocessor, least stages: the first that the shared memory has room for.
+SHAPES = ((4, 2, 3), (4, 1, 3), (4, 1, 2), (2, 1, 2), (1, 1, 2))
+MOST_STAGES = 6
+
+
+class DecodeVariant(NamedTuple):
+    """One compiled kernel.
+
+    Attributes
+    ----------
+    kind
+        ``"f16"`` or ``"bf16"``.
+    D, Dv
+        Widths of a head, multiples of 16.
+    rows
+        Of a tile: queries that read the same keys, 8 or 16.
+    paged
+        Whether keys lie in pages.
+    keys
+        Of a step of a warp, a multiple of 16.
+    warps, blocks
+        Of a block, and of a multiprocessor.
+    stages
+        Steps of a warp in shared memory, all but one of them under way.
+    ahead
+        Bytes that a copy may bring to the L2 cache: 0, 64, 128 or 256.
+    """
+
+    kind: str
+    D: int
+    Dv: int
+    rows: int
+    paged: bool
+    keys: int
+    warps: int
+    blocks: int
+    stages: int
+    ahead: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def pitches(self) -> tuple[int, int]:
+        """Bytes from a key to the next in K and V: eight rows of a block lie in different banks."""
+        return 2 * self.D + 16, 2 * self.Dv + 16
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of one step of one warp."""
+        return self.keys * sum(self.pitches)
+
+    @property
+    def sums_pitch(self) -> int:
+        """Floats from a row of sums to the next, which a warp stores without conflicts."""
+        return self.Dv + 4
+
+    @property
+    def sums_at(self) -> int:
+        """Where the sums of the warps lie, behind maxima and totals, when the stages have been used."""
+        return 8 * self.rows * self.warps
+
+    @property
+    def flag_at(self) -> int:
+        """Where a block is told that it ends last, behind the log-sum-exps of all parts."""
+        return 4 * MOST_PARTS * self.rows
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory, with slack for alignment."""
+        ring = self.warps * self.stages * self.stage_bytes
+        sums = self.sums_at + 4 * self.warps * self.rows * self.sums_pitch
+        return 128 + max(ring, sums, self.flag_at + 16)
+
+
+@functools.cache
+def choose(kind: str, D: int, Dv: int, rows: int, paged: bool, limit: int, ahead: int = 0) -> DecodeVariant:
+    """Return the variant for `rows` queries a key head, on a GPU with `limit` bytes of shared memory a block.
+
+    >>> found = choose("f16", 128, 128, 4, False, 232_448)
+    >>> found.rows, found.keys, found.warps, found.blocks, found.stages
+    (8, 16, 4, 2, 3)
+    >>> choose("bf16", 256, 256, 4, True, 101_376)[-4:]
+    (2, 1, 2, 0)
+    """
+    tile = 16 if rows > 8 and max(D, Dv) <= 128 else 8  # wider rows would not leave sums in registers
+    for warps, blocks, least in SHAPES:
+        one = DecodeVariant(kind, D, Dv, tile, paged, KEYS, warps, blocks, 1, ahead)
+        room = (limit + RESERVED) // blocks - RESERVED - 128
+        stages = min(MOST_STAGES, room // (warps * one.stage_bytes))
+        found = one._replace(stages=stages)
+        if stages >= least and found.shared_bytes <= room + 128:
+            return found
+    raise ValueError(f"no room for {D} + {Dv} numbers in {limit} bytes")
+
+
+def parts(units: int, keys: int, slots: int) -> int:
+    """Return in how many parts to cut each of `units` caches for `slots` blocks that run at once.
+
+    The fewest whose last wave of blocks is as good as full, or else those whose last wave is the fullest.
+
+    >>> parts(8, 32768, 264), parts(128, 131072, 264), parts(1, 300, 264), parts(264, 4096, 264)
+    (33, 33, 2, 1)
+    """
+    most = max(1, min(MOST_PARTS, -(-keys // LEAST_KEYS)))
+
+    def fullness(count: int) -> float:
+        blocks = count * max(1, units)
+        return blocks / (-(-blocks // slots) * slots)
+
+    for count in range(1, most + 1):
+        if fullness(count) >= FULL:
+            return count
+    return max(range(1, most + 1), key=fullness)
