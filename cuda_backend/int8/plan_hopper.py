@@ -13,7 +13,7 @@ from cuda_backend.int8.memory_hopper import Arena, refuse_capture, shared_by
 from cuda_backend.int8.operands import check_inner, check_threshold
 from cuda_backend.int8.product_hopper import MISALIGNED, NOTHING, After, Product
 from cuda_backend.int8.rows_hopper import Rows, gpu_reasons, reasons
-from cuda_backend.int8.variant_hopper import Narrow, Wide
+from cuda_backend.int8.variant_hopper import Narrow, Wide, choose
 from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.quant.absmax import Convention
 from refimpl.validation import bind_axes
@@ -99,6 +99,8 @@ class LinearPlan(_Plan):
         convention: Convention,
         stream: int,
         device: int,
+        beside: bool,
+        passing: bool,
     ) -> None:
         super().__init__("llm_int8_linear_hopper", stream, device)
         found = reasons(x)
@@ -107,11 +109,17 @@ class LinearPlan(_Plan):
         _refuse(self.caller, found)
         (T, K), N = x.shape, codes.shape[0]
         self.shape, self.dtype = (T, N), x.dtype
-        self.rows = Rows(x, threshold, convention, N, zeros=self.zeros, **self.where)
+        variant = choose(x.dtype, convention, T, N, K, self.where["processors"])
+        beside = beside and isinstance(variant, Wide) and threshold is not None
+        if isinstance(variant, Wide):
+            variant = variant._replace(beside=beside)
+        self.rows = Rows(x, threshold, convention, N, zeros=self.zeros, beside=beside, passing=passing, **self.where)
         pitch = self.rows.pitch
         self._codes, self._absmax = self.scratch.reserve(T * pitch), self.scratch.reserve(4 * T)
         quantised = View((T, K), (pitch, 1), "int8", 0, None)
-        self.product = Product(quantised, codes, x.dtype, convention, early=True, **self.where)
+        self.product = Product(
+            quantised, codes, x.dtype, convention, early=True, variant=variant, **self.where
+        )
         self._met = (1, codes.strides[0]) if weight is None else (weight.strides[0], weight.strides[1])
         if weight is None:
             self._met = codes.strides[1], codes.strides[0]
@@ -135,7 +143,7 @@ class LinearPlan(_Plan):
         feature, column = self._met
         met = After(b_absmax=absmax, bias=bias, w=weight or codes, w_feature=feature, w_column=column)
         with self.shared.lock:
-            after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met)
+            after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met, kept is not None)
             if self.shape[1]:
                 self.product.run(self.shared, self.stream, self.memory[0], x_codes, codes, out, after)
             else:
@@ -180,6 +188,8 @@ def linear_plan(
     convention: Convention,
     stream: int,
     device: int,
+    beside: bool = True,
+    passing: bool = True,
 ) -> LinearPlan:
     """Return the plan of a linear layer whose weight has codes [K, N] of this layout.
 
@@ -208,4 +218,5 @@ def linear_plan(
         if len(each.shape) == 1 and each.shape[0] > 1 and each.strides[0] != ITEMSIZE[each.dtype]:
             raise UnsupportedError(f"llm_int8_linear_hopper: {name} is not contiguous")
     stored = _turned(views["weight codes"])
-    return LinearPlan(views["x"], stored, views.get("weight"), threshold, convention, stream, device)
+    met = views.get("weight")
+    return LinearPlan(views["x"], stored, met, threshold, convention, stream, device, beside, passing)

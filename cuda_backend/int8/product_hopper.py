@@ -11,7 +11,7 @@ from cuda_backend.int8 import pack_hopper
 from cuda_backend.int8.descriptors_hopper import encoder
 from cuda_backend.int8.launches_hopper import Launch, function_of
 from cuda_backend.int8.memory_hopper import Arena, Shared, padded
-from cuda_backend.int8.variant_hopper import CHUNK, STEP, Narrow, Wide, choose
+from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Narrow, Wide, choose
 from refimpl.errors import UnsupportedError
 
 __all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "side_by_side"]
@@ -37,6 +37,10 @@ class After(NamedTuple):
         x itself, and its strides in bytes.
     w, w_feature, w_column
         What outliers meet, by feature and by output.
+    codes, codes_row
+        Codes of x, and bytes from a row to the next.
+    counters
+        Of what has been set aside, where the product does that.
     """
 
     a_absmax: int = 0
@@ -53,6 +57,9 @@ class After(NamedTuple):
     w: int = 0
     w_feature: int = 0
     w_column: int = 0
+    codes: int = 0
+    codes_row: int = 0
+    counters: int = 0
 
 
 NOTHING = After()
@@ -62,9 +69,9 @@ def side_by_side(K: int) -> int:
     """Return how many outliers of K features find room beside each other: whole chunks.
 
     >>> side_by_side(100), side_by_side(100_000)
-    (112, 1024)
+    (128, 1024)
     """
-    return min(padded(K, CHUNK), SIDE_BY_SIDE)
+    return min(padded(K, TAKEN_CHUNK), SIDE_BY_SIDE)
 
 
 class Product:
@@ -119,11 +126,12 @@ class Product:
         if isinstance(variant, Wide):
             a_rows, b_rows = variant.block_m, variant.block_n
             rows, columns = -(-M // a_rows), -(-N // b_rows)
+            room = (3 if variant.beside else 2) * aside
             self._encoders = [
                 encoder(M, K, pitches[0], a_rows, STEP),
                 encoder(N, K, pitches[1], b_rows, STEP),
-                encoder(M, 2 * aside, 2 * aside, a_rows, 2 * CHUNK),
-                encoder(N, 2 * aside, 2 * aside, b_rows, 2 * CHUNK),
+                encoder(M, room, room, a_rows, 2 * CHUNK),
+                encoder(N, room, room, b_rows, 2 * CHUNK),
             ]
             cluster, blocks = 1, min(rows * columns, processors)
             numbers = [rows * columns, rows, columns, steps, M, N, aside, K]
@@ -137,7 +145,7 @@ class Product:
             blocks = tiles * -(-N // variant.features) * cluster
             numbers = [tiles, -(-steps // cluster), steps, M, N, aside, K]
         self._launch = Launch(
-            function, 17, numbers, blocks=blocks, cluster=cluster, early=early,
+            function, 22 if self._wide else 17, numbers, blocks=blocks, cluster=cluster, early=early,
             threads=variant.threads, shared_bytes=variant.shared_bytes,
         )  # fmt: skip
 
@@ -155,9 +163,12 @@ class Product:
             matrices = (b, a)
         maps = shared.descriptors.place(self._number, matrices, self._encoders)
         if self._wide:
-            self._launch(stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:])
+            aside = after.x_aside, after.w_aside, after.counters
+            self._launch(
+                stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:16], *aside
+            )
         else:
-            self._launch(stream, maps, maps + 128, out, *after)
+            self._launch(stream, maps, maps + 128, out, *after[:14])
 
 
 class _Pack:

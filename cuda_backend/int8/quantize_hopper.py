@@ -6,9 +6,9 @@ are, with infinity and then NaN above them), and writes eight codes.  A code is 
 ``x * scale + 1.5 * 2**23``, whose addition rounds to the nearest integer, halves to even.
 
 Under the released convention a row's absmax skips outlier *cells*, so no row needs to know what others hold:
-one pass over x marks the columns that hold an outlier and writes codes, and `set_aside` clears the codes of
-marked columns afterwards, as few as they are.  The paper's absmax skips whole columns: there x is marked
-first, and read again.
+one pass over x marks the columns that hold an outlier and writes codes; those of marked columns, as few as
+they are, are taken out afterwards.  The paper's absmax skips whole columns: there x is marked first, and read
+again, with 0 in the place of outliers.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, section 3; `refimpl.quant.quantize_rows` is the definition.
 """
@@ -59,6 +59,8 @@ class Variant(NamedTuple):
         Of a block, whole warps.
     vectors
         Of eight numbers that a thread holds; 0 if the row is too long, which is then read twice.
+    passing
+        Whether x, which is not read again, is the first to leave the L2 cache: room for codes.
     """
 
     kind: str
@@ -66,6 +68,7 @@ class Variant(NamedTuple):
     aligned: bool
     threads: int
     vectors: int
+    passing: bool = False
 
 
 def choose(kind: str, aside: str, aligned: bool, width: int) -> Variant:
@@ -94,7 +97,7 @@ def build(variant: Variant) -> Callable[..., None]:
         variant.aside == "mark",
     )
     unpack = registers.unpack_low(kind_of(variant.kind))
-    load = _loader(variant.aligned)
+    load = _loader(variant.aligned, variant.passing)
     held = VECTORS > 0
 
     @device_function
@@ -103,21 +106,26 @@ def build(variant: Variant) -> Callable[..., None]:
 
     @device_function
     def one_by_one(words: Any, first: Any, column: Any, mask: Any, K: Any, limit: Any) -> Any:
-        """Return the largest magnitude of a vector that holds something to be skipped."""
+        """Return the largest magnitude of a vector that holds outliers, and mark their columns."""
         top = uint32(0)
         for i in range(WIDTH):
             bits = uint32((words[first + i // 2] >> uint32(16 * (i % 2))) & uint32(0x7FFF))
-            place = mask + uint64(column + i)
-            if COLUMNS:
-                skipped = copy.load_byte(place) != 0
-            else:
-                skipped = bits >= uint32(limit) and column + i < K
-                # Outliers lie in the same columns in all rows: most are marked already.
-                if skipped and copy.load_byte(place) == 0:
-                    copy.store_global_byte(place, uint32(1))
-            if not skipped:
+            if bits < uint32(limit) or column + i >= K:
                 top = max(top, bits)
+            # Outliers lie in the same columns in all rows: most are marked already.
+            elif copy.load_byte(mask + uint64(column + i)) == 0:
+                copy.store_global_byte(mask + uint64(column + i), uint32(1))
         return uint32(top)
+
+    @device_function
+    def drop_marked(words: Any, first: Any, column: Any, mask: Any, K: Any) -> None:
+        """Make the numbers of a vector 0 that lie in marked columns."""
+        if column < K:
+            flags = cuda.local.array(2, uint32)
+            copy.load_8(flags, 0, mask + uint64(column))
+            for i in range(WIDTH):
+                marked = uint32((flags[i // 4] >> uint32(8 * (i % 4))) & uint32(1))
+                words[first + i // 2] &= ~uint32(uint32(marked * uint32(0xFFFF)) << uint32(16 * (i % 2)))
 
     @device_function
     def largest_of(words: Any, first: Any, column: Any, mask: Any, K: Any, limit: Any) -> Any:
@@ -128,11 +136,6 @@ def build(variant: Variant) -> Callable[..., None]:
         top = max(uint32(both & uint32(0xFFFF)), uint32(both >> uint32(16)))
         if MARK and top >= uint32(limit):
             top = one_by_one(words, first, column, mask, K, limit)
-        if COLUMNS:
-            flags = cuda.local.array(2, uint32)
-            copy.load_8(flags, 0, mask + uint64(column))
-            if (flags[0] | flags[1]) != uint32(0):
-                top = one_by_one(words, first, column, mask, K, limit)
         return uint32(top)
 
     @device_function
@@ -174,12 +177,16 @@ def build(variant: Variant) -> Callable[..., None]:
                 load(words, 4 * v, source, int32(WIDTH * (thread + v * THREADS)), K)
             for v in range(VECTORS):
                 column = int32(WIDTH * (thread + v * THREADS))
+                if COLUMNS:
+                    drop_marked(words, 4 * v, column, mask, K)
                 if column < K:
                     top = max(top, largest_of(words, 4 * v, column, mask, K, limit))
         else:
             column = int32(WIDTH * thread)
             while column < K:
                 load(words, 0, source, column, K)
+                if COLUMNS:
+                    drop_marked(words, 0, column, mask, K)
                 top = max(top, largest_of(words, 0, column, mask, K, limit))
                 column = int32(column + WIDTH * THREADS)
         if ONLY:
@@ -206,20 +213,23 @@ def build(variant: Variant) -> Callable[..., None]:
             column = int32(WIDTH * thread)
             while column < K:
                 load(words, 0, source, column, K)
+                if COLUMNS:
+                    drop_marked(words, 0, column, mask, K)
                 write(words, 0, scale, usual, target + uint64(column))
                 column = int32(column + WIDTH * THREADS)
 
     return quantize
 
 
-def _loader(aligned: bool) -> Callable[..., Any]:
+def _loader(aligned: bool, passing: bool) -> Callable[..., Any]:
     """Return ``load(words, first, source, column, K)``: eight numbers of a row as four words, 0 beyond it."""
     if aligned:
+        load_16 = copy.load_16_passing if passing else copy.load_16
 
         @device_function
         def load(words: Any, first: Any, source: Any, column: Any, K: Any) -> None:
             if column < K:
-                copy.load_16(words, first, source + uint64(2) * uint64(column))
+                load_16(words, first, source + uint64(2) * uint64(column))
 
         return load
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CHUNK", "STEP", "Narrow", "Wide", "blocks_of_narrow", "choose"]
+__all__ = ["CHUNK", "LISTED", "STEP", "TAKEN_CHUNK", "Narrow", "Wide", "blocks_of_narrow", "choose"]
 
 SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
 STEP = 128  # codes of a row in one stage: one swizzled row of 128 bytes
 CHUNK = 16  # outliers that one product of 16-bit numbers takes
+TAKEN_CHUNK = 32  # outliers whose codes one product takes away
+LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
 SMALL_TILE = 0.6
@@ -28,12 +30,15 @@ class Wide(NamedTuple):
         Whether rows of the output begin at multiples of 16 bytes.
     block_n
         Columns of a tile; it has 128 rows.
+    beside
+        Whether it sets outliers aside itself, beside the product of all codes.
     """
 
     kind: str
     outliers: str
     aligned: bool
     block_n: int
+    beside: bool = False
 
     @property
     def block_m(self) -> int:
@@ -56,14 +61,19 @@ class Wide(NamedTuple):
         return self.block_n * STEP
 
     @property
+    def other_bytes(self) -> int:
+        """Bytes behind the stages: a scale and a bias for each column, the list of outliers, barriers."""
+        return 8 * self.block_n + 4 * LISTED * self.beside + 256
+
+    @property
     def stages(self) -> int:
-        """Tiles in flight: what fits beside 2 KiB of scales and the barriers."""
-        return min(8, (SHARED_LIMIT - 1024 - 8 * self.block_n - 256) // (self.a_bytes + self.b_bytes))
+        """Tiles in flight: what fits beside 2 KiB of scales, the list of outliers and the barriers."""
+        return min(8, (SHARED_LIMIT - 1024 - self.other_bytes) // (self.a_bytes + self.b_bytes))
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment slack, stages, a scale and a bias for each column, barriers."""
-        return 1024 + self.stages * (self.a_bytes + self.b_bytes) + 8 * self.block_n + 256
+        """Dynamic shared memory: alignment slack, stages, and what is behind them."""
+        return 1024 + self.stages * (self.a_bytes + self.b_bytes) + self.other_bytes
 
 
 class Narrow(NamedTuple):
