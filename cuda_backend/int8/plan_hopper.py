@@ -9,6 +9,7 @@ import numpy as np
 
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import ITEMSIZE, Layout, View, laid_out
+from cuda_backend.int8.few_hopper import few_layer
 from cuda_backend.int8.memory_hopper import Arena, refuse_capture, shared_by
 from cuda_backend.int8.operands import check_inner, check_threshold
 from cuda_backend.int8.product_hopper import MISALIGNED, NOTHING, After, Product
@@ -109,6 +110,12 @@ class LinearPlan(_Plan):
         _refuse(self.caller, found)
         (T, K), N = x.shape, codes.shape[0]
         self.shape, self.dtype = (T, N), x.dtype
+        self.few = None
+        if beside:
+            self.few = few_layer(x, codes, threshold, convention, device, self.where["processors"])
+        if self.few is not None:
+            self._asked = x, codes, weight, threshold, convention, stream, device
+            return
         variant = choose(x.dtype, convention, T, N, K, self.where["processors"])
         beside = beside and isinstance(variant, Wide) and threshold is not None
         if isinstance(variant, Wide):
@@ -138,6 +145,13 @@ class LinearPlan(_Plan):
         """Queue it; `kept` is where the codes and absmax of x go if they are wanted.  Nothing waits."""
         if not self.shape[0]:
             return NOTHING
+        if self.few is not None:
+            if kept is not None:
+                return self._in_steps.run(x, codes, absmax, weight, bias, out, kept)
+            self.check(out, x, codes)
+            with self.shared.lock:
+                self.few.run(self.shared, self.stream, x, codes, absmax, bias, out)
+            return NOTHING
         self.check(out, x if self.rows.aligned else 0)
         x_codes, x_absmax = kept or (self.memory[0] + self._codes, self.memory[0] + self._absmax)
         feature, column = self._met
@@ -149,6 +163,12 @@ class LinearPlan(_Plan):
             else:
                 self.rows.clear(self.stream, self.memory[1])
         return after
+
+
+    @functools.cached_property
+    def _in_steps(self) -> LinearPlan:
+        """The same layer by kernels that leave codes in memory."""
+        return LinearPlan(*self._asked, beside=False, passing=False)
 
 
 def _turned(given: View) -> View:

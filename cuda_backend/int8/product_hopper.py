@@ -14,7 +14,7 @@ from cuda_backend.int8.memory_hopper import Arena, Shared, padded
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Narrow, Wide, choose
 from refimpl.errors import UnsupportedError
 
-__all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "side_by_side"]
+__all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "next_number", "side_by_side", "to_pack"]
 
 MISALIGNED = "an array does not start at a multiple of 16 bytes"
 SIDE_BY_SIDE = 1024  # outliers that go through tensor cores; what is beyond is added number by number
@@ -65,6 +65,11 @@ class After(NamedTuple):
 NOTHING = After()
 
 
+def next_number() -> int:
+    """Return a number that names the descriptors of one product."""
+    return next(_numbers)
+
+
 def side_by_side(K: int) -> int:
     """Return how many outliers of K features find room beside each other: whole chunks.
 
@@ -109,8 +114,8 @@ class Product:
         variant: Wide | Narrow | None = None,
     ) -> None:
         (M, K), N = a.shape, b.shape[0]
-        self._number = next(_numbers)
-        self._packs = [_Pack(codes, scratch, device) if _to_pack(codes) else None for codes in (a, b)]
+        self._number = next_number()
+        self._packs = [_Pack(codes, scratch, device) if to_pack(codes) else None for codes in (a, b)]
         pitches = [
             padded(K) if pack else codes.strides[0] for pack, codes in zip(self._packs, (a, b), strict=True)
         ]
@@ -199,7 +204,7 @@ def copied(codes: View, target: int, stream: int) -> None:
         _pack_launch(codes, current_device())(stream, codes.address, *codes.strides, target)
 
 
-def _to_pack(codes: View) -> bool:
+def to_pack(codes: View) -> bool:
     """Return whether the copy engine cannot read codes [rows, K] where they lie."""
     (rows, K), (by_row, by_k) = codes.shape, codes.strides
     contiguous = by_k == 1 or K <= 1

@@ -27,7 +27,15 @@ from cuda_backend.ptx import copy, grid, registers
 from cuda_backend.ptx.assembly import types
 from refimpl.quant.absmax import LIMIT
 
-__all__ = ["SIGNATURE", "Variant", "build", "choose"]
+__all__ = [
+    "SIGNATURE",
+    "Variant",
+    "build",
+    "build_coder",
+    "choose",
+    "is_usual",
+    "largest_magnitude",
+]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -96,13 +104,9 @@ def build(variant: Variant) -> Callable[..., None]:
         variant.aside == "columns",
         variant.aside == "mark",
     )
-    unpack = registers.unpack_low(kind_of(variant.kind))
+    unpack, coded = registers.unpack_low(kind_of(variant.kind)), build_coder(variant.kind)
     load = _loader(variant.aligned, variant.passing)
     held = VECTORS > 0
-
-    @device_function
-    def number(word: Any, half: Any) -> Any:
-        return unpack(uint32(word >> uint32(16 * half)))
 
     @device_function
     def one_by_one(words: Any, first: Any, column: Any, mask: Any, K: Any, limit: Any) -> Any:
@@ -130,37 +134,15 @@ def build(variant: Variant) -> Callable[..., None]:
     @device_function
     def largest_of(words: Any, first: Any, column: Any, mask: Any, K: Any, limit: Any) -> Any:
         """Return the largest magnitude of a vector, as bits."""
-        both = uint32(0)
-        for i in range(4):
-            both = registers.maximum_halves(both, uint32(words[first + i] & uint32(MAGNITUDES)))
-        top = max(uint32(both & uint32(0xFFFF)), uint32(both >> uint32(16)))
+        top = largest_magnitude(words, first)
         if MARK and top >= uint32(limit):
             top = one_by_one(words, first, column, mask, K, limit)
         return uint32(top)
 
     @device_function
-    def plain(word: Any, scale: Any, half: Any) -> Any:
-        return uint32((product(number(word, half), scale) + float32(ROUND)).view(np.uint32))
-
-    @device_function
-    def careful(word: Any, scale: Any, half: Any) -> Any:
-        return uint32(nearest_code(number(word, half), scale))
-
-    @device_function
     def write(words: Any, first: Any, scale: Any, usual: Any, target: Any) -> None:
-        out = cuda.local.array(2, uint32)
-        for i in range(2):
-            low, high = words[first + 2 * i], words[first + 2 * i + 1]
-            if usual:
-                out[i] = registers.low_bytes(
-                    plain(low, scale, 0), plain(low, scale, 1), plain(high, scale, 0), plain(high, scale, 1)
-                )
-            else:
-                out[i] = registers.low_bytes(
-                    careful(low, scale, 0), careful(low, scale, 1),
-                    careful(high, scale, 0), careful(high, scale, 1),
-                )  # fmt: skip
-        copy.store_global_8(target, out[0], out[1])
+        low, high = coded(words, first, scale, usual)
+        copy.store_global_8(target, low, high)
 
     def quantize(
         x: Any, x_row: Any, codes: Any, codes_row: Any, absmax: Any, mask: Any, K: Any, limit: Any
@@ -201,9 +183,7 @@ def build(variant: Variant) -> Callable[..., None]:
         scale = float32(LIMIT) / largest  # infinite for a row of zeros
         if thread == 0:
             copy.store_global_float(absmax + uint64(4) * row, largest)
-        usual = uint32(scale.view(np.uint32)) < uint32(INFINITE) and uint32(largest.view(np.uint32)) < uint32(
-            INFINITE
-        )
+        usual = is_usual(largest, scale)
         if held:
             for v in range(VECTORS):
                 column = int32(WIDTH * (thread + v * THREADS))
@@ -219,6 +199,58 @@ def build(variant: Variant) -> Callable[..., None]:
                 column = int32(column + WIDTH * THREADS)
 
     return quantize
+
+
+@device_function
+def largest_magnitude(words: Any, first: Any) -> Any:
+    """Return the largest magnitude of a vector of eight numbers, as bits."""
+    both = uint32(0)
+    for i in range(4):
+        both = registers.maximum_halves(both, uint32(words[first + i] & uint32(MAGNITUDES)))
+    return max(uint32(both & uint32(0xFFFF)), uint32(both >> uint32(16)))
+
+
+@device_function
+def is_usual(largest: Any, scale: Any) -> Any:
+    """Return whether a row's absmax and scale are finite: then so are all products."""
+    return uint32(scale.view(np.uint32)) < uint32(INFINITE) and uint32(largest.view(np.uint32)) < uint32(
+        INFINITE
+    )
+
+
+def build_coder(kind: str) -> Callable[..., Any]:
+    """Return ``coded(words, first, scale, usual)``: the codes of a vector of eight numbers, two words."""
+    unpack = registers.unpack_low(kind_of(kind))
+
+    @device_function
+    def number(word: Any, half: Any) -> Any:
+        return unpack(uint32(word >> uint32(16 * half)))
+
+    @device_function
+    def plain(word: Any, scale: Any, half: Any) -> Any:
+        return uint32((product(number(word, half), scale) + float32(ROUND)).view(np.uint32))
+
+    @device_function
+    def careful(word: Any, scale: Any, half: Any) -> Any:
+        return uint32(nearest_code(number(word, half), scale))
+
+    @device_function
+    def coded(words: Any, first: Any, scale: Any, usual: Any) -> Any:
+        out = cuda.local.array(2, uint32)
+        for i in range(2):
+            low, high = words[first + 2 * i], words[first + 2 * i + 1]
+            if usual:
+                out[i] = registers.low_bytes(
+                    plain(low, scale, 0), plain(low, scale, 1), plain(high, scale, 0), plain(high, scale, 1)
+                )
+            else:
+                out[i] = registers.low_bytes(
+                    careful(low, scale, 0), careful(low, scale, 1),
+                    careful(high, scale, 0), careful(high, scale, 1),
+                )  # fmt: skip
+        return out[0], out[1]
+
+    return coded
 
 
 def _loader(aligned: bool, passing: bool) -> Callable[..., Any]:

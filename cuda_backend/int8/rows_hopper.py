@@ -17,7 +17,7 @@ from cuda_backend.int8.operands import inlier_limit
 from cuda_backend.int8.product_hopper import NOTHING, After, side_by_side
 from refimpl.quant.absmax import Convention
 
-__all__ = ["Rows", "gpu_reasons", "reasons", "sixteen_bit_limit"]
+__all__ = ["Rows", "gpu_reasons", "in_vectors", "reasons", "sixteen_bit_limit"]
 
 KINDS = ("float16", "bfloat16")
 BLOCKS = 8  # of the kernel that sets outliers aside, on each multiprocessor
@@ -60,8 +60,7 @@ class Rows:
         self._beside = beside
         self._row = x.strides[0]
         self.pitch = padded(K)
-        aligned = K % quantize_hopper.WIDTH == 0 and (T == 1 or x.strides[0] % 16 == 0)
-        self.aligned = aligned
+        self.aligned = aligned = in_vectors(x)
         self._set_aside = None
         if threshold is None:
             passes, limit = [""], 0
@@ -148,6 +147,12 @@ def reasons(x: View) -> list[str]:
     elif x.shape[0] > 1 and x.strides[0] < 0:
         found.append(f"x has strides of {x.strides} bytes: none may be negative")
     return found
+
+
+def in_vectors(x: View) -> bool:
+    """Return whether rows can be read in vectors of 16 bytes, if the first begins at a multiple of them."""
+    T, K = x.shape
+    return K % quantize_hopper.WIDTH == 0 and (T == 1 or x.strides[0] % 16 == 0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CHUNK", "LISTED", "STEP", "TAKEN_CHUNK", "Narrow", "Wide", "blocks_of_narrow", "choose"]
+__all__ = ["CHUNK", "CONSUMERS", "LISTED", "STEP", "TAKEN_CHUNK", "Few", "Narrow", "Wide", "blocks_of_narrow", "choose", "choose_few"]
 
 SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
 STEP = 128  # codes of a row in one stage: one swizzled row of 128 bytes
@@ -14,6 +14,7 @@ LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
 SMALL_TILE = 0.6
+HELD = 8  # vectors of x in the registers of a thread
 START = 4
 
 
@@ -123,6 +124,84 @@ class Narrow(NamedTuple):
     def shared_bytes(self) -> int:
         """Dynamic shared memory: alignment slack, stages, barriers; two blocks have room."""
         return 1024 + self.stages * (self.w_bytes + self.x_bytes) + 256
+
+
+class Few(NamedTuple):
+    """A whole layer for few rows: each block quantises what it multiplies, a cluster shares the rest.
+
+    Attributes
+    ----------
+    kind
+        Format of x and of the output.
+    rows
+        At most as many rows of x: a power of two up to 64.
+    blocks
+        Of a cluster, which shares a tile of 128 outputs.
+    room
+        Steps of 128 features that a block works on, at most: a power of two.
+    """
+
+    kind: str
+    rows: int
+    blocks: int
+    room: int
+
+    @property
+    def tokens(self) -> int:
+        """Rows of x in a product, a multiple of 8."""
+        return max(8, self.rows)
+
+    @property
+    def features(self) -> int:
+        """Rows of the weight in a tile."""
+        return 64 * CONSUMERS
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers and a producer warp."""
+        return 128 * CONSUMERS + 32
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of eight numbers of x that a thread holds."""
+        return max(1, self.rows * self.room // 16)
+
+    @property
+    def w_bytes(self) -> int:
+        """Bytes of a tile of the weight in a stage."""
+        return self.features * STEP
+
+    @property
+    def x_bytes(self) -> int:
+        """Bytes of the codes of x for one stage; all of them stay."""
+        return self.tokens * STEP
+
+    @property
+    def stages(self) -> int:
+        """Tiles in flight: two blocks have room on a multiprocessor if the codes are few."""
+        codes = self.room * self.x_bytes
+        limit = SHARED_LIMIT // 2 - 1024 if codes <= 1 << 15 else SHARED_LIMIT
+        return min(8, (limit - 1024 - 256 - 4096 - codes) // self.w_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: alignment slack, stages, codes, barriers; 4 KiB are static."""
+        return 1024 + self.stages * self.w_bytes + self.room * self.x_bytes + 256
+
+
+def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None:
+    """Return the variant that is a whole layer, if a thread can hold its part of x.
+
+    >>> choose_few("float16", 16, 4096, 4096, 132), choose_few("float16", 16, 8192, 8192, 132)
+    (Few(kind='float16', rows=16, blocks=4, room=8), None)
+    """
+    if not 0 < M <= LARGEST_NARROW or not N or not K or K % 8:
+        return None
+    steps = -(-K // STEP)
+    blocks = blocks_of_narrow(-(-N // (64 * CONSUMERS)), steps, processors)
+    own = -(-steps // blocks)
+    variant = Few(kind, 1 << (M - 1).bit_length(), blocks, max(2, 1 << (own - 1).bit_length()))
+    return variant if variant.vectors <= HELD and variant.stages >= 4 else None
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:

@@ -18,6 +18,7 @@ import pytest
 from cuda_backend.arrays import View
 from cuda_backend.int8 import (
     call_hopper,
+    few_hopper,
     linear_hopper,
     memory,
     memory_hopper,
@@ -116,7 +117,8 @@ def played(
         KERNELS[item.name](item, matrices)
 
     monkeypatch.setattr(product_hopper.Launch, "__call__", call)
-    monkeypatch.setattr(product_hopper, "encoder", encoder)
+    for module in (product_hopper, few_hopper):
+        monkeypatch.setattr(module, "encoder", encoder)
     monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
     monkeypatch.setattr(linear_hopper, "quantized_columns", columns)
 
@@ -274,4 +276,37 @@ def pack(item: SimpleNamespace, _matrices: Any) -> None:
     room[:, :K] = at(codes, (rows, K), np.int8, (by_row, by_k))
 
 
-KERNELS = {"quantize": quantize, "outliers": outliers, "product": product, "narrow": narrow, "pack": pack}
+def layer_few(item: SimpleNamespace, matrices: Any) -> None:
+    x_at, x_row, out, absmax_at, bias, w, w_feature, w_column = item.values[1:9]
+    own, steps, M, N, K, limit = item.values[9:]
+    ((codes_at, rows, row_bytes, pitch),) = matrices
+    variant = item.variant
+    assert (codes_at, rows, row_bytes) == (w, N, K)
+    assert x_at % 16 == 0 and (M == 1 or x_row % 16 == 0)
+    assert own * variant.blocks >= steps == -(-K // 128)
+    assert own <= variant.room and M <= variant.rows
+    assert item.blocks == -(-N // 128) * item.cluster
+    kind = KINDS[variant.kind]
+    x = at(x_at, (M, K), kind, (x_row, 2))
+    bits = x.view(np.uint16) & 0x7FFF
+    outlier = bits >= limit
+    found = np.flatnonzero(outlier.any(axis=0))
+    b = at(codes_at, (N, K), np.int8, (pitch, 1))
+    scale = at(absmax_at, (N,), np.float32)
+    with np.errstate(all="ignore"):
+        absmax = np.where(outlier, 0, bits).max(axis=1, initial=0).astype(np.uint16).view(kind)
+        absmax = absmax.astype(np.float32)
+        steps_ = np.rint(x.astype(np.float32) * (np.float32(LIMIT) / absmax)[:, None])
+        a = np.where(np.abs(steps_) <= LIMIT, steps_, 0).astype(np.int64)
+        a[:, found] = 0
+        y = (a @ b.astype(np.int64).T).astype(np.float32) * absmax[:, None] * scale * np.float32(1 / LIMIT**2)
+        if bias:
+            y = y + at(bias, (N,), kind).astype(np.float32)
+        if found.size:
+            told = SimpleNamespace(kind=variant.kind, outliers="released")
+            far = met(told, w, w_feature, w_column, absmax_at, K, N)[:, found].astype(np.float32)
+            y = y + x[:, found].astype(np.float32) @ far.T
+        at(out, (M, N), kind)[...] = round_to(y, kind)
+
+
+KERNELS = {"layer_few": layer_few, "quantize": quantize, "outliers": outliers, "product": product, "narrow": narrow, "pack": pack}
