@@ -31,7 +31,8 @@ __all__ = ["WARPS", "build_list", "build_set_aside"]
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 WARPS = 2  # of a block, that set aside
-VECTORS, WORDS, GROUP = 4, 16, 8  # of 16 marks, that a lane reads at once, their words; outliers that it moves at once
+VECTORS, WORDS = 4, 16  # of 16 marks, that a lane reads at once; their words
+GROUP = 8  # outliers of a row that a lane moves at once
 TAKEN, DONE, LEFT = 0, 4, 8  # counters: shares claimed and finished, blocks that need no marks
 
 
@@ -151,7 +152,9 @@ def build_set_aside(kind: str, outliers: str) -> Callable[..., Any]:
             j = int32(j + GROUP)
 
     @device_function
-    def share_out(share: Any, lane: Any, listed: Any, number: Any, given: Any, room: Any, problem: Any) -> None:
+    def share_out(
+        share: Any, lane: Any, listed: Any, number: Any, given: Any, room: Any, problem: Any
+    ) -> None:
         """Set aside 32 rows of x, or 32 columns of the weight."""
         x, x_row, x_feature, codes, codes_row, w, w_feature, w_column, absmax = given
         x_aside, w_aside = room

@@ -45,9 +45,7 @@ class FewLayer:
             threads=variant.threads, shared_bytes=variant.shared_bytes,
         )  # fmt: skip
 
-    def run(
-        self, shared: Shared, stream: int, x: int, codes: int, absmax: int, bias: int, out: int
-    ) -> None:
+    def run(self, shared: Shared, stream: int, x: int, codes: int, absmax: int, bias: int, out: int) -> None:
         """Queue it; nothing waits."""
         maps = shared.descriptors.place(self._number, (codes,), self._encoders)
         self._launch(stream, maps, x, self._x_row, out, absmax, bias, codes, 1, self._w_column)
@@ -56,7 +54,7 @@ class FewLayer:
 def few_layer(
     x: View, codes: View, threshold: float | None, convention: Convention, device: int, processors: int
 ) -> FewLayer | None:
-    """Return the layer if one kernel can be all of it: few rows that lie well, outliers as "released" says."""
+    """Return the layer if one kernel can be all of it: few rows that lie well, outliers but the paper's."""
     if not in_vectors(x) or to_pack(codes) or (threshold is not None and convention == "paper"):
         return None
     variant = choose_few(x.dtype, x.shape[0], codes.shape[0], x.shape[1], processors)

@@ -143,7 +143,10 @@ def build(variant: Wide) -> Callable[..., None]:
                 number = copy.load_shared_word(uint32(base + number_at))
                 near = int32(min(number, side_by_side))
                 chunks = registers.quotient(int32(near + (CHUNK - 1)), CHUNK)
-                for chunk in range(registers.quotient(int32(near + (TAKEN_CHUNK - 1)), TAKEN_CHUNK) if removed else 0):
+                taken = int32(0)
+                if removed:
+                    taken = registers.quotient(int32(near + (TAKEN_CHUNK - 1)), TAKEN_CHUNK)
+                for chunk in range(taken):
                     barrier.wait(base + empty_at + 8 * stage, parity)
                     column = int32(2 * side_by_side + chunk * TAKEN_CHUNK)
                     load(base, stage, x_map, w_map, column, a_row, b_row, TAKEN_CHUNK)
@@ -293,6 +296,8 @@ def build(variant: Wide) -> Callable[..., None]:
             take_registers()
             surplus = (x, x_row, x_feature, w, w_feature, w_column, b_absmax)
             taken = (codes, codes_row, w, w_feature, w_column)
-            consume(base, thread, out, a_absmax, indices, marks, surplus, taken, first, blocks, number, problem)
+            consume(
+                base, thread, out, a_absmax, indices, marks, surplus, taken, first, blocks, number, problem
+            )
 
     return product

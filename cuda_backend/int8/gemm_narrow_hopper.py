@@ -65,7 +65,9 @@ def build_accumulate(
             w_place = uint32(base + stage * stage_bytes + group * (64 * STEP))
             barrier.wait(base + full_at + 8 * stage, parity)
             wgmma.fence()
-            multiply(total, descriptor(w_place), descriptor(uint32(x_place(base, stage, int32(step - first)))))
+            multiply(
+                total, descriptor(w_place), descriptor(uint32(x_place(base, stage, int32(step - first))))
+            )
             wgmma.commit()
             done(total)
             if lane == 0:

@@ -2,7 +2,7 @@
 
 For few rows each kernel beside the product costs as much as the product.  Here the weight streams as in
 `gemm_narrow_hopper`, a cluster for a tile of 128 outputs, each block on a part of K.  While its first tiles
-are on their way a block reads that part of x, which its threads hold: it finds the largest inlier of each row,
+are on their way a block reads that part of x, which its threads hold: it finds each row's largest inlier,
 learns those of the other blocks of the cluster, and writes codes to shared memory as tensor cores read them.
 A column of that part holds an outlier if one of the few rows has one there, which the block sees for itself:
 its codes are 0, and its numbers are multiplied in float32, apart.
@@ -142,7 +142,7 @@ def build(variant: Few) -> Callable[..., None]:
 
     @device_function
     def listing(marks: Any, lane: Any, done: Any, listed: Any) -> Any:
-        """List marked columns from number `done` on, as many as find room, in order; return how many all are."""
+        """List marked columns from number `done` on, in order, if there is room; return how many all are."""
         number = int32(0)
         for r in range(rounds):
             index = int32(32 * r + lane)

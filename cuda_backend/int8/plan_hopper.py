@@ -120,7 +120,9 @@ class LinearPlan(_Plan):
         beside = beside and isinstance(variant, Wide) and threshold is not None
         if isinstance(variant, Wide):
             variant = variant._replace(beside=beside)
-        self.rows = Rows(x, threshold, convention, N, zeros=self.zeros, beside=beside, passing=passing, **self.where)
+        self.rows = Rows(
+            x, threshold, convention, N, zeros=self.zeros, beside=beside, passing=passing, **self.where
+        )
         pitch = self.rows.pitch
         self._codes, self._absmax = self.scratch.reserve(T * pitch), self.scratch.reserve(4 * T)
         quantised = View((T, K), (pitch, 1), "int8", 0, None)
@@ -163,7 +165,6 @@ class LinearPlan(_Plan):
             else:
                 self.rows.clear(self.stream, self.memory[1])
         return after
-
 
     @functools.cached_property
     def _in_steps(self) -> LinearPlan:

@@ -14,7 +14,10 @@ from cuda_backend.int8.memory_hopper import Arena, Shared, padded
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Narrow, Wide, choose
 from refimpl.errors import UnsupportedError
 
-__all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "next_number", "side_by_side", "to_pack"]
+__all__ = [
+    "MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "next_number", "side_by_side",
+    "to_pack",
+]  # fmt: skip
 
 MISALIGNED = "an array does not start at a multiple of 16 bytes"
 SIDE_BY_SIDE = 1024  # outliers that go through tensor cores; what is beyond is added number by number

@@ -86,8 +86,9 @@ class Rows:
         rows = outliers_hopper.THREADS // outliers_hopper.MEMBERS
         blocks = max(1, min(BLOCKS * processors, -(-(T + N) // rows)))
         self._set_aside = Launch(
-            function, 14, [T, K, 0 if beside else N, aside], blocks=blocks, threads=outliers_hopper.THREADS, early=True
-        )
+            function, 14, [T, K, 0 if beside else N, aside], blocks=blocks, threads=outliers_hopper.THREADS,
+            early=True,
+        )  # fmt: skip
 
     def run(
         self,

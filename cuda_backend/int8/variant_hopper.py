@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CHUNK", "CONSUMERS", "LISTED", "STEP", "TAKEN_CHUNK", "Few", "Narrow", "Wide", "blocks_of_narrow", "choose", "choose_few"]
+__all__ = [
+    "CHUNK", "CONSUMERS", "LISTED", "STEP", "TAKEN_CHUNK", "Few", "Narrow", "Wide", "blocks_of_narrow",
+    "choose", "choose_few",
+]  # fmt: skip
 
 SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
 STEP = 128  # codes of a row in one stage: one swizzled row of 128 bytes
@@ -139,12 +142,15 @@ class Few(NamedTuple):
         Of a cluster, which shares a tile of 128 outputs.
     room
         Steps of 128 features that a block works on, at most: a power of two.
+    alone
+        Whether a block has a multiprocessor for itself.
     """
 
     kind: str
     rows: int
     blocks: int
     room: int
+    alone: bool
 
     @property
     def tokens(self) -> int:
@@ -178,10 +184,9 @@ class Few(NamedTuple):
 
     @property
     def stages(self) -> int:
-        """Tiles in flight: two blocks have room on a multiprocessor if the codes are few."""
-        codes = self.room * self.x_bytes
-        limit = SHARED_LIMIT // 2 - 1024 if codes <= 1 << 15 else SHARED_LIMIT
-        return min(8, (limit - 1024 - 256 - 4096 - codes) // self.w_bytes)
+        """Tiles in flight, which leave room for a second block or not."""
+        limit = SHARED_LIMIT if self.alone else SHARED_LIMIT // 2 - 1024
+        return min(8, (limit - 1024 - 256 - 4096 - self.room * self.x_bytes) // self.w_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -192,16 +197,22 @@ class Few(NamedTuple):
 def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None:
     """Return the variant that is a whole layer, if a thread can hold its part of x.
 
-    >>> choose_few("float16", 16, 4096, 4096, 132), choose_few("float16", 16, 8192, 8192, 132)
-    (Few(kind='float16', rows=16, blocks=4, room=8), None)
+    As many blocks share a tile as in `choose`, or more of them, so that their parts are small enough.
+
+    >>> choose_few("float16", 16, 4096, 4096, 132), choose_few("float16", 64, 8192, 8192, 132)
+    (Few(kind='float16', rows=16, blocks=4, room=8, alone=True), None)
     """
     if not 0 < M <= LARGEST_NARROW or not N or not K or K % 8:
         return None
-    steps = -(-K // STEP)
-    blocks = blocks_of_narrow(-(-N // (64 * CONSUMERS)), steps, processors)
-    own = -(-steps // blocks)
-    variant = Few(kind, 1 << (M - 1).bit_length(), blocks, max(2, 1 << (own - 1).bit_length()))
-    return variant if variant.vectors <= HELD and variant.stages >= 4 else None
+    steps, tiles = -(-K // STEP), -(-N // (64 * CONSUMERS))
+    blocks = blocks_of_narrow(tiles, steps, processors)
+    while blocks <= 8:
+        room = max(2, 1 << (-(-steps // blocks) - 1).bit_length())
+        variant = Few(kind, 1 << (M - 1).bit_length(), blocks, room, tiles * blocks <= processors)
+        if variant.vectors <= HELD and variant.stages >= 4:
+            return variant
+        blocks *= 2
+    return None
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:

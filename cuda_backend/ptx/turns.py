@@ -37,6 +37,6 @@ to_the_copy_engine = instruction(
     {},
     "fence.proxy.async;",
     "",
-    'Order what this thread stores, or has been told of, before what the copy engine reads.  PTX ISA, "membar, '
-    'fence", fence.proxy.async.',
+    "Order what this thread stores, or has been told of, before what the copy engine reads.  "
+    'PTX ISA, "membar, fence", fence.proxy.async.',
 )

@@ -195,7 +195,7 @@ def met(variant: Any, w: int, w_feature: int, w_column: int, absmax_at: int, K: 
 
 def product(item: SimpleNamespace, matrices: Any) -> None:
     after, met_by = item.values[4:11], item.values[11:17]
-    codes, codes_row, x_aside, w_aside, counters = item.values[17:22]
+    codes, _, x_aside, w_aside, counters = item.values[17:22]
     M, N, room, K = item.values[26:]
     rows, columns = -(-M // 128), -(-N // item.variant.block_n)
     assert item.values[22:26] == [rows * columns, rows, columns, -(-K // 128)]
@@ -282,9 +282,11 @@ def layer_few(item: SimpleNamespace, matrices: Any) -> None:
     ((codes_at, rows, row_bytes, pitch),) = matrices
     variant = item.variant
     assert (codes_at, rows, row_bytes) == (w, N, K)
-    assert x_at % 16 == 0 and (M == 1 or x_row % 16 == 0)
+    assert x_at % 16 == 0
+    assert M == 1 or x_row % 16 == 0
     assert own * variant.blocks >= steps == -(-K // 128)
-    assert own <= variant.room and M <= variant.rows
+    assert own <= variant.room
+    assert variant.rows >= M
     assert item.blocks == -(-N // 128) * item.cluster
     kind = KINDS[variant.kind]
     x = at(x_at, (M, K), kind, (x_row, 2))
@@ -309,4 +311,7 @@ def layer_few(item: SimpleNamespace, matrices: Any) -> None:
         at(out, (M, N), kind)[...] = round_to(y, kind)
 
 
-KERNELS = {"layer_few": layer_few, "quantize": quantize, "outliers": outliers, "product": product, "narrow": narrow, "pack": pack}
+KERNELS = {
+    "layer_few": layer_few, "quantize": quantize, "outliers": outliers, "product": product, "narrow": narrow,
+    "pack": pack,
+}  # fmt: skip
