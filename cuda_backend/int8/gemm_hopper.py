@@ -101,7 +101,7 @@ def build(variant: Wide) -> Callable[..., None]:
     add_surplus = build_surplus(variant)
     remove_surplus = build_removal(variant)
     remove = wgmma.product_codes(block_n, [0])
-    set_aside = build_set_aside(variant.kind, variant.outliers) if beside else None
+    set_aside = build_set_aside(variant.kind, variant.outliers)
 
     @device_function
     def load(

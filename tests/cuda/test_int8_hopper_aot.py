@@ -24,7 +24,8 @@ from cuda_backend.int8 import layer_few_hopper
 from cuda_backend.int8.variant_hopper import Few, Narrow, Wide
 from numba.cuda.cudadrv.driver import _Linker
 
-MODULES = {"wide": (gemm_hopper, Wide), "few": (layer_few_hopper, Few), "narrow": (gemm_narrow_hopper, Narrow),
+MODULES = {"wide": (gemm_hopper, Wide), "narrow": (gemm_narrow_hopper, Narrow),
+           "few": (layer_few_hopper, Few),
            "outliers": (outliers_hopper, outliers_hopper.Variant), "pack": (pack_hopper, pack_hopper.Variant),
            "quantize": (quantize_hopper, quantize_hopper.choose)}
 found = []
@@ -55,7 +56,7 @@ for name, *fields in json.loads(sys.argv[1]):
         "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
         "int8": len(re.findall("wgmma.mma_async[^;]*s32.s8.s8", ptx)),
         "float": len(re.findall("wgmma.mma_async[^;]*f32", ptx)),
-        "shared": getattr(variant, "shared_bytes", 0) + number(r"(\\d+) bytes smem" if name == "few" else "(0)"),
+        "shared": getattr(variant, "shared_bytes", 0) + sum(map(int, re.findall(r"(\\d+) bytes smem", said))),
         "threads": threads,
     })
 print(json.dumps(found))
@@ -81,10 +82,12 @@ RECORDED = [
 ]
 KINDS, WIDTHS = ("float16", "bfloat16"), (100, 1024, 4096, 8192, 28_672, 65_536, 100_000)
 FULL = [
-    *[("wide", kind, outliers, aligned, block_n, beside) for kind in KINDS for outliers in ("released", "paper")
-      for aligned in (True, False) for block_n in (128, 256) for beside in (True, False)],
-    *[("few", kind, rows, blocks, room, rows * room > 64) for kind in KINDS for rows in (1, 2, 4, 8, 16, 32, 64)
-      for blocks in (1, 8) for room in (2, 8, 32, 128) if rows * room <= 128],
+    *[("wide", kind, outliers, aligned, block_n, beside)
+      for kind in KINDS for outliers in ("released", "paper") for aligned in (True, False)
+      for block_n in (128, 256) for beside in (True, False)],
+    *[("few", kind, rows, blocks, room, rows * room > 64)
+      for kind in KINDS for rows in (1, 2, 4, 8, 16, 32, 64) for blocks in (1, 8)
+      for room in (2, 8, 32, 128) if rows * room <= 128],
     *[("wide", "int32", "released", aligned, block_n) for aligned in (True, False) for block_n in (128, 256)],
     *[("narrow", kind, "released", tokens, blocks) for kind in (*KINDS, "int32")
       for tokens in (8, 16, 32, 64) for blocks in (1, 2, 4, 8)],

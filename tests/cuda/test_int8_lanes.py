@@ -126,7 +126,7 @@ def multiplied(lanes: Lanes, w_codes: Any, variant: Few) -> Any:
     [
         ("float16", 3, 488, 140, 2, 4, 2, "some", 6.0),
         ("bfloat16", 1, 136, 9, 1, 1, 2, "some", None),
-        ("float16", 9, 712, 20, 2, 16, 4, "all", 6.0),
+        ("float16", 9, 264, 20, 1, 16, 4, "all", 6.0),
         ("bfloat16", 2, 600, 5, 2, 2, 4, "zero_row", 1e-60),
     ],
 )
