@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,9 +35,10 @@ def placed(array: Any) -> Any:
     return owner
 
 
-@pytest.mark.parametrize("outliers", ["released", "paper"])
-@pytest.mark.parametrize("count", [0, 1, 31, 70])
-def test_set_aside(monkeypatch: pytest.MonkeyPatch, count: int, outliers: str) -> None:
+def judge_set_aside(
+    monkeypatch: pytest.MonkeyPatch, count: int, outliers: str, module: Any = aside_hopper
+) -> None:
+    """Let three blocks set aside `count` outliers, with room for 64."""
     M, N, K, room, blocks = 70, 45, 4100, 64, 3
     rng = np.random.default_rng(count)
     found = np.sort(rng.choice(K, count, replace=False))
@@ -50,8 +53,8 @@ def test_set_aside(monkeypatch: pytest.MonkeyPatch, count: int, outliers: str) -
     weight = placed(rng.standard_normal((K, N)).astype(np.float16))
     x_aside, w_aside = (placed(np.full((rows, 3 * room), 0x55, np.uint8)) for rows in (M, N))
     lanes = Lanes(blocks, 64)
-    lanes.install(monkeypatch, MODULES)
-    set_aside = aside_hopper.build_set_aside("float16", outliers)
+    lanes.install(monkeypatch, (*MODULES, module))
+    set_aside = module.build_set_aside("float16", outliers)
     met = (weight.ctypes.data, 2 * N, 2) if outliers == "paper" else (w_codes.ctypes.data, 1, K)
     given = tuple(
         np.uint64(each) for each in (x.ctypes.data, 2 * K, 2, codes.ctypes.data, K, *met, absmax.ctypes.data)
@@ -92,6 +95,39 @@ def test_set_aside(monkeypatch: pytest.MonkeyPatch, count: int, outliers: str) -
             assert np.array_equal(aside[:, 2 * room :][:, :padded].view(np.int8), expected)
 
 
+@pytest.mark.parametrize("outliers", ["released", "paper"])
+@pytest.mark.parametrize("count", [0, 1, 31, 70])
+def test_set_aside(monkeypatch: pytest.MonkeyPatch, count: int, outliers: str) -> None:
+    judge_set_aside(monkeypatch, count, outliers)
+
+
+def mutant(module: ModuleType, old: str, new: str) -> ModuleType:
+    """Return a module with a mistake."""
+    source = inspect.getsource(module)
+    assert old in source
+    changed = ModuleType("mutant")
+    exec(source.replace(old, new), vars(changed))
+    return changed
+
+
+MISTAKES = {
+    "sign of the codes": ("own[i] = uint32(-int32(own[i]))", "pass"),
+    "order of the codes": ("codes[4], codes[5]", "codes[5], codes[4]"),
+    "marks stay": ("clear_marks(marks, K, lane, 32)", "pass"),
+    "a counter stays": ("copy.store_global_word(counters + uint64(DONE), uint32(0))", "pass"),
+    "no padding": ("found[i], own[i] = uint32(0), uint32(0)", "pass"),
+    "the last marks": ("if first + 16 * v < K:", "if first + 16 * v < K - 16:"),
+    "marks of lanes below": ("upto += lower", "upto += int32(0)"),
+    "the ready word": ("barrier.arrive(ready)", "barrier.arrive(number_at)"),
+}
+
+
+@pytest.mark.parametrize("wrong", MISTAKES)
+def test_mistakes_in_setting_aside_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    with pytest.raises((AssertionError, IndexError)):
+        judge_set_aside(monkeypatch, 31, "released", mutant(aside_hopper, *MISTAKES[wrong]))
+
+
 def multiplied(lanes: Lanes, w_codes: Any, variant: Few) -> Any:
     """Return what stands for the product of tensor cores: it reads codes as they do, swizzled."""
 
@@ -122,7 +158,7 @@ def multiplied(lanes: Lanes, w_codes: Any, variant: Few) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "T", "K", "N", "blocks", "rows", "room", "outliers", "threshold"),
+    "asked",
     [
         ("float16", 3, 488, 140, 2, 4, 2, "some", 6.0),
         ("bfloat16", 1, 136, 9, 1, 1, 2, "some", None),
@@ -130,7 +166,27 @@ def multiplied(lanes: Lanes, w_codes: Any, variant: Few) -> Any:
         ("bfloat16", 2, 600, 5, 2, 2, 4, "zero_row", 1e-60),
     ],
 )
-def test_a_layer_of_few_rows(
+def test_a_layer_of_few_rows(monkeypatch: pytest.MonkeyPatch, asked: Any) -> None:
+    assert difference_of_few(monkeypatch, *asked) is None
+
+
+MISTAKES_IN_FEW = {
+    "not swizzled": ("^ (row & 7)", "^ 0"),
+    "codes of outliers": ("words[4 * i + e // 2] &= ~", "_ = "),
+    "outliers in the maximum": ("if bits < limit:", "if bits <= 0x7FFF:"),
+    "other rows of x": ("place % row_vectors)", "place % 32)"),
+    "outliers once": ("done = int32(done + LISTED)", "done = number"),
+    "no bias": ("shift = unpack(", "_ = unpack("),
+}
+
+
+@pytest.mark.parametrize("wrong", MISTAKES_IN_FEW)
+def test_mistakes_in_layers_of_few_rows_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    module = mutant(layer_few_hopper, *MISTAKES_IN_FEW[wrong])
+    assert difference_of_few(monkeypatch, "float16", 3, 512, 9, 1, 4, 4, "some", 2.0, module)
+
+
+def difference_of_few(
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
     T: int,
@@ -141,7 +197,9 @@ def test_a_layer_of_few_rows(
     room: int,
     outliers: str,
     threshold: Any,
-) -> None:
+    module: Any = layer_few_hopper,
+) -> str | None:
+    """Return how a layer differs from the reference."""
     variant = Few(dtype, rows, blocks, room, True)
     case = case_of(T, dtype, T=T, K=K, N=N, outliers=outliers, threshold=threshold)
     kind, steps = KINDS[dtype], -(-K // 128)
@@ -154,10 +212,10 @@ def test_a_layer_of_few_rows(
         w_codes, out = placed(np.ascontiguousarray(codes.T)), placed(np.full((T, N), np.nan, kind))
         tiles = -(-N // 128)
         lanes = Lanes(tiles * blocks, variant.threads, blocks)
-        lanes.install(monkeypatch, MODULES)
-        monkeypatch.setattr(layer_few_hopper, "build_accumulate", multiplied(lanes, w_codes, variant))
-        monkeypatch.setattr(layer_few_hopper, "LISTED", 16)
-        kernel = layer_few_hopper.build(variant)
+        lanes.install(monkeypatch, (*MODULES, module))
+        monkeypatch.setattr(module, "build_accumulate", multiplied(lanes, w_codes, variant))
+        monkeypatch.setattr(module, "LISTED", 16)
+        kernel = module.build(variant)
         limit = 1 << 15 if threshold is None else sixteen_bit_limit(dtype, threshold, "released")
         addresses = (0, x.ctypes.data, 2 * K, out.ctypes.data, absmax.ctypes.data, bias.ctypes.data,
                      w_codes.ctypes.data, 1, K)  # fmt: skip
@@ -165,4 +223,4 @@ def test_a_layer_of_few_rows(
         lanes.run(lambda: kernel(*map(np.uint64, addresses), *map(np.int32, numbers)))
         return out
 
-    assert linear_difference(layer, "llm_int8_linear_fused", case, dtype) is None
+    return linear_difference(layer, "llm_int8_linear_fused", case, dtype)
