@@ -209,7 +209,7 @@ def build_set_aside(kind: str, outliers: str) -> Callable[..., Any]:
                 share = claimed(counters, lane)
             if lane == 0:
                 while turns.word_seen(counters + uint64(DONE)) < shares:
-                    pass
+                    turns.rest()
             together()
         if warp == 0:
             if lane == 0:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from cuda_backend.arrays import View
 from cuda_backend.int8.descriptors_hopper import encoder
 from cuda_backend.int8.launches_hopper import Launch, function_of
-from cuda_backend.int8.memory_hopper import Shared, padded
-from cuda_backend.int8.product_hopper import next_number, to_pack
+from cuda_backend.int8.memory_hopper import Arena, Shared, padded
+from cuda_backend.int8.product_hopper import MISALIGNED, Pack, next_number, to_pack
 from cuda_backend.int8.rows_hopper import in_vectors, sixteen_bit_limit
 from cuda_backend.int8.variant_hopper import STEP, Few, choose_few
+from refimpl.errors import UnsupportedError
 from refimpl.quant.absmax import Convention
 
 __all__ = ["FewLayer", "few_layer"]
@@ -27,15 +28,18 @@ class FewLayer:
         As `choose_few` says.
     limit : int
         Least bits of a magnitude that is an outlier.
+    scratch : Arena
+        Where memory is reserved.
     device : int
         Ordinal of the current GPU.
     """
 
-    def __init__(self, x: View, codes: View, variant: Few, limit: int, device: int) -> None:
+    def __init__(self, x: View, codes: View, variant: Few, limit: int, scratch: Arena, device: int) -> None:
         (M, K), N = x.shape, codes.shape[0]
         self._number = next_number()
-        self._x_row, self._w_column = x.strides[0], codes.strides[0]
-        pitch = codes.strides[0] if N > 1 else padded(K)
+        self._x_row, (self._w_column, self._w_feature) = x.strides[0], codes.strides
+        self._pack = Pack(codes, scratch, device) if to_pack(codes) else None
+        pitch = padded(K) if self._pack or N == 1 else codes.strides[0]
         self._encoders = [encoder(N, K, pitch, variant.features, STEP)]
         steps = -(-K // STEP)
         self._launch = Launch(
@@ -45,20 +49,33 @@ class FewLayer:
             threads=variant.threads, shared_bytes=variant.shared_bytes,
         )  # fmt: skip
 
-    def run(self, shared: Shared, stream: int, x: int, codes: int, absmax: int, bias: int, out: int) -> None:
-        """Queue it; nothing waits."""
-        maps = shared.descriptors.place(self._number, (codes,), self._encoders)
-        self._launch(stream, maps, x, self._x_row, out, absmax, bias, codes, 1, self._w_column)
+    def run(
+        self, shared: Shared, stream: int, scratch: int, x: int, codes: int, absmax: int, bias: int, out: int
+    ) -> None:
+        """Queue it; `scratch` is where the memory of the stream begins.  Nothing waits."""
+        if self._pack is None and codes % 16:
+            raise UnsupportedError(f"codes: {MISALIGNED}")
+        packed = self._pack.run(stream, codes, scratch) if self._pack else codes
+        maps = shared.descriptors.place(self._number, (packed,), self._encoders)
+        met = codes, self._w_feature, self._w_column
+        self._launch(stream, maps, x, self._x_row, out, absmax, bias, *met)
 
 
 def few_layer(
-    x: View, codes: View, threshold: float | None, convention: Convention, device: int, processors: int
+    x: View,
+    codes: View,
+    threshold: float | None,
+    convention: Convention,
+    *,
+    scratch: Arena,
+    device: int,
+    processors: int,
 ) -> FewLayer | None:
     """Return the layer if one kernel can be all of it: few rows that lie well, outliers but the paper's."""
-    if not in_vectors(x) or to_pack(codes) or (threshold is not None and convention == "paper"):
+    if not in_vectors(x) or (threshold is not None and convention == "paper"):
         return None
     variant = choose_few(x.dtype, x.shape[0], codes.shape[0], x.shape[1], processors)
     if variant is None:
         return None
     limit = NO_LIMIT if threshold is None else sixteen_bit_limit(x.dtype, threshold, convention)
-    return FewLayer(x, codes, variant, limit, device)
+    return FewLayer(x, codes, variant, limit, scratch, device)

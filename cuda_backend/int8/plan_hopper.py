@@ -112,9 +112,10 @@ class LinearPlan(_Plan):
         self.shape, self.dtype = (T, N), x.dtype
         self.few = None
         if beside:
-            self.few = few_layer(x, codes, threshold, convention, device, self.where["processors"])
+            self.few = few_layer(x, codes, threshold, convention, **self.where)
         if self.few is not None:
             self._asked = x, codes, weight, threshold, convention, stream, device
+            self.settle()
             return
         variant = choose(x.dtype, convention, T, N, K, self.where["processors"])
         beside = beside and isinstance(variant, Wide) and threshold is not None
@@ -150,9 +151,9 @@ class LinearPlan(_Plan):
         if self.few is not None:
             if kept is not None:
                 return self._in_steps.run(x, codes, absmax, weight, bias, out, kept)
-            self.check(out, x, codes)
+            self.check(out, x)
             with self.shared.lock:
-                self.few.run(self.shared, self.stream, x, codes, absmax, bias, out)
+                self.few.run(self.shared, self.stream, self.memory[0], x, codes, absmax, bias, out)
             return NOTHING
         self.check(out, x if self.rows.aligned else 0)
         x_codes, x_absmax = kept or (self.memory[0] + self._codes, self.memory[0] + self._absmax)

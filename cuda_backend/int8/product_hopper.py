@@ -15,8 +15,8 @@ from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Narrow, W
 from refimpl.errors import UnsupportedError
 
 __all__ = [
-    "MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "next_number", "side_by_side",
-    "to_pack",
+    "MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Pack", "Product", "copied", "next_number",
+    "side_by_side", "to_pack",
 ]  # fmt: skip
 
 MISALIGNED = "an array does not start at a multiple of 16 bytes"
@@ -118,7 +118,7 @@ class Product:
     ) -> None:
         (M, K), N = a.shape, b.shape[0]
         self._number = next_number()
-        self._packs = [_Pack(codes, scratch, device) if to_pack(codes) else None for codes in (a, b)]
+        self._packs = [Pack(codes, scratch, device) if to_pack(codes) else None for codes in (a, b)]
         pitches = [
             padded(K) if pack else codes.strides[0] for pack, codes in zip(self._packs, (a, b), strict=True)
         ]
@@ -179,7 +179,7 @@ class Product:
             self._launch(stream, maps, maps + 128, out, *after[:14])
 
 
-class _Pack:
+class Pack:
     """A copy of codes, to where the copy engine can read them."""
 
     def __init__(self, codes: View, scratch: Arena, device: int) -> None:

@@ -281,7 +281,7 @@ def layer_few(item: SimpleNamespace, matrices: Any) -> None:
     own, steps, M, N, K, limit = item.values[9:]
     ((codes_at, rows, row_bytes, pitch),) = matrices
     variant = item.variant
-    assert (codes_at, rows, row_bytes) == (w, N, K)
+    assert (rows, row_bytes) == (N, K)
     assert x_at % 16 == 0
     assert M == 1 or x_row % 16 == 0
     assert own * variant.blocks >= steps == -(-K // 128)

@@ -201,7 +201,9 @@ class Lanes:
             with self.lock:
                 memory(int(address), 4).view(np.int32)[0] += 1
 
-        return SimpleNamespace(word_seen=word_seen, pass_turn=pass_turn, to_the_copy_engine=lambda: None)
+        return SimpleNamespace(
+            word_seen=word_seen, pass_turn=pass_turn, rest=lambda: None, to_the_copy_engine=lambda: None
+        )
 
     def _copy(self) -> Any:
         def load(kind: Any) -> Any:

@@ -101,7 +101,7 @@ def test_more_outliers_than_find_room(
 
 
 def test_all_ways_to_give_a_weight(launched: list[SimpleNamespace]) -> None:
-    for K in (32, 35):
+    for K in (32, 35, 40):
         case = case_of(0, "float16", T=3, K=K, N=5, outliers="some")
         x, weight = case.args
         expected = llm_int8_linear_hopper(x, weight)
