@@ -208,7 +208,8 @@ def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None
     blocks = blocks_of_narrow(tiles, steps, processors)
     while blocks <= 8:
         room = max(2, 1 << (-(-steps // blocks) - 1).bit_length())
-        variant = Few(kind, 1 << (M - 1).bit_length(), blocks, room, tiles * blocks <= processors)
+        alone = tiles * blocks <= processors or M > 16  # their registers leave no room for a second block
+        variant = Few(kind, 1 << (M - 1).bit_length(), blocks, room, alone)
         if variant.vectors <= HELD and variant.stages >= 4:
             return variant
         blocks *= 2
