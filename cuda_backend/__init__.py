@@ -19,6 +19,7 @@ from refimpl.registry import add_implementation, resolve
 
 __all__ = [
     "availability",
+    "block_mask",
     "dequantize_product",
     "flash_attention",
     "flash_attention_hopper",
@@ -54,6 +55,8 @@ __all__ = [
     "scaled_int8_matmul",
     "split_kv_attention",
     "supports",
+    "varlen_attention",
+    "varlen_attention_vjp",
 ]
 
 _FORWARD, _BACKWARD = "cuda_backend.attention.forward", "cuda_backend.attention.backward"
@@ -64,8 +67,11 @@ _HOME = {
     "flash_attention_hopper": "cuda_backend.attention.call_hopper:flash_attention_hopper",
     "paged_attention": "cuda_backend.attention.decode:paged_attention",
     "split_kv_attention": "cuda_backend.attention.decode:split_kv_attention",
+    "block_mask": "cuda_backend.attention.tile_states:block_mask",
     "flexible_attention": "cuda_backend.attention.flexible:flexible_attention",
     "flexible_attention_vjp": "cuda_backend.attention.flexible:flexible_attention_vjp",
+    "varlen_attention": "cuda_backend.attention.varlen:varlen_attention",
+    "varlen_attention_vjp": "cuda_backend.attention.varlen:varlen_attention_vjp",
     "flash_attention_vjp": f"{_BACKWARD}:flash_attention_vjp",
     "flash_attention_vjp_deterministic": f"{_HOPPER_BACKWARD}:flash_attention_vjp_deterministic",
     "flash_attention_vjp_hopper": f"{_HOPPER_BACKWARD}:flash_attention_vjp_hopper",
@@ -101,6 +107,7 @@ for _technique, _function in (
     ("attention.flash", "flash_attention"),
     ("attention.flash_backward", "flash_attention_vjp"),
     ("attention.flexible", "flexible_attention"),
+    ("attention.varlen", "varlen_attention"),
     ("attention.split_kv", "split_kv_attention"),
     ("attention.paged", "paged_attention"),
     ("attention.dense", "scaled_dot_product_attention"),

@@ -12,15 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.errors import UnsupportedError
 from refimpl.numerics import Array
 
 __all__ = [
     "attention",
+    "beside",
     "draw",
     "int8_linear",
+    "masked_attention",
     "missing",
     "replace_linear",
     "to_host",
+    "varlen_attention",
 ]
 
 
@@ -48,6 +52,15 @@ def draw(shape: tuple[int, ...], dtype: str, seed: int, outliers: int = 0) -> An
     tensor = torch.randn(shape, device="cuda", generator=generator, dtype=getattr(torch, dtype)).clamp_(-5, 5)
     tensor[..., :outliers] = 20
     return tensor
+
+
+def beside(array: Array, like: Any) -> Any:
+    """Return an array as a tensor where `like` lies, if that is a tensor; else as it is."""
+    if not hasattr(like, "is_cuda"):
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(like.device)
 
 
 def to_host(tensor: Any, dtype: np.dtype[Any]) -> Array:
@@ -101,13 +114,106 @@ def attention(
     return torch.ops.frugal.attention(q, k, v, causal, scale, dropout_p, seed, deterministic, tier)[0]
 
 
-def _registered() -> bool:
-    """Register the operator behind `attention`, once; return True."""
+def varlen_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int | None = None,  # noqa: ARG001 (flash-attention's place for it; nothing here needs it)
+    max_seqlen_k: int | None = None,  # noqa: ARG001
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    softcap: float = 0.0,
+) -> Any:
+    """Return attention over packed sequences, with a gradient: flash-attention's ``flash_attn_varlen_func``.
+
+    An operator of its own, ``torch.ops.frugal.varlen_attention``, also under `torch.compile`.  Tensors on the
+    host go to the simulator or to the reference.
+
+    Parameters
+    ----------
+    q, k, v, cu_seqlens_q, cu_seqlens_k : torch.Tensor
+        As for `refimpl.attention.varlen_attention`.
+    max_seqlen_q, max_seqlen_k : int, optional
+        Not needed; they stand where flash-attention has them.
+    dropout_p : float
+        0: no dropout here.
+    softmax_scale, softcap : float
+        As for flash-attention: None and 0 are the defaults.
+    causal : bool
+        Aligned at the bottom right, as flash-attention does.
+
+    Raises
+    ------
+    UnsupportedError
+        If dropout is wanted.
+
+    Examples
+    --------
+    >>> if missing() is None:
+    ...     import torch
+    ...     q = torch.ones(3, 2, 8, device="cuda", requires_grad=True)
+    ...     starts = torch.tensor([0, 2, 3], device="cuda", dtype=torch.int32)
+    ...     varlen_attention(q, q, q, starts, starts, 2, 2, causal=True).sum().backward()
+    """
     import torch
 
-    from cuda_backend.attention.autograd import register
+    if dropout_p:
+        raise UnsupportedError(f"varlen_attention: no dropout, got dropout_p={dropout_p}")
+    _registered()
+    options = "bottom_right" if causal else "", softcap or None, softmax_scale
+    return torch.ops.frugal.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)[0]
 
-    return register(torch) is not None
+
+def masked_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    attn_mask: Any = None,
+    bias: Any = None,
+    causal: str = "",
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Any:
+    """Return attention of tensors [B, T, H, D] with masks, by the kernels that run it best, with a gradient.
+
+    An operator of its own, ``torch.ops.frugal.masked_attention``, also under `torch.compile`.  On the GPU one
+    query over a long cache is decoded, a mask or a softcap is a function of `cuda_backend.flexible_attention`
+    and the rest goes to `cuda_backend.flash_attention`, to the Hopper kernels if they take it; tensors on the
+    host go to the reference.
+
+    Parameters
+    ----------
+    q, k, v, attn_mask, bias, causal, softcap, scale, dropout_p
+        As for `refimpl.attention.scaled_dot_product_attention`; `causal` is "" for no mask.  The bias has a
+        gradient, too.
+    window : int, optional
+        With causal="top_left": keys that a query sees, the last at its own place.
+    seed : int
+        As for `attention`.
+    """
+    import torch
+
+    _registered()
+    options = causal, window, softcap, scale, dropout_p, seed
+    return torch.ops.frugal.masked_attention(q, k, v, attn_mask, bias, *options)[0]
+
+
+def _registered() -> bool:
+    """Register the operators behind the attentions here, once; return True."""
+    import torch
+
+    from cuda_backend.attention import autograd, autograd_masked, autograd_varlen
+
+    return None not in [module.register(torch) for module in (autograd, autograd_masked, autograd_varlen)]
 
 
 # As torch.compiler.assume_constant_result marks it: it is called when code is compiled, not traced.
@@ -174,7 +280,6 @@ def _int8_linear_class() -> Any:
     import torch
 
     from cuda_backend import llm_int8_linear_hopper, prepare_weight
-    from refimpl.errors import UnsupportedError
     from refimpl.quant import Int8Columns
 
     class Int8Linear(torch.nn.Module):

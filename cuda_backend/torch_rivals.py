@@ -5,10 +5,15 @@ Each function returns rivals by name; torch is imported when one is called.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
+
+from refimpl.attention.user_functions import as_mod
 
 __all__ = [
     "Rival",
@@ -16,6 +21,8 @@ __all__ = [
     "attention_rivals",
     "byte_copy_rival",
     "copy_rivals",
+    "decode_rivals",
+    "flexible_rivals",
     "int8_product_rivals",
     "linear_rivals",
     "llm_int8_rivals",
@@ -118,6 +125,102 @@ def attention_backward_rivals(causal: bool) -> dict[str, Rival]:
         name: Rival(backward, rival.context, partial(forward, rival.function))
         for name, rival in _sdpa_rivals(causal).items()
     }
+
+
+def flexible_rivals(
+    mask_mod: Callable[..., Any] | None, score_mod: Callable[..., Any] | None, *, backward: bool
+) -> dict[str, Rival]:
+    """Return compiled FlexAttention with functions of ours and, without a score, SDPA with the whole mask.
+
+    Operands are q, k, v [B, T, H, D], the gradient of the output for a backward pass, and the tuple of arrays
+    that functions read.  Masks are made before.  Functions get `torch` in the place of `math`.
+    """
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+
+    torch.compiler.reset()  # as for `_flex_attention`
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def sizes(q: Any, k: Any) -> dict[str, Any]:
+        mod = as_mod("mask_mod", mask_mod)
+        outer = {"B": q.shape[0] if mod.by_sequence else None, "H": q.shape[2] if mod.by_head else None}
+        return {**outer, "Q_LEN": q.shape[1], "KV_LEN": k.shape[1], "device": q.device}
+
+    def flexible(q: Any, k: Any, v: Any, blocks: Any, score: Any) -> Any:
+        grouped = q.shape[2] != k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=grouped)
+
+    def masked(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        grouped = q.shape[2] != k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+    def for_flexible(q: Any, k: Any, aux: Any) -> tuple[Any, ...]:
+        blocks = None
+        if mask_mod is not None:
+            mask = _of_tensors(mask_mod, 4, aux)
+            blocks = create_block_mask(mask, _compile=q.shape[1] > 8192, **sizes(q, k))
+        return blocks, None if score_mod is None else _of_tensors(score_mod, 5, aux)
+
+    def for_masked(q: Any, k: Any, aux: Any) -> tuple[Any, ...]:
+        if q.shape[1] > 16384:
+            raise MemoryError("a mask of as many bytes as there are scores")
+        return (create_mask(_of_tensors(mask_mod, 4, aux), **sizes(q, k)),)
+
+    chosen: dict[str, tuple[Callable[..., Any], ...]] = {"FlexAttention": (flexible, for_flexible)}
+    if mask_mod is not None and score_mod is None:
+        chosen["SDPA"] = (masked, for_masked)
+    return {name: _ready(*functions, backward=backward) for name, functions in chosen.items()}
+
+
+def _ready(function: Callable[..., Any], prepared: Callable[..., Any], *, backward: bool) -> Rival:
+    """Return the forward pass of a function, or its backward pass with the forward one made before."""
+    import torch
+
+    def forward_operands(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, ...]:
+        return q, k, v, *prepared(q, k, rest[-1])
+
+    def backward_operands(q: Any, k: Any, v: Any, do: Any, aux: Any) -> tuple[Any, ...]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return function(*leaves, *prepared(q, k, aux)), leaves, do.transpose(1, 2)
+
+    def gradients(out: Any, leaves: Any, do: Any) -> Any:
+        return torch.autograd.grad(out, leaves, do, retain_graph=True)
+
+    if backward:
+        return Rival(gradients, prepare=backward_operands)
+    return Rival(function, prepare=forward_operands)
+
+
+def _of_tensors(function: Any, count: int, aux: Any) -> Any:
+    """Return a function of ours, of `count` arguments and perhaps arrays, as one of tensors."""
+    import torch
+
+    # A module of its own: torch.compile looks up what a function reads in the module that its globals name.
+    module = ModuleType(f"frugal_functions_of_tensors_{id(function.__globals__)}")
+    for name, value in function.__globals__.items():
+        module.__dict__.setdefault(name, torch if value is math else value)
+    sys.modules[module.__name__] = module
+    settled = function.__name__, function.__defaults__, function.__closure__
+    copy = FunctionType(function.__code__, module.__dict__, *settled)
+    if function.__code__.co_argcount == count:
+        return copy
+    if count == 4:
+        return lambda b, h, i, j: copy(b, h, i, j, aux)
+    return lambda score, b, h, i, j: copy(score, b, h, i, j, aux)
+
+
+def decode_rivals() -> dict[str, Rival]:
+    """Return SDPA for queries that see a whole cache; operands are q, k, v [B, T, H, D]."""
+    import torch
+
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        grouped = q.shape[2] != k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+
+    return {"torch SDPA": Rival(attention)}
 
 
 def linear_rivals() -> dict[str, Rival]:

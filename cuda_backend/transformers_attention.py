@@ -1,18 +1,24 @@
-"""Attention for models of Hugging Face's transformers: ``attn_implementation="frugal_attention"``.
+"""Our attention in models of transformers: ``attn_implementation="frugal_attention"``.
 
 Tensors are asked for their own methods, so PyTorch is not named here; transformers is, to be told our name.
+What it asks for becomes options of `scaled_dot_product_attention`; `cuda_backend.torch_ops` runs it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
-from refimpl.errors import BackendUnavailableError, UnsupportedError
+from refimpl.errors import BackendUnavailableError, ShapeError, UnsupportedError
 
-__all__ = ["NAME", "frugal_attention", "register"]
+__all__ = ["NAME", "frugal_attention", "options_of", "register"]
 
 NAME = "frugal_attention"
+UNKNOWN = (
+    "s_aux",
+    "head_mask",
+)  # what some models pass and nothing here computes: left out it would be wrong
 
 
 def register() -> str:
@@ -27,10 +33,25 @@ def register() -> str:
         attentions: Any = importlib.import_module("transformers").AttentionInterface
         masks: Any = importlib.import_module("transformers.masking_utils")
         attentions.register(NAME, frugal_attention)
-        masks.AttentionMaskInterface.register(NAME, masks.sdpa_mask)
+        masks.AttentionMaskInterface.register(NAME, functools.partial(_mask, masks.sdpa_mask))
     except (ImportError, AttributeError) as error:
         raise BackendUnavailableError(f"transformers takes no attention of ours: {error}") from None
     return NAME
+
+
+def _mask(sdpa_mask: Any, **asked: Any) -> Any:
+    """Return the mask that SDPA gets, or None where causality, and a window, say it all.
+
+    Without a window transformers knows when that is: no padding, and nothing laid over the mask.  With one it
+    is the same if there is more than a query, or no key out of its sight: layers tell their attention the
+    window.  Chunks, as Llama 4 has them, are local too, but not told.
+    """
+    config, window = asked.get("config"), asked.get("local_size")
+    told = window is not None and window == getattr(config, "sliding_window", None)
+    chunks = getattr(config, "attention_chunk_size", None) is not None
+    if told and not chunks and (asked["q_length"] > 1 or asked["kv_length"] <= window):
+        asked = asked | {"local_size": None}
+    return sdpa_mask(**asked)
 
 
 def frugal_attention(
@@ -44,7 +65,9 @@ def frugal_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    sliding_window: int | None = None,
+    position_bias: Any = None,
+    **further: Any,
 ) -> tuple[Any, None]:
     """Return what an attention of transformers returns: the output [B, Tq, Hq, D], and no weights.
 
@@ -55,51 +78,72 @@ def frugal_attention(
     query, key, value : torch.Tensor, shapes (B, Hq, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv)
         Key heads are not repeated for their group.
     attention_mask : torch.Tensor, optional
-        Bool, True where a query may attend, or float and added to the scores.  Without one, several queries
-        are causal if the layer is.
-    scaling, softcap, is_causal
+        Four axes: bool, True where a query may attend, or float and added to the scores; tiles that a mask
+        leaves dead are skipped.  Without one several queries are causal, from the first key on, if the layer
+        is, and see `sliding_window` keys, if that is given; a single one sees all.
+    scaling, softcap, is_causal, sliding_window
         As transformers passes them.
+    position_bias : torch.Tensor, optional
+        Added to the scores, with a gradient if it wants one.
     dropout : float
-        0: training is refused.
+        Of the probabilities, drawn from PyTorch's generator of the host.
+    **further
+        What says nothing here.
 
     Returns
     -------
     tuple of torch.Tensor and None
-        On the GPU from the portable kernels, on the host from the reference, for tests.
+        With a gradient.
 
     Raises
     ------
+    ShapeError
+        If a mask has other lengths.
     UnsupportedError
-        If a gradient or dropout is wanted.
+        If attention sinks or a mask of heads are wanted, or by the kernels, with their reasons.
 
     Notes
     -----
-    Not yet run on a device.
+    `cuda_backend.torch_ops.masked_attention` says which kernels run.  Not yet run on a device.
     """
-    if dropout or any(tensor.requires_grad for tensor in (query, key, value)):
-        raise UnsupportedError("frugal_attention: no gradient and no dropout; call it under torch.no_grad()")
-    options: dict[str, Any] = {"scale": scaling, "softcap": softcap}
-    if attention_mask is not None:
-        boolean = "bool" in str(attention_mask.dtype)
-        options["attn_mask" if boolean else "bias"] = attention_mask[..., : key.shape[2]]
-    elif query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        options["causal"] = True
-    tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
-    if query.is_cuda:
-        from cuda_backend import flash_attention
+    from cuda_backend.torch_ops import masked_attention
 
-        return flash_attention(*tensors, tier="portable", **options), None
-    return _on_host(tensors, options).to(query.dtype), None
+    unknown = [name for name in UNKNOWN if further.get(name) is not None]
+    if unknown:
+        raise UnsupportedError(f"frugal_attention: no {', '.join(unknown)}")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    options = options_of(query, key, attention_mask, position_bias, causal)
+    options |= {"scale": scaling, "softcap": softcap}
+    if sliding_window is not None and options.get("causal"):
+        options["window"] = sliding_window
+    if dropout:
+        seed = query.new_zeros((), device="cpu").long().random_()
+        options |= {"dropout_p": dropout, "seed": int(seed)}
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return masked_attention(q, k, v, **options), None
 
 
-def _on_host(tensors: list[Any], options: dict[str, Any]) -> Any:
-    """Return the reference's output as a tensor; what NumPy has no format for is float32 meanwhile."""
-    from refimpl.attention import scaled_dot_product_attention
+def options_of(query: Any, key: Any, mask: Any, bias: Any, causal: bool) -> dict[str, Any]:
+    """Return the mask, bias and causality of a call as options of `scaled_dot_product_attention`.
 
-    def array(tensor: Any) -> Any:
-        tensor = tensor.detach()
-        return (tensor.float() if "bfloat16" in str(tensor.dtype) else tensor).numpy()
-
-    given = {name: array(x) if hasattr(x, "numpy") else x for name, x in options.items()}
-    q, k, v = map(array, tensors)
-    return tensors[0].new_tensor(scaled_dot_product_attention(q, k, v, **given))
+    Raises
+    ------
+    ShapeError
+        If the mask has not four axes, or other lengths.
+    """
+    Tq, Tk = query.shape[2], key.shape[2]
+    if mask is not None:
+        if mask.shape[-1] > Tk:  # of a cache that has more room than it has keys
+            mask = mask[..., :Tk]
+        if len(mask.shape) != 4 or mask.shape[2] not in (1, Tq) or mask.shape[3] != Tk:
+            raise ShapeError(
+                f"attention_mask: expected shape (B or 1, Hq or 1, {Tq}, {Tk}), got {tuple(mask.shape)}"
+            )
+        mask = mask if mask.shape[2] == Tq else mask.expand(-1, -1, Tq, -1)
+        if "bool" not in str(mask.dtype):
+            return {"bias": mask if bias is None else bias + mask}
+        if bias is None:
+            return {"attn_mask": mask}
+        return {"bias": bias.masked_fill(~mask, float("-inf"))}
+    found = {} if bias is None else {"bias": bias}
+    return found | {"causal": "top_left"} if causal and Tq > 1 else found

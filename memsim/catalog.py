@@ -56,6 +56,7 @@ MODULES = (
     "tensor_parallel",
     "prices.tensor",
     "training_memory",
+    "prices.varlen_attention",
     "prices.weight_only",
     "zero",
     "zero_r",

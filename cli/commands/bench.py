@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -11,56 +10,28 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cli.backward_problem import attention_backward_problem
+from cli.bench_problems import AXES, DIRECTIONS, Wanted, check_shapes, problems_of
 from cli.commands.env import why_not
+from cli.flexible_forms import FORMS
 from cli.growth_methods import NAMES
-from cli.int8_attention_problems import int8_attention_problem
-from cli.int8_problems import int8_problems, projections
+from cli.int8_problems import projections
 from cli.output import output_options, progress
 from cli.parameters import COUNTS, DTYPES, HARDWARE, ListOf
-from cli.problems import Problem, attention_problem
+from cli.problems import Problem
 from cli.result import Column, Result, cell_text
-from cli.weight_only_problems import weight_only_problems
 
 if TYPE_CHECKING:
     from memsim.hardware import Hardware
 
 __all__ = ["command"]
 
-AXES = {
-    "attention": ("B", "H", "N", "D"),
-    "int8": ("M", "K", "N"),
-    "weight-only": ("M", "K", "N"),
-    "int8-attention": ("B", "H", "N", "D"),
-}
-DEFAULT_SHAPES: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
-    ("attention", "cuda"): (
-        *((64, 16, 1024, 64), (8, 16, 4096, 64), (4, 16, 4096, 128), (1, 16, 16384, 128), (4, 16, 4096, 256)),
-        (4, 32, 8, 4096, 128),
-        *((1, 32, N, D) for D in (64, 128) for N in (512, 1024, 2048)),
-    ),
-    ("attention", "cudasim"): ((1, 2, 24, 8),),
-    ("int8", "cuda"): ((16, 4096, 4096), (256, 4096, 4096), (4096, 4096, 4096), (8192, 8192, 8192)),
-    ("int8", "cudasim"): ((16, 32, 16),),
-    ("weight-only", "cuda"): tuple(
-        (M, K, N) for K, N in ((8192, 28672), (28672, 8192), (16384, 16384)) for M in (1, 4, 16)
-    ),
-    ("weight-only", "cudasim"): ((1, 256, 16),),
-    ("int8-attention", "cuda"): ((1, 16, 8192, 128), (1, 16, 16384, 128), (4, 16, 8192, 128)),
-    ("int8-attention", "cudasim"): ((1, 1, 12, 8),),
-}
 DEFAULT_TOKENS = (16, 4096)
-DIRECTIONS = {
-    "fwd": (attention_problem,),
-    "bwd": (attention_backward_problem,),
-    "both": (attention_problem, attention_backward_problem),
-}
 GROWTH = "growth"
 # What belongs to kernels, and what to growth; an option of the other kind is refused.
 OWN = {
     "kernels": (
         *("backend", "shapes", "dtypes", "causal", "direction", "tier", "rivals", "chosen", "hardware"),
-        *("models", "tokens"),
+        *("models", "tokens", "forms", "mods", "splits"),
     ),
     GROWTH: ("methods", "sizes"),
 }
@@ -102,7 +73,7 @@ SIMULATION = (Column("simulator_s", "simulator/s", right=True, text=cell_text),)
 class _Shape(click.ParamType):  # type: ignore[type-arg]
     """Sizes with commas between them."""
 
-    name = "B,H,N,D or B,H,Hkv,N,D or M,K,N"
+    name = "B,H,N,D or B,H,Hkv,N,D or M,K,N or B,H,Hkv,Tk,D"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -120,6 +91,9 @@ Examples:
   frugal bench int8 --model llama-2-70b --tokens 16,4096 --dtype bf16 --rivals
   frugal bench weight-only --rivals
   frugal bench int8-attention --no-causal
+  frugal bench flexible --form sliding --form bigbird --pass both --rivals
+  frugal bench flexible --mod mymask.py:window --shape 1,16,8192,128 --rivals
+  frugal bench decode --shape 8,32,8,32768,128 --rivals
   frugal bench attention --backend cudasim
   frugal bench growth --plot growth.svg
   frugal bench growth --method full,mamba --n 1024,2048,4096,8192""",
@@ -144,13 +118,22 @@ Examples:
     "--model", "models", multiple=True, help="Of int8: the linear layers of a model's block; may be repeated."
 )
 @click.option("--tokens", type=COUNTS, help="Of int8 with --model: rows.  [default: 16,4096]")
+@click.option(
+    "--form", "forms", type=click.Choice(tuple(FORMS)), multiple=True, help="Of flexible.  [default: all]"
+)
+@click.option(
+    "--mod", "mods", multiple=True, metavar="FILE:FUNCTION", help="Of flexible: your own mask or score."
+)
+@click.option(
+    "--splits", type=click.IntRange(1), help="Of decode: parts of the cache.  [default: fill the GPU twice]"
+)
 @click.option("--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those beside it.  [default: float16]")
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
 @click.option(
     "--pass",
     "direction",
     type=click.Choice(tuple(DIRECTIONS)),
-    help="Which pass of attention.  [default: fwd]",
+    help="Which pass of attention or flexible.  [default: fwd]",
 )
 @click.option("--tier", help="Time this tier of ours only: portable, hopper.  [default: all]")
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
@@ -180,6 +163,9 @@ def command(
     shapes: tuple[tuple[int, ...], ...],
     models: tuple[str, ...],
     tokens: tuple[int, ...] | None,
+    forms: tuple[str, ...],
+    mods: tuple[str, ...],
+    splits: int | None,
     dtypes: tuple[str, ...] | None,
     causal: bool | None,
     direction: str | None,
@@ -201,6 +187,9 @@ def command(
     WHAT = weight-only is decoding: a few tokens times a weight in int8 or NF4, stored ahead.  The time of
     int8-attention has the codes in it, and the error against exact attention stands beside it.
 
+    WHAT = flexible is attention with masks and scores written in Python, ready-made or your own; operations
+    are those of live tiles of 128 x 128.  WHAT = decode is one query over a long cache, whole and in pages.
+
     WHAT = growth needs no GPU: it measures time and peak memory of the references against the length N, full
     attention beside sliding window, BigBird, linear attention and Mamba, and fits the power of N over the top
     four sizes.  If one is off theory by more than 0.15 the exit code is 1.
@@ -210,22 +199,21 @@ def command(
         from cli.growth import growth_result
 
         return growth_result(methods or NAMES, sizes, rounds or GROWTH_ROUNDS)
-    if what in ("int8", "weight-only") and (causal, direction) != (None, None):
-        raise click.UsageError("--causal and --pass are options of attention")
-    if what == "int8-attention" and direction not in (None, "fwd"):
-        raise click.UsageError("attention in int8 has no backward pass")
-    if what != "attention" and not set(dtypes or ()) <= {"float16", "bfloat16"}:
+    if what not in ("attention", "int8-attention") and causal is not None:
+        raise click.UsageError("--causal is an option of attention")
+    if what not in ("attention", "flexible") and (direction or "fwd") != "fwd":
+        raise click.UsageError(f"{what} has no backward pass; --pass is an option of attention and flexible")
+    if what not in ("attention", "flexible", "decode") and not set(dtypes or ()) <= {"float16", "bfloat16"}:
         raise click.UsageError(f"--dtype of {what} is float16 or bfloat16")
     if what != "int8" and (models or tokens):
         raise click.UsageError("--model and --tokens are options of int8")
     if tokens and not models:
         raise click.UsageError("--tokens are the rows of a --model")
-    for shape in shapes:
-        grouped = what.endswith("attention") and len(shape) == len(AXES[what]) + 1
-        if grouped and shape[1] % shape[2]:
-            raise click.UsageError(f"--shape: Hkv must divide H, got {_name(shape)}")
-        if len(shape) != len(AXES[what]) and not grouped:
-            raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {_name(shape)}")
+    if what != "flexible" and (forms or mods):
+        raise click.UsageError("--form and --mod are options of flexible")
+    if what != "decode" and splits:
+        raise click.UsageError("--splits is an option of decode")
+    check_shapes(what, shapes)
     if backend == "cudasim":
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
     reason = why_not(backend)
@@ -240,7 +228,8 @@ def command(
     card = None if backend == "cudasim" else _card(hardware)
     supply = supply_of(backend)
     shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
-    problems = _problems(what, shapes or DEFAULT_SHAPES[what, backend], dtypes, causal, direction or "fwd")
+    wanted = Wanted(shapes, dtypes, causal, direction, forms, mods, splits)
+    problems = problems_of(what, backend, wanted)
     named = chosen or ("",) * rivals
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
@@ -258,30 +247,6 @@ def _refuse_others(ctx: click.Context, what: str) -> None:
             if ctx.get_parameter_source(option) is ParameterSource.COMMANDLINE:
                 flag = next(item.opts[0] for item in ctx.command.params if item.name == option)
                 raise click.UsageError(f"{flag} is no option of {what}, but of {other}")
-
-
-def _problems(
-    what: str,
-    shapes: Sequence[tuple[int, ...]],
-    dtypes: tuple[str, ...] | None,
-    causal: bool | None,
-    direction: str,
-) -> list[Problem]:
-    if what == "int8":
-        kinds = dtypes or ("float16",)
-        return [problem for kind in kinds for shape in shapes for problem in int8_problems(shape, kind)]
-    if what == "weight-only":
-        kinds = dtypes or ("float16",)
-        return [
-            problem for kind in kinds for shape in shapes for problem in weight_only_problems(shape, kind)
-        ]
-    masks = (False, True) if causal is None else (causal,)
-    combinations = itertools.product(dtypes or ("float16",), shapes, masks)
-    return [
-        problem(shape, dtype, mask)
-        for dtype, shape, mask in combinations
-        for problem in ((int8_attention_problem,) if what == "int8-attention" else DIRECTIONS[direction])
-    ]
 
 
 def _card(hardware: str | None) -> Hardware | None:

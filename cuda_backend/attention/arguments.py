@@ -7,7 +7,7 @@ from typing import Any
 from cuda_backend._numba import types
 from cuda_backend.attention.user_device import Mods
 
-__all__ = ["array_type", "aux_signature"]
+__all__ = ["array_type", "array_words", "aux_signature"]
 
 
 def array_type(dtype: Any, ndim: int) -> Any:
@@ -17,5 +17,14 @@ def array_type(dtype: Any, ndim: int) -> Any:
 
 def aux_signature(mods: Mods) -> Any:
     """Return the type of the arrays that functions of the user's read; one array if there is none."""
-    arrays = mods.aux or (("float32", 1),)
+    arrays = mods.arrays
     return types.Tuple([array_type(getattr(types, "boolean" if d == "bool" else d), n) for d, n in arrays])
+
+
+def array_words(axes: int) -> int:
+    """Return how many arguments of 8 bytes an array is: five, and its shape and strides.
+
+    >>> array_words(2)
+    9
+    """
+    return 5 + 2 * axes

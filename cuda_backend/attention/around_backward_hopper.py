@@ -21,6 +21,7 @@ from typing import Any
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.gradient_hopper import build_stores
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS, BackwardVariant
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from cuda_backend.ptx import copy, grid, registers
 from cuda_backend.ptx.assembly import types
 
@@ -43,14 +44,15 @@ FINISH_SIGNATURE = types.void(
 )
 
 
-def build_prepare(variant: BackwardVariant) -> Callable[..., None]:
+def build_prepare(variant: BackwardVariant | WideBackwardVariant) -> Callable[..., None]:
     """Return the kernel before, for a block of `THREADS` threads for each tile; see `PREPARE_SIGNATURE`.
 
-    Eight numbers are a thread's share of a row, ``d / 8`` neighbouring threads share a row.
+    Eight numbers are a thread's share of a row; as many neighbouring threads as that takes, filled up to a
+    power of two, share a row.
     """
-    block_m, d = variant.block_m, variant.d
-    lanes = d // 8
-    rows_at_once, tile_bytes = THREADS // lanes, 4 * variant.block_m * variant.d
+    block_m = variant.block_m
+    lanes = 1 << (variant.d_v // 8 - 1).bit_length()
+    rows_at_once, tile_bytes = THREADS // lanes, variant.shares * variant.share_bytes
     low, high = registers.unpack_low(variant.kind), registers.unpack_high(variant.kind)
 
     @device_function
@@ -97,7 +99,7 @@ def build_prepare(variant: BackwardVariant) -> Callable[..., None]:
             total = float32(0.0)
             if query < tq:
                 total = share(o + uint64(query) * o_token, do + uint64(query) * do_token, 8 * lane, width)
-            for i in range(4):
+            for i in range(5):
                 if lanes > 1 << i:
                     total += registers.exchange_float(total, 1 << i)
             if lane == 0:
@@ -121,10 +123,13 @@ def build_prepare(variant: BackwardVariant) -> Callable[..., None]:
     return prepare
 
 
-def build_finish(variant: BackwardVariant) -> Callable[..., None]:
-    """Return the kernel after, for a block of `THREADS` threads for each tile; see `FINISH_SIGNATURE`."""
+def build_finish(variant: BackwardVariant | WideBackwardVariant) -> Callable[..., None]:
+    """Return the kernel after, for a block of 128 threads for each share of a tile.
+
+    See `FINISH_SIGNATURE`.
+    """
     block_m, d, row_split, swapped = variant.block_m, variant.d, variant.row_split, variant.swapped
-    count, share_bytes = variant.dq_columns // 2, variant.share_bytes
+    count, shares, share_bytes = variant.dq_columns // 2, variant.shares, variant.share_bytes
     store_row = build_stores(variant._replace(d=variant.dq_columns))[2]
     pack = registers.pack_pair(variant.kind)
     pitch = 2 * d + 16  # bytes from a row of the turned tile to the next, so that columns meet all banks
@@ -141,7 +146,7 @@ def build_finish(variant: BackwardVariant) -> Callable[..., None]:
         batch = registers.quotient(line, heads)
         head = int32(line - batch * heads)
         w, lane = int32(thread >> 7), int32(thread & 31)
-        own = sums + uint64(2 * tile + w) * uint64(share_bytes) + uint64(16 * (thread & 127))
+        own = sums + uint64(shares * tile + w) * uint64(share_bytes) + uint64(16 * (thread & 127))
         for i in range(count // 4):
             copy.load_16(values, int32(4 * i), own + uint64(2048 * i))
         row = int32(16 * ((thread >> 5) & 3) + (lane >> 2))

@@ -15,7 +15,7 @@ import numpy as np
 from cuda_backend._numba import SIMULATOR
 from cuda_backend.formats import FORMATS
 
-__all__ = ["SCHEMA", "register"]
+__all__ = ["SCHEMA", "as_array", "as_tensor", "register", "simulated", "statistic_of"]
 
 OPTIONS = "str causal, float? scale, float dropout_p, int seed, bool deterministic, str tier"
 SAVED = "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
@@ -39,10 +39,12 @@ def register(torch: Any) -> Callable[..., Any]:
         if q.is_cuda:
             found: Any = flash_attention(q, k, v, return_lse=True, tier=options[5], **chosen)
             return found.out.contiguous(), found.lse
-        arrays = [_array(torch, x) for x in (q, k, v)]
-        compute: Any = flash_attention if _simulated(q) else reference
+        arrays = [as_array(torch, x) for x in (q, k, v)]
+        compute: Any = flash_attention if simulated(q) else reference
         out, lse = compute(*arrays, return_lse=True, **chosen)
-        return _tensor(torch, out, q), torch.from_numpy(np.ascontiguousarray(lse)).to(_statistic(torch, q))
+        return as_tensor(torch, out, q), torch.from_numpy(np.ascontiguousarray(lse)).to(
+            statistic_of(torch, q)
+        )
 
     def backward(do: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *options: Any) -> Any:
         from cuda_backend.attention.backward import flash_attention_vjp
@@ -53,13 +55,13 @@ def register(torch: Any) -> Callable[..., Any]:
             how: dict[str, Any] = {"deterministic": options[4], "tier": options[5]}
             found: Any = flash_attention_vjp(q, k, v, out, lse, do, **how, **chosen)
             return tuple(x.contiguous() for x in found[:3])
-        arrays = [_array(torch, x) for x in (q, k, v, out, lse, do)]
-        compute: Any = flash_attention_vjp if _simulated(q) else reference
-        return tuple(_tensor(torch, x, q) for x in compute(*arrays, **chosen)[:3])
+        arrays = [as_array(torch, x) for x in (q, k, v, out, lse, do)]
+        compute: Any = flash_attention_vjp if simulated(q) else reference
+        return tuple(as_tensor(torch, x, q) for x in compute(*arrays, **chosen)[:3])
 
     def forward_shapes(q: Any, _k: Any, v: Any, *_options: Any) -> Any:
         batch, tq, heads, _ = q.shape
-        lse = q.new_empty((batch, heads, tq), dtype=_statistic(torch, q))
+        lse = q.new_empty((batch, heads, tq), dtype=statistic_of(torch, q))
         return q.new_empty((batch, tq, heads, v.shape[3])), lse
 
     def backward_shapes(_do: Any, q: Any, k: Any, v: Any, *_others: Any) -> Any:
@@ -97,16 +99,17 @@ def _chosen(
     return chosen
 
 
-def _simulated(tensor: Any) -> bool:
+def simulated(tensor: Any) -> bool:
+    """Return whether a tensor of the host goes to the simulator."""
     return SIMULATOR and str(tensor.dtype).removeprefix("torch.") in FORMATS
 
 
-def _statistic(torch: Any, q: Any) -> Any:
+def statistic_of(torch: Any, q: Any) -> Any:
     """Return the format of the log-sum-exp."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _array(torch: Any, tensor: Any) -> Any:
+def as_array(torch: Any, tensor: Any) -> Any:
     """Return a tensor of the host as an array."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
@@ -116,7 +119,7 @@ def _array(torch: Any, tensor: Any) -> Any:
     return tensor.numpy()
 
 
-def _tensor(torch: Any, array: Any, like: Any) -> Any:
+def as_tensor(torch: Any, array: Any, like: Any) -> Any:
     """Return an array as a tensor of the host, in the format of `like`."""
     array = np.ascontiguousarray(array)
     if like.dtype == torch.bfloat16:

@@ -101,6 +101,6 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
                 write(base, sums, words, problem)
         else:
             take_registers()
-            consume(base, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
+            consume(base, thread, dk, dv, scale, factor, (seed, threshold, kept), problem, ())
 
     return backward

@@ -12,6 +12,7 @@ from cuda_backend.attention.call_hopper import refuse
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_backward_hopper import Inputs, Outputs, enqueue_backward, make_backward_plan
 from cuda_backend.attention.variant_backward_hopper import BackwardVariant
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from cuda_backend.context import current_device
 from cuda_backend.launch import stream_of, wait_for
 from refimpl.attention import AttentionGradients
@@ -38,17 +39,15 @@ def flash_attention_vjp_hopper(
     rng: Any = None,
     deterministic: bool = False,
     stream: Any = None,
-    variant: BackwardVariant | None = None,
+    variant: BackwardVariant | WideBackwardVariant | None = None,
     **others: Any,
 ) -> AttentionGradients:
     """Return the gradients of attention of GPU arrays, on the tensor cores of a Hopper GPU.
 
-    Not yet run on a device: compiled for one, and its source run instruction by instruction in NumPy.
-
     Parameters
     ----------
     q, k, v : array of float16 or bfloat16, shapes (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv)
-        As for `flash_attention_hopper`; D and Dv are at most 128.
+        As for `flash_attention_hopper`.
     o : array, shape (B, Tq, Hq, Dv)
         Its output.
     lse : array of float32, shape (B, Hq, Tq)
@@ -58,12 +57,11 @@ def flash_attention_vjp_hopper(
     causal, scale, stream
         As for `flash_attention_hopper`.
     dropout_p, rng
-        As for `refimpl.attention.flash_attention_vjp`: probability and the integer seed of the forward call,
-        which `flash_attention_hopper` cannot make, but `flash_attention` can.
+        As for `refimpl.attention.flash_attention_vjp`: probability and the integer seed of the forward call.
     deterministic : bool
         Whether dQ repeats bit for bit; dK and dV always do.
     variant : BackwardVariant, optional
-        In place of `choose_backward`'s, for measurements.
+        In place of the one chosen by D and Dv, for measurements.
     **others
         Further options of `cuda_backend.flash_attention_vjp`, at their defaults: the kernel has none of them.
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from cuda_backend.arrays import View, empty, empty_tensor, library_of, view
+from cuda_backend.attention.call_dropout_hopper import attention_with_dropout
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_hopper import COLUMNS, MISALIGNED, Plan, enqueue, make_plan, reasons
 from cuda_backend.attention.variant_hopper import Variant
@@ -37,6 +38,8 @@ def flash_attention_hopper(
     scale: float | None = None,
     return_lse: bool = False,
     stream: Any = None,
+    dropout_p: float = 0.0,
+    rng: Any = None,
     **others: Any,
 ) -> Any:
     """Return attention of GPU arrays in float16 or bfloat16, on the tensor cores of a Hopper GPU.
@@ -55,6 +58,9 @@ def flash_attention_hopper(
         Also return the log-sum-exp of each row, natural logarithm, float32, shape (B, Hq, Tq).
     stream : int or stream object, optional
         Where to run.  Default: the stream that the library of `q` works on.
+    dropout_p, rng
+        As for `refimpl.attention.flash_attention`: probability, and seed or generator of the dropout, which
+        drops the same weights as the reference; a backward pass needs the seed.
     **others
         Further options of `cuda_backend.flash_attention`, at their defaults: the kernel has none of them.
 
@@ -93,7 +99,7 @@ def flash_attention_hopper(
     """
     if others:
         refuse(others)
-    if library_of(q) == "torch" and type(q) is type(k) is type(v):
+    if not dropout_p and library_of(q) == "torch" and type(q) is type(k) is type(v):
         # By far the most calls: no views, which would take as long as the driver.
         device = current_device()
         on = torch_stream(q) if stream is None else stream_of(q, stream)
@@ -111,6 +117,9 @@ def flash_attention_hopper(
     if len(set(libraries.values())) > 1:
         raise DTypeError(f"q, k and v: expected arrays of one library, got {libraries}")
     on = stream_of(q, stream)
+    if dropout_p:
+        drop: dict[str, Any] = {"dropout_p": dropout_p, "rng": rng, "return_lse": return_lse}
+        return attention_with_dropout(q, k, v, causal=causal, scale=scale, stream=on, **drop)
     views = [view(name, array, on) for name, array in zip("qkv", (q, k, v), strict=True)]
     wait_for(views, on)
     with ExitStack() as copies:

@@ -17,6 +17,8 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.gradient_hopper import build_gradient, build_stores
+from cuda_backend.attention.lists_backward_hopper import BATCH, LENGTH, entry_block, entry_partial
+from cuda_backend.attention.mods_backward_hopper import LOG2_E, build_mods
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS, BackwardVariant
 from cuda_backend.ptx import barrier, copy, registers, wgmma
@@ -30,10 +32,10 @@ ALL, NONE = -(1 << 30), 1 << 30  # first column that a row may see: before and a
 
 
 def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callable[..., None]:
-    """Return ``consume(base, thread, dk_out, dv_out, scale, factor, drop, problem)``, for a whole warpgroup.
+    """Return ``consume(base, thread, dk_out, dv_out, scale, factor, drop, problem, aux)``, for a warpgroup.
 
     `scale` is that of the scores times log2(e), `factor` that of the scores; `drop` has the seed of the
-    dropout, its threshold, and the factor of what is kept.
+    dropout, its threshold, and the factor of what is kept; `aux` the arrays of the user's functions.
     """
     block_m, block_n, d, kind, causal = (
         variant.block_m,
@@ -66,6 +68,8 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
         schedule.place, schedule.first_block, schedule.next_stage, schedule.next_ds
     )  # fmt: skip
     mask, weights, gradient, pack = build_gradient(variant)
+    lists, entry_places = variant.lists, places.entries
+    allow, modify, weigh, fetch, modified, parked = build_mods(variant)
     store_ds, store_dq, store_row = build_stores(variant)
     meet = barrier.named(1, 128 * CONSUMERS)
     along_k, across_q = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_m)
@@ -82,13 +86,27 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
     # Where in dS, and in K, a consumer's part of dQ begins: 64 rows of either, or a sub-tile of 64 columns.
     ds_part, k_part = (64 * 128, 0) if variant.row_split else (0, 128 * block_n)
     early_dv = variant.early_dv and not variant.dropout
+    scores_alone = wgmma.wait(0, s_count)
     scores_done, dp_done = wgmma.wait(1, s_count), wgmma.wait(int(early_dv), s_count)
     dq_done, dk_done = wgmma.wait(1, dq_count), wgmma.wait(0, dk_count)
     pin_scores = registers.pin(s_count)
 
     @device_function
+    def row_of(thread: Any) -> Any:
+        """Return the first of the two keys of a thread, from the first of the tile on."""
+        return int32(16 * (thread >> 5) - 64 + ((thread & 31) >> 2))
+
+    @device_function
     def consume(
-        base: Any, thread: Any, dk_out: Any, dv_out: Any, scale: Any, factor: Any, drop: Any, problem: Any
+        base: Any,
+        thread: Any,
+        dk_out: Any,
+        dv_out: Any,
+        scale: Any,
+        factor: Any,
+        drop: Any,
+        problem: Any,
+        aux: Any,
     ) -> None:
         seed, threshold, kept = drop
         _, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, k_columns, v_columns = problem
@@ -114,15 +132,23 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
         k_across = across_k(base + k_tile + w * k_part)
         stage, parity, ds_stage, ds_parity = int32(0), int32(0), int32(0), int32(0)
         kv_parity, dq_parity = int32(0), int32(1)
+        # With lists, for want of registers, one number: steps modulo 4, and 4 times the parity of K and V.
+        state = int32(0)
         while True:
+            if lists:
+                kv_parity = int32(state >> 2)
             barrier.wait(base + k_full, kv_parity)
             tile = registers.uniform(copy.load_shared_word(base + tile_slot))
             if tile < 0:
                 break
             barrier.wait(base + v_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
+            state = int32(state ^ 4)
             key_block, kv_head = place(tile, per_head, section, all_heads)
-            key = int32(key_block * block_n + own_row)
+            if lists:
+                key = int32(key_block * block_n + row_of(registers.thread()))
+            else:
+                key = int32(key_block * block_n + own_row)
             batch, head_first, first_key = int32(0), int32(0), int32(0)
             if dropout:
                 batch = registers.quotient(kv_head, heads)
@@ -140,29 +166,67 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             for i in range(dk_count):
                 dk[i] = float32(0.0)
                 dv[i] = float32(0.0)
-            begin = first_block(key_block, blocks, tq, offset)
+            begin, end, members = first_block(key_block, blocks, tq, offset), blocks, group
+            if lists:
+                begin = int32(-registers.uniform(copy.load_shared_word(base + tile_slot + LENGTH)))
+                end, members = int32(0), int32(1)
             member = int32(0)
-            while member < group:
-                block = begin
-                while block < blocks:
+            while member < members:
+                at = begin
+                while at < end:
+                    block = at
+                    if lists:
+                        stage, parity = int32(state & 1), int32((state >> 1) & 1)
+                        ds_stage, dq_parity = int32(state & 1), int32((state & 1) ^ 1)
                     q_place = base + q_tiles + stage * q_bytes
                     do_place = base + do_tiles + stage * q_bytes
                     barrier.wait(base + q_full + 8 * stage, parity)
                     wgmma.fence()
                     score_product(s, k_rows, along_k(q_place))
                     wgmma.commit()
-                    barrier.wait(base + do_full + 8 * stage, parity)
-                    score_product(dp, v_rows, along_k(do_place))
-                    wgmma.commit()
-                    scores_done(s)
+                    if not modified:
+                        barrier.wait(base + do_full + 8 * stage, parity)
+                        score_product(dp, v_rows, along_k(do_place))
+                        wgmma.commit()
+                    if lists:
+                        entry = registers.uniform(copy.load_shared_word(base + entry_places + 8 * stage))
+                        block = entry_block(entry)
+                    if modified:
+                        scores_alone(s)
+                    else:
+                        scores_done(s)
                     row = int32(block * block_m)
                     drawn = (
                         seed, batch, int32(head_first + member), row, first_key, lane, threshold, kept
                     )  # fmt: skip
-                    if row < seeing:
-                        shift = row + 2 * quad_lane
-                        mask(s, first_low - shift, first_high - shift)
-                    weights(s, scale, base + shift_places + stage * stat_bytes + 8 * quad_lane)
+                    own_shifts = base + shift_places + stage * stat_bytes + 8 * quad_lane
+                    if lists:
+                        batch = registers.uniform(copy.load_shared_word(base + tile_slot + BATCH))
+                        head = registers.uniform(copy.load_shared_word(base + entry_places + 8 * stage + 4))
+                        where = batch, head, int32(row + 2 * quad_lane), key, tq, tk, aux
+                        own_ds = ds_lane + ds_stage * ds_bytes
+                        if entry_partial(entry) != 0:
+                            allow(s, where)
+                        if modified:
+                            if parked:
+                                weigh(s, factor, own_shifts, own_ds, where)
+                            else:
+                                modify(s, factor, own_shifts, own_ds, where)
+                            pin_scores(s)
+                            # dP only now: beside its accumulators there is no room for what functions want.
+                            barrier.wait(base + do_full + 8 * stage, parity)
+                            wgmma.fence()
+                            score_product(dp, v_rows, along_k(do_place))
+                            wgmma.commit()
+                            if not parked:
+                                weights(s, float32(LOG2_E), own_shifts)
+                        else:
+                            weights(s, scale, own_shifts)
+                    else:
+                        if row < seeing:
+                            shift = row + 2 * quad_lane
+                            mask(s, first_low - shift, first_high - shift)
+                        weights(s, scale, own_shifts)
                     # Without the pin, ptxas may move the exponentials behind the wait for dP.
                     pin_scores(s)
                     if early_dv:
@@ -172,7 +236,9 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                         wgmma.commit()
                     dp_done(dp)
                     gradient(dp, s, base + delta_places + stage * stat_bytes + 8 * quad_lane, drawn)
-                    if not early_dv:
+                    if parked:
+                        fetch(p, ds_lane + ds_stage * ds_bytes)
+                    elif not early_dv:
                         pack(p, s)
                     pack(ds, dp)
                     if one_ds:
@@ -205,8 +271,13 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     stage, parity = next_stage(stage, parity)
                     ds_stage, ds_parity = next_ds(ds_stage, ds_parity)
-                    block = registers.successor(block)
+                    state = int32((state & 4) | ((state + 1) & 3))
+                    at = registers.successor(at)
                 member = registers.successor(member)
+            if lists:  # as above: for want of registers it has not been kept
+                tile = registers.uniform(copy.load_shared_word(base + tile_slot))
+                key_block, kv_head = place(tile, per_head, section, all_heads)
+                key = int32(key_block * block_n + row_of(registers.thread()))
             barrier.arrive_warp(base + kv_empty, lane)
             batch = registers.quotient(kv_head, heads)
             line = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(

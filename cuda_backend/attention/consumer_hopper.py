@@ -12,28 +12,31 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.finish_hopper import build_finish
 from cuda_backend.attention.schedule_hopper import Schedule
-from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
+from cuda_backend.attention.softmax_hopper import NO_KEY, build_drop, build_output, build_softmax
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import barrier, copy, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_consumer"]
 
-int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
-
-LN2 = 0.6931471805599453
+int32, uint32, float32 = types.int32, types.uint32, types.float32
 
 
 def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
-    """Return ``consume(base, thread, out, lse, scale, problem)``, a device function for a whole warpgroup."""
+    """Return ``consume(base, thread, out, lse, scale, drop, problem)``, for a whole warpgroup.
+
+    `drop` has the seed of the dropout, its threshold, and the factor of what is kept.
+    """
     block_m, block_n, causal = variant.block_m, variant.block_n, variant.causal
     s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
     mask, softmax_row, pack_scores = build_softmax(variant)
-    rescale, row_total, store_row = build_output(variant)
+    (rescale, _, _), finish = build_output(variant), build_finish(variant)
+    dropout, drop_weights = variant.dropout, build_drop(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
     q_steps, k_steps = (wgmma.k_major_steps(variant.d_qk, rows) for rows in (block_m, block_n))
@@ -66,7 +69,14 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         return max_low, sum_low, max_high, sum_high, factor_low, factor_high
 
     @device_function
-    def consume(base: Any, thread: Any, out: Any, lse: Any, scale: Any, problem: Any) -> None:
+    def place_of_head(head: Any, heads: Any) -> Any:
+        """Return batch and head within it, anew for each tile for want of registers."""
+        batch = registers.quotient(registers.fresh(head), heads)
+        return batch, int32(head - batch * heads)
+
+    @device_function
+    def consume(base: Any, thread: Any, out: Any, lse: Any, scale: Any, drop: Any, problem: Any) -> None:
+        seed, threshold, kept = drop
         _, per_head, section, heads, all_heads, _, tq, tk, offset, columns = problem
         s = cuda.local.array(s_count, float32)
         o = cuda.local.array(o_count, float32)
@@ -130,6 +140,10 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     max_high,
                     sum_high,
                 )
+                if dropout:
+                    start = int32(j * block_n)
+                    batch, own_head = place_of_head(head, heads)
+                    drop_weights(s, seed, threshold, batch, own_head, row, start, quad_lane)
                 barrier.wait(base + v_full + 8 * stage, parity)
                 pack_scores(p, s)
                 j = int32(j - 1)
@@ -158,6 +172,10 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                         max_high,
                         sum_high,
                     )
+                    if dropout:
+                        start = int32(j * block_n)
+                        batch, own_head = place_of_head(head, heads)
+                        drop_weights(s, seed, threshold, batch, own_head, row, start, quad_lane)
                     # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
                     barrier.wait(base + v_full + 8 * stage, parity)
@@ -180,24 +198,9 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                 barrier.arrive(base + q_empty + 8 * q_stage)
             q_stage, q_parity = next_q_stage(q_stage, q_parity)
 
-            sum_low, sum_high = row_total(sum_low), row_total(sum_high)
-            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
-            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
-            batch = registers.quotient(head, heads)
-            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
-            row_bytes = uint64(2 * columns)
-            address = out + line * row_bytes
-            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
-            address += uint64(8 * heads) * row_bytes
-            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
-            if lse != uint64(0) and quad_lane == 0:
-                # A row without keys: -inf + log2(0) = -inf.
-                address = lse + uint64(4) * (uint64(head) * uint64(tq) + uint64(row))
-                if row < tq:
-                    value = (max_low * scale + registers.log2(sum_low)) * float32(LN2)
-                    copy.store_global_float(address, value)
-                if row + 8 < tq:
-                    value = (max_high * scale + registers.log2(sum_high)) * float32(LN2)
-                    copy.store_global_float(address + uint64(32), value)
+            if dropout:
+                rescale(o, kept, kept)
+            rows = max_low, sum_low, max_high, sum_high
+            finish(o, rows, scale, out, lse, row, head, quad_lane, (heads, tq, columns))
 
     return consume

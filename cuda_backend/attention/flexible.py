@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from cuda_backend.arrays import View, broadcast, dtype_name, empty, is_host, view
+from cuda_backend.arrays import View, broadcast, empty, is_host, view
 from cuda_backend.attention.backward import backward_variant, prepare_backward, queue_backward
 from cuda_backend.attention.call import Call, features, numbers, prepare, reasons
-from cuda_backend.attention.forward import forward_variant, run_forward
+from cuda_backend.attention.forward import Tier, chosen_tier, forward_variant, run_forward
+from cuda_backend.attention.tile_states import aux_views, tile_states
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_portable import Features, Variant
 from cuda_backend.launch import stream_of
 from refimpl.attention import AttentionGradients
-from refimpl.attention.block_mask import BlockMask, block_mask, cached_block_mask
+from refimpl.attention.block_mask import BlockMask, checked_block_mask
 from refimpl.attention.user_functions import as_mod
-from refimpl.errors import DTypeError, OptionError, UnsupportedError
-from refimpl.numerics import is_floating, widen
+from refimpl.errors import OptionError, UnsupportedError
 
 __all__ = ["flexible_attention", "flexible_attention_vjp"]
-
-AUX = ("bool", "int32", "int64", "uint8", "float32")
 
 
 def flexible_attention(
@@ -35,11 +34,13 @@ def flexible_attention(
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_vjp: Callable[..., Any] | None = None,
+    block_mask: BlockMask | None = None,
     aux: tuple[Any, ...] = (),
     scale: float | None = None,
     return_lse: bool = False,
     block_sizes: tuple[int, int] | None = None,
     stream: Any = None,
+    tier: Tier = "portable",
 ) -> Any:
     """Return attention with a mask and a score that the user writes, tile by tile; dead tiles are skipped.
 
@@ -47,11 +48,11 @@ def flexible_attention(
     ----------
     q, k, v : array
         As for `cuda_backend.flash_attention`.
-    mask_mod, score_mod, score_mod_vjp, aux, scale, return_lse
+    mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale, return_lse
         As for `refimpl.attention.flexible_attention`.  Floats that functions close over are float32 here, and
         so are floating arrays of `aux` on the host; on the GPU they are bool, int32, int64, uint8 or float32.
-    block_sizes, stream
-        As for `cuda_backend.flash_attention`.
+    block_sizes, stream, tier
+        As for `cuda_backend.flash_attention`; the Hopper kernels choose their own block sizes.
 
     Returns
     -------
@@ -68,7 +69,8 @@ def flexible_attention(
     Notes
     -----
     A kernel is compiled once for functions that compute the same, and the states of tiles are computed once
-    for each mask that takes no `aux`, by NumPy on the host.  Not yet run on a device.
+    for each mask and what it reads, on the device (`cuda_backend.attention.tile_states`).  Tiles of a
+    `block_mask` that the kernel's do not divide cut the kernel's.  Not yet run on a device.
 
     References
     ----------
@@ -87,10 +89,19 @@ def flexible_attention(
     if refused:
         raise UnsupportedError("flexible_attention: " + "; ".join(refused))
     on = stream_of(q, stream)
-    arrays, mods = _mods(mask_mod, score_mod, score_mod_vjp, aux, on)
+    arrays, mods = _mods(call, mask_mod, score_mod, score_mod_vjp, block_mask, aux, on)
+    if chosen_tier(tier, q) == "hopper":
+        from cuda_backend.attention.call_flexible_hopper import flexible_attention_hopper
+
+        if block_sizes is not None:
+            raise UnsupportedError("flexible_attention_hopper: the kernel has no block_sizes")
+        given: dict[str, Any] = {"arrays": arrays, "aux": aux, "blocks": block_mask, "scale": scale}
+        return flexible_attention_hopper(q, k, v, mods=mods, return_lse=return_lse, stream=on, **given)
     wanted, optional = features(call, on, lse=return_lse)
-    variant = forward_variant(call, wanted._replace(mods=mods._replace(vjp=None)), block_sizes, None)
-    return run_forward(call, variant, _with_mods(call, variant, optional, arrays, aux, on), on)
+    wanted = wanted._replace(mods=mods._replace(vjp=None))
+    sizes = _tile_sizes(block_mask, forward_variant(call, wanted, block_sizes, None), block_sizes)
+    variant = forward_variant(call, wanted, sizes, None)
+    return run_forward(call, variant, _with_mods(call, variant, optional, arrays, aux, block_mask, on), on)
 
 
 def flexible_attention_vjp(
@@ -105,6 +116,7 @@ def flexible_attention_vjp(
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_vjp: Callable[..., Any] | None = None,
+    block_mask: BlockMask | None = None,
     aux: tuple[Any, ...] = (),
     scale: float | None = None,
     block_sizes: tuple[int, int] | None = None,
@@ -116,7 +128,7 @@ def flexible_attention_vjp(
     ----------
     q, k, v, o, lse, do : array
         As for `cuda_backend.flash_attention_vjp`.
-    mask_mod, score_mod, score_mod_vjp, aux, scale, block_sizes, stream
+    mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale, block_sizes, stream
         Those of the forward call; `score_mod_vjp` is needed if there is a `score_mod`.
 
     Returns
@@ -150,65 +162,71 @@ def flexible_attention_vjp(
     if score_mod is not None and score_mod_vjp is None:
         raise OptionError("score_mod_vjp: needed for gradients through score_mod")
     on = stream_of(q, stream)
-    arrays, mods = _mods(mask_mod, score_mod, score_mod_vjp, aux, on)
+    arrays, mods = _mods(call, mask_mod, score_mod, score_mod_vjp, block_mask, aux, on)
     wanted, optional = features(call, on, lse=False)
-    variant = backward_variant(call, wanted._replace(mods=mods), block_sizes, None)
+    wanted = wanted._replace(mods=mods)
+    sizes = _tile_sizes(block_mask, backward_variant(call, wanted, block_sizes, None), block_sizes)
+    variant = backward_variant(call, wanted, sizes, None)
     inputs = {name: view(name, array, on) for name, array in call.tensors.items()}
     inputs["lse"] = view("lse", np.asarray(lse, np.float32) if is_host(lse) else lse, on)
     results = {name: empty(inputs[name].shape, call.dtype, call.tensors["q"], on) for name in "qkv"}
     outputs = {name: given for name, (given, _) in results.items()}
-    options = [*_with_mods(call, variant, optional, arrays, aux, on), *numbers(call.rule)]
+    options = [*_with_mods(call, variant, optional, arrays, aux, block_mask, on), *numbers(call.rule)]
     queue_backward(call, variant, inputs, outputs, options, on)
     return AttentionGradients(*(result() for _, result in results.values()))
 
 
 def _mods(
-    mask_mod: Any, score_mod: Any, score_mod_vjp: Any, aux: tuple[Any, ...], on: int
+    call: Call, mask_mod: Any, score_mod: Any, score_mod_vjp: Any, given: BlockMask | None, aux: Any, on: int
 ) -> tuple[tuple[View, ...], Mods]:
     """Check the functions as the reference does; return their arrays as a kernel sees them, and both."""
     if score_mod_vjp is not None and score_mod is None:
         raise OptionError("score_mod_vjp: given, but there is no score_mod")
-    if not isinstance(aux, tuple | list):
-        raise DTypeError(f"aux: expected a tuple of arrays, got {type(aux).__name__}")
-    views = []
-    for index, array in enumerate(aux):
-        name = f"aux[{index}]"
-        if is_host(array):
-            host = np.asarray(array)
-            array = widen(host).astype(np.float32) if is_floating(host.dtype) else host
-        dtype = array.dtype.name if is_host(array) else dtype_name(name, array)
-        if dtype not in AUX:
-            raise UnsupportedError(f"{name} is {dtype}; the kernel takes {', '.join(AUX)}")
-        views.append(view(name, array, on))
-    return tuple(views), Mods(
-        None if mask_mod is None else as_mod("mask_mod", mask_mod),
+    views = aux_views(aux, on)
+    mask = None if mask_mod is None else as_mod("mask_mod", mask_mod)
+    if given is not None:
+        shape = call.rule.shape
+        mask = checked_block_mask(given, mask, shape.B, shape.Hq, shape.Tq, shape.Tk)
+    return views, Mods(
+        mask,
         None if score_mod is None else as_mod("score_mod", score_mod, ("score",)),
         None if score_mod_vjp is None else as_mod("score_mod_vjp", score_mod_vjp, ("gradient", "score")),
-        tuple((given.dtype, len(given.shape)) for given in views),
+        tuple((array.dtype, len(array.shape)) for array in views),
     )
 
 
+def _tile_sizes(given: BlockMask | None, default: Variant, asked: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the tiles of a kernel: those asked for, or its own, cut so that they divide a mask's."""
+    if asked is not None or given is None:
+        return asked or (default.Br, default.Bc)
+    Br, Bc = given.block_sizes
+    return math.gcd(Br, default.Br), math.gcd(Bc, default.Bc)
+
+
 def _with_mods(
-    call: Call, variant: Variant, optional: list[Any], arrays: tuple[View, ...], aux: tuple[Any, ...], on: int
+    call: Call,
+    variant: Variant,
+    optional: list[Any],
+    arrays: tuple[View, ...],
+    aux: tuple[Any, ...],
+    given: BlockMask | None,
+    on: int,
 ) -> list[Any]:
     """Return the optional arguments of a kernel with the states of its tiles, and the functions' arrays."""
-    *given, tiles, nothing = optional
+    *others, tiles, nothing = optional
     features: Features = variant.features
-    mask = features.mods.mask
-    if mask is not None:
+    if features.mods.mask is not None:
         shape, sizes = call.rule.shape, (variant.Br, variant.Bc)
-        where = shape.B, shape.Hq, shape.Tq, shape.Tk
-
-        def make() -> BlockMask:
-            hosts = tuple(np.asarray(x if is_host(x) else x.cpu()) for x in aux)
-            return block_mask(mask.function, *where, block_sizes=sizes, aux=hosts)
-
-        states = cached_block_mask(mask, make, where, sizes)
+        if given is None:
+            where = shape.B, shape.Hq, shape.Tq, shape.Tk
+            states = tile_states(features.mods, arrays, aux, where, sizes, on)
+        else:
+            states = _uploaded(given, sizes, on)
         full = shape.B, shape.Hq, -(-shape.Tq // variant.Br), -(-shape.Tk // variant.Bc)
-        tiles = broadcast(_uploaded(states, on), full)
-    return [*given, tiles, arrays or nothing]
+        tiles = broadcast(states, full)
+    return [*others, tiles, arrays or nothing]
 
 
 @functools.lru_cache(maxsize=64)
-def _uploaded(states: BlockMask, on: int) -> View:
-    return view("block mask", states.states, on)
+def _uploaded(given: BlockMask, sizes: tuple[int, int], on: int) -> View:
+    return view("block_mask", given.spread(sizes).states, on)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cuda_backend._numba import cuda
+from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.consumer_hopper import build_consumer
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
 from cuda_backend.attention.producer_hopper import build_producer
@@ -27,7 +27,7 @@ from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import barrier, copy, grid, parameters, registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["SIGNATURE", "build"]
+__all__ = ["SIGNATURE", "build", "build_start"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -46,12 +46,9 @@ def build(variant: Variant) -> Callable[..., None]:
     It wants ``variant.threads`` threads, declared as launch bound with one block, ``variant.shared_bytes`` of
     dynamic shared memory, and at most as many blocks as run at once, none without a tile.
     """
-    stages, q_stages, consumer_warps = variant.stages, variant.q_stages, 4 * variant.consumers
-    places = variant.places
-    q_full, q_empty = places.q_full, places.q_empty
-    k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
     schedule = build_schedule(variant)
-    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule)
+    start, produce = build_start(variant), build_producer(variant, schedule)
+    consume = build_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
 
@@ -79,15 +76,7 @@ def build(variant: Variant) -> Callable[..., None]:
         thread = int32(cuda.threadIdx.x)
         if thread == 0:
             grid.let_next_grid_start()
-            for i in range(q_stages):
-                barrier.initialise(base + q_full + 8 * i, 1)
-                barrier.initialise(base + q_empty + 8 * i, consumer_warps)
-            for i in range(stages):
-                barrier.initialise(base + k_full + 8 * i, 1)
-                barrier.initialise(base + k_empty + 8 * i, consumer_warps)
-                barrier.initialise(base + v_full + 8 * i, 1)
-                barrier.initialise(base + v_empty + 8 * i, consumer_warps)
-            barrier.publish_initialisation()
+            start(base)
         cuda.syncthreads()
         if registers.uniform(thread >> 7) == 0:
             give_registers()
@@ -96,6 +85,29 @@ def build(variant: Variant) -> Callable[..., None]:
         else:
             take_registers()
             # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.
-            consume(base, thread, out, lse, scale, problem)
+            nothing = uint64(0), uint64(0), float32(1.0)
+            consume(base, thread, out, lse, scale, nothing, problem)
 
     return forward
+
+
+def build_start(variant: Variant) -> Callable[..., None]:
+    """Return ``start(base)``, for one thread before all others: barriers, and how many arrive at them."""
+    stages, q_stages, consumer_warps = variant.stages, variant.q_stages, 4 * variant.consumers
+    places = variant.places
+    q_full, q_empty = places.q_full, places.q_empty
+    k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
+
+    @device_function
+    def start(base: Any) -> None:
+        for i in range(q_stages):
+            barrier.initialise(base + q_full + 8 * i, 1)
+            barrier.initialise(base + q_empty + 8 * i, consumer_warps)
+        for i in range(stages):
+            barrier.initialise(base + k_full + 8 * i, 1)
+            barrier.initialise(base + k_empty + 8 * i, consumer_warps)
+            barrier.initialise(base + v_full + 8 * i, 1)
+            barrier.initialise(base + v_empty + 8 * i, consumer_warps)
+        barrier.publish_initialisation()
+
+    return start

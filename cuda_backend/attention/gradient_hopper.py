@@ -15,6 +15,7 @@ from typing import Any
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.dropout_hopper import build_words
 from cuda_backend.attention.variant_backward_hopper import BackwardVariant
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from cuda_backend.ptx import copy, matrix_store, registers
 from cuda_backend.ptx.assembly import types
 
@@ -25,7 +26,7 @@ int32, float32, uint64 = types.int32, types.float32, types.uint64
 NO_WEIGHT = float("-inf")
 
 
-def build_gradient(variant: BackwardVariant) -> tuple[Callable[..., Any], ...]:
+def build_gradient(variant: BackwardVariant | WideBackwardVariant) -> tuple[Callable[..., Any], ...]:
     """Return ``mask``, ``weights``, ``gradient`` and ``pack``, device functions.
 
     ``mask(s, first_low, first_high)`` makes scores -inf before a thread's own column ``first``, in its two
@@ -86,7 +87,7 @@ def build_gradient(variant: BackwardVariant) -> tuple[Callable[..., Any], ...]:
     return mask, weights, gradient, pack
 
 
-def build_stores(variant: BackwardVariant) -> tuple[Callable[..., Any], ...]:
+def build_stores(variant: BackwardVariant | WideBackwardVariant) -> tuple[Callable[..., Any], ...]:
     """Return ``store_ds``, ``store_dq`` and ``store_row``, device functions.
 
     ``store_ds(ds, place)`` writes packed dS to shared memory, a row for each query: `place` is where the

@@ -23,12 +23,14 @@ from cuda_backend.attention.plan_hopper import (
     reasons,
     section_of,
 )
+from cuda_backend.attention.user_device import blamed
 from cuda_backend.attention.variant_backward_hopper import (
     CONSUMERS,
     LARGEST_WIDTH,
     BackwardVariant,
     choose_backward,
 )
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant, choose_wide_backward
 from cuda_backend.cubins import Image, compiled, load
 from cuda_backend.launch import allow_shared_memory
 from cuda_backend.scratch import workspace
@@ -36,7 +38,10 @@ from refimpl.attention.scores import Causal
 from refimpl.errors import UnsupportedError
 from refimpl.validation import bind_axes
 
-__all__ = ["BackwardPlan", "Inputs", "Outputs", "backward_reasons", "enqueue_backward", "make_backward_plan"]
+__all__ = [
+    "BackwardPlan", "Inputs", "Outputs", "backward_reasons", "enqueue_backward", "make_backward_plan",
+    "together",
+]  # fmt: skip
 
 AXES = {
     "q": "B Tq Hq D", "k": "B Tk Hkv D", "v": "B Tk Hkv Dv", "o": "B Tq Hq Dv", "do": "B Tq Hq Dv",
@@ -44,7 +49,7 @@ AXES = {
 }  # fmt: skip
 PLACE = 256  # arrays in the workspace begin at multiples of it
 LARGEST = (1 << 31) - 1
-THREADS = 128 * CONSUMERS  # of the kernels before and after
+THREADS = 128 * CONSUMERS  # of the kernel before
 
 
 class Inputs(NamedTuple):
@@ -100,8 +105,10 @@ class BackwardPlan(NamedTuple):
     lock: Any
 
 
-def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, drop: tuple[int, int] = (0, 0)) -> None:
-    """Queue a backward pass of arrays at addresses, `drop` being seed and threshold; nothing waits.
+def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, more: tuple[int, ...] = (0, 0)) -> None:
+    """Queue a backward pass of arrays at addresses; nothing waits.
+
+    `more` is seed and threshold of the dropout; with functions of the user's, lists of tiles and arrays.
 
     Raises
     ------
@@ -114,7 +121,7 @@ def enqueue_backward(plan: BackwardPlan, at: Inputs, to: Outputs, drop: tuple[in
         shifts, deltas, sums, words = (room + place for place in plan.places[:-1])
         plan.encode((at.q, at.k, at.v, at.do))
         plan.prepare(at.o, at.do, at.lse, shifts, deltas, sums, words, *plan.strides)
-        plan.main(to.dk, to.dv, shifts, deltas, sums, words, plan.counters.address(), *drop)
+        plan.main(to.dk, to.dv, shifts, deltas, sums, words, plan.counters.address(), *more)
         plan.finish(sums, to.dq)
 
 
@@ -126,7 +133,7 @@ def make_backward_plan(
     deterministic: bool,
     stream: int,
     device: int,
-    variant: BackwardVariant | None = None,
+    variant: BackwardVariant | WideBackwardVariant | None = None,
     dropout_p: float = 0.0,
 ) -> BackwardPlan:
     """Return the plan of a call on the current GPU, `device`; `variant` is in place of `choose_backward`'s.
@@ -149,21 +156,20 @@ def make_backward_plan(
     group, kind = heads // kv_heads, KINDS[q.dtype]
     if variant is None:
         how = {"deterministic": deterministic, "dropout": dropout_p > 0}
-        variant = choose_backward(kind, width, value_width, bool(causal), **how)
+        choose = choose_backward if max(width, value_width) <= LARGEST_WIDTH else choose_wide_backward
+        variant = choose(kind, width, value_width, bool(causal), **how)
     blocks, key_blocks = -(-tq // variant.block_m), -(-tk // variant.block_n)
     lines, tiles, all_heads = batch * heads * blocks, key_blocks * batch * kv_heads, batch * kv_heads
     processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
     factor = width**-0.5 if scale is None else scale
     columns, value_columns = (-(-size // COLUMNS) * COLUMNS for size in (width, value_width))
-    # Q and dO are read again for every block of keys, and sums of dQ added to.
-    head_bytes = group * blocks * (2 * variant.q_bytes + CONSUMERS * variant.share_bytes)
-    section = section_of(all_heads, head_bytes) if variant.causal else 1
+    section = together(variant, all_heads, group * blocks) if variant.causal else 1
     offset = tk - tq if causal == "bottom_right" else 0
     problem = (
         tiles, key_blocks, section, kv_heads, all_heads, group, blocks, tq, tk, offset, columns, value_columns
     )  # fmt: skip
     statistics = 4 * lines * variant.block_m
-    sizes = (statistics, statistics, lines * CONSUMERS * variant.share_bytes, 4 * lines)
+    sizes = (statistics, statistics, lines * variant.shares * variant.share_bytes, 4 * lines)
     places = [0]
     for size in sizes:
         places.append(places[-1] + -(-size // PLACE) * PLACE)
@@ -173,7 +179,7 @@ def make_backward_plan(
         _function("main", variant, device),
         early_config(min(tiles, processors), variant.threads, variant.shared_bytes, stream),
         4 * DESCRIPTOR_BYTES,
-        "9Q3f12i",
+        f"{variant.addresses}Q3f12i",
         (factor * LOG2_E, factor, 1.0 / (1.0 - dropout_p), *problem),
     )
     turned_bytes = variant.block_m * (2 * variant.d + 16) if variant.swapped else 0
@@ -183,7 +189,7 @@ def make_backward_plan(
         ),
         dtype=q.dtype,
         prepare=Packed(
-            _function("prepare", variant, device),
+            _function("prepare", variant._replace(mods=None), device),
             early_config(lines, THREADS, 0, stream),
             0,
             "13Q4i",
@@ -191,8 +197,8 @@ def make_backward_plan(
         ),
         main=main,
         finish=Packed(
-            _function("finish", variant, device),
-            early_config(lines, THREADS, turned_bytes, stream),
+            _function("finish", variant._replace(mods=None), device),
+            early_config(lines, 128 * variant.shares, turned_bytes, stream),
             0,
             "2Q1f4i",
             (factor, blocks, heads, tq, columns),
@@ -206,6 +212,15 @@ def make_backward_plan(
     )
 
 
+def together(variant: BackwardVariant | WideBackwardVariant, heads: int, blocks: int) -> int:
+    """Return how many of `heads` key heads to work on together, each seen by `blocks` blocks of queries.
+
+    Q and dO are read again for every block of keys, and sums of dQ added to.
+    """
+    sums_bytes = variant.shares * variant.share_bytes
+    return section_of(heads, blocks * (variant.q_bytes + variant.do_bytes + sums_bytes))
+
+
 def backward_reasons(given: Inputs, *, causal: Causal, scale: float | None) -> list[str]:
     """Return the reasons why the Hopper backward kernels refuse views that the reference takes.
 
@@ -217,9 +232,6 @@ def backward_reasons(given: Inputs, *, causal: Causal, scale: float | None) -> l
     stubs = [np.broadcast_to(np.float32(0), x.shape) for x in given]
     bind_axes({name: (x, AXES[name]) for name, x in zip(Inputs._fields, stubs, strict=True)})
     found = reasons(given.q, given.k, given.v, causal=causal, scale=scale)
-    for axis, width in (("D", given.q.shape[3]), ("Dv", given.v.shape[3])):
-        if width > LARGEST_WIDTH:
-            found.append(f"{axis} is {width}; the backward kernel takes up to {LARGEST_WIDTH}")
     for name, x in (("o", given.o), ("do", given.do)):
         found += _of_the_output(name, x, given.q)
     if given.lse.dtype != "float32" or not _contiguous(given.lse):
@@ -250,21 +262,34 @@ def _contiguous(x: View) -> bool:
 
 
 @functools.cache
-def _function(name: str, variant: BackwardVariant, device: int) -> Any:
+def _function(name: str, variant: BackwardVariant | WideBackwardVariant, device: int) -> Any:
     """Return a kernel of `variant` on the current GPU, compiled once: "prepare", "main" or "finish"."""
     made = functools.partial(_compiled, name, variant)
-    function = load(f"attention_backward_{name}_hopper", variant, device, made)
+    key = variant if variant.mods is None else (*variant[:-1], variant.mods.kept_as())
+    function = load(f"attention_backward_{name}_hopper", key, device, made)
     return allow_shared_memory(function, variant.shared_bytes) if name == "main" else function
 
 
-def _compiled(name: str, variant: BackwardVariant) -> Image:
+def _compiled(name: str, variant: BackwardVariant | WideBackwardVariant) -> Image:
     from cuda_backend.attention import around_backward_hopper as around  # not needed if the kernel is on disk
     from cuda_backend.attention.backward_hopper import SIGNATURE, build_backward
+    from cuda_backend.attention.wide_backward_hopper import build_wide_backward
 
+    if variant.mods is not None:
+        from cuda_backend.attention.flexible_backward_hopper import (
+            build_flexible_backward,
+            flexible_signature,
+        )
+
+        with blamed(variant.mods):
+            kernel, signature = build_flexible_backward(variant), flexible_signature(variant.mods)
+            return compiled(kernel, signature, threads=variant.threads)
     if name == "main":
-        return compiled(build_backward(variant), SIGNATURE, threads=variant.threads)
-    build, signature = {
-        "prepare": (around.build_prepare, around.PREPARE_SIGNATURE),
-        "finish": (around.build_finish, around.FINISH_SIGNATURE),
-    }[name]
-    return compiled(build(variant), signature, threads=THREADS)
+        if isinstance(variant, WideBackwardVariant):
+            kernel = build_wide_backward(variant)
+        else:
+            kernel = build_backward(variant)
+        return compiled(kernel, SIGNATURE, threads=variant.threads)
+    if name == "prepare":
+        return compiled(around.build_prepare(variant), around.PREPARE_SIGNATURE, threads=THREADS)
+    return compiled(around.build_finish(variant), around.FINISH_SIGNATURE, threads=128 * variant.shares)

@@ -11,6 +11,7 @@ from cuda_backend.attention.producer_hopper import NO_TILE
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS, BackwardVariant
 from cuda_backend.attention.variant_hopper import SUBTILE
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from cuda_backend.ptx import barrier, bulk, copy, grid, registers, tma, turns
 from cuda_backend.ptx.assembly import types
 
@@ -39,14 +40,18 @@ def build_start(variant: BackwardVariant) -> Callable[..., None]:
     return start
 
 
-def build_backward_producer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callable[..., None]:
+def build_backward_producer(
+    variant: BackwardVariant | WideBackwardVariant, schedule: BackwardSchedule
+) -> Callable[..., None]:
     """Return ``produce(base, descriptors, shifts, deltas, counter, problem)``, for one thread.
 
     Tiles are drawn as in the forward kernel (`producer_hopper`).  K and V have room for one tile: the next
     one is loaded while the consumers write dK and dV of this one.
     """
-    block_m, block_n, subtiles = variant.block_m, variant.block_n, variant.d // SUBTILE
-    q_bytes, k_bytes, stat_bytes = variant.q_bytes, variant.k_bytes, 4 * variant.block_m
+    block_m, block_n = variant.block_m, variant.block_n
+    subtiles, v_subtiles = variant.d // SUBTILE, variant.d_v // SUBTILE
+    q_bytes, do_bytes, stat_bytes = variant.q_bytes, variant.do_bytes, 4 * variant.block_m
+    k_bytes, v_bytes = variant.k_bytes, variant.v_bytes
     places = variant.places
     k_tile, v_tile, q_tiles, do_tiles = places.k_tile, places.v_tile, places.q_tiles, places.do_tiles
     shift_places, delta_places, tile_slot = places.shifts, places.deltas, places.tile_slot
@@ -76,8 +81,8 @@ def build_backward_producer(variant: BackwardVariant, schedule: BackwardSchedule
             for c in range(subtiles):
                 target = base + k_tile + c * (128 * block_n)
                 load_k(target, descriptors, base + k_full, c * SUBTILE, row, own_head, batch)
-            barrier.expect_bytes(base + v_full, k_bytes)
-            for c in range(subtiles):
+            barrier.expect_bytes(base + v_full, v_bytes)
+            for c in range(v_subtiles):
                 target = base + v_tile + c * (128 * block_n)
                 load_v(target, descriptors, base + v_full, c * SUBTILE, row, own_head, batch)
             begin = first_block(key_block, blocks, tq, offset)
@@ -101,9 +106,9 @@ def build_backward_producer(variant: BackwardVariant, schedule: BackwardSchedule
                     bulk.load(target, shifts + uint64(line) * uint64(stat_bytes), stat_bytes, full)
                     full = base + do_full + 8 * stage
                     barrier.wait(base + do_empty + 8 * stage, parity)
-                    barrier.expect_bytes(full, q_bytes + stat_bytes)
-                    target = base + do_tiles + stage * q_bytes
-                    for c in range(subtiles):
+                    barrier.expect_bytes(full, do_bytes + stat_bytes)
+                    target = base + do_tiles + stage * do_bytes
+                    for c in range(v_subtiles):
                         at = target + c * (128 * block_m)
                         load_do(at, descriptors, full, c * SUBTILE, row, head, batch)
                     target = base + delta_places + stage * stat_bytes

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from cuda_backend._numba import device_function
 from cuda_backend.attention.schedule_hopper import build_place, ring
 from cuda_backend.attention.variant_backward_hopper import BackwardVariant
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import types
 
@@ -36,7 +37,7 @@ class BackwardSchedule(NamedTuple):
     next_ds: Callable[..., Any]
 
 
-def build_backward_schedule(variant: BackwardVariant) -> BackwardSchedule:
+def build_backward_schedule(variant: BackwardVariant | WideBackwardVariant) -> BackwardSchedule:
     """Return the schedule of `variant`.
 
     ``place`` is that of `build_place`, for blocks of keys and key heads.  Under a causal mask the first keys
@@ -67,4 +68,5 @@ def build_backward_schedule(variant: BackwardVariant) -> BackwardSchedule:
         return int32(key_block)
 
     place = build_place(causal and variant.deterministic)
-    return BackwardSchedule(place, first_block, turn, ring(variant.stages), ring(variant.ds_stages))
+    ds_stages = 1 if isinstance(variant, WideBackwardVariant) else variant.ds_stages
+    return BackwardSchedule(place, first_block, turn, ring(variant.stages), ring(ds_stages))

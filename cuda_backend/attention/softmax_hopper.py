@@ -10,13 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import device_function
+from cuda_backend.attention.dropout_hopper import build_row_words
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import copy, registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["build_output", "build_softmax"]
+__all__ = ["build_drop", "build_output", "build_softmax"]
 
-float32, uint64 = types.float32, types.uint64
+int32, float32, uint64 = types.int32, types.float32, types.uint64
 
 NO_KEY = float("-inf")
 
@@ -66,6 +67,27 @@ def build_softmax(variant: Variant) -> tuple[Callable[..., Any], ...]:
             p[i] = pack(s[2 * i], s[2 * i + 1])
 
     return mask, softmax_row, pack_scores
+
+
+def build_drop(variant: Variant) -> Callable[..., None]:
+    """Return ``drop(s, seed, threshold, batch, head, row, start, quad_lane)``, a device function.
+
+    It makes the weights 0 that dropout drops: `row` is the thread's first one, `start` the first column.
+    """
+    count, draw = variant.block_n // 2, build_row_words()
+
+    @device_function
+    def drop(
+        s: Any, seed: Any, threshold: Any, batch: Any, head: Any, row: Any, start: Any, quad_lane: Any
+    ) -> None:
+        for i in range(count // 4):
+            w0, w1, w2, w3 = draw(seed, batch, head, row, int32(start + 8 * i), quad_lane)
+            s[4 * i] = registers.select_float(int32(uint64(w0) >= threshold), s[4 * i], float32(0.0))
+            s[4 * i + 1] = registers.select_float(int32(uint64(w1) >= threshold), s[4 * i + 1], float32(0.0))
+            s[4 * i + 2] = registers.select_float(int32(uint64(w2) >= threshold), s[4 * i + 2], float32(0.0))
+            s[4 * i + 3] = registers.select_float(int32(uint64(w3) >= threshold), s[4 * i + 3], float32(0.0))
+
+    return drop
 
 
 def build_output(variant: Variant) -> tuple[Callable[..., Any], ...]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import CellType, FunctionType
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -25,6 +26,19 @@ class Mods(NamedTuple):
     score: Mod | None = None
     vjp: Mod | None = None
     aux: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def arrays(self) -> tuple[tuple[str, int], ...]:
+        """Return dtype and axes of the arrays that a kernel takes: one at least."""
+        return self.aux or (("float32", 1),)
+
+    def kept_as(self) -> str:
+        """Return a name for these functions that is the same in every process, if they are.
+
+        What a function closes over beside numbers, strings, arrays and functions has no such name.
+        """
+        keys = tuple(None if mod is None else (mod.takes_aux, mod.key) for mod in self[:3])
+        return repr((keys, self.aux)) + (str(uuid4()) if " object at 0x" in repr(keys) else "")
 
 
 def mask_on_device(mod: Mod | None) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from cuda_backend.attention.arguments import array_words
+from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_hopper import SUBTILE
 
 __all__ = ["CONSUMERS", "LARGEST_WIDTH", "BackwardPlaces", "BackwardVariant", "choose_backward"]
 
 CONSUMERS = 2  # warpgroups that compute, 64 keys each
-LARGEST_WIDTH = 128  # dK and dV of 64 keys, in registers: 2 * 128 / 2 numbers a thread
+LARGEST_WIDTH = 128  # of this kernel: dK and dV of 64 keys, in registers: 2 * 128 / 2 numbers a thread
 
 
 class BackwardPlaces(NamedTuple):
@@ -33,6 +35,7 @@ class BackwardPlaces(NamedTuple):
     dq_full: int
     dq_empty: int
     tile_slot: int
+    entries: int
     end: int
 
 
@@ -62,6 +65,9 @@ class BackwardVariant(NamedTuple):
         Tiles of dS: with two, one barrier a step is enough.
     early_dv
         Whether dV is issued before dS is computed, to run beside it; not with dropout.
+    mods
+        Functions of the user's to be compiled in; a kernel with them walks lists of tiles (`tile_lists`), one
+        without (None) has neither.
     """
 
     kind: str
@@ -74,6 +80,19 @@ class BackwardVariant(NamedTuple):
     stages: int
     ds_stages: int
     early_dv: bool
+    mods: Mods | None = None
+
+    @property
+    def lists(self) -> bool:
+        """Whether the kernel walks lists of tiles."""
+        return self.mods is not None
+
+    @property
+    def addresses(self) -> int:
+        """Arguments of 8 bytes: addresses; two words of dropout, or arrays of the user's."""
+        if self.mods is None:
+            return 9
+        return 10 + sum(array_words(axes) for _, axes in self.mods.arrays)
 
     @property
     def block_n(self) -> int:
@@ -106,6 +125,26 @@ class BackwardVariant(NamedTuple):
         return 2 * self.block_n * self.d
 
     @property
+    def d_v(self) -> int:
+        """Head dimension of v after padding."""
+        return self.d
+
+    @property
+    def do_bytes(self) -> int:
+        """Bytes of a tile of dO."""
+        return self.q_bytes
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of a tile of V."""
+        return self.k_bytes
+
+    @property
+    def shares(self) -> int:
+        """Parts of a dQ tile that lie one behind the other."""
+        return CONSUMERS
+
+    @property
     def ds_bytes(self) -> int:
         """Bytes of a tile of dS: rows of 64 keys, a sub-tile for each consumer."""
         return 2 * self.block_n * self.block_m
@@ -127,12 +166,13 @@ class BackwardVariant(NamedTuple):
 
     @property
     def places(self) -> BackwardPlaces:
-        """Tiles at multiples of 1024 bytes, statistics, then barriers of eight bytes each."""
+        """Tiles at multiples of 1024 bytes, statistics, barriers of eight bytes each, then words."""
         sizes = (
             self.k_bytes, self.k_bytes, self.stages * self.q_bytes, self.stages * self.q_bytes,
             self.ds_stages * self.ds_bytes, CONSUMERS * self.share_bytes,
             4 * self.stages * self.block_m, 4 * self.stages * self.block_m,
-            8, 8, 8, *[8 * self.stages] * 4, 8 * CONSUMERS, 8 * CONSUMERS, 8,
+            8, 8, 8, *[8 * self.stages] * 4, 8 * CONSUMERS, 8 * CONSUMERS,
+            16 if self.lists else 8, 8 * self.stages if self.lists else 0,
         )  # fmt: skip
         at = [0]
         for size in sizes:

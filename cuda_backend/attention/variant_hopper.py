@@ -42,6 +42,8 @@ class Variant(NamedTuple):
         Tiles of K, and of V, in flight.
     q_stages
         Tiles of Q: with two, the next one arrives while this one is in use.
+    dropout
+        Whether dropout is compiled in: `forward_dropout_hopper` has the kernel.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Variant(NamedTuple):
     block_n: int
     stages: int
     q_stages: int
+    dropout: bool = False
 
     @property
     def block_m(self) -> int:
@@ -152,3 +155,20 @@ def choose(
     if d_v <= 128 and d_qk <= 192:
         return Variant(kind, d_qk, d_v, causal, consumers=2, block_n=128, stages=2, q_stages=1)
     return Variant(kind, d_qk, d_v, causal, consumers=2, block_n=80, stages=2, q_stages=1)
+
+
+def choose_dropout(kind: str, d_qk: int, d_v: int, causal: bool) -> Variant:
+    """Return the variant for a problem with dropout: smaller tiles, since Philox needs registers, too.
+
+    Parameters
+    ----------
+    kind, d_qk, d_v, causal
+        As of `choose`.
+
+    Examples
+    --------
+    >>> choose_dropout("f16", 64, 64, True)[4:6], choose_dropout("f16", 256, 256, True)[4:6]
+    ((2, 96), (2, 80))
+    """
+    chosen = choose(kind, d_qk, d_v, causal)
+    return chosen._replace(consumers=2, block_n=min(96, chosen.block_n), dropout=True)

@@ -14,6 +14,7 @@ from llvmlite import ir
 from cuda_backend.ptx.assembly import LLVM_TYPES, Intrinsic, Lowering, declare, emit, instruction, types
 
 __all__ = [
+    "add_global_16",
     "fetch_add",
     "fetch_increment",
     "load_8",
@@ -42,6 +43,7 @@ __all__ = [
     "store_shared_float",
     "store_shared_half",
     "store_shared_word",
+    "store_shared_words",
     "words_loader",
 ]
 
@@ -273,6 +275,15 @@ load_shared_float = instruction(
     'Load one float32 from shared memory.  PTX ISA, "ld".',
 )
 
+store_shared_words = instruction(
+    "store_shared_words",
+    types.void,
+    {"address": types.uint32, **dict.fromkeys("abcd", types.uint32)},
+    "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
+    "r,r,r,r,r",
+    'Store four words at a shared address that is a multiple of 16.  PTX ISA, "st".',
+)
+
 store_shared_8 = instruction(
     "store_shared_8",
     types.void,
@@ -289,6 +300,15 @@ reduce_add = instruction(
     "red.global.add.s32 [$0], $1;",
     "l,r",
     'Add to a word of global memory.  PTX ISA, "red", .add.',
+)
+
+add_global_16 = instruction(
+    "add_global_16",
+    types.void,
+    {"address": types.uint64, **dict.fromkeys("abcd", types.float32)},
+    "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};",
+    "l,f,f,f,f",
+    'Add four float32 to global memory, at a multiple of 16.  PTX ISA, "red", .v4.',
 )
 
 fetch_add = instruction(

@@ -31,6 +31,7 @@ __all__ = [
     "select_word",
     "successor",
     "take_registers",
+    "thread",
     "uniform",
     "unpack_high",
     "unpack_low",
@@ -201,6 +202,15 @@ fresh = instruction(
     "mov.b32 $0, $1;",
     "=r,r",
     'x, here and now: what is made of it is not kept from one turn of a loop to the next.  PTX ISA, "mov".',
+)
+
+thread = instruction(
+    "thread",
+    _int,
+    {},
+    "mov.u32 $0, %tid.x;",
+    "=r",
+    'The number of the thread, asked again rather than kept.  PTX ISA, "%tid".',
 )
 
 successor = instruction(

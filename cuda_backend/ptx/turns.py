@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["pass_turn", "rest", "to_the_copy_engine", "word_seen"]
+__all__ = ["pass_turn", "pass_turn_of_warp", "rest", "to_the_copy_engine", "wait_for_turn", "word_seen"]
 
 word_seen = instruction(
     "word_seen",
@@ -48,4 +48,26 @@ to_the_copy_engine = instruction(
     "",
     "Order what this thread stores, or has been told of, before what the copy engine reads.  "
     'PTX ISA, "membar, fence", fence.proxy.async.',
+)
+
+wait_for_turn = instruction(
+    "wait_for_turn",
+    types.void,
+    {"address": types.uint64, "least": types.int32},
+    "{ .reg .pred early; .reg .b32 seen; TURN${:uid}: ld.acquire.gpu.global.b32 seen, [$0]; "
+    "setp.lt.s32 early, seen, $1; @early bra TURN${:uid}; bar.warp.sync 0xffffffff; }",
+    "l,r",
+    "Spin, a whole warp, until the word is at least `least`: each lane sees what was done before, if threads "
+    'and not the copy engine did it.  PTX ISA, "ld", .acquire.',
+)
+
+pass_turn_of_warp = instruction(
+    "pass_turn_of_warp",
+    types.void,
+    {"address": types.uint64, "lane": types.int32},
+    "{ .reg .pred first; setp.eq.s32 first, $1, 0; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; "
+    "@first red.release.gpu.global.add.s32 [$0], 1; }",
+    "l,r",
+    "Add 1 to the word, after all that a whole warp, of which this is lane `lane`, has done.  "
+    'PTX ISA, "red", .release.',
 )

@@ -73,6 +73,8 @@ from refimpl.attention.sliding_window_banded import (
     sliding_window_attention_banded_vjp,
 )
 from refimpl.attention.standard import standard_attention, standard_attention_vjp
+from refimpl.attention.varlen import varlen_attention, varlen_attention_vjp
+from refimpl.attention.varlen_masked import varlen_attention_masked, varlen_attention_masked_vjp
 
 __all__ = [
     "AttentionGradients",
@@ -148,5 +150,9 @@ __all__ = [
     "split_kv_attention",
     "standard_attention",
     "standard_attention_vjp",
+    "varlen_attention",
+    "varlen_attention_masked",
+    "varlen_attention_masked_vjp",
+    "varlen_attention_vjp",
     "window_radius",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from refimpl.attention.user_functions import Aux, Mod, as_mod, where_allowed
-from refimpl.numerics import Array
+from refimpl.errors import OptionError, ShapeError
+from refimpl.numerics import Array, BoolArray
 from refimpl.validation import whole
 
-__all__ = ["DEAD", "FULL", "PARTIAL", "BlockMask", "block_mask", "cached_block_mask"]
+__all__ = ["DEAD", "FULL", "PARTIAL", "BlockMask", "block_mask", "checked_block_mask"]
 
 DEAD, PARTIAL, FULL = 0, 1, 2
-KEPT = 64  # masks that the cache remembers
-
-_cache: OrderedDict[Any, BlockMask] = OrderedDict()
+AT_ONCE = 1 << 20  # scores evaluated together: few enough that an array of them stays in a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +31,51 @@ class BlockMask:
         (Br, Bc).
     lengths : tuple of int
         (Tq, Tk).
+    mod : Mod, optional
+        The mask function, which speaks in partial tiles.
     """
 
     states: Array
     block_sizes: tuple[int, int]
     lengths: tuple[int, int]
+    mod: Mod | None = None
+
+    @property
+    def live(self) -> BoolArray:
+        """Where a tile has a score to compute, in the shape of `states`."""
+        return np.not_equal(self.states, DEAD)
+
+    @property
+    def full(self) -> BoolArray:
+        """Where a tile needs no mask, in the shape of `states`."""
+        return np.equal(self.states, FULL)
 
     @property
     def density(self) -> float:
         """Share of tiles that are not dead: of the products that a kernel computes."""
-        return float(np.mean(self.states != DEAD)) if self.states.size else 0.0
+        return float(np.mean(self.live)) if self.states.size else 0.0
+
+    def spread(self, block_sizes: tuple[int, int] = (1, 1)) -> BlockMask:
+        """Return the same states for smaller tiles, which divide these; of one score each by default.
+
+        Raises
+        ------
+        OptionError
+            If the smaller tiles do not divide these.
+
+        Examples
+        --------
+        >>> block_mask(lambda b, h, i, j: j < 2, 1, 1, 1, 5, block_sizes=(4, 4)).spread((4, 2)).states
+        array([[[[1, 1, 0]]]], dtype=uint8)
+        """
+        states = self.states
+        for axis, (own, smaller, length) in enumerate(
+            zip(self.block_sizes, block_sizes, self.lengths, strict=True), 2
+        ):
+            if own % smaller:
+                raise OptionError(f"block_sizes: expected divisors of {self.block_sizes}, got {block_sizes}")
+            states = np.repeat(states, own // smaller, axis).take(np.arange(-(-length // smaller)), axis)
+        return BlockMask(states, block_sizes, self.lengths, self.mod)
 
 
 def block_mask(
@@ -56,7 +89,7 @@ def block_mask(
     block_sizes: tuple[int, int] = (64, 64),
     aux: Aux = (),
 ) -> BlockMask:
-    """Return the states of the tiles of `mask_mod`, evaluated once for every score.
+    """Return the states of the tiles of `mask_mod`, evaluated once for every score, some tiles at a time.
 
     Parameters
     ----------
@@ -93,39 +126,40 @@ def block_mask(
     mod = as_mod("mask_mod", mask_mod)
     Br, Bc = (whole("block_sizes", size) for size in block_sizes)
     sequences, heads = (B if mod.by_sequence else min(B, 1)), (Hq if mod.by_head else min(Hq, 1))
-    rows, columns = -(-Tq // Br), -(-Tk // Bc)
-    states = np.zeros((sequences, heads, rows, columns), np.uint8)
-    for b, h, r in np.ndindex(sequences, heads, rows):
+    states = np.zeros((sequences, heads, -(-Tq // Br), -(-Tk // Bc)), np.uint8)
+    step = max(1, AT_ONCE // (Br * Bc))
+    for b, h, r in np.ndindex(states.shape[:3]):
         i = np.arange(r * Br, min((r + 1) * Br, Tq))[:, None]
-        allowed = where_allowed(mod, (np.asarray(b), np.asarray(h), i, np.arange(Tk)), aux)
-        by_key = np.stack([allowed.any(axis=0), allowed.all(axis=0)])
-        padded = np.zeros((2, columns * Bc), bool)
-        padded[:, :Tk] = by_key
-        padded[1, Tk:] = True  # behind the last key nothing speaks against a full tile
-        some, every = padded.reshape(2, columns, Bc)
-        states[b, h, r] = np.where(every.all(axis=1), FULL, np.where(some.any(axis=1), PARTIAL, DEAD))
-    return BlockMask(states, (Br, Bc), (Tq, Tk))
+        for c in range(0, states.shape[3], step):
+            j = np.arange(c * Bc, min((c + step) * Bc, Tk))
+            allowed = where_allowed(mod, (np.asarray(b), np.asarray(h), i, j), aux)
+            edges = np.arange(0, j.size, Bc)
+            some = np.logical_or.reduceat(allowed.any(axis=0), edges)
+            every = np.logical_and.reduceat(allowed.all(axis=0), edges)
+            states[b, h, r, c : c + step] = np.where(every, FULL, np.where(some, PARTIAL, DEAD))
+    return BlockMask(states, (Br, Bc), (Tq, Tk), mod)
 
 
-def cached_block_mask(key: Mod, make: Callable[[], BlockMask], *where: Any) -> BlockMask:
-    """Return the mask that `make` computes, once for each mask function and `where` it stands.
+def checked_block_mask(given: BlockMask, mask: Mod | None, B: int, Hq: int, Tq: int, Tk: int) -> Mod:
+    """Return the mask function of a call with these states of tiles, its own or theirs.
 
-    A function that takes arrays is not remembered: the arrays may be other ones next time.
-
-    Examples
-    --------
-    >>> mod = as_mod("mask_mod", lambda b, h, i, j: j <= i)
-    >>> make = lambda: block_mask(mod.function, 1, 1, 4, 4, block_sizes=(2, 2))
-    >>> cached_block_mask(mod, make, 4, 2) is cached_block_mask(mod, make, 4, 2)
-    True
+    Raises
+    ------
+    ShapeError
+        If the states are of other lengths, or of another number of sequences or heads.
+    OptionError
+        If there is no function, or another one than that of the states.
     """
-    if key.takes_aux:
-        return make()
-    known = (key, *where)
-    if known in _cache:
-        _cache.move_to_end(known)
-        return _cache[known]
-    _cache[known] = found = make()
-    if len(_cache) > KEPT:
-        _cache.popitem(last=False)
-    return found
+    tiles = tuple(-(-n // size) for n, size in zip((Tq, Tk), given.block_sizes, strict=True))
+    sequences, heads, *found = given.states.shape
+    if given.lengths != (Tq, Tk) or tuple(found) != tiles or sequences not in (1, B) or heads not in (1, Hq):
+        raise ShapeError(
+            f"block_mask: expected states of {B} sequences, {Hq} heads and {(Tq, Tk)} scores, "
+            f"got shape {given.states.shape} for {given.lengths}"
+        )
+    mod = mask or given.mod
+    if mod is None:
+        raise OptionError("mask_mod: needed beside a block_mask that knows no function")
+    if given.mod is not None and mod != given.mod:
+        raise OptionError("block_mask: made of another function than mask_mod")
+    return mod

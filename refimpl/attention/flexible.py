@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from refimpl.attention.block_mask import FULL, PARTIAL, BlockMask, checked_block_mask
 from refimpl.attention.dense import AttentionGradients, AttentionOutput
 from refimpl.attention.online_softmax import softmax
 from refimpl.attention.samples_flexible import AXES, EDGES, OPTIONS, flexible_terms, sample_flexible
 from refimpl.attention.scores import AttentionShape, attention_shape
 from refimpl.attention.user_functions import Aux, Mod, as_mod, modified_scores, where_allowed
 from refimpl.errors import DTypeError, OptionError
-from refimpl.numerics import FloatArray, contract, is_floating, round_to, wide_dtype, widen
+from refimpl.numerics import Array, FloatArray, contract, is_floating, round_to, wide_dtype, widen
 from refimpl.registry import Source, technique
 from refimpl.validation import as_array, bind_axes, finite, floating
 
@@ -21,7 +22,10 @@ __all__ = ["ModRule", "flexible_attention", "flexible_attention_vjp", "mod_rule"
 
 
 class ModRule(NamedTuple):
-    """The functions of one call, checked, with floating arrays of `aux` in the dtype of scores."""
+    """The functions of one call, checked, with floating arrays of `aux` in the dtype of scores.
+
+    `states` are those of single scores, if the call has a block mask.
+    """
 
     shape: AttentionShape
     scale: float
@@ -29,6 +33,7 @@ class ModRule(NamedTuple):
     score: Mod | None
     vjp: Mod | None
     aux: Aux
+    states: Array | None = None
 
 
 def mod_rule(
@@ -39,6 +44,7 @@ def mod_rule(
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_vjp: Callable[..., Any] | None = None,
+    block_mask: BlockMask | None = None,
     aux: Aux = (),
     scale: float | None = None,
 ) -> ModRule:
@@ -61,15 +67,19 @@ def mod_rule(
     arrays = [as_array(f"aux[{index}]", array) for index, array in enumerate(aux)]
     if score_mod_vjp is not None and score_mod is None:
         raise OptionError("score_mod_vjp: given, but there is no score_mod")
+    mask = None if mask_mod is None else as_mod("mask_mod", mask_mod)
+    if block_mask is not None:
+        mask = checked_block_mask(block_mask, mask, shape.B, shape.Hq, shape.Tq, shape.Tk)
     return ModRule(
         shape,
         shape.D**-0.5 if scale is None else finite("scale", scale),
-        None if mask_mod is None else as_mod("mask_mod", mask_mod),
+        mask,
         None if score_mod is None else as_mod("score_mod", score_mod, ("score",)),
         None if score_mod_vjp is None else as_mod("score_mod_vjp", score_mod_vjp, ("gradient", "score")),
         tuple(
             widen(array).astype(wide, copy=False) if is_floating(array.dtype) else array for array in arrays
         ),
+        None if block_mask is None else block_mask.spread().states,
     )
 
 
@@ -94,6 +104,7 @@ def flexible_attention(
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_vjp: Callable[..., Any] | None = None,
+    block_mask: BlockMask | None = None,
     aux: Aux = (),
     scale: float | None = None,
     return_lse: bool = False,
@@ -113,6 +124,10 @@ def flexible_attention(
     score_mod_vjp : callable, optional
         ``score_mod_vjp(gradient, score, b, h, i, j)``, or with `aux` as well: the gradient of the score that
         goes in, given that of the score that comes out.  The forward pass does not read it.
+    block_mask : BlockMask, optional
+        States of tiles that `refimpl.attention.block_mask` computed before, so that no call computes them: a
+        dead tile is masked, a full one is not, and in a partial one `mask_mod` is asked, which may be left
+        out, for the mask knows its function.
     aux : tuple of ndarray
         Arrays of any shape for these functions; they get no gradient.
     scale : float, optional
@@ -153,8 +168,9 @@ def flexible_attention(
     dtype = q.dtype
     q, k, v = widen(q), widen(k), widen(v)
     rule = mod_rule(
-        q, k, v, mask_mod=mask_mod, score_mod=score_mod, score_mod_vjp=score_mod_vjp, aux=aux, scale=scale
-    )
+        q, k, v, mask_mod=mask_mod, score_mod=score_mod, score_mod_vjp=score_mod_vjp, block_mask=block_mask,
+        aux=aux, scale=scale,
+    )  # fmt: skip
     _, p, lse = _probabilities(q, k, rule)
     out = round_to(contract("bhij,bjhd->bihd", p, np.repeat(v, rule.shape.group, axis=2)), dtype)
     return AttentionOutput(out, lse) if return_lse else out
@@ -170,6 +186,7 @@ def flexible_attention_vjp(
     mask_mod: Callable[..., Any] | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_vjp: Callable[..., Any] | None = None,
+    block_mask: BlockMask | None = None,
     aux: Aux = (),
     scale: float | None = None,
 ) -> AttentionGradients:
@@ -179,7 +196,7 @@ def flexible_attention_vjp(
     ----------
     q, k, v, do : ndarray of float
         As for `scaled_dot_product_attention_vjp`.
-    mask_mod, score_mod, score_mod_vjp, aux, scale
+    mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale
         Those of the forward call; `score_mod_vjp` is needed if there is a `score_mod`.
 
     Returns
@@ -204,8 +221,9 @@ def flexible_attention_vjp(
     dtype = q.dtype
     q, k, v, do = widen(q), widen(k), widen(v), widen(do)
     rule = mod_rule(
-        q, k, v, mask_mod=mask_mod, score_mod=score_mod, score_mod_vjp=score_mod_vjp, aux=aux, scale=scale
-    )
+        q, k, v, mask_mod=mask_mod, score_mod=score_mod, score_mod_vjp=score_mod_vjp, block_mask=block_mask,
+        aux=aux, scale=scale,
+    )  # fmt: skip
     bind_axes({"q": (q, "B Tq Hq D"), "v": (v, "B Tk Hkv Dv"), "do": (do, "B Tq Hq Dv")})
     if rule.score is not None and rule.vjp is None:
         raise OptionError("score_mod_vjp: needed for gradients through score_mod")
@@ -233,7 +251,10 @@ def _probabilities(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatAr
     indices = _indices(rule.shape)
     modified = score if rule.score is None else modified_scores(rule.score, (score,), indices, rule.aux)
     if rule.mask is not None:
-        modified = np.where(where_allowed(rule.mask, indices, rule.aux), modified, score.dtype.type(-np.inf))
+        allowed = where_allowed(rule.mask, indices, rule.aux)
+        if rule.states is not None:
+            allowed = np.where(rule.states == PARTIAL, allowed, rule.states == FULL)
+        modified = np.where(allowed, modified, score.dtype.type(-np.inf))
     rounded = round_to(modified, q.dtype).astype(score.dtype, copy=False)
     p, lse = softmax(rounded, return_lse=True)
     return score, round_to(p, q.dtype), lse

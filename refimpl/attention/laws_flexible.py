@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.attention.block_mask import DEAD, FULL, PARTIAL, BlockMask, block_mask
 from refimpl.errors import LawViolation
 from refimpl.numerics import round_to, widen
 from refimpl.registry import Case, law
@@ -90,3 +91,34 @@ def queries_without_keys_are_zero(f: Attention, case: Case, close: Close) -> Non
     out = _out(case.without(*FUNCTIONS).replace(mask_mod=_odd_rows), f)
     if np.any(out[:, ::2] != 0):
         raise LawViolation("a row with every key masked is not 0")
+
+
+@law("attention.flexible")
+def states_of_tiles_computed_before_change_nothing(f: Attention, case: Case, close: Close) -> None:
+    """A call that is given the block mask of its function gives what it gives without."""
+    if case.kwargs.get("mask_mod") is None:
+        return
+    mask, aux = case.kwargs["mask_mod"], case.kwargs.get("aux", ())
+    (B, Tq, Hq, _), Tk = case.args[0].shape, case.args[1].shape[1]
+    tiles = block_mask(mask, B, Hq, Tq, Tk, block_sizes=(4, 6), aux=aux)
+    expected = _out(case, f)
+    close.on(case)(_out(case.replace(block_mask=tiles), f), expected, "with a block mask")
+    close.on(case)(_out(case.without("mask_mod").replace(block_mask=tiles), f), expected, "with it alone")
+
+
+@law("attention.flexible")
+def tiles_have_the_last_word(f: Attention, case: Case, close: Close) -> None:
+    """Dead tiles are masked and full ones are not, whatever the function says; it speaks in partial ones."""
+    bare, (Tq, Tk) = case.without(*FUNCTIONS), (x.shape[1] for x in case.args[:2])
+    rows, columns = np.ogrid[: -(-Tq // 2), : -(-Tk // 3)]
+    states = np.array([DEAD, PARTIAL, FULL], np.uint8)[(rows + columns) % 3][None, None]
+    tiles = BlockMask(states, (2, 3), (Tq, Tk))
+    state = states[0, 0].repeat(2, axis=0)[:Tq].repeat(3, axis=1)[:, :Tk]
+    meant = np.where(state == PARTIAL, np.arange(Tk) < 3, state == FULL)
+    asked = bare.replace(mask_mod=_first_three, block_mask=tiles)
+    named = bare.replace(mask_mod=_named, aux=(meant,))
+    close.on(named)(_out(asked, f), _out(named, f), "states that overrule the function")
+
+
+def _named(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+    return aux[0][i, j]

@@ -25,8 +25,10 @@ __all__ = [
     "dilated",
     "documents",
     "either",
+    "given",
     "global_tokens",
     "prefix_lm",
+    "ranges",
     "shifted_groups",
     "sliding",
     "softcap",
@@ -139,30 +141,103 @@ def prefix_lm(prefix: int) -> Mask:
     return mask
 
 
+def ranges(slot: int = 0) -> Mask:
+    """Keys from ``aux[slot][i]`` up to, and without, ``aux[slot + 1][i]``, as `varlen_attention` packs them.
+
+    >>> [ranges()(0, 0, 0, j, ([1], [3])) for j in range(4)]
+    [False, True, True, False]
+    """
+
+    def mask(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return (aux[slot][i] <= j) & (j < aux[slot + 1][i])
+
+    return mask
+
+
+def given(by_sequence: bool = True, by_head: bool = True, slot: int = 0) -> Mask:
+    """What an array of truth values allows, ``aux[slot]`` [B or 1, Hq or 1, Tq, Tk].
+
+    >>> import numpy as np
+    >>> [given(False, False)(3, 5, 1, j, (np.eye(2, dtype=bool)[None, None],)) for j in range(2)]
+    [np.False_, np.True_]
+    """
+
+    def everywhere(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][b, h, i, j]
+
+    def of_heads(_b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][0, h, i, j]
+
+    def of_sequences(b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][b, 0, i, j]
+
+    def of_all(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return aux[slot][0, 0, i, j]
+
+    if by_sequence:
+        return everywhere if by_head else of_sequences
+    return of_heads if by_head else of_all
+
+
 def both(first: Mask, second: Mask) -> Mask:
-    """What two masks without arrays allow together.
+    """What two masks allow together; those with arrays get the same `aux`.
 
     >>> [both(causal, sliding(1))(0, 0, 2, j) for j in range(4)]
     [False, True, True, False]
     """
+    if not (_takes_aux(first) or _takes_aux(second)):
 
-    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return first(b, h, i, j) & second(b, h, i, j)
+        def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return first(b, h, i, j) & second(b, h, i, j)
 
-    return mask
+        return _made_of(mask, first, second)
+    one, other = _with_aux(first), _with_aux(second)
+
+    def mask_of_arrays(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return one(b, h, i, j, aux) & other(b, h, i, j, aux)
+
+    return _made_of(mask_of_arrays, first, second)
 
 
 def either(first: Mask, second: Mask) -> Mask:
-    """What one of two masks without arrays allows.
+    """What one of two masks allows; those with arrays get the same `aux`.
 
     >>> [either(sliding(0), global_tokens(1))(0, 0, 3, j) for j in range(4)]
     [True, False, False, True]
     """
+    if not (_takes_aux(first) or _takes_aux(second)):
 
-    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return first(b, h, i, j) | second(b, h, i, j)
+        def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return first(b, h, i, j) | second(b, h, i, j)
 
-    return mask
+        return _made_of(mask, first, second)
+    one, other = _with_aux(first), _with_aux(second)
+
+    def mask_of_arrays(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+        return one(b, h, i, j, aux) | other(b, h, i, j, aux)
+
+    return _made_of(mask_of_arrays, first, second)
+
+
+def _takes_aux(mask: Any) -> bool:
+    return int(mask.__code__.co_argcount) == 5
+
+
+def _with_aux(mask: Mask) -> Mask:
+    """Return the same mask with an argument for arrays."""
+    if _takes_aux(mask):
+        return mask
+
+    def ignoring(b: Any, h: Any, i: Any, j: Any, _aux: Any) -> Any:
+        return mask(b, h, i, j)
+
+    return ignoring
+
+
+def _made_of(mask: Any, *parts: Mask) -> Mask:
+    """Return `mask`, which reads what its parts read: alike for all heads, if they are."""
+    mask.parts = parts
+    return mask  # type: ignore[no-any-return]
 
 
 def alibi(slot: int = 0) -> Score:

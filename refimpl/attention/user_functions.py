@@ -10,6 +10,7 @@ called on whole arrays of indices where it can be, and entry by entry where it c
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
@@ -44,7 +45,8 @@ class Mod(NamedTuple):
     takes_aux
         Whether it has a parameter for the tuple of arrays.
     by_sequence, by_head
-        Whether it reads `b` and `h` at all: a mask that does not is the same for all of them.
+        Whether it reads `b` and `h` at all: a mask that does not is the same for all of them.  A function
+        with an attribute ``parts`` reads what these functions read, to which it hands all it gets.
     """
 
     function: Callable[..., Any]
@@ -82,6 +84,12 @@ def as_mod(name: str, function: Any, leading: tuple[str, ...] = ()) -> Mod:
     """
     if not isinstance(function, FunctionType):
         raise DTypeError(f"{name}: expected a plain Python function, got {type(function).__name__}")
+    return Mod(function, function_key(function), *_signature(name, function, leading))
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(name: str, function: FunctionType, leading: tuple[str, ...]) -> tuple[bool, bool, bool]:
+    """Return whether a function takes arrays, and whether it reads `b` and `h`: once for each function."""
     wanted = (*leading, *INDICES)
     parameters = list(inspect.signature(function).parameters.values())
     positional = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
@@ -91,23 +99,21 @@ def as_mod(name: str, function: Any, leading: tuple[str, ...] = ()) -> Mod:
             f"{name}: expected a function of ({', '.join(wanted)}) or ({', '.join(wanted)}, aux), "
             f"got {function.__name__}{inspect.signature(function)} in {_place(function)}"
         )
+    takes_aux = len(parameters) > len(wanted)
+    parts = [as_mod(name, part, leading) for part in getattr(function, "parts", ())]
+    if parts:
+        return takes_aux, any(part.by_sequence for part in parts), any(part.by_head for part in parts)
     b, h = (parameters[len(leading) + index].name for index in range(2))
-    return Mod(
-        function,
-        function_key(function),
-        len(parameters) > len(wanted),
-        _reads(function, b),
-        _reads(function, h),
-    )
+    return takes_aux, _reads(function.__code__, b), _reads(function.__code__, h)
 
 
 def _place(function: Any) -> str:
     return f"{function.__code__.co_filename}, line {function.__code__.co_firstlineno}"
 
 
-def _reads(function: FunctionType, name: str) -> bool:
+def _reads(code: CodeType, name: str) -> bool:
     """Return whether any instruction names the argument `name`."""
-    for instruction in dis.get_instructions(function):
+    for instruction in dis.get_instructions(code):
         found = instruction.argval
         if name == found or (isinstance(found, tuple) and name in found):
             return True

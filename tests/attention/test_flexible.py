@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from refimpl import attention, registry
 from refimpl.attention import mods
 from refimpl.attention.bigbird_plan import bigbird_block_mask, bigbird_plan
-from refimpl.attention.user_functions import function_key
+from refimpl.attention.user_functions import as_mod, function_key
 from refimpl.errors import DTypeError, OptionError
 from refimpl.testing import check
 
@@ -73,13 +74,29 @@ def test_ready_made_functions_are_the_patterns(name: str) -> None:
 
 
 def test_documents_do_not_meet() -> None:
-    x = draws()
-    together = attention.flexible_attention(
+    x: Any = draws()
+    together: Any = attention.flexible_attention(
         *x, mask_mod=mods.documents(), aux=(np.repeat([0, 1], [5, 7])[None],)
     )
     for part in (slice(0, 5), slice(5, None)):
         alone = attention.scaled_dot_product_attention(*(array[:, part] for array in x))
         assert np.abs(together[:, part] - alone).max() < CLOSE
+
+
+def test_masks_with_and_without_arrays_join() -> None:
+    """Causal inside documents; or the first tokens of all."""
+    x: Any = draws()
+    numbers = np.repeat([0, 1, 2], [5, 4, 3])[None]
+    i, j = np.arange(T)[:, None], np.arange(T)
+    same = numbers[0][:, None] == numbers[0]
+    inside, first = (
+        mods.both(mods.causal, mods.documents()),
+        mods.either(mods.documents(), mods.global_tokens(1)),
+    )
+    for mask, meant in ((inside, (j <= i) & same), (first, same | (i < 1) | (j < 1))):
+        found = attention.flexible_attention(*x, mask_mod=mask, aux=(numbers,))
+        assert np.abs(found - attention.scaled_dot_product_attention(*x, attn_mask=meant)).max() < CLOSE
+    assert as_mod("mask_mod", inside)[3:] == (True, False)  # read b, and no h
 
 
 def test_keys_tell_functions_apart() -> None:
@@ -131,6 +148,20 @@ def heads_of_keys_for_heads(q: Any, k: Any, v: Any, /, **options: Any) -> Any:
     return attention.flexible_attention(
         q, k, v, mask_mod=lambda b, h, i, j: given(b, h // group, i, j), **options
     )
+
+
+@mutant("flexible")
+def block_mask_is_forgotten(q: Any, k: Any, v: Any, /, *, block_mask: Any = None, **options: Any) -> Any:
+    if block_mask is not None:
+        options.setdefault("mask_mod", block_mask.mod and block_mask.mod.function)
+    return attention.flexible_attention(q, k, v, **options)
+
+
+@mutant("flexible")
+def partial_tiles_are_full(q: Any, k: Any, v: Any, /, *, block_mask: Any = None, **options: Any) -> Any:
+    if block_mask is not None:
+        block_mask = dataclasses.replace(block_mask, states=2 * block_mask.live.astype(np.uint8))
+    return attention.flexible_attention(q, k, v, block_mask=block_mask, **options)
 
 
 @mutant("split_kv")

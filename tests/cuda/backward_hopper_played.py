@@ -18,26 +18,37 @@ from cuda_backend.attention import (
     around_backward_hopper,
     backward_hopper,
     call_backward_hopper,
+    call_flexible_backward_hopper,
     consumer_backward_hopper,
     dropout_hopper,
+    exchange_wide_backward_hopper,
     gradient_hopper,
+    keys_wide_backward_hopper,
+    lists_backward_hopper,
+    mods_backward_hopper,
     packed,
     plan_backward_hopper,
     plan_hopper,
     producer_backward_hopper,
     schedule_backward_hopper,
     schedule_hopper,
+    values_wide_backward_hopper,
+    wide_backward_hopper,
 )
 from cuda_backend.attention.padding import needs_copy
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
+from tests.cuda.flexible_backward_played import install_functions, play_lists
 from tests.cuda.hopper_instructions import install
 from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment
 from tests.cuda.int8_hopper_played import aligned, viewed
 from tests.cuda.int8_hopper_played import at as at_address
 
 MODULES = {
-    "dropout": dropout_hopper,
+    "dropout": dropout_hopper, "lists": lists_backward_hopper, "mods": mods_backward_hopper,
     "around": around_backward_hopper, "consumer": consumer_backward_hopper, "gradient": gradient_hopper,
+    "values": values_wide_backward_hopper, "keys": keys_wide_backward_hopper,
+    "exchange": exchange_wide_backward_hopper, "wide": wide_backward_hopper,
     "producer": producer_backward_hopper, "schedule": schedule_backward_hopper, "place": schedule_hopper,
 }  # fmt: skip
 BASE = 1024
@@ -66,15 +77,25 @@ def played(
     if mutant is not None:
         modules[mutant[0]] = mutated(*mutant)
         for user, name in itertools.product(
-            modules.values(), ("build_gradient", "build_stores", "build_words")
+            modules.values(),
+            (
+                "build_gradient",
+                "build_stores",
+                "build_words",
+                "build_queries",
+                "build_receiver",
+                "build_sender",
+                "build_mods",
+            ),
         ):
             if (
-                mutant[0] in ("gradient", "dropout")
+                mutant[0] in ("gradient", "dropout", "exchange", "mods")
                 and hasattr(user, name)
                 and hasattr(modules[mutant[0]], name)
             ):
                 monkeypatch.setattr(user, name, getattr(modules[mutant[0]], name))
     install(monkeypatch, machine, list(modules.values()))
+    install_functions(monkeypatch, machine, modules["mods"], modules["consumer"])
     counter = np.zeros(2, np.int32)
     kept: dict[str, Any] = {}
 
@@ -85,8 +106,10 @@ def played(
             "main": backward_hopper.SIGNATURE,
             "finish": around_backward_hopper.FINISH_SIGNATURE,
         }[name].args
-        places = (ctypes.c_void_p * len(signature)).from_address(pointers)
         kinds = [str(kind) for kind in signature]
+        if name == "main" and variant.mods is not None:
+            kinds = ["block", *["uint64"] * variant.addresses, *["float32"] * 3, *["int32"] * 12]
+        places = (ctypes.c_void_p * len(kinds)).from_address(pointers)
         values = [
             NUMBERS[kind](TYPES[kind].from_address(place or 0).value)
             for kind, place in zip(kinds, places, strict=True)
@@ -98,7 +121,7 @@ def played(
         if name == "main":
             assert (threads, shared) == (variant.threads, variant.shared_bytes)
             machine.maps = kept["maps"]
-            play_main(machine, modules, variant, values)
+            {True: play_main, False: play_lists}[variant.mods is None](machine, modules, variant, values)
             assert not counter.any(), "the counter is for the next launch, too"
         elif quick:
             {"prepare": prepare, "finish": finish}[name](variant, values, blocks)
@@ -153,9 +176,12 @@ def played(
     monkeypatch.setattr(packed, "driver", SimpleNamespace(cuLaunchKernelEx=launch))
     for name, value in {
         "view": viewed, "empty": empty, "aligned_rows": aligned_rows, "current_device": lambda: 0,
-        "stream_of": lambda *_: 0, "wait_for": lambda *_: None,
+        "stream_of": lambda *_: 0, "wait_for": lambda *_: None, "cuda": cuda,
     }.items():  # fmt: skip
-        monkeypatch.setattr(call_backward_hopper, name, value)
+        for module in (call_backward_hopper, call_flexible_backward_hopper):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    call_flexible_backward_hopper._kept.cache_clear()
     plan_backward_hopper.make_backward_plan.cache_clear()
     return launched
 
@@ -183,23 +209,35 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
     dk, dv, shifts, deltas, sums, words, counter, seed, threshold, scale, factor, kept, *numbers = values
     problem = tuple(numbers)
     schedule = modules["schedule"].build_backward_schedule(variant)
-    start = modules["producer"].build_start(variant)
     produce = modules["producer"].build_backward_producer(variant, schedule)
-    write = modules["producer"].build_writer(variant, schedule)
-    consume = modules["consumer"].build_backward_consumer(variant, schedule)
+    if isinstance(variant, WideBackwardVariant):
+        start = modules["wide"].build_wide_start(variant)
+        consume_values = modules["values"].build_values_consumer(variant, schedule)
+        consume_keys = modules["keys"].build_keys_consumer(variant, schedule)
+        thread, drop = np.arange(128, dtype=np.int32), (seed, threshold, kept)
+        warpgroups: list[tuple[int, Callable[[], None]]] = [
+            (128, lambda: consume_values(BASE, thread, dv, sums, words, scale, drop, problem)),
+            (128, lambda: consume_keys(BASE, thread, dk, sums, words, factor, kept, problem)),
+        ]
+    else:
+        start = modules["producer"].build_start(variant)
+        write = modules["producer"].build_writer(variant, schedule)
+        consume = modules["consumer"].build_backward_consumer(variant, schedule)
 
-    def consumer(w: int) -> Callable[[], None]:
-        thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
-        return lambda: consume(BASE, thread, dk, dv, scale, factor, (seed, threshold, kept), problem)
+        def consumer(w: int) -> Callable[[], None]:
+            thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
+            drop = seed, threshold, kept
+            return lambda: consume(BASE, thread, dk, dv, scale, factor, drop, problem, ())
 
+        warpgroups = [(1, lambda: write(BASE, sums, words, problem))]
+        warpgroups += [(128, consumer(w)) for w in range(CONSUMERS)]
     roles: list[Any] = []
     for number in range(machine.counts["blocks"]):
         block = Block(number, variant.shared_bytes, CONSUMERS)
         machine.own.block = block
         start(BASE)
         roles.append((block, 1, lambda: produce(BASE, np.uint64(0), shifts, deltas, counter, problem)))
-        roles.append((block, 1, lambda: write(BASE, sums, words, problem)))
-        roles += [(block, 128, consumer(w)) for w in range(CONSUMERS)]
+        roles += [(block, lanes, role) for lanes, role in warpgroups]
     machine.run(roles)
     if variant.deterministic:
         turns: dict[int, list[int]] = {}
@@ -244,7 +282,7 @@ def prepare(variant: Any, values: list[Any], lines: int) -> None:
     seen = lse > -np.inf
     shifts[:, :, :tq] = np.where(seen, -lse / np.log(2), -np.inf)
     deltas[:, :, :tq] = np.where(seen, (o * do).sum(-1).transpose(0, 2, 1), 0)
-    at_address(sums_at, (lines, variant.block_m * variant.d), np.float32)[...] = 0
+    at_address(sums_at, (lines, variant.shares * variant.share_bytes // 4), np.float32)[...] = 0
     at_address(words_at, (lines,), np.int32)[...] = 0
 
 
@@ -254,9 +292,9 @@ def finish(variant: Any, values: list[Any], lines: int) -> None:
     blocks, heads, tq, width = (int(number) for number in numbers)
     batch, columns = lines // (heads * blocks), variant.dq_columns
     rows, places = fragment(columns)
-    shares = at_address(int(sums_at), (lines, CONSUMERS, columns // 8, 128, 4), np.float32)
-    tiles = np.empty((lines, CONSUMERS, 64, columns), np.float32)
-    tiles[..., rows, places] = shares.transpose(0, 1, 2, 4, 3).reshape(lines, CONSUMERS, columns // 2, 128)
+    shares = at_address(int(sums_at), (lines, variant.shares, columns // 8, 128, 4), np.float32)
+    tiles = np.empty((lines, variant.shares, 64, columns), np.float32)
+    tiles[..., rows, places] = shares.transpose(0, 1, 2, 4, 3).reshape(*tiles.shape[:2], columns // 2, 128)
     if variant.swapped:
         tiles = tiles.transpose(0, 3, 1, 2)
     elif not variant.row_split:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from cuda_backend.attention.decode_variant_ampere import MOST_PARTS
+
 HQ, HKV, D = 32, 8, 128
 CACHES = ((1, 32768), (16, 32768), (1, 131072), (16, 131072))
 ROTATED_BYTES = 512 << 20
@@ -172,7 +174,7 @@ def whole_and_paged(B: int, keys: int, dtype: str) -> Iterator[tuple[str, Any]]:
                 continue
             yield f"variant {variant}", partial(_variant, variant, None, q, caches)
         for waves in WAVES:
-            splits = max(1, round(waves * 264 / (B * HKV)))
+            splits = min(MOST_PARTS, max(1, round(waves * 264 / (B * HKV))))
             yield f"splits {splits}", partial(_variant, VARIANTS[0], splits, q, caches)
 
 

@@ -1,7 +1,8 @@
-"""The table of the Hopper backward kernels: ``python -m tests.cuda.hopper_backward_table [both] [fp16]``.
+"""The table of the Hopper backward kernels: ``python -m tests.cuda.hopper_backward_table [PART] [FORMAT]``.
 
-"backward" times the gradients alone, "both" the forward and the backward pass.  Operations: 10 B H N² D for
-the gradients, 14 with the forward pass, half of it under a causal mask.  Timed as `hopper_table` does.
+Part "backward" times the gradients alone, "both" the forward and the backward pass; width "wide" takes heads
+wider than 128 only, "narrow" the others.  Operations: 2 B H N² (3 D + 2 Dv) for the gradients, 2 B H N² (D +
+Dv) more with the forward pass, half of it under a causal mask.  Timed as `hopper_table` does.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from typing import Any
 
 from tests.cuda.hopper_table import BACKENDS, EXPECTED_RATE, FORMATS, GRAPH_S, MOST_CALLS, ROWS, seconds
 
-WORK = {"backward": 10, "both": 14}
+PARTS = ("backward", "both")
 FLOORS = {"cuDNN": (0.9, 1.0), "FA2": (1.4, 1.6)}  # the floor and the target of the geometric mean
+# B, H, key heads, N, D, Dv
+ALL_ROWS = [
+    *((*row, row[-1]) for row in ROWS),
+    (1, 16, 16, 16384, 256, 256),
+    (2, 32, 8, 4096, 256, 256),
+    (4, 16, 16, 4096, 192, 192),
+    (4, 16, 16, 4096, 192, 128),
+]
+WIDTHS = {"wide": range(129, 257), "narrow": range(129)}
 
 
 def _ours(part: str, arrays: Any, *, causal: bool, deterministic: bool) -> Callable[[], Any]:
@@ -33,7 +43,8 @@ def _ours(part: str, arrays: Any, *, causal: bool, deterministic: bool) -> Calla
     return call
 
 
-def _theirs(part: str, arrays: Any, backend: str, *, causal: bool) -> Callable[[], Any]:
+def _theirs(part: str, arrays: Any, backend: str, *, causal: bool) -> Callable[[], Any] | None:
+    """Return the call; None if the backend does not take the arrays."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -46,42 +57,56 @@ def _theirs(part: str, arrays: Any, backend: str, *, causal: bool) -> Callable[[
         with sdpa_kernel(getattr(SDPBackend, backend)):
             return torch.nn.functional.scaled_dot_product_attention(*leaves, **how)
 
-    kept = forward() if part == "backward" else None
+    try:
+        kept = forward()
+        torch.autograd.grad(kept, leaves, turned, retain_graph=True)
+    except RuntimeError:
+        return None
 
     def call() -> Any:
-        out = forward() if kept is None else kept
-        return torch.autograd.grad(out, leaves, turned, retain_graph=kept is not None)
+        out = kept if part == "backward" else forward()
+        return torch.autograd.grad(out, leaves, turned, retain_graph=part == "backward")
 
     return call
 
 
-def main(parts: list[str], formats: list[str]) -> None:
+def main(parts: list[str], formats: list[str], widths: list[str]) -> None:
     """Print TFLOP/s for each row, and geometric means."""
     import torch
 
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.set_stream(stream)
-    rows = [row for row in ROWS if row[-1] <= 128]
+    rows = [row for row in ALL_ROWS if any(max(row[4:]) in WIDTHS[name] for name in widths)]
     for part in parts:
         ratios: dict[str, list[float]] = {name: [] for name in (*BACKENDS, "deterministic")}
-        for kind, (B, H, kv_heads, N, D), causal in itertools.product(formats, rows, (False, True)):
+        for kind, row, causal in itertools.product(formats, rows, (False, True)):
+            B, H, kv_heads, N, D, Dv = row
             dtype = getattr(torch, FORMATS[kind])
-            arrays = [torch.randn(B, N, n, D, device="cuda", dtype=dtype) for n in (H, kv_heads, kv_heads, H)]
-            contestants = {
-                name: _theirs(part, arrays, backend, causal=causal) for name, backend in BACKENDS.items()
-            }
+            arrays = [
+                torch.randn(B, N, n, width, device="cuda", dtype=dtype)
+                for n, width in ((H, D), (kv_heads, D), (kv_heads, Dv), (H, Dv))
+            ]
+            contestants = {}
+            for name, backend in BACKENDS.items():
+                rival = _theirs(part, arrays, backend, causal=causal)
+                if rival is not None:
+                    contestants[name] = rival
             contestants["deterministic"] = _ours(part, arrays, causal=causal, deterministic=True)
             contestants["ours"] = _ours(part, arrays, causal=causal, deterministic=False)
-            work = WORK[part] * B * H * N * N * D / (2 if causal else 1)
+            products = 3 * D + 2 * Dv + (D + Dv if part == "both" else 0)
+            work = 2 * B * H * N * N * products / (2 if causal else 1)
             calls = max(2, min(MOST_CALLS, int(GRAPH_S * EXPECTED_RATE / work)))
             found = seconds(contestants, calls, stream)
             for name, values in ratios.items():
-                values.append(found[name] / found["ours"])
+                if name in found:
+                    values.append(found[name] / found["ours"])
             rates = "  ".join(f"{name} {1e-12 * work / time:.0f}" for name, time in found.items())
             mask = "causal" if causal else "full"
-            sys.stdout.write(f"{part} {kind} {(B, H, kv_heads, N, D)} {mask}: {rates}\n")
+            sys.stdout.write(f"{part} {kind} {row} {mask}: {rates}\n")
             sys.stdout.flush()
         for name, values in ratios.items():
+            if not values:
+                continue
             mean = math.exp(sum(map(math.log, values)) / len(values))
             wanted = "floor {}, target {}".format(*FLOORS[name]) if name in FLOORS else "what it costs"
             sys.stdout.write(
@@ -91,4 +116,5 @@ def main(parts: list[str], formats: list[str]) -> None:
 
 if __name__ == "__main__":
     said = sys.argv[1:]
-    main([x for x in said if x in WORK] or list(WORK), [x for x in said if x in FORMATS] or list(FORMATS))
+    chosen = ([x for x in said if x in names] or list(names) for names in (PARTS, FORMATS, WIDTHS))
+    main(*chosen)

@@ -51,6 +51,7 @@ def lanes(machine: Machine) -> Any:
         shared=SimpleNamespace(array=lambda *_: None),
         blockIdx=Block(),
         threadIdx=Thread(),
+        gridDim=SimpleNamespace(x=machine.counts.get("blocks", 1)),
         syncthreads=lambda: machine.block.meeting.wait(),
     )
 
@@ -155,8 +156,19 @@ def copies(machine: Machine) -> Any:
         array[int(first) : int(first) + 4] = memory(int(address), 16).view(array.dtype)
 
     def load_shared_16(array: Any, first: Any, address: Any) -> None:
-        assert address % 16 == 0
-        array[int(first) : int(first) + 4] = machine.block.shared[int(address) :][:16].view(array.dtype)
+        assert np.all(np.asarray(address) % 16 == 0)
+        places = np.asarray(address, np.int64)[..., None] + np.arange(16)
+        found = np.ascontiguousarray(machine.block.shared[places]).view(array.dtype)
+        array[int(first) : int(first) + 4] = found.T
+
+    def add_global_16(address: Any, *values: Any) -> None:
+        data = words(*values).view(np.float32)
+        address = np.asarray(address, np.uint64)
+        assert np.all(address % np.uint64(16) == 0)
+        with machine.changed:
+            for lane, place in enumerate(address):
+                memory(int(place), 16).view(np.float32)[...] += data[lane]
+            machine.additions.append((int(address[0]), machine.own.tile))
 
     def store_shared_half(address: Any, value: Any) -> None:
         machine.block.shared[int(address) :][:2].view(np.uint16)[0] = int(value) & 0xFFFF
@@ -180,6 +192,7 @@ def copies(machine: Machine) -> Any:
         stored(machine, address, words(*values))
 
     return SimpleNamespace(
+        add_global_16=add_global_16,
         load_shared_8=load_shared_8,
         load_shared_word=load_shared_word,
         store_shared_word=store_shared_word,
@@ -193,6 +206,7 @@ def copies(machine: Machine) -> Any:
         load_16=load_16,
         load_shared_16=load_shared_16,
         load_float=lambda address: memory(int(address), 4).view(np.float32)[0],
+        load_word=lambda address: memory(int(address), 4).view(np.int32)[0],
         load_half=lambda address: np.uint32(memory(int(address), 2).view(np.uint16)[0]),
         fetch_add=lambda address, value: old_and(address, lambda old: old + value),
         fetch_increment=lambda address, bound: old_and(address, lambda old: 0 if old >= bound else old + 1),
@@ -275,7 +289,10 @@ def tma(machine: Machine) -> Any:
 
         return load
 
-    return SimpleNamespace(load_4d_of=load_4d_of, prefetch_descriptor=lambda _: None)
+    def load_4d(target: Any, which: Any, *rest: Any) -> None:
+        load_4d_of(int(which) // 128)(target, which, *rest)
+
+    return SimpleNamespace(load_4d=load_4d, load_4d_of=load_4d_of, prefetch_descriptor=lambda _: None)
 
 
 def matrix_store(machine: Machine) -> Any:
@@ -307,7 +324,20 @@ def turns(machine: Machine) -> Any:
         with machine.changed:
             memory(int(address), 4).view(np.int32)[0] += 1
 
-    return SimpleNamespace(word_seen=word_seen, pass_turn=pass_turn)
+    def wait_for_turn(address: Any, least: Any) -> None:
+        while word_seen(address) < least:
+            pass
+
+    def pass_turn_of_warp(address: Any, lane: Any) -> None:
+        for _ in range(np.size(lane) // 32):
+            pass_turn(address)
+
+    return SimpleNamespace(
+        word_seen=word_seen,
+        pass_turn=pass_turn,
+        wait_for_turn=wait_for_turn,
+        pass_turn_of_warp=pass_turn_of_warp,
+    )
 
 
 def grids(machine: Machine) -> Any:

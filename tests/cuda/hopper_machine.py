@@ -133,8 +133,8 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.copies: list[tuple[int, Callable[[], int]]] = []
         self.meeting = threading.Barrier(those_that_meet, timeout=PATIENCE)
-        self.warps = [threading.Barrier(32, timeout=PATIENCE) for _ in range(8)]
-        self.slots: list[Any] = [None] * 256
+        self.warps = [threading.Barrier(32, timeout=PATIENCE) for _ in range(16)]
+        self.slots: list[Any] = [None] * 512
 
     def exchange(self, thread: int, value: Any, mask: int) -> Any:
         """Return the value of another lane of the warp, for threads that run alone."""

@@ -21,14 +21,19 @@ from cuda_backend._numba import cuda
 from cuda_backend.attention import around_backward_hopper as around
 from cuda_backend.attention.backward_hopper import SIGNATURE, build_backward
 from cuda_backend.attention.variant_backward_hopper import choose_backward
+from cuda_backend.attention.variant_wide_backward_hopper import choose_wide_backward
+from cuda_backend.attention.wide_backward_hopper import build_wide_backward
 from numba.cuda.cudadrv.driver import _Linker
 
 kind, width, causal, deterministic, changes = json.loads(sys.argv[1])
-variant = choose_backward(kind, width, width, causal, deterministic=deterministic)._replace(**changes)
+width, value_width = width if isinstance(width, list) else (width, width)
+wide = max(width, value_width) > 128
+choose = choose_wide_backward if wide else choose_backward
+variant = choose(kind, width, value_width, causal, deterministic=deterministic)._replace(**changes)
 kernels = {
-    "main": (build_backward, SIGNATURE, variant.threads),
+    "main": (build_wide_backward if wide else build_backward, SIGNATURE, variant.threads),
     "prepare": (around.build_prepare, around.PREPARE_SIGNATURE, around.THREADS),
-    "finish": (around.build_finish, around.FINISH_SIGNATURE, around.THREADS),
+    "finish": (around.build_finish, around.FINISH_SIGNATURE, 128 * variant.shares),
 }
 found = {"shared": variant.shared_bytes}
 for name, (build, signature, threads) in kernels.items():
@@ -55,6 +60,7 @@ for name, (build, signature, threads) in kernels.items():
         "block": re.findall(r"[.]param [.]align (\\d+) [.]b8 \\w+\\[(\\d+)\\]", ptx),
         "products": len(re.findall("wgmma.mma_async", ptx)),
         "reductions": len(re.findall("cp.reduce.async.bulk", ptx)),
+        "added": len(re.findall("red[.]relaxed[.]gpu[.]global[.]add[.]v4[.]f32", ptx)),
         "stores": len(re.findall("stmatrix", ptx)),
     }
 print(json.dumps(found))
@@ -66,6 +72,12 @@ RECORDED = {
     ("bf16", 128, False, False): (8 + 8 + 4 + 8 + 4, 4, 198_784),
     ("f16", 128, True, True): (8 + 8 + 4 + 8 + 4, 4, 198_784),
 }
+# The same of wide heads, and how often 16 bytes are added to dQ in place of copies.
+WIDE = {
+    ("f16", (256, 256), True, False): (16 + 16 + 4 + 2 * 4 + 4, 4, 32, 223_352),
+    ("bf16", (192, 128), False, True): (12 + 8 + 4 + 2 * 4 + 4, 4, 24, 149_624),
+    ("bf16", (136, 200), True, True): (12 + 16 + 4 + 2 * 4 + 4, 4, 24, 198_776),
+}
 TURNED, EARLY = {"swapped": True}, {"early_dv": True}
 FULL = [
     (kind, width, causal, deterministic, changes)
@@ -74,6 +86,12 @@ FULL = [
     for causal in (False, True)
     for deterministic in (False, True)
     for changes in ({}, *([TURNED, EARLY] if width == 128 else []))
+] + [
+    (kind, widths, causal, deterministic, {})
+    for kind in ("f16", "bf16")
+    for widths in ((256, 256), (192, 192), (192, 128), (128, 256))
+    for causal in (False, True)
+    for deterministic in (False, True)
 ]
 
 
@@ -108,7 +126,18 @@ def test_resources_are_as_recorded(case: Any) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("width", "most"), [(64, 400), (128, 100)])
+@pytest.mark.parametrize("case", WIDE)
+def test_resources_of_wide_heads(case: Any) -> None:
+    found = compiled(*case, {})
+    clean(found)
+    main = found["main"]
+    assert main["block"] == [["64", "512"]], "descriptors among the parameters"
+    assert (main["products"], main["stores"], main["added"], found["shared"]) == WIDE[case]
+    assert main["reductions"] == 0, "registers are added, not shared memory"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("width", "most"), [(64, 400), (128, 100), (256, 100)])
 def test_dropout_spills_little(width: int, most: int) -> None:
     """Philox needs registers beside the accumulators: a few are spilled, no array lies in local memory."""
     found = compiled("f16", width, True, False, {"dropout": True})["main"]

@@ -125,6 +125,64 @@ def test_widths(widths: tuple[int, int]) -> None:
         judge("bfloat16", (1, 200, 333, 4, 2, *widths), causal)
 
 
+WIDE = [(256, 256), (192, 128), (136, 200), (129, 60), (72, 250)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("widths", WIDE)
+def test_wide_heads(widths: tuple[int, int], deterministic: bool) -> None:
+    """Lengths that fill tiles and do not, grouped heads, both alignments; D and Dv unequal."""
+    kind = "float16" if widths[0] % 16 == 0 else "bfloat16"
+    for causal, lengths in (
+        (False, [(1, 1), (65, 300), (1000, 1000)]),
+        ("top_left", [(63, 63), (300, 65), (1000, 333)]),
+        ("bottom_right", [(129, 1025), (513, 129), (1000, 1000)]),
+    ):
+        for tq, tk in lengths:
+            judge(kind, (2, tq, tk, 4, 2, *widths), causal, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("widths", [(256, 256), (192, 128), (128, 128), (64, 64)])
+def test_dropout(widths: tuple[int, int]) -> None:
+    """Autograd in float64, weights dropped by the reference's Philox: another one dropped is seen."""
+    from refimpl.random import dropout_keep
+
+    dropout_p, seed = 0.3, 2**63 + 5
+    B, Tq, Tk, Hq, Hkv = 2, 200, 330, 4, 2
+    q, k, v, do = inputs("float16", (B, Tq, Tk, Hq, Hkv, *widths))
+    kept = dropout_keep(seed, dropout_p, np.arange(B)[:, None], np.arange(Hq), np.arange(Tq), np.arange(Tk))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    keys, values = (x.repeat_interleave(Hq // Hkv, 2) for x in leaves[1:])
+    scores = torch.einsum("bihd,bjhd->bhij", leaves[0], keys) * widths[0] ** -0.5
+    weights = scores.softmax(-1) * torch.from_numpy(kept).cuda() / (1 - dropout_p)
+    out = torch.einsum("bhij,bjhd->bihd", weights, values)
+    truth = torch.autograd.grad(out, leaves, do.double())
+    given = q, k, v, out.half(), scores.logsumexp(-1).float(), do
+    for deterministic in (False, True):
+        how: dict[str, Any] = {"dropout_p": dropout_p, "rng": seed, "deterministic": deterministic}
+        found = flash_attention_vjp_hopper(*(x.detach() for x in given), **how)
+        for x, exact in zip(found[:3], truth, strict=True):
+            assert (x.double() - exact).abs().max() <= 4e-3 * exact.abs().max()
+
+
+def test_wide_heads_repeat() -> None:
+    q, k, v, do = inputs("bfloat16", (2, 1000, 1000, 8, 2, 256, 256))
+    out, lse = flash_attention_hopper(q, k, v, causal=True, return_lse=True)
+    given = q, k, v, out, lse, do
+    first = flash_attention_vjp_hopper(*given, causal=True, deterministic=True)
+    for _ in range(20):
+        same = flash_attention_vjp_hopper(*given, causal=True, deterministic=True)
+        fast = flash_attention_vjp_hopper(*given, causal=True)
+        assert all(torch.equal(x, y) for x, y in zip(first[:3], same[:3], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(first[1:3], fast[1:3], strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, "top_left"])
+@pytest.mark.parametrize("widths", [(256, 256), (192, 128)])
+def test_wide_heads_at_large_shapes(widths: tuple[int, int], causal: Any) -> None:
+    judge("float16", (4, 4096, 4096, 16, 16, *widths), causal)
+
+
 @pytest.mark.parametrize("block_m", [64, 80])
 def test_turned_dq(block_m: int) -> None:
     variant = choose_backward("f16", 128, 128, True)._replace(block_m=block_m, swapped=True)
@@ -191,8 +249,8 @@ def test_refusals_are_named() -> None:
     x, lse = draw(1, "float16", 1, 16, 2, 64), torch.zeros(1, 2, 16, device="cuda")
     with pytest.raises(UnsupportedError, match="no softcap"):
         flash_attention_vjp(x, x, x, x, lse, x, softcap=1.0, tier="hopper")
-    wide = draw(1, "float16", 1, 16, 2, 192)
-    with pytest.raises(UnsupportedError, match="up to 128"):
+    wide = draw(1, "float16", 1, 16, 2, 264)
+    with pytest.raises(UnsupportedError, match="up to 256"):
         flash_attention_vjp_hopper(wide, wide, wide, wide, lse, wide)
     with pytest.raises(ShapeError, match="lse"):
         flash_attention_vjp_hopper(x, x, x, x, lse[:, :1], x)

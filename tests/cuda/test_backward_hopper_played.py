@@ -9,6 +9,7 @@ import pytest
 
 from cuda_backend.attention.call_backward_hopper import flash_attention_vjp_hopper
 from cuda_backend.attention.variant_backward_hopper import BackwardVariant, choose_backward
+from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from refimpl.attention import flash_attention_vjp, scaled_dot_product_attention
 from tests.cuda.backward_hopper_played import played
 from tests.cuda.hopper_machine import KINDS
@@ -18,7 +19,7 @@ def difference(
     kind: str,
     sizes: Any,
     causal: Any,
-    variant: BackwardVariant | None = None,
+    variant: BackwardVariant | WideBackwardVariant | None = None,
     *,
     opposed: bool = False,
     **options: Any,

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.aot
 PROGRAM = """
 import json, sys
 from cuda_backend import aot
-from cuda_backend.attention import backward_portable as portable, forward_portable
+from cuda_backend.attention import backward_portable as portable, forward_portable, states_portable
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_backward import BackwardVariant
 from cuda_backend.attention.variant_portable import Features, Variant, choose
@@ -38,6 +38,7 @@ sizes = dict(block_sizes=None, sram=None, capacity=227 * 256)
 def variant(form):
     return choose(kind, D, D, Features(mods=mods), form=form, **sizes)
 forward, backward = variant(Variant), variant(BackwardVariant)
+states = states_portable.StatesVariant(mods, 128, 176, 256)
 found = {}
 try:
     with blamed(mods):
@@ -45,6 +46,7 @@ try:
             ("forward", forward_portable.source(forward), forward_portable.signature(forward)),
             ("queries", portable.queries_source(backward), portable.queries_signature(backward)),
             ("keys", portable.keys_source(backward), portable.keys_signature(backward)),
+            ("states", states_portable.source(states), states_portable.signature(states)),
         ):
             ptx = aot.compile_ptx(function, signature, aot.HOPPER)
             found[name] = aot.resources(ptx, aot.HOPPER)._asdict()
@@ -75,11 +77,27 @@ def compiled(*arguments: Any, replaced: str = "{}", folder: Path | None = None) 
 )
 def test_functions_compile_and_nothing_spills(arguments: Any) -> None:
     found = compiled(*arguments)
-    assert set(found) == {"forward", "queries", "keys"}, found.get("error")
+    assert set(found) == {"forward", "queries", "keys", "states"}, found.get("error")
     for name, used in found.items():
         assert used["spill_bytes"] == 0, name
         assert used["local_bytes"] == 0, name
         assert 8 < used["registers"] <= 255
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        "dict(mask_mod=samples.mods.ranges(), aux=(np.zeros(4, np.int32), np.zeros(4, np.int32)))",
+        "dict(mask_mod=samples.mods.both(samples.mods.causal, samples.mods.documents()),"
+        " aux=(np.zeros((1, 4), int),))",
+        "dict(mask_mod=samples.mods.given(True, False), aux=(np.ones((1, 1, 4, 4), bool),))",
+    ],
+)
+def test_packed_sequences_and_given_masks_compile_and_nothing_spills(replaced: str) -> None:
+    found = compiled("none", "softcap", "float16", 128, replaced=replaced)
+    assert set(found) == {"forward", "queries", "keys", "states"}, found.get("error")
+    for name, used in found.items():
+        assert used["spill_bytes"] == used["local_bytes"] == 0, name
 
 
 def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
@@ -89,3 +107,26 @@ def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
     replaced = "dict(mask_mod=__import__('users_masks').window)"
     found = compiled("none", "none", "float32", 16, replaced=replaced, folder=tmp_path)
     assert found["error"].startswith(f"mask_mod: does not compile for the GPU; {path}, line 3: "), found
+
+
+RANGES = """
+import json, sys
+from cuda_backend import aot
+from cuda_backend.attention import ranges_portable as ranges
+
+found = {}
+for causal in ("", "top_left", "bottom_right"):
+    variant = ranges.RangesVariant(causal, "int32", "int64", 128)
+    ptx = aot.compile_ptx(ranges.source(variant), ranges.signature(variant), aot.HOPPER)
+    found[causal] = aot.resources(ptx, aot.HOPPER)._asdict()
+print(json.dumps(found))
+"""
+
+
+def test_ranges_of_keys_compile() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "-c", RANGES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for used in json.loads(run.stdout).values():
+        assert used["spill_bytes"] == used["local_bytes"] == 0

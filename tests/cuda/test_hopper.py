@@ -17,6 +17,7 @@ if os.environ.get("FRUGAL_TEST_GPU") == "1":
     from cuda_backend.arrays import poisoned_outputs
     from cuda_backend.attention.call_hopper import flash_attention_hopper
 
+DROPPED = 0.3, 2**63 + 5  # probability and seed
 LENGTHS = (1, 17, 63, 64, 65, 127, 129, 1000, 4097)
 
 
@@ -203,3 +204,28 @@ def test_launches_behind_each_other_do_not_overtake() -> None:
     for _ in range(50):
         first = flash_attention_hopper(x, x, x)
         assert torch.equal(flash_attention_hopper(first, first, first), twice)
+
+
+@pytest.mark.parametrize("causal", [False, "bottom_right"])
+@pytest.mark.parametrize("width", [64, 128, 200])
+def test_dropout_drops_what_the_reference_drops(width: int, causal: Any) -> None:
+    """Values that are rows of the identity show each weight: kept ones are as they should be, others 0."""
+    from refimpl.random import dropout_keep
+
+    dropout_p, seed = DROPPED
+    B, Tq, Tk, Hq, Hkv = 2, 150, 250, 4, 2
+    q, k = draw(1, "float16", B, Tq, Hq, width), draw(2, "float16", B, Tk, Hkv, width)
+    v = torch.eye(Tk, device="cuda").half()[None, :, None].expand(B, Tk, Hkv, Tk).contiguous()
+    how: dict[str, Any] = {"causal": causal, "return_lse": True}
+    out, lse = flash_attention_hopper(q, k, v, dropout_p=dropout_p, rng=seed, **how)
+    exact, exact_lse = reference(q, k, v, causal, torch.float64)
+    heads, batches = np.arange(Hq), np.arange(B)[:, None]
+    kept = dropout_keep(seed, dropout_p, batches, heads, np.arange(Tq), np.arange(Tk))
+    exact = exact * torch.from_numpy(kept).cuda().transpose(1, 2) / (1 - dropout_p)
+    large = exact > 1e-4
+    assert (out[exact == 0] == 0).all()
+    assert (out[large] > 0).all()
+    assert (out.double() - exact).abs().max() <= 2e-3 * exact.abs().max()
+    assert (lse.double() - exact_lse).abs().max() <= 1e-4
+    again = flash_attention_hopper(q, k, v, dropout_p=dropout_p, rng=seed, **how)
+    assert torch.equal(out, again[0])

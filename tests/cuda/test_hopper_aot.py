@@ -17,12 +17,17 @@ import json, re, subprocess, sys, tempfile
 from pathlib import Path
 from cuda_backend import aot
 from cuda_backend._numba import cuda
-from cuda_backend.attention.forward_hopper import SIGNATURE, build
-from cuda_backend.attention.variant_hopper import choose
+from cuda_backend.attention import forward_dropout_hopper, forward_hopper
+from cuda_backend.attention.variant_hopper import choose, choose_dropout
 from numba.cuda.cudadrv.driver import _Linker
 
 kind, width, value_width, causal, rows = json.loads(sys.argv[1])
-variant = choose(kind, width, value_width, causal, rows=rows)
+if rows == "dropout":
+    variant = choose_dropout(kind, width, value_width, causal)
+    build, SIGNATURE = forward_dropout_hopper.build_dropout, forward_dropout_hopper.SIGNATURE
+else:
+    variant = choose(kind, width, value_width, causal, rows=rows)
+    build, SIGNATURE = forward_hopper.build, forward_hopper.SIGNATURE
 how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.threads, 1))
 with aot.pretended(aot.HOPPER):
     kernel = build(variant)
@@ -51,7 +56,7 @@ print(json.dumps({
 }))
 """
 
-FEW, MANY = 512, 1 << 20  # query rows
+FEW, MANY, DROPOUT = 512, 1 << 20, "dropout"  # query rows; or the kernel with dropout
 # (kind, D, Dv, causal, rows): registers at entry; products in the first step, twice in the loop, in the last
 # step; bytes of shared memory.
 RECORDED = {
@@ -60,15 +65,17 @@ RECORDED = {
     ("bf16", 128, 128, False, MANY): (168, 8 + 8 + 8 + 8, 197_888),
     ("bf16", 192, 128, True, MANY): (168, 12 + 12 + 8 + 8, 214_272),
     ("f16", 256, 256, False, MANY): (168, 16 + 16 + 5 + 5, 230_656),
+    ("f16", 64, 64, True, DROPOUT): (168, 4 + 4 + 6 + 6, 132_352),
+    ("bf16", 128, 128, True, DROPOUT): (168, 8 + 8 + 6 + 6, 165_120),
 }
 FULL = [
     (kind, width, value_width, causal, rows)
     for kind in ("f16", "bf16")
     for width, value_width in ((64, 64), (128, 128), (64, 128), (128, 64), (192, 128), (192, 192), (256, 256))
     for causal in (False, True)
-    for rows in ((MANY, FEW) if width == value_width == 64 else (MANY,))
+    for rows in ((MANY, FEW, DROPOUT) if width == value_width == 64 else (MANY, DROPOUT))
 ]
-Case = tuple[str, int, int, bool, int]
+Case = tuple[str, int, int, bool, int | str]
 
 
 def compiled(case: Case) -> dict[str, object]:

@@ -1,0 +1,130 @@
+"""Lists of the key tiles that are left, for the Hopper kernels: made of the states of tiles, by NumPy.
+
+A warpgroup has 64 query rows, so states are those of tiles of 64 rows; a block takes the tiles that any of
+its warpgroups needs, and each warpgroup knows by a bit whether it has to ask the mask there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from refimpl.attention.block_mask import DEAD, FULL, PARTIAL, BlockMask
+from refimpl.errors import UnsupportedError
+from refimpl.numerics import Array
+
+__all__ = ["ROWS", "STATE_BITS", "KeyLists", "key_lists", "live_tiles", "resized"]
+
+ROWS = 64  # of a warpgroup
+STATE_BITS = 3  # of a step below the number of its key tile: which warpgroups have to mask
+
+
+class KeyLists(NamedTuple):
+    """What a producer walks along.
+
+    Attributes
+    ----------
+    work : ndarray of int32, shape (tiles, 4)
+        For each tile of query rows, in the order in which blocks draw them: row block; batch and head in one
+        number; where its list starts in `steps`; how long that is.
+    steps : ndarray of int32
+        ``key tile << STATE_BITS | bits``; bit w is 0 if warpgroup w may see every key of the tile.
+    """
+
+    work: Array
+    steps: Array
+
+
+def resized(given: BlockMask, sizes: tuple[int, int]) -> Array:
+    """Return the states of tiles of `sizes` that those of a block mask imply.
+
+    Raises
+    ------
+    UnsupportedError
+        If neither size divides the other.
+
+    Examples
+    --------
+    >>> given = BlockMask(np.array([[[[2, 1, 0, 0], [2, 0, 0, 0]]]], np.uint8), (32, 64), (64, 256))
+    >>> resized(given, (64, 128))
+    array([[[[1, 0]]]], dtype=uint8)
+    """
+    states = given.states
+    for axis, (own, wanted, length) in enumerate(
+        zip(given.block_sizes, sizes, given.lengths, strict=True), 2
+    ):
+        count = -(-length // wanted)
+        if own % wanted == 0:
+            states = np.repeat(states, own // wanted, axis).take(np.arange(count), axis)
+        elif wanted % own == 0:
+            edges = np.arange(count) * (wanted // own)
+            least, most = (ufunc.reduceat(states, edges, axis) for ufunc in (np.minimum, np.maximum))
+            states = np.where(least == most, least, PARTIAL).astype(np.uint8)
+        else:
+            raise UnsupportedError(
+                f"block_mask: tiles of {given.block_sizes}; the kernel takes multiples or divisors of {sizes}"
+            )
+    return states
+
+
+def live_tiles(states: Array, consumers: int) -> Array:
+    """Return where any of `consumers` warpgroups needs a tile: bool [b, h, row blocks, key tiles].
+
+    >>> live_tiles(np.array([[[[1, 0], [2, 0], [0, 2]]]]), 2).tolist()
+    [[[[True, False], [False, True]]]]
+    """
+    return np.logical_or.reduceat(states != DEAD, np.arange(0, states.shape[2], consumers), axis=2)
+
+
+def key_lists(states: Array, consumers: int, B: int, Hq: int, section: int, *, ragged: bool) -> KeyLists:
+    """Return the lists of a call.
+
+    Parameters
+    ----------
+    states : ndarray of uint8, shape (B or 1, Hq or 1, ceil(Tq / 64), key tiles)
+        `DEAD`, `PARTIAL` or `FULL`.
+    consumers : int
+        Warpgroups of a block.
+    B, Hq : int
+        Sequences and query heads.
+    section : int
+        Heads to work on together, so that their keys stay in L2; within a section the longest lists come
+        first, so that what is left for the end is short.
+    ragged : bool
+        Whether the last key tile has places behind the last key, which every warpgroup has to mask.
+
+    Notes
+    -----
+    Lists go from the last key tile to the first, as the dense kernel does.
+
+    Examples
+    --------
+    >>> states = np.array([[[[2, 0], [2, 1]], [[0, 0], [0, 2]]]], np.uint8)
+    >>> work, steps = key_lists(states, 1, 1, 2, 1, ragged=False)
+    >>> work.tolist()
+    [[1, 0, 1, 2], [0, 0, 0, 1], [1, 1, 3, 1], [0, 1, 3, 0]]
+    >>> [(step >> STATE_BITS, step & 1) for step in steps[:-1].tolist()]
+    [(0, 0), (1, 1), (0, 0), (1, 0)]
+    """
+    live = live_tiles(states, consumers)
+    b, h, blocks, columns = live.shape
+    masked = np.ones((b, h, blocks * consumers, columns), bool)
+    masked[:, :, : states.shape[2]] = states != FULL
+    if ragged:
+        masked[..., -1] = True
+    weights = 1 << np.arange(consumers)
+    bits = np.tensordot(weights, masked.reshape(b, h, blocks, consumers, columns), (0, 3)).astype(np.int32)
+    words = np.arange(columns, dtype=np.int32) << STATE_BITS | bits
+    backwards = live[..., ::-1]
+    steps = np.append(words[..., ::-1][backwards], np.int32(0)).astype(np.int32)
+    counts = backwards.sum(-1, dtype=np.int64)
+    starts = (np.cumsum(counts.ravel()) - counts.ravel()).reshape(counts.shape)
+
+    full = (B, Hq, blocks)
+    counts, starts = (np.broadcast_to(x, full).reshape(B * Hq, blocks) for x in (counts, starts))
+    head, block = np.divmod(np.arange(B * Hq * blocks), blocks)
+    # Row blocks of equal length stay in order, and heads beside each other.
+    order = np.lexsort((head, block, -counts.ravel(), head // section))
+    found: Any = np.stack([block, head, starts.ravel(), counts.ravel()], 1)[order]
+    return KeyLists(np.ascontiguousarray(found, np.int32), steps)

@@ -1,0 +1,142 @@
+"""What functions of the user's do to the scores in a Hopper consumer's registers.
+
+Which query and key an accumulator belongs to is said in `softmax_hopper`.  Indices that a function gets are
+never beyond the arrays: rows and columns of padding get those of the last query and key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cuda_backend._numba import device_function
+from cuda_backend.attention.softmax_hopper import NO_KEY
+from cuda_backend.attention.traced import is_short, traced_mask, traced_score
+from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
+from cuda_backend.ptx import registers
+from cuda_backend.ptx.assembly import instruction, types
+
+__all__ = ["build_modifiers"]
+
+int32, uint32, float32 = types.int32, types.uint32, types.float32
+
+rolled = instruction(
+    "rolled",
+    types.void,
+    {},
+    ".pragma \\22nounroll\\22;",  # quotes as LLVM writes them
+    "",
+    'At the start of a loop: it stays one.  PTX ISA, "Pragma Strings: nounroll".',
+)
+
+
+def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return ``modify(s, scale, where)`` and ``mask(s, where)`` for a tile of scores, device functions.
+
+    `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
+    are, and `aux`.
+    ``modify`` makes products into scores; ``mask`` makes scores -inf that the mask forbids, or that are those
+    of no key.
+    """
+    count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
+    mods = variant.mods
+    columns = 2 if variant.tiles.consumers == 3 else 4  # of a row asked at once: where registers are few, 2
+    allows, changed = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux)
+
+    @device_function
+    def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
+        b, h, row, last, first, tk, aux = where
+        i_low, i_high = min(row, last), min(int32(row + 8), last)
+        for e in range(2):
+            j = int32(first + 8 * i + e)
+            if ragged:
+                j = min(j, int32(tk - 1))
+            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, aux)
+
+    modify_all = _repeated(modify_four, count // 4)
+
+    @device_function
+    def modify(s: Any, scale: Any, where: Any) -> None:
+        modify_all(int32(0), s, scale, where)
+
+    @device_function
+    def mask(s: Any, where: Any) -> None:
+        b, h, row, last, first, tk, aux = where
+        # What the user's function makes of these is not kept from one tile to the next.
+        b, h, row = registers.fresh(b), registers.fresh(h), registers.fresh(row)
+        i_low, i_high = min(row, last), min(int32(row + 8), last)
+        low, high = uint32(0), uint32(0)
+        step = int32(0)
+        while step < count // (
+            2 * columns
+        ):  # whatever the user's function is, it stands here few times: bits for scores
+            rolled()
+            some_low, some_high = uint32(0), uint32(0)
+            for e in range(columns):
+                j = int32(first + 8 * (columns // 2 * step + e // 2) + e % 2)
+                inside = True
+                if ragged:
+                    inside = j < tk
+                    j = min(j, int32(tk - 1))
+                see_low, see_high = inside, inside
+                if masked:
+                    see_low = inside & allows(b, h, i_low, j, aux)
+                    see_high = inside & allows(b, h, i_high, j, aux)
+                some_low = uint32(some_low | uint32(see_low) << e)
+                some_high = uint32(some_high | uint32(see_high) << e)
+            at = columns * step
+            low, high = uint32(low | some_low << at), uint32(high | some_high << at)
+            step = registers.successor(step)
+        for i in range(count // 4):
+            for e in range(2):
+                bit, none = uint32(1 << (2 * i + e)), float32(NO_KEY)
+                s[4 * i + e] = registers.select_float(int32(low & bit), s[4 * i + e], none)
+                s[4 * i + 2 + e] = registers.select_float(int32(high & bit), s[4 * i + 2 + e], none)
+
+    @device_function
+    def mask_four(i: Any, s: Any, _scale: Any, where: Any) -> None:
+        b, h, row, last, first, tk, aux = where
+        i_low, i_high, none = min(row, last), min(int32(row + 8), last), float32(NO_KEY)
+        for e in range(2):
+            j = int32(first + 8 * i + e)
+            inside = True
+            if ragged:
+                inside = j < tk
+                j = min(j, int32(tk - 1))
+            low, high = (
+                int32(inside & allows(b, h, i_low, j, aux)),
+                int32(inside & allows(b, h, i_high, j, aux)),
+            )
+            s[4 * i + e] = registers.select_float(low, s[4 * i + e], none)
+            s[4 * i + 2 + e] = registers.select_float(high, s[4 * i + 2 + e], none)
+
+    mask_all = _repeated(mask_four, count // 4)
+
+    @device_function
+    def mask_at_once(s: Any, where: Any) -> None:
+        mask_all(int32(0), s, float32(0.0), where)
+
+    short = not masked or is_short(mods.mask, mods.aux)
+    return modify, mask_at_once if short else mask
+
+
+def _repeated(function: Callable[..., None], count: int) -> Callable[..., None]:
+    """Return what calls a device function for ``i``, ``i + 1`` and so on, `count` times, without a loop.
+
+    A loop over the user's function may be too long for the compiler to unroll, and then scores, whose place
+    depends on ``i``, are not in registers.
+    """
+    if count == 1:
+        return function
+    middle, odd = count // 2, count % 2 == 1
+    half = _repeated(function, middle)
+
+    @device_function
+    def both(i: Any, s: Any, scale: Any, where: Any) -> None:
+        half(i, s, scale, where)
+        half(int32(i + middle), s, scale, where)
+        if odd:
+            function(int32(i + 2 * middle), s, scale, where)
+
+    return both

@@ -1,0 +1,217 @@
+"""Functions of the user's for the Hopper kernels: run on stand-ins for numbers, and written down in 32 bits.
+
+A kernel asks them once for every score, so what an integer or a tangent costs is what attention costs.  Every
+path through a function is followed, `if` and `and` included.  What cannot be followed (loops over scores,
+integer bits, functions of other libraries) is compiled as it is: right all the same, only slower.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from types import CellType, FunctionType
+from typing import Any
+
+import numpy as np
+
+from cuda_backend._numba import SIMULATOR, device_function
+from cuda_backend.attention.traced_values import (
+    LONGEST,
+    Array,
+    Trace,
+    UndecidedError,
+    UntraceableError,
+    Value,
+)
+from cuda_backend.attention.user_device import mask_on_device, score_on_device
+from cuda_backend.ptx import registers
+from cuda_backend.ptx.assembly import instruction, types
+from refimpl.attention.user_functions import Mod
+
+__all__ = ["is_short", "source_of", "traced_mask", "traced_score"]
+
+PATHS, SHORT = 32, 20
+LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
+NAMES = "b", "h", "i", "j"
+Arrays = tuple[tuple[str, int], ...]
+float32 = types.float32
+
+reciprocal = instruction(
+    "reciprocal",
+    types.float32,
+    {"x": types.float32},
+    "rcp.approx.ftz.f32 $0, $1;",
+    "=f,f",
+    '1 / x within one unit in the last place.  PTX ISA, "rcp".',
+    pure=True,
+)
+
+
+@device_function
+def tanh(x: Any) -> Any:
+    """Return the hyperbolic tangent within 2**-22: as exact as a score, for two special functions."""
+    grown = registers.exp2(float32(x * float32(2.0 * LOG2_E)))
+    return float32(1.0) - float32(2.0) * reciprocal(grown + float32(1.0))
+
+
+@device_function
+def exp(x: Any) -> Any:
+    """Return e**x, with a relative error that grows with x as that of x * log2(e) in float32."""
+    return registers.exp2(float32(x * float32(LOG2_E)))
+
+
+def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
+    """Return ``f(b, h, i, j, aux)`` for kernels, as `mask_on_device` does."""
+    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "bool")
+    return mask_on_device(mod) if source is None else _compiled(source)
+
+
+def traced_score(mod: Mod | None, arrays: Arrays) -> Any:
+    """Return ``f(score, b, h, i, j, aux)`` for kernels, as `score_on_device` does."""
+    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "float")
+    return score_on_device(mod) if source is None else _compiled(source)
+
+
+def is_short(mod: Mod | None, arrays: Arrays) -> bool:
+    """Return whether a mask is so little code, without loads, that it may stand there for each score."""
+    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "bool")
+    return source is not None and "aux[" not in source and source.count("\n") <= SHORT and "if " not in source
+
+
+def _compiled(source: str) -> Any:
+    scope = {
+        "int32": types.int32, "uint32": types.uint32, "float32": types.float32,
+        "infinity": np.float32(np.inf), "tanh": tanh, "exp": exp, "math": math,
+    }  # fmt: skip
+    exec(source, scope)
+    return device_function(scope["traced"])
+
+
+def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
+    """Return the source of function ``traced``, which computes what `mod` does; None if that is unknown.
+
+    Parameters
+    ----------
+    mod : Mod
+        A mask, or a score, as `result` says.
+    arrays : tuple
+        Dtype and axes of each array of `aux`.
+    result : str
+        ``"bool"`` for a mask, ``"float"`` for a score.
+
+    Examples
+    --------
+    >>> from refimpl.attention.user_functions import as_mod
+    >>> print(source_of(as_mod("mask_mod", lambda b, h, i, j: (j <= i) & (i - j < 8)), (), "bool"))
+    def traced(b, h, i, j, aux):
+        t1 = j <= i
+        t2 = int32(i - j)
+        t3 = t2 < (8)
+        t4 = bool(t1 & t3)
+        return t4
+    """
+    leading = ("score",) if result == "float" else ()
+    lines = [f"def traced({', '.join((*leading, *NAMES))}, aux):"]
+    left = PATHS
+
+    def follow(decisions: tuple[bool, ...], indent: str) -> None:
+        """Write what happens after the last of some decisions."""
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UntraceableError("too many paths")
+        trace = Trace(decisions)
+        given: list[Any] = [Value(trace, name, "float") for name in leading]
+        given += [Value(trace, name, "int", 0, LONGEST) for name in NAMES]
+        if mod.takes_aux:
+            given.append(tuple(Array(trace, f"aux[{n}]", *kind) for n, kind in enumerate(arrays)))
+        try:
+            found = trace.of(_with_stand_ins(mod.function, trace)(*given))
+        except UndecidedError as question:
+            condition = _truth(question.value)
+            lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
+            lines.append(f"{indent}if {condition}:")
+            follow((*decisions, True), indent + "    ")
+            lines.append(f"{indent}else:")
+            follow((*decisions, False), indent + "    ")
+            return
+        if result == "float":
+            found = found.as_float()
+        elif found.kind != "bool":
+            raise UntraceableError("a mask that is no truth value")
+        lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
+        lines.append(f"{indent}return {found.code}")
+
+    try:
+        follow((), "    ")
+    except Exception:  # whatever is wrong with the function, Numba says it with the line
+        return None
+    return "\n".join(lines)
+
+
+def _truth(value: Value) -> str:
+    return value.code if value.kind == "bool" else f"{value.code} != 0"
+
+
+def _with_stand_ins(function: Any, trace: Trace) -> Any:
+    """Return a copy of a function that finds stand-ins for what takes only numbers."""
+
+    def value(item: Any) -> Any:
+        if item is math or item is np:
+            return _Module(trace)
+        return (
+            _with_stand_ins(item, trace) if isinstance(item, FunctionType) and item is not function else item
+        )
+
+    cells = tuple(CellType(value(cell.cell_contents)) for cell in function.__closure__ or ())
+    names = [name for name in function.__code__.co_names if name in function.__globals__]
+    scope = {name: value(function.__globals__[name]) for name in names}
+    scope["__builtins__"] = {**vars(builtins), "min": _chosen("<"), "max": _chosen(">"), "float": _as_float}
+    return FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
+
+
+def _as_float(number: Any) -> Any:
+    return number.as_float() if isinstance(number, Value) else float(number)
+
+
+def _chosen(sign: str) -> Any:
+    """Return min or max of two numbers."""
+
+    def chosen(x: Any, y: Any) -> Any:
+        if not isinstance(x, Value) and not isinstance(y, Value):
+            return min(x, y) if sign == "<" else max(x, y)
+        trace: Trace = (x if isinstance(x, Value) else y).trace
+        x, y = trace.of(x), trace.of(y)
+        if "float" in (x.kind, y.kind):
+            x, y = x.as_float(), y.as_float()
+            return trace.named(f"{y.code} if {y.code} {sign} {x.code} else {x.code}", "float")
+        x, y = x.as_int(), y.as_int()
+        pick = min if sign == "<" else max
+        code = f"{y.code} if {y.code} {sign} {x.code} else {x.code}"
+        return trace.integer(code, pick(x.low, y.low), pick(x.high, y.high))
+
+    return chosen
+
+
+class _Module:
+    """What stands for `math` and `numpy`."""
+
+    pi, e, inf = math.pi, math.e, math.inf
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def _called(self, code: str, x: Any) -> Any:
+        return self._trace.named(f"{code}({self._trace.of(x).as_float().code})", "float")
+
+    def tanh(self, x: Any) -> Any:
+        """Return the tangent."""
+        return self._called("tanh", x)
+
+    def exp(self, x: Any) -> Any:
+        """Return e**x."""
+        return self._called("exp", x)
+
+    def float32(self, x: Any) -> Any:
+        """Return the number in float32."""
+        return self._trace.of(x).as_float()

@@ -1,0 +1,180 @@
+"""Hopper backward calls with functions of the user's from end to end, on a played machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuda_backend.attention.call_flexible_backward_hopper import flexible_attention_vjp_hopper
+from cuda_backend.attention.user_device import Mods
+from refimpl.attention import flexible_attention, flexible_attention_vjp, mods
+from refimpl.attention.user_functions import as_mod
+from refimpl.errors import OptionError
+from tests.cuda.backward_hopper_played import played
+from tests.cuda.hopper_machine import KINDS
+from tests.cuda.int8_hopper_played import viewed
+
+LIMITS = {"f16": 3e-3, "bf16": 2.5e-2}
+
+
+def branching(b: int, h: int, i: int, j: int) -> bool:
+    """Queries in thirds: none, some, and all keys."""
+    if i % 3 == 0:
+        return False
+    return i % 3 == 2 or (j <= i + b and (j + h) % 2 == 0)
+
+
+def bent(score: Any, b: int, h: int, i: int, j: int, aux: Any) -> Any:
+    if score > 0 and i >= j:
+        return 0.5 * score + aux[-1][h, b]
+    return 0.1 * score * score - 1.0
+
+
+def bent_vjp(gradient: Any, score: Any, _b: int, _h: int, i: int, j: int) -> Any:
+    return 0.5 * gradient if score > 0 and i >= j else 0.2 * score * gradient
+
+
+def far(score: Any, _b: Any, _h: Any, i: Any, j: Any) -> Any:
+    """Masks by itself, and has no number there for a gradient."""
+    return np.where(abs(i - j) > 40, -np.inf, 2 * score)
+
+
+def far_vjp(gradient: Any, _score: Any, _b: Any, _h: Any, i: Any, j: Any) -> Any:
+    return np.where(abs(i - j) > 40, np.nan, 2 * gradient)
+
+
+def blocky(_b: Any, _h: Any, i: Any, j: Any) -> Any:
+    """Dead, full and partial tiles."""
+    return (i // 128 != j // 128) & (i // 256 == j // 256) | (i > j + 300)
+
+
+def everywhere_else(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+    """Another mask for each sequence and head."""
+    return aux[0][b, h, i // 64, j // 64]
+
+
+def options(name: str, sizes: Any) -> dict[str, Any]:
+    """Return the functions and arrays of a case."""
+    B, Tq, Tk, Hq = sizes[:4]
+    rng, longest = np.random.default_rng(2), max(Tq, Tk)
+    slopes = 2.0 ** -np.arange(1.0, Hq + 1)
+    alibi = {"score_mod": mods.alibi(), "score_mod_vjp": mods.alibi_vjp, "aux": (slopes,)}
+    cases: dict[str, dict[str, Any]] = {
+        "none": {},
+        "sliding": {"mask_mod": mods.both(mods.causal, mods.sliding(60))},
+        "documents": {
+            "mask_mod": mods.documents(), "aux": (np.sort(rng.integers(0, 4, (B, longest)), axis=1),)
+        },
+        "by head": {"mask_mod": mods.bigbird(64), "aux": (rng.random((Hq, *[-(-longest // 64)] * 2)) < 0.4,)},
+        "alibi": {"mask_mod": mods.causal, **alibi},
+        "softcap": {"score_mod": mods.softcap(2.0), "score_mod_vjp": mods.softcap_vjp(2.0)},
+        "branching": {
+            "mask_mod": branching, "score_mod": bent, "score_mod_vjp": bent_vjp,
+            "aux": (rng.standard_normal((Hq, B)),),
+        },
+        "both": {
+            "mask_mod": everywhere_else, "score_mod": mods.softcap(1.0),
+            "score_mod_vjp": mods.softcap_vjp(1.0),
+            "aux": (rng.random((B, Hq, *[-(-longest // 64)] * 2)) < 0.5,),
+        },
+        "far": {"score_mod": far, "score_mod_vjp": far_vjp},
+        "blocky": {"mask_mod": blocky},
+        "nothing": {"mask_mod": lambda b, h, i, j: j < -i - 1},
+    }  # fmt: skip
+    return cases[name]
+
+
+def gradients(
+    kind: str, sizes: Any, name: str, *, deterministic: bool = False, **more: Any
+) -> tuple[list[Any], list[Any]]:
+    """Return gradients of a case, and the true ones."""
+    B, Tq, Tk, Hq, Hkv, D, Dv = sizes
+    rng = np.random.default_rng(7)
+    shapes = (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv), (B, Tq, Hq, Dv)
+    q, k, v, do = (rng.standard_normal(shape).astype(KINDS[kind]) for shape in shapes)
+    wide: list[Any] = [x.astype(np.float64) for x in (q, k, v, do)]
+    given = {**options(name, sizes), **more}
+    forward: Any = flexible_attention(*wide[:3], return_lse=True, **given)
+    truth = flexible_attention_vjp(*wide, **given)
+    aux = tuple(x.astype(np.float32) if x.dtype.kind == "f" else x for x in given.get("aux", ()))
+    arrays = tuple(viewed("aux", array, 0) for array in aux)
+    functions = Mods(
+        _mod("mask_mod", given), _mod("score_mod", given, "score"),
+        _mod("score_mod_vjp", given, "gradient", "score"), tuple((x.dtype.name, x.ndim) for x in aux),
+    )  # fmt: skip
+    found = flexible_attention_vjp_hopper(
+        q, k, v, forward.out.astype(KINDS[kind]), forward.lse.astype(np.float32), do,
+        mods=functions, arrays=arrays, aux=aux, scale=given.get("scale"), deterministic=deterministic,
+        stream=0,
+    )  # fmt: skip
+    return list(found[:3]), list(truth[:3])
+
+
+def difference(kind: str, sizes: Any, name: str, **more: Any) -> float:
+    """Return the largest error of a gradient, as a part of its largest number."""
+    errors = []
+    for found, exact in zip(*gradients(kind, sizes, name, **more), strict=True):
+        assert found.shape == exact.shape
+        gradient = found.astype(np.float64)
+        assert not np.isnan(gradient).any()
+        errors.append(float(np.abs(gradient - exact).max() / max(1.0, np.abs(exact).max())))
+    return max(errors)
+
+
+def _mod(name: str, given: dict[str, Any], *leading: str) -> Any:
+    return as_mod(name, given[name], leading) if name in given else None
+
+
+NAMES = (
+    "none", "sliding", "documents", "by head", "alibi", "softcap", "branching", "far", "blocky", "nothing"
+)  # fmt: skip
+SIZES = {64: (2, 200, 190, 2, 1, 64, 64), 128: (1, 150, 270, 2, 1, 128, 128)}
+
+
+@pytest.mark.parametrize("d", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_functions(monkeypatch: pytest.MonkeyPatch, name: str, d: int) -> None:
+    launched = played(monkeypatch, late=d == 64)
+    assert difference("f16", SIZES[d], name) < LIMITS["f16"]
+    assert launched == ["prepare", "main", "finish"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ((1, 1, 1, 1, 1, 8, 8), "softcap"),
+        ((2, 140, 300, 4, 2, 64, 64), "by head"),
+        ((1, 300, 70, 2, 1, 40, 24), "branching"),
+        ((1, 161, 257, 2, 2, 72, 128), "alibi"),
+    ],
+)
+def test_shapes_in_turn(monkeypatch: pytest.MonkeyPatch, sizes: Any, name: str) -> None:
+    """Ragged, grouped and unequal heads, in bfloat16, blocks taking turns."""
+    played(monkeypatch, late=True, processors=3)
+    assert difference("bf16", sizes, name, deterministic=True) < LIMITS["bf16"]
+
+
+def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for seed in range(2):
+        played(monkeypatch, processors=3, seed=seed, late=seed == 1)
+        found.append(gradients("f16", (1, 300, 300, 1, 1, 64, 64), "blocky", deterministic=True)[0])
+    for one, same in zip(found[0], found[1], strict=True):
+        assert np.array_equal(one, same)
+
+
+def test_the_scale_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    played(monkeypatch)
+    assert difference("f16", (1, 70, 70, 1, 1, 64, 64), "softcap", scale=0.4) < LIMITS["f16"]
+
+
+def test_a_score_needs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    played(monkeypatch)
+    with pytest.raises(OptionError, match="score_mod_vjp: needed"):
+        flexible_attention_vjp_hopper(
+            *[np.zeros((1, 1, 1, 8), np.float16)] * 6,
+            mods=Mods(score=as_mod("score_mod", mods.softcap(2.0), ("score",))),
+            arrays=(), aux=(), scale=None, stream=0,
+        )  # fmt: skip

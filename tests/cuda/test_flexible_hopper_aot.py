@@ -1,0 +1,137 @@
+"""Hopper kernels with functions of the user's, compiled without a GPU: no spills, no serialised wgmma."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
+from cuda_backend.attention.variant_hopper import SHARED_LIMIT
+
+# Tests run with the simulator on, which compiles nothing: another process compiles.
+PROGRAM = """
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import numpy as np
+from cuda_backend import aot
+from cuda_backend._numba import cuda
+from cuda_backend.attention.forward_flexible_hopper import build, signature
+from cuda_backend.attention.user_device import Mods, blamed
+from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
+from numba.cuda.cudadrv.driver import _Linker
+from refimpl.attention import samples_flexible as samples
+from refimpl.attention.user_functions import as_mod
+from refimpl.errors import OptionError
+
+kind, D, Dv, which, mask, score, ragged = json.loads(sys.argv[1])
+shape = dict(B=1, Tq=12, Tk=12, Hkv=1, group=2, D=4, Dv=4)
+case = samples.sample_flexible(np.random.default_rng(0), mask=mask, score=score, **shape)
+case = case.replace(**eval(sys.argv[2]))
+def mod(name, *leading):
+    return as_mod(name, case.kwargs[name], leading) if name in case.kwargs else None
+aux = tuple(("float32" if x.dtype.kind == "f" else x.dtype.name, x.ndim) for x in case.kwargs.get("aux", ()))
+mods = Mods(mod("mask_mod"), mod("score_mod", "score"), None, aux)
+variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged)
+how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.tiles.threads, 1))
+try:
+    with aot.pretended(aot.HOPPER), blamed(mods):
+        kernel = build(variant)
+        ptx, _ = cuda.compile(kernel, signature(variant), **how)
+        code, _ = cuda.compile(kernel, signature(variant), output="ltoir", **how)
+except OptionError as error:
+    print(json.dumps({"error": str(error)}))
+    sys.exit()
+linker = _Linker(cc=aot.HOPPER, lto=True)
+linker.add_ltoir(code)
+linker.complete()
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder, "kernel.ptx")
+    path.write_text(ptx)
+    command = [str(aot._ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+said = run.stdout + run.stderr + linker.info_log
+number = lambda pattern: int(re.search(pattern, said)[1])
+print(json.dumps({
+    "registers": number(r"Used (\\d+) registers"),
+    "spills": number(r"(\\d+) bytes spill stores") + number(r"(\\d+) bytes spill loads"),
+    "stack": number(r"(\\d+) bytes stack frame"),
+    "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
+    "doubles": len(re.findall(r"[.]f64", ptx)),
+    "wide": len(re.findall(r"setp[.]..[.][su]64|cvt.rn.f32.s64", ptx)),
+}))
+"""
+
+WIDTHS = ((64, 64, 0), (64, 64, 1), (128, 128, 0))
+# (kind, D, Dv, which tiles, mask, score, ragged)
+CASES = [
+    ("f16", 64, 64, 1, "sliding", "none", False),
+    ("f16", 64, 64, 1, "bigbird", "none", False),
+    ("f16", 128, 128, 0, "documents", "alibi", True),
+    ("bf16", 128, 128, 0, "causal", "softcap", True),
+]
+FULL = [
+    (kind, *width, mask, score, ragged)
+    for kind in ("f16", "bf16")
+    for width in WIDTHS
+    for mask in ("none", "sliding", "bigbird", "documents", "groups")
+    for score in ("none", "alibi", "softcap")
+    for ragged in (False, True)
+] + [("f16", D, Dv, 0, "sliding", "alibi", True) for D, Dv in ((192, 128), (192, 192), (256, 256))]
+Case = tuple[str, int, int, int, str, str, bool]
+
+
+def compiled(case: Case, replaced: str = "{}", folder: Path | None = None) -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    if folder is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
+    command = [sys.executable, "-c", PROGRAM, json.dumps(case), replaced]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", CASES)
+def test_functions_compile_into_registers(case: Case) -> None:
+    found = compiled(case)
+    assert found["spills"] == found["stack"] == 0
+    assert found["warnings"] == []
+    assert found["registers"] == (128 if case[3] else 168)
+    assert found["doubles"] == 0
+    assert found["wide"] < 32, "scores are asked in 32 bits; the kernel itself compares some addresses"
+
+
+@pytest.mark.aot_full
+@pytest.mark.parametrize("case", FULL)
+def test_next_to_nothing_spills_and_nothing_waits(case: Case) -> None:
+    found = compiled(case)
+    # Of some forms a few words of a tile of query rows, written and read once for it, are no registers.
+    assert found["stack"] <= 40
+    assert found["warnings"] == []
+
+
+@pytest.mark.aot
+def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
+    source = "def window(b, h, i, j):\n    near = abs(i - j) < 4\n    return near.nonsense\n"
+    path = tmp_path / "hopper_masks.py"
+    path.write_text(source)
+    replaced = "dict(mask_mod=__import__('hopper_masks').window)"
+    found = compiled(("f16", 64, 64, 0, "none", "none", False), replaced, tmp_path)
+    assert found["error"].startswith(f"mask_mod: does not compile for the GPU; {path}, line 3: "), found
+
+
+@pytest.mark.parametrize("width", [(40, 64), (64, 128), (128, 128), (192, 128), (256, 256)])
+def test_words_fit_behind_the_barriers(width: tuple[int, int]) -> None:
+    from cuda_backend.attention.user_device import Mods
+
+    for tiles, _ in candidates("f16", *width):
+        variant = FlexibleVariant(tiles, Mods(), ragged=False)
+        assert variant.work_slot >= tiles.places.tile_slot
+        assert variant.step_slot + 4 * tiles.stages <= tiles.shared_bytes - 1024 <= SHARED_LIMIT
