@@ -18,7 +18,7 @@ from cuda_backend.ptx import copy, registers
 from cuda_backend.ptx.assembly import types
 from refimpl.quant.absmax import LIMIT
 
-__all__ = ["build_columns", "build_epilogue", "build_surplus", "build_weight", "kind_of"]
+__all__ = ["build_columns", "build_epilogue", "build_removal", "build_surplus", "build_weight", "kind_of"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -212,3 +212,34 @@ def build_surplus(variant: Wide) -> Callable[..., Any]:
             j = int32(j + 1)
 
     return add_surplus
+
+
+def build_removal(variant: Wide) -> Callable[..., Any]:
+    """Return what takes away the codes of outliers that did not fit side by side: number by number too."""
+    groups = variant.block_n // 8
+
+    @device_function
+    def remove_surplus(
+        total: Any, surplus: Any, indices: Any, number: Any, done: Any, row: Any, column: Any, M: Any, N: Any
+    ) -> None:
+        codes, codes_row, w, w_feature, w_column = surplus
+        j = int32(done)
+        while j < number:
+            feature = uint64(copy.load_word(indices + uint64(4) * uint64(j)))
+            low, high = int32(0), int32(0)
+            at = codes + uint64(row) * codes_row + feature
+            if row < M:
+                low = copy.load_byte(at)
+            if row + 8 < M:
+                high = copy.load_byte(at + uint64(8) * codes_row)
+            for i in range(groups):
+                for e in range(2):
+                    own = int32(column + 8 * i + e)
+                    met = int32(0)
+                    if own < N:
+                        met = copy.load_byte(w + uint64(own) * w_column + feature * w_feature)
+                    total[4 * i + e] -= low * met
+                    total[4 * i + 2 + e] -= high * met
+            j = int32(j + 1)
+
+    return remove_surplus

@@ -22,10 +22,17 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.schedule_hopper import ring
-from cuda_backend.int8.epilogue_hopper import build_columns, build_epilogue, build_surplus, kind_of
+from cuda_backend.int8.aside_hopper import build_set_aside
+from cuda_backend.int8.epilogue_hopper import (
+    build_columns,
+    build_epilogue,
+    build_removal,
+    build_surplus,
+    kind_of,
+)
 from cuda_backend.int8.outliers_hopper import clear_marks
-from cuda_backend.int8.variant_hopper import CHUNK, STEP, Wide
-from cuda_backend.ptx import barrier, copy, grid, matrix_copy, registers, wgmma
+from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Wide
+from cuda_backend.ptx import barrier, copy, grid, matrix_copy, registers, turns, wgmma
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["SIGNATURE", "build"]
@@ -37,6 +44,7 @@ SIGNATURE = types.void(
     *[uint64] * 4,  # out; absmax of the rows of A and of B; bias, or 0
     *[uint64] * 3,  # number of outliers, or 0 if there are none; their indices; the marks to be cleared
     *[uint64] * 6,  # x, its strides by row and feature; what outliers meet, by feature and column: bytes
+    *[uint64] * 5,  # codes of x, bytes from a row to the next; what is set aside, of x and w; counters
     *[int32] * 8,  # tiles, rows of tiles, columns of tiles, steps along K, M, N, outliers side by side, K
 )
 GROUP = 8  # rows of tiles that are worked on together: with 16 columns they share what L2 holds
@@ -74,6 +82,12 @@ def build(variant: Wide) -> Callable[..., None]:
     empty_at = full_at + 8 * stages
     columns_full = empty_at + 8 * stages
     columns_empty = columns_full + 8
+    ready_at = columns_empty + 8
+    number_at = ready_at + 8
+    listed_at = number_at + 8
+
+    beside = variant.beside
+    removed = beside and variant.outliers == "released"
 
     next_stage, place = ring(stages), placing(GROUP)
     give_registers = registers.give_registers(PRODUCER_REGISTERS)
@@ -85,6 +99,9 @@ def build(variant: Wide) -> Callable[..., None]:
     scale, store, store_codes = build_epilogue(variant)
     write_columns = build_columns(variant)
     add_surplus = build_surplus(variant)
+    remove_surplus = build_removal(variant)
+    remove = wgmma.product_codes(block_n, [0])
+    set_aside = build_set_aside(variant.kind, variant.outliers)
 
     @device_function
     def load(
@@ -97,13 +114,16 @@ def build(variant: Wide) -> Callable[..., None]:
         matrix_copy.load(target + a_bytes, b_map, full, column, b_row)
 
     @device_function
-    def produce(base: Any, maps: Any, first: Any, blocks: Any, number: Any, problem: Any) -> None:
+    def produce(base: Any, maps: Any, marks: Any, first: Any, blocks: Any, number: Any, problem: Any) -> None:
         a_map, b_map, x_map, w_map = maps
         tiles, rows, columns, steps, _, _, side_by_side = problem
         matrix_copy.acquire(a_map)
         matrix_copy.acquire(b_map)
         chunks = int32(0)
-        if scaled and number > 0:
+        if beside and marks != uint64(0):
+            matrix_copy.acquire(x_map)
+            matrix_copy.acquire(w_map)
+        elif scaled and number > 0:
             matrix_copy.acquire(x_map)
             matrix_copy.acquire(w_map)
             chunks = registers.quotient(int32(min(number, side_by_side) + (CHUNK - 1)), CHUNK)
@@ -116,6 +136,21 @@ def build(variant: Wide) -> Callable[..., None]:
                 barrier.wait(base + empty_at + 8 * stage, parity)
                 load(base, stage, a_map, b_map, int32(step * STEP), a_row, b_row, STEP)
                 stage, parity = next_stage(stage, parity)
+            if beside and marks != uint64(0):
+                if tile == first:
+                    barrier.wait(base + ready_at, 0)
+                    turns.to_the_copy_engine()
+                number = copy.load_shared_word(uint32(base + number_at))
+                near = int32(min(number, side_by_side))
+                chunks = registers.quotient(int32(near + (CHUNK - 1)), CHUNK)
+                taken = int32(0)
+                if removed:
+                    taken = registers.quotient(int32(near + (TAKEN_CHUNK - 1)), TAKEN_CHUNK)
+                for chunk in range(taken):
+                    barrier.wait(base + empty_at + 8 * stage, parity)
+                    column = int32(2 * side_by_side + chunk * TAKEN_CHUNK)
+                    load(base, stage, x_map, w_map, column, a_row, b_row, TAKEN_CHUNK)
+                    stage, parity = next_stage(stage, parity)
             for chunk in range(chunks):
                 barrier.wait(base + empty_at + 8 * stage, parity)
                 load(base, stage, x_map, w_map, int32(chunk * 2 * CHUNK), a_row, b_row, 2 * CHUNK)
@@ -138,8 +173,8 @@ def build(variant: Wide) -> Callable[..., None]:
 
     @device_function
     def consume(
-        base: Any, thread: Any, out: Any, absmax: Any, indices: Any, surplus: Any, first: Any, blocks: Any,
-        number: Any, problem: Any,
+        base: Any, thread: Any, out: Any, absmax: Any, indices: Any, marks: Any, surplus: Any, taken: Any,
+        first: Any, blocks: Any, number: Any, problem: Any,
     ) -> None:  # fmt: skip
         tiles, rows, columns, steps, M, N, side_by_side = problem
         total = cuda.local.array(count, int32)
@@ -171,6 +206,24 @@ def build(variant: Wide) -> Callable[..., None]:
             all_done(total)
             if steps > 0 and lane == 0:
                 barrier.arrive(base + empty_at + 8 * before)
+            if beside and marks != uint64(0):
+                barrier.wait(base + ready_at, 0)
+                number = copy.load_shared_word(uint32(base + number_at))
+                if removed:
+                    left = int32(min(number, side_by_side))
+                    while left > 0:
+                        barrier.wait(base + full_at + 8 * stage, parity)
+                        at = base + stage * stage_bytes
+                        wgmma.fence()
+                        remove(total, short_descriptor(at + a_short), short_descriptor(at + a_bytes))
+                        wgmma.commit()
+                        all_done(total)
+                        if lane == 0:
+                            barrier.arrive(base + empty_at + 8 * stage)
+                        stage, parity = next_stage(stage, parity)
+                        left = int32(left - TAKEN_CHUNK)
+                    start = int32(column * block_n + 2 * quad_lane)
+                    remove_surplus(total, taken, indices, number, side_by_side, row, start, M, N)
             if scaled:
                 low, high = float32(0.0), float32(0.0)
                 if row < M:
@@ -201,8 +254,9 @@ def build(variant: Wide) -> Callable[..., None]:
 
     def product(
         a_map: Any, b_map: Any, x_map: Any, w_map: Any, out: Any, a_absmax: Any, b_absmax: Any, bias: Any,
-        number_at: Any, indices: Any, marks: Any,
+        listed_number: Any, indices: Any, marks: Any,
         x: Any, x_row: Any, x_feature: Any, w: Any, w_feature: Any, w_column: Any,
+        codes: Any, codes_row: Any, x_aside: Any, w_aside: Any, counters: Any,
         tiles: Any, rows: Any, columns: Any, steps: Any, M: Any, N: Any, side_by_side: Any, K: Any,
     ) -> None:  # fmt: skip
         problem = (tiles, rows, columns, steps, M, N, side_by_side)
@@ -215,25 +269,35 @@ def build(variant: Wide) -> Callable[..., None]:
                 barrier.initialise(base + empty_at + 8 * i, consumer_warps)
             barrier.initialise(base + columns_full, 32)
             barrier.initialise(base + columns_empty, consumer_warps)
+            barrier.initialise(base + ready_at, 1)
             barrier.publish_initialisation()
         cuda.syncthreads()
         grid.wait_for_earlier_grids()
         first, blocks = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
         number = int32(0)
-        if number_at != uint64(0):
-            number = copy.load_word(number_at)
+        if not beside and listed_number != uint64(0):
+            number = copy.load_word(listed_number)
         role = registers.uniform(int32(thread >> 5))
         if role < 4:
             give_registers()
             if thread == 0:
-                produce(base, (a_map, b_map, x_map, w_map), first, blocks, number, problem)
+                produce(base, (a_map, b_map, x_map, w_map), marks, first, blocks, number, problem)
             elif scaled and role == 1:
                 describe(base, int32(thread & 31), b_absmax, bias, first, blocks, problem)
-            elif number > 0 and role == 2:
+            elif beside and role >= 2 and marks != uint64(0):
+                given = (x, x_row, x_feature, codes, codes_row, w, w_feature, w_column, b_absmax)
+                set_aside(
+                    int32(thread - 64), marks, counters, indices, base + listed_at, base + number_at,
+                    base + ready_at, given, (x_aside, w_aside), (M, N, side_by_side), K, blocks,
+                )  # fmt: skip
+            elif not beside and number > 0 and role == 2:
                 clear_marks(marks, K, int32(32 * first + (thread & 31)), int32(32 * blocks))
         else:
             take_registers()
             surplus = (x, x_row, x_feature, w, w_feature, w_column, b_absmax)
-            consume(base, thread, out, a_absmax, indices, surplus, first, blocks, number, problem)
+            taken = (codes, codes_row, w, w_feature, w_column)
+            consume(
+                base, thread, out, a_absmax, indices, marks, surplus, taken, first, blocks, number, problem
+            )
 
     return product

@@ -18,11 +18,11 @@ from cuda_backend.int8.arithmetic import product
 from cuda_backend.int8.epilogue_hopper import INVERSE, NO_BIAS, build_weight, kind_of
 from cuda_backend.int8.gemm_hopper import STEPS_OF_A_STAGE
 from cuda_backend.int8.outliers_hopper import clear_marks
-from cuda_backend.int8.variant_hopper import STEP, Narrow
+from cuda_backend.int8.variant_hopper import CONSUMERS, STEP, Narrow
 from cuda_backend.ptx import barrier, cluster, copy, grid, matrix_copy, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["SIGNATURE", "build"]
+__all__ = ["PAD", "SIGNATURE", "build", "build_accumulate"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -37,6 +37,54 @@ SIGNATURE = types.void(
 PAD = 4  # words between the sums of two tokens: what the lanes of a warp store lies in different banks
 
 
+def build_accumulate(
+    tokens: int, stages: int, stage_bytes: int, full_at: int, x_place: Callable[..., Any]
+) -> Callable[..., None]:
+    """Return ``accumulate(base, thread, first, end)``, the consumers' product of steps `first` to `end`.
+
+    Sums are left in shared memory from ``base`` on, token by token, in place of what the stages held.
+    ``x_place(base, stage, step)`` is where the codes of X of a step lie, ``full_at`` where barriers begin.
+    """
+    count, empty_at, token_bytes = tokens // 2, full_at + 8 * stages, 4 * (64 * CONSUMERS + PAD)
+    next_stage = ring(stages)
+    descriptor = wgmma.descriptor_k_major
+    multiply, done = wgmma.product_codes(tokens, STEPS_OF_A_STAGE), wgmma.wait(0, count)
+    together = barrier.named(1, 128 * CONSUMERS)
+
+    @device_function
+    def accumulate(base: Any, thread: Any, first: Any, end: Any) -> None:
+        total = cuda.local.array(count, int32)
+        lane = int32(thread & 31)
+        group = registers.uniform(int32(thread >> 7))
+        own = int32(64 * group + 16 * ((thread >> 5) & 3) + (lane >> 2))
+        for i in range(count):
+            total[i] = 0
+        stage, parity = int32(0), int32(0)
+        step = first
+        while step < end:
+            w_place = uint32(base + stage * stage_bytes + group * (64 * STEP))
+            barrier.wait(base + full_at + 8 * stage, parity)
+            wgmma.fence()
+            multiply(
+                total, descriptor(w_place), descriptor(uint32(x_place(base, stage, int32(step - first))))
+            )
+            wgmma.commit()
+            done(total)
+            if lane == 0:
+                barrier.arrive(base + empty_at + 8 * stage)
+            stage, parity = next_stage(stage, parity)
+            step = int32(step + 1)
+        together()  # the sums take the place of the first stages
+        at = uint32(base + 2 * (lane & 3) * token_bytes + 4 * own)
+        for i in range(count // 4):
+            for e in range(2):
+                place = uint32(at + (8 * i + e) * token_bytes)
+                copy.store_shared_word(place, total[4 * i + e])
+                copy.store_shared_word(uint32(place + 32), total[4 * i + 2 + e])
+
+    return accumulate
+
+
 def build(variant: Narrow) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE`.
 
@@ -45,16 +93,13 @@ def build(variant: Narrow) -> Callable[..., None]:
     """
     features, tokens, stages, blocks = variant.features, variant.tokens, variant.stages, variant.blocks
     w_bytes, stage_bytes = variant.w_bytes, variant.w_bytes + variant.x_bytes
-    count, consumers = tokens // 2, variant.threads - 32
+    consumers = variant.threads - 32
     scaled = variant.kind != "int32"
     full_at = stages * stage_bytes
     empty_at = full_at + 8 * stages
     token_bytes = 4 * (features + PAD)
 
     next_stage = ring(stages)
-    descriptor = wgmma.descriptor_k_major
-    multiply, done = wgmma.product_codes(tokens, STEPS_OF_A_STAGE), wgmma.wait(0, count)
-    together = barrier.named(1, consumers)
     pack, unpack = registers.pack_pair(kind_of(variant.kind)), registers.unpack_low(kind_of(variant.kind))
     weight = build_weight(variant.kind, variant.outliers)
 
@@ -83,34 +128,10 @@ def build(variant: Narrow) -> Callable[..., None]:
             step = int32(step + 1)
 
     @device_function
-    def accumulate(base: Any, thread: Any, first: Any, end: Any) -> None:
-        """Multiply this block's part of K, and leave the sums in shared memory, token by token."""
-        total = cuda.local.array(count, int32)
-        lane = int32(thread & 31)
-        group = registers.uniform(int32(thread >> 7))
-        own = int32(64 * group + 16 * ((thread >> 5) & 3) + (lane >> 2))
-        for i in range(count):
-            total[i] = 0
-        stage, parity = int32(0), int32(0)
-        step = first
-        while step < end:
-            place = base + stage * stage_bytes
-            barrier.wait(base + full_at + 8 * stage, parity)
-            wgmma.fence()
-            multiply(total, descriptor(place + uint32(group * (64 * STEP))), descriptor(place + w_bytes))
-            wgmma.commit()
-            done(total)
-            if lane == 0:
-                barrier.arrive(base + empty_at + 8 * stage)
-            stage, parity = next_stage(stage, parity)
-            step = int32(step + 1)
-        together()  # the sums take the place of the first stages
-        at = uint32(base + 2 * (lane & 3) * token_bytes + 4 * own)
-        for i in range(count // 4):
-            for e in range(2):
-                place = uint32(at + (8 * i + e) * token_bytes)
-                copy.store_shared_word(place, total[4 * i + e])
-                copy.store_shared_word(uint32(place + 32), total[4 * i + 2 + e])
+    def x_place(base: Any, stage: Any, step: Any) -> Any:  # noqa: ARG001
+        return base + stage * stage_bytes + w_bytes
+
+    accumulate = build_accumulate(tokens, stages, stage_bytes, full_at, x_place)
 
     @device_function
     def outlier_sum(token: Any, n: Any, factor: Any, number: Any, addresses: Any, side_by_side: Any) -> Any:

@@ -104,7 +104,7 @@ def _configured(grid: tuple[int, ...], shared_bytes: int, attributes: list[Any])
 
 @functools.cache
 def function_of(name: str, variant: Any, device: int) -> Any:
-    """Return a kernel on the current GPU, compiled once: "product", "quantize", "outliers" or "pack"."""
+    """Return a kernel on the current GPU, compiled once: "product", "quantize" and other files' names."""
     function = load(f"int8_{name}_hopper", (type(variant).__name__, *variant), device, _maker(name, variant))
     return allow_shared_memory(function, getattr(variant, "shared_bytes", 0))
 

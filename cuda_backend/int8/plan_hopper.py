@@ -9,11 +9,12 @@ import numpy as np
 
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import ITEMSIZE, Layout, View, laid_out
+from cuda_backend.int8.few_hopper import few_layer
 from cuda_backend.int8.memory_hopper import Arena, refuse_capture, shared_by
 from cuda_backend.int8.operands import check_inner, check_threshold
 from cuda_backend.int8.product_hopper import MISALIGNED, NOTHING, After, Product
 from cuda_backend.int8.rows_hopper import Rows, gpu_reasons, reasons
-from cuda_backend.int8.variant_hopper import Narrow, Wide
+from cuda_backend.int8.variant_hopper import Narrow, Wide, choose
 from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.quant.absmax import Convention
 from refimpl.validation import bind_axes
@@ -99,6 +100,8 @@ class LinearPlan(_Plan):
         convention: Convention,
         stream: int,
         device: int,
+        beside: bool,
+        passing: bool,
     ) -> None:
         super().__init__("llm_int8_linear_hopper", stream, device)
         found = reasons(x)
@@ -107,11 +110,26 @@ class LinearPlan(_Plan):
         _refuse(self.caller, found)
         (T, K), N = x.shape, codes.shape[0]
         self.shape, self.dtype = (T, N), x.dtype
-        self.rows = Rows(x, threshold, convention, N, zeros=self.zeros, **self.where)
+        self.few = None
+        if beside:
+            self.few = few_layer(x, codes, threshold, convention, **self.where)
+        if self.few is not None:
+            self._asked = x, codes, weight, threshold, convention, stream, device
+            self.settle()
+            return
+        variant = choose(x.dtype, convention, T, N, K, self.where["processors"])
+        beside = beside and isinstance(variant, Wide) and threshold is not None
+        if isinstance(variant, Wide):
+            variant = variant._replace(beside=beside)
+        self.rows = Rows(
+            x, threshold, convention, N, zeros=self.zeros, beside=beside, passing=passing, **self.where
+        )
         pitch = self.rows.pitch
         self._codes, self._absmax = self.scratch.reserve(T * pitch), self.scratch.reserve(4 * T)
         quantised = View((T, K), (pitch, 1), "int8", 0, None)
-        self.product = Product(quantised, codes, x.dtype, convention, early=True, **self.where)
+        self.product = Product(
+            quantised, codes, x.dtype, convention, early=True, variant=variant, **self.where
+        )
         self._met = (1, codes.strides[0]) if weight is None else (weight.strides[0], weight.strides[1])
         if weight is None:
             self._met = codes.strides[1], codes.strides[0]
@@ -130,17 +148,29 @@ class LinearPlan(_Plan):
         """Queue it; `kept` is where the codes and absmax of x go if they are wanted.  Nothing waits."""
         if not self.shape[0]:
             return NOTHING
+        if self.few is not None:
+            if kept is not None:
+                return self._in_steps.run(x, codes, absmax, weight, bias, out, kept)
+            self.check(out, x)
+            with self.shared.lock:
+                self.few.run(self.shared, self.stream, self.memory[0], x, codes, absmax, bias, out)
+            return NOTHING
         self.check(out, x if self.rows.aligned else 0)
         x_codes, x_absmax = kept or (self.memory[0] + self._codes, self.memory[0] + self._absmax)
         feature, column = self._met
         met = After(b_absmax=absmax, bias=bias, w=weight or codes, w_feature=feature, w_column=column)
         with self.shared.lock:
-            after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met)
+            after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met, kept is not None)
             if self.shape[1]:
                 self.product.run(self.shared, self.stream, self.memory[0], x_codes, codes, out, after)
             else:
                 self.rows.clear(self.stream, self.memory[1])
         return after
+
+    @functools.cached_property
+    def _in_steps(self) -> LinearPlan:
+        """The same layer by kernels that leave codes in memory."""
+        return LinearPlan(*self._asked, beside=False, passing=False)
 
 
 def _turned(given: View) -> View:
@@ -180,6 +210,8 @@ def linear_plan(
     convention: Convention,
     stream: int,
     device: int,
+    beside: bool = True,
+    passing: bool = True,
 ) -> LinearPlan:
     """Return the plan of a linear layer whose weight has codes [K, N] of this layout.
 
@@ -208,4 +240,5 @@ def linear_plan(
         if len(each.shape) == 1 and each.shape[0] > 1 and each.strides[0] != ITEMSIZE[each.dtype]:
             raise UnsupportedError(f"llm_int8_linear_hopper: {name} is not contiguous")
     stored = _turned(views["weight codes"])
-    return LinearPlan(views["x"], stored, views.get("weight"), threshold, convention, stream, device)
+    met = views.get("weight")
+    return LinearPlan(views["x"], stored, met, threshold, convention, stream, device, beside, passing)

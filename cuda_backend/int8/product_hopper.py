@@ -11,10 +11,13 @@ from cuda_backend.int8 import pack_hopper
 from cuda_backend.int8.descriptors_hopper import encoder
 from cuda_backend.int8.launches_hopper import Launch, function_of
 from cuda_backend.int8.memory_hopper import Arena, Shared, padded
-from cuda_backend.int8.variant_hopper import CHUNK, STEP, Narrow, Wide, choose
+from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Narrow, Wide, choose
 from refimpl.errors import UnsupportedError
 
-__all__ = ["MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Product", "copied", "side_by_side"]
+__all__ = [
+    "MISALIGNED", "NOTHING", "SIDE_BY_SIDE", "After", "Pack", "Product", "copied", "next_number",
+    "side_by_side", "to_pack",
+]  # fmt: skip
 
 MISALIGNED = "an array does not start at a multiple of 16 bytes"
 SIDE_BY_SIDE = 1024  # outliers that go through tensor cores; what is beyond is added number by number
@@ -37,6 +40,10 @@ class After(NamedTuple):
         x itself, and its strides in bytes.
     w, w_feature, w_column
         What outliers meet, by feature and by output.
+    codes, codes_row
+        Codes of x, and bytes from a row to the next.
+    counters
+        Of what has been set aside, where the product does that.
     """
 
     a_absmax: int = 0
@@ -53,18 +60,26 @@ class After(NamedTuple):
     w: int = 0
     w_feature: int = 0
     w_column: int = 0
+    codes: int = 0
+    codes_row: int = 0
+    counters: int = 0
 
 
 NOTHING = After()
+
+
+def next_number() -> int:
+    """Return a number that names the descriptors of one product."""
+    return next(_numbers)
 
 
 def side_by_side(K: int) -> int:
     """Return how many outliers of K features find room beside each other: whole chunks.
 
     >>> side_by_side(100), side_by_side(100_000)
-    (112, 1024)
+    (128, 1024)
     """
-    return min(padded(K, CHUNK), SIDE_BY_SIDE)
+    return min(padded(K, TAKEN_CHUNK), SIDE_BY_SIDE)
 
 
 class Product:
@@ -102,8 +117,8 @@ class Product:
         variant: Wide | Narrow | None = None,
     ) -> None:
         (M, K), N = a.shape, b.shape[0]
-        self._number = next(_numbers)
-        self._packs = [_Pack(codes, scratch, device) if _to_pack(codes) else None for codes in (a, b)]
+        self._number = next_number()
+        self._packs = [Pack(codes, scratch, device) if to_pack(codes) else None for codes in (a, b)]
         pitches = [
             padded(K) if pack else codes.strides[0] for pack, codes in zip(self._packs, (a, b), strict=True)
         ]
@@ -119,11 +134,12 @@ class Product:
         if isinstance(variant, Wide):
             a_rows, b_rows = variant.block_m, variant.block_n
             rows, columns = -(-M // a_rows), -(-N // b_rows)
+            room = (3 if variant.beside else 2) * aside
             self._encoders = [
                 encoder(M, K, pitches[0], a_rows, STEP),
                 encoder(N, K, pitches[1], b_rows, STEP),
-                encoder(M, 2 * aside, 2 * aside, a_rows, 2 * CHUNK),
-                encoder(N, 2 * aside, 2 * aside, b_rows, 2 * CHUNK),
+                encoder(M, room, room, a_rows, 2 * CHUNK),
+                encoder(N, room, room, b_rows, 2 * CHUNK),
             ]
             cluster, blocks = 1, min(rows * columns, processors)
             numbers = [rows * columns, rows, columns, steps, M, N, aside, K]
@@ -137,7 +153,7 @@ class Product:
             blocks = tiles * -(-N // variant.features) * cluster
             numbers = [tiles, -(-steps // cluster), steps, M, N, aside, K]
         self._launch = Launch(
-            function, 17, numbers, blocks=blocks, cluster=cluster, early=early,
+            function, 22 if self._wide else 17, numbers, blocks=blocks, cluster=cluster, early=early,
             threads=variant.threads, shared_bytes=variant.shared_bytes,
         )  # fmt: skip
 
@@ -155,12 +171,15 @@ class Product:
             matrices = (b, a)
         maps = shared.descriptors.place(self._number, matrices, self._encoders)
         if self._wide:
-            self._launch(stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:])
+            aside = after.x_aside, after.w_aside, after.counters
+            self._launch(
+                stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:16], *aside
+            )
         else:
-            self._launch(stream, maps, maps + 128, out, *after)
+            self._launch(stream, maps, maps + 128, out, *after[:14])
 
 
-class _Pack:
+class Pack:
     """A copy of codes, to where the copy engine can read them."""
 
     def __init__(self, codes: View, scratch: Arena, device: int) -> None:
@@ -188,7 +207,7 @@ def copied(codes: View, target: int, stream: int) -> None:
         _pack_launch(codes, current_device())(stream, codes.address, *codes.strides, target)
 
 
-def _to_pack(codes: View) -> bool:
+def to_pack(codes: View) -> bool:
     """Return whether the copy engine cannot read codes [rows, K] where they lie."""
     (rows, K), (by_row, by_k) = codes.shape, codes.strides
     contiguous = by_k == 1 or K <= 1

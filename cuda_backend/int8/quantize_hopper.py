@@ -6,9 +6,9 @@ are, with infinity and then NaN above them), and writes eight codes.  A code is 
 ``x * scale + 1.5 * 2**23``, whose addition rounds to the nearest integer, halves to even.
 
 Under the released convention a row's absmax skips outlier *cells*, so no row needs to know what others hold:
-one pass over x marks the columns that hold an outlier and writes codes, and `set_aside` clears the codes of
-marked columns afterwards, as few as they are.  The paper's absmax skips whole columns: there x is marked
-first, and read again.
+one pass over x marks the columns that hold an outlier and writes codes; those of marked columns, as few as
+they are, are taken out afterwards.  The paper's absmax skips whole columns: there x is marked first, and read
+again, with 0 in the place of outliers.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, section 3; `refimpl.quant.quantize_rows` is the definition.
 """
@@ -27,7 +27,15 @@ from cuda_backend.ptx import copy, grid, registers
 from cuda_backend.ptx.assembly import types
 from refimpl.quant.absmax import LIMIT
 
-__all__ = ["SIGNATURE", "Variant", "build", "choose"]
+__all__ = [
+    "SIGNATURE",
+    "Variant",
+    "build",
+    "build_coder",
+    "choose",
+    "is_usual",
+    "largest_magnitude",
+]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -59,6 +67,8 @@ class Variant(NamedTuple):
         Of a block, whole warps.
     vectors
         Of eight numbers that a thread holds; 0 if the row is too long, which is then read twice.
+    passing
+        Whether x, which is not read again, is the first to leave the L2 cache: room for codes.
     """
 
     kind: str
@@ -66,6 +76,7 @@ class Variant(NamedTuple):
     aligned: bool
     threads: int
     vectors: int
+    passing: bool = False
 
 
 def choose(kind: str, aside: str, aligned: bool, width: int) -> Variant:
@@ -93,71 +104,45 @@ def build(variant: Variant) -> Callable[..., None]:
         variant.aside == "columns",
         variant.aside == "mark",
     )
-    unpack = registers.unpack_low(kind_of(variant.kind))
-    load = _loader(variant.aligned)
+    unpack, coded = registers.unpack_low(kind_of(variant.kind)), build_coder(variant.kind)
+    load = _loader(variant.aligned, variant.passing)
     held = VECTORS > 0
 
     @device_function
-    def number(word: Any, half: Any) -> Any:
-        return unpack(uint32(word >> uint32(16 * half)))
-
-    @device_function
     def one_by_one(words: Any, first: Any, column: Any, mask: Any, K: Any, limit: Any) -> Any:
-        """Return the largest magnitude of a vector that holds something to be skipped."""
+        """Return the largest magnitude of a vector that holds outliers, and mark their columns."""
         top = uint32(0)
         for i in range(WIDTH):
             bits = uint32((words[first + i // 2] >> uint32(16 * (i % 2))) & uint32(0x7FFF))
-            place = mask + uint64(column + i)
-            if COLUMNS:
-                skipped = copy.load_byte(place) != 0
-            else:
-                skipped = bits >= uint32(limit) and column + i < K
-                # Outliers lie in the same columns in all rows: most are marked already.
-                if skipped and copy.load_byte(place) == 0:
-                    copy.store_global_byte(place, uint32(1))
-            if not skipped:
+            if bits < uint32(limit) or column + i >= K:
                 top = max(top, bits)
+            # Outliers lie in the same columns in all rows: most are marked already.
+            elif copy.load_byte(mask + uint64(column + i)) == 0:
+                copy.store_global_byte(mask + uint64(column + i), uint32(1))
         return uint32(top)
+
+    @device_function
+    def drop_marked(words: Any, first: Any, column: Any, mask: Any, K: Any) -> None:
+        """Make the numbers of a vector 0 that lie in marked columns."""
+        if column < K:
+            flags = cuda.local.array(2, uint32)
+            copy.load_8(flags, 0, mask + uint64(column))
+            for i in range(WIDTH):
+                marked = uint32((flags[i // 4] >> uint32(8 * (i % 4))) & uint32(1))
+                words[first + i // 2] &= ~uint32(uint32(marked * uint32(0xFFFF)) << uint32(16 * (i % 2)))
 
     @device_function
     def largest_of(words: Any, first: Any, column: Any, mask: Any, K: Any, limit: Any) -> Any:
         """Return the largest magnitude of a vector, as bits."""
-        both = uint32(0)
-        for i in range(4):
-            both = registers.maximum_halves(both, uint32(words[first + i] & uint32(MAGNITUDES)))
-        top = max(uint32(both & uint32(0xFFFF)), uint32(both >> uint32(16)))
+        top = largest_magnitude(words, first)
         if MARK and top >= uint32(limit):
             top = one_by_one(words, first, column, mask, K, limit)
-        if COLUMNS:
-            flags = cuda.local.array(2, uint32)
-            copy.load_8(flags, 0, mask + uint64(column))
-            if (flags[0] | flags[1]) != uint32(0):
-                top = one_by_one(words, first, column, mask, K, limit)
         return uint32(top)
 
     @device_function
-    def plain(word: Any, scale: Any, half: Any) -> Any:
-        return uint32((product(number(word, half), scale) + float32(ROUND)).view(np.uint32))
-
-    @device_function
-    def careful(word: Any, scale: Any, half: Any) -> Any:
-        return uint32(nearest_code(number(word, half), scale))
-
-    @device_function
     def write(words: Any, first: Any, scale: Any, usual: Any, target: Any) -> None:
-        out = cuda.local.array(2, uint32)
-        for i in range(2):
-            low, high = words[first + 2 * i], words[first + 2 * i + 1]
-            if usual:
-                out[i] = registers.low_bytes(
-                    plain(low, scale, 0), plain(low, scale, 1), plain(high, scale, 0), plain(high, scale, 1)
-                )
-            else:
-                out[i] = registers.low_bytes(
-                    careful(low, scale, 0), careful(low, scale, 1),
-                    careful(high, scale, 0), careful(high, scale, 1),
-                )  # fmt: skip
-        copy.store_global_8(target, out[0], out[1])
+        low, high = coded(words, first, scale, usual)
+        copy.store_global_8(target, low, high)
 
     def quantize(
         x: Any, x_row: Any, codes: Any, codes_row: Any, absmax: Any, mask: Any, K: Any, limit: Any
@@ -174,12 +159,16 @@ def build(variant: Variant) -> Callable[..., None]:
                 load(words, 4 * v, source, int32(WIDTH * (thread + v * THREADS)), K)
             for v in range(VECTORS):
                 column = int32(WIDTH * (thread + v * THREADS))
+                if COLUMNS:
+                    drop_marked(words, 4 * v, column, mask, K)
                 if column < K:
                     top = max(top, largest_of(words, 4 * v, column, mask, K, limit))
         else:
             column = int32(WIDTH * thread)
             while column < K:
                 load(words, 0, source, column, K)
+                if COLUMNS:
+                    drop_marked(words, 0, column, mask, K)
                 top = max(top, largest_of(words, 0, column, mask, K, limit))
                 column = int32(column + WIDTH * THREADS)
         if ONLY:
@@ -194,9 +183,7 @@ def build(variant: Variant) -> Callable[..., None]:
         scale = float32(LIMIT) / largest  # infinite for a row of zeros
         if thread == 0:
             copy.store_global_float(absmax + uint64(4) * row, largest)
-        usual = uint32(scale.view(np.uint32)) < uint32(INFINITE) and uint32(largest.view(np.uint32)) < uint32(
-            INFINITE
-        )
+        usual = is_usual(largest, scale)
         if held:
             for v in range(VECTORS):
                 column = int32(WIDTH * (thread + v * THREADS))
@@ -206,20 +193,75 @@ def build(variant: Variant) -> Callable[..., None]:
             column = int32(WIDTH * thread)
             while column < K:
                 load(words, 0, source, column, K)
+                if COLUMNS:
+                    drop_marked(words, 0, column, mask, K)
                 write(words, 0, scale, usual, target + uint64(column))
                 column = int32(column + WIDTH * THREADS)
 
     return quantize
 
 
-def _loader(aligned: bool) -> Callable[..., Any]:
+@device_function
+def largest_magnitude(words: Any, first: Any) -> Any:
+    """Return the largest magnitude of a vector of eight numbers, as bits."""
+    both = uint32(0)
+    for i in range(4):
+        both = registers.maximum_halves(both, uint32(words[first + i] & uint32(MAGNITUDES)))
+    return max(uint32(both & uint32(0xFFFF)), uint32(both >> uint32(16)))
+
+
+@device_function
+def is_usual(largest: Any, scale: Any) -> Any:
+    """Return whether a row's absmax and scale are finite: then so are all products."""
+    return uint32(scale.view(np.uint32)) < uint32(INFINITE) and uint32(largest.view(np.uint32)) < uint32(
+        INFINITE
+    )
+
+
+def build_coder(kind: str) -> Callable[..., Any]:
+    """Return ``coded(words, first, scale, usual)``: the codes of a vector of eight numbers, two words."""
+    unpack = registers.unpack_low(kind_of(kind))
+
+    @device_function
+    def number(word: Any, half: Any) -> Any:
+        return unpack(uint32(word >> uint32(16 * half)))
+
+    @device_function
+    def plain(word: Any, scale: Any, half: Any) -> Any:
+        return uint32((product(number(word, half), scale) + float32(ROUND)).view(np.uint32))
+
+    @device_function
+    def careful(word: Any, scale: Any, half: Any) -> Any:
+        return uint32(nearest_code(number(word, half), scale))
+
+    @device_function
+    def coded(words: Any, first: Any, scale: Any, usual: Any) -> Any:
+        out = cuda.local.array(2, uint32)
+        for i in range(2):
+            low, high = words[first + 2 * i], words[first + 2 * i + 1]
+            if usual:
+                out[i] = registers.low_bytes(
+                    plain(low, scale, 0), plain(low, scale, 1), plain(high, scale, 0), plain(high, scale, 1)
+                )
+            else:
+                out[i] = registers.low_bytes(
+                    careful(low, scale, 0), careful(low, scale, 1),
+                    careful(high, scale, 0), careful(high, scale, 1),
+                )  # fmt: skip
+        return out[0], out[1]
+
+    return coded
+
+
+def _loader(aligned: bool, passing: bool) -> Callable[..., Any]:
     """Return ``load(words, first, source, column, K)``: eight numbers of a row as four words, 0 beyond it."""
     if aligned:
+        load_16 = copy.load_16_passing if passing else copy.load_16
 
         @device_function
         def load(words: Any, first: Any, source: Any, column: Any, K: Any) -> None:
             if column < K:
-                copy.load_16(words, first, source + uint64(2) * uint64(column))
+                load_16(words, first, source + uint64(2) * uint64(column))
 
         return load
 

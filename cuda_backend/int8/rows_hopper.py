@@ -17,7 +17,7 @@ from cuda_backend.int8.operands import inlier_limit
 from cuda_backend.int8.product_hopper import NOTHING, After, side_by_side
 from refimpl.quant.absmax import Convention
 
-__all__ = ["Rows", "gpu_reasons", "reasons", "sixteen_bit_limit"]
+__all__ = ["Rows", "gpu_reasons", "in_vectors", "reasons", "sixteen_bit_limit"]
 
 KINDS = ("float16", "bfloat16")
 BLOCKS = 8  # of the kernel that sets outliers aside, on each multiprocessor
@@ -34,6 +34,8 @@ class Rows:
         As for `refimpl.quant.quantize_rows`.
     N : int
         Columns of the weight whose outliers are wanted; 0 for none.
+    beside : bool
+        The product sets outliers aside.
     scratch, zeros : Arena
         Where memory is reserved.
     device, processors : int
@@ -51,12 +53,14 @@ class Rows:
         zeros: Arena,
         device: int,
         processors: int,
+        beside: bool = False,
+        passing: bool = True,
     ) -> None:
         T, K = x.shape
+        self._beside = beside
         self._row = x.strides[0]
         self.pitch = padded(K)
-        aligned = K % quantize_hopper.WIDTH == 0 and (T == 1 or x.strides[0] % 16 == 0)
-        self.aligned = aligned
+        self.aligned = aligned = in_vectors(x)
         self._set_aside = None
         if threshold is None:
             passes, limit = [""], 0
@@ -66,6 +70,8 @@ class Rows:
         self._passes = []
         for what in passes:
             variant = quantize_hopper.choose(x.dtype, what, aligned, K)
+            if passing and what != "mark" and variant.vectors and aligned:
+                variant = variant._replace(passing=True)
             function = function_of("quantize", variant, device)
             self._passes.append(Launch(function, 6, [K, limit], blocks=T, threads=variant.threads))
         if threshold is None:
@@ -73,18 +79,31 @@ class Rows:
         aside = side_by_side(K)
         self._marks = zeros.reserve(self.pitch)
         self._indices, self._number = scratch.reserve(4 * K), scratch.reserve(4)
-        self._x_aside, self._w_aside = scratch.reserve(2 * T * aside), scratch.reserve(2 * N * aside)
+        self._counters = zeros.reserve(16)
+        room = (3 if beside else 2) * aside
+        self._x_aside, self._w_aside = scratch.reserve(T * room), scratch.reserve(N * room)
         function = function_of("outliers", outliers_hopper.Variant(x.dtype, convention), device)
         rows = outliers_hopper.THREADS // outliers_hopper.MEMBERS
         blocks = max(1, min(BLOCKS * processors, -(-(T + N) // rows)))
         self._set_aside = Launch(
-            function, 14, [T, K, N, aside], blocks=blocks, threads=outliers_hopper.THREADS, early=True
-        )
+            function, 14, [T, K, 0 if beside else N, aside], blocks=blocks, threads=outliers_hopper.THREADS,
+            early=True,
+        )  # fmt: skip
 
     def run(
-        self, stream: int, memory: tuple[int, int], x: int, codes: int, absmax: int, met: After = NOTHING
+        self,
+        stream: int,
+        memory: tuple[int, int],
+        x: int,
+        codes: int,
+        absmax: int,
+        met: After = NOTHING,
+        kept: bool = True,
     ) -> After:
-        """Queue the kernels; return `met`, which says what outliers meet, with what was set aside."""
+        """Queue the kernels; return `met`, which says what outliers meet, with what was set aside.
+
+        Unless the codes are `kept`, those of outliers are 0 only where the product does not set aside.
+        """
         scratch, zeros = memory
         marks = zeros + self._marks if self._set_aside else 0
         for launch in self._passes:
@@ -93,13 +112,14 @@ class Rows:
             return met._replace(a_absmax=absmax)
         number, indices = scratch + self._number, scratch + self._indices
         x_aside, w_aside = scratch + self._x_aside, scratch + self._w_aside
-        self._set_aside(
-            stream, marks, indices, number, x, self._row, 2, codes, self.pitch,
-            met.w, met.w_feature, met.w_column, met.b_absmax, x_aside, w_aside,
-        )  # fmt: skip
+        if kept or not self._beside:
+            self._set_aside(
+                stream, marks, indices, number, x, self._row, 2, codes, self.pitch,
+                met.w, met.w_feature, met.w_column, met.b_absmax, x_aside, w_aside,
+            )  # fmt: skip
         return After(
             absmax, met.b_absmax, met.bias, number, indices, marks, x_aside, w_aside, x, self._row, 2,
-            met.w, met.w_feature, met.w_column,
+            met.w, met.w_feature, met.w_column, codes, self.pitch, zeros + self._counters,
         )  # fmt: skip
 
     def clear(self, stream: int, zeros: int) -> None:
@@ -128,6 +148,12 @@ def reasons(x: View) -> list[str]:
     elif x.shape[0] > 1 and x.strides[0] < 0:
         found.append(f"x has strides of {x.strides} bytes: none may be negative")
     return found
+
+
+def in_vectors(x: View) -> bool:
+    """Return whether rows can be read in vectors of 16 bytes, if the first begins at a multiple of them."""
+    T, K = x.shape
+    return K % quantize_hopper.WIDTH == 0 and (T == 1 or x.strides[0] % 16 == 0)
 
 
 @functools.lru_cache(maxsize=64)

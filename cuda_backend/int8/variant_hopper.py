@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["CHUNK", "STEP", "Narrow", "Wide", "blocks_of_narrow", "choose"]
+__all__ = [
+    "CHUNK", "CONSUMERS", "LISTED", "STEP", "TAKEN_CHUNK", "Few", "Narrow", "Wide", "blocks_of_narrow",
+    "choose", "choose_few",
+]  # fmt: skip
 
 SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
 STEP = 128  # codes of a row in one stage: one swizzled row of 128 bytes
 CHUNK = 16  # outliers that one product of 16-bit numbers takes
+TAKEN_CHUNK = 32  # outliers whose codes one product takes away
+LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
 SMALL_TILE = 0.6
+HELD = 8  # vectors of x in the registers of a thread
 START = 4
 
 
@@ -28,12 +34,15 @@ class Wide(NamedTuple):
         Whether rows of the output begin at multiples of 16 bytes.
     block_n
         Columns of a tile; it has 128 rows.
+    beside
+        Whether it sets outliers aside itself, beside the product of all codes.
     """
 
     kind: str
     outliers: str
     aligned: bool
     block_n: int
+    beside: bool = False
 
     @property
     def block_m(self) -> int:
@@ -56,14 +65,19 @@ class Wide(NamedTuple):
         return self.block_n * STEP
 
     @property
+    def other_bytes(self) -> int:
+        """Bytes behind the stages: a scale and a bias for each column, the list of outliers, barriers."""
+        return 8 * self.block_n + 4 * LISTED * self.beside + 256
+
+    @property
     def stages(self) -> int:
-        """Tiles in flight: what fits beside 2 KiB of scales and the barriers."""
-        return min(8, (SHARED_LIMIT - 1024 - 8 * self.block_n - 256) // (self.a_bytes + self.b_bytes))
+        """Tiles in flight: what fits beside 2 KiB of scales, the list of outliers and the barriers."""
+        return min(8, (SHARED_LIMIT - 1024 - self.other_bytes) // (self.a_bytes + self.b_bytes))
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment slack, stages, a scale and a bias for each column, barriers."""
-        return 1024 + self.stages * (self.a_bytes + self.b_bytes) + 8 * self.block_n + 256
+        """Dynamic shared memory: alignment slack, stages, and what is behind them."""
+        return 1024 + self.stages * (self.a_bytes + self.b_bytes) + self.other_bytes
 
 
 class Narrow(NamedTuple):
@@ -113,6 +127,93 @@ class Narrow(NamedTuple):
     def shared_bytes(self) -> int:
         """Dynamic shared memory: alignment slack, stages, barriers; two blocks have room."""
         return 1024 + self.stages * (self.w_bytes + self.x_bytes) + 256
+
+
+class Few(NamedTuple):
+    """A whole layer for few rows: each block quantises what it multiplies, a cluster shares the rest.
+
+    Attributes
+    ----------
+    kind
+        Format of x and of the output.
+    rows
+        At most as many rows of x: a power of two up to 64.
+    blocks
+        Of a cluster, which shares a tile of 128 outputs.
+    room
+        Steps of 128 features that a block works on, at most: a power of two.
+    alone
+        Whether a block has a multiprocessor for itself.
+    """
+
+    kind: str
+    rows: int
+    blocks: int
+    room: int
+    alone: bool
+
+    @property
+    def tokens(self) -> int:
+        """Rows of x in a product, a multiple of 8."""
+        return max(8, self.rows)
+
+    @property
+    def features(self) -> int:
+        """Rows of the weight in a tile."""
+        return 64 * CONSUMERS
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers and a producer warp."""
+        return 128 * CONSUMERS + 32
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of eight numbers of x that a thread holds."""
+        return max(1, self.rows * self.room // 16)
+
+    @property
+    def w_bytes(self) -> int:
+        """Bytes of a tile of the weight in a stage."""
+        return self.features * STEP
+
+    @property
+    def x_bytes(self) -> int:
+        """Bytes of the codes of x for one stage; all of them stay."""
+        return self.tokens * STEP
+
+    @property
+    def stages(self) -> int:
+        """Tiles in flight, which leave room for a second block or not."""
+        limit = SHARED_LIMIT if self.alone else SHARED_LIMIT // 2 - 1024
+        return min(8, (limit - 1024 - 256 - 4096 - self.room * self.x_bytes) // self.w_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: alignment slack, stages, codes, barriers; 4 KiB are static."""
+        return 1024 + self.stages * self.w_bytes + self.room * self.x_bytes + 256
+
+
+def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None:
+    """Return the variant that is a whole layer, if a thread can hold its part of x.
+
+    As many blocks share a tile as in `choose`, or more of them, so that their parts are small enough.
+
+    >>> choose_few("float16", 16, 4096, 4096, 132), choose_few("float16", 64, 8192, 8192, 132)
+    (Few(kind='float16', rows=16, blocks=4, room=8, alone=True), None)
+    """
+    if not 0 < M <= LARGEST_NARROW or not N or not K or K % 8:
+        return None
+    steps, tiles = -(-K // STEP), -(-N // (64 * CONSUMERS))
+    blocks = blocks_of_narrow(tiles, steps, processors)
+    while blocks <= 8:
+        room = max(2, 1 << (-(-steps // blocks) - 1).bit_length())
+        alone = tiles * blocks <= processors or M > 16  # their registers leave no room for a second block
+        variant = Few(kind, 1 << (M - 1).bit_length(), blocks, room, alone)
+        if variant.vectors <= HELD and variant.stages >= 4:
+            return variant
+        blocks *= 2
+    return None
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:

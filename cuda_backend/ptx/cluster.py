@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["load_word", "synchronise"]
+__all__ = ["arrive", "load_float", "load_word", "synchronise", "wait"]
 
 synchronise = instruction(
     "synchronise",
@@ -17,6 +17,33 @@ synchronise = instruction(
     "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;",
     "",
     'All threads of all blocks of the cluster.  PTX ISA, "barrier.cluster".',
+)
+
+arrive = instruction(
+    "arrive",
+    types.void,
+    {},
+    "barrier.cluster.arrive.release;",
+    "",
+    'The first half of `synchronise`, which waits for nobody.  PTX ISA, "barrier.cluster".',
+)
+
+wait = instruction(
+    "wait",
+    types.void,
+    {},
+    "barrier.cluster.wait.acquire;",
+    "",
+    'The other half: all threads of all blocks have arrived.  PTX ISA, "barrier.cluster".',
+)
+
+load_float = instruction(
+    "load_float",
+    types.float32,
+    {"address": types.uint32, "block": types.uint32},
+    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $1, $2; ld.shared::cluster.f32 $0, [there]; }",
+    "=f,r,r",
+    'The same of a float32.  PTX ISA, "mapa", "ld", .shared::cluster.',
 )
 
 load_word = instruction(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["pass_turn", "pass_turn_of_warp", "wait_for_turn", "word_seen"]
+__all__ = ["pass_turn", "pass_turn_of_warp", "rest", "to_the_copy_engine", "wait_for_turn", "word_seen"]
 
 word_seen = instruction(
     "word_seen",
@@ -29,6 +29,25 @@ pass_turn = instruction(
     "fence.proxy.async; fence.acq_rel.gpu; red.release.gpu.global.add.s32 [$0], 1;",
     "l",
     'Add 1 to the word, after all that this thread has seen done.  PTX ISA, "red", .release.',
+)
+
+rest = instruction(
+    "rest",
+    types.void,
+    {},
+    "nanosleep.u32 256;",
+    "",
+    'Leave the multiprocessor to others for a quarter of a microsecond, more or less.  PTX ISA, "nanosleep".',
+)
+
+to_the_copy_engine = instruction(
+    "to_the_copy_engine",
+    types.void,
+    {},
+    "fence.proxy.async;",
+    "",
+    "Order what this thread stores, or has been told of, before what the copy engine reads.  "
+    'PTX ISA, "membar, fence", fence.proxy.async.',
 )
 
 wait_for_turn = instruction(

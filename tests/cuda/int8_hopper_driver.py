@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from cuda_backend.int8 import (
+    few_hopper,
     gemm_hopper,
     gemm_narrow_hopper,
     launches_hopper,
+    layer_few_hopper,
     memory_hopper,
     outliers_hopper,
     pack_hopper,
@@ -30,6 +32,7 @@ MODULES = {
     "outliers": outliers_hopper,
     "quantize": quantize_hopper,
     "pack": pack_hopper,
+    "layer_few": layer_few_hopper,
 }
 
 
@@ -86,12 +89,13 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     device = SimpleNamespace(compute_capability=(9, 0), MULTIPROCESSOR_COUNT=132)
     cuda = SimpleNamespace(get_current_device=lambda: device)
     monkeypatch.setattr(launches_hopper, "driver", driver)
-    monkeypatch.setattr(product_hopper, "encoder", lambda *_: None)
+    for module in (product_hopper, few_hopper):
+        monkeypatch.setattr(module, "encoder", lambda *_: None)
     monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
     monkeypatch.setattr(memory_hopper, "driver", SimpleNamespace(cuStreamIsCapturing=lambda _: (0, 0)))
     for module in (plan_hopper, rows_hopper):
         monkeypatch.setattr(module, "cuda", cuda)
-    for module in (product_hopper, rows_hopper):
+    for module in (product_hopper, rows_hopper, few_hopper):
         monkeypatch.setattr(module, "function_of", lambda name, variant, device: (name, variant))
     forget_plans()
     return found

@@ -18,6 +18,7 @@ import pytest
 from cuda_backend.arrays import View
 from cuda_backend.int8 import (
     call_hopper,
+    few_hopper,
     linear_hopper,
     memory,
     memory_hopper,
@@ -116,7 +117,8 @@ def played(
         KERNELS[item.name](item, matrices)
 
     monkeypatch.setattr(product_hopper.Launch, "__call__", call)
-    monkeypatch.setattr(product_hopper, "encoder", encoder)
+    for module in (product_hopper, few_hopper):
+        monkeypatch.setattr(module, "encoder", encoder)
     monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
     monkeypatch.setattr(linear_hopper, "quantized_columns", columns)
 
@@ -159,7 +161,9 @@ def quantize(item: SimpleNamespace, _matrices: Any) -> None:
         steps = np.rint(wide * (np.float32(LIMIT) / absmax.astype(np.float32))[:, None])
         codes = np.where(np.abs(steps) <= LIMIT, steps, 0).astype(np.int8)
     at(absmax_at, (T,), np.float32)[...] = absmax.astype(np.float32)
-    at(codes_at, (T, K), np.int8, (pitch, 1))[...] = np.where(skipped, GARBAGE, codes)
+    at(codes_at, (T, K), np.int8, (pitch, 1))[...] = np.where(
+        skipped, 0 if variant.aside == "columns" else GARBAGE, codes
+    )
 
 
 def outliers(item: SimpleNamespace, _matrices: Any) -> None:
@@ -191,11 +195,21 @@ def met(variant: Any, w: int, w_feature: int, w_column: int, absmax_at: int, K: 
 
 def product(item: SimpleNamespace, matrices: Any) -> None:
     after, met_by = item.values[4:11], item.values[11:17]
-    M, N, _, K = item.values[21:]
+    codes, _, x_aside, w_aside, counters = item.values[17:22]
+    M, N, room, K = item.values[26:]
     rows, columns = -(-M // 128), -(-N // item.variant.block_n)
-    assert item.values[17:21] == [rows * columns, rows, columns, -(-K // 128)]
+    assert item.values[22:26] == [rows * columns, rows, columns, -(-K // 128)]
+    beside = item.variant.beside and after[-1]
+    if beside:
+        assert matrices[0][0] == codes
+        assert [(address, row, pitch) for address, _, row, pitch in matrices[2:]] == [
+            (x_aside, 3 * room, 3 * room), (w_aside, 3 * room, 3 * room)
+        ]  # fmt: skip
+        assert at(counters, (3,), np.int32).tolist() == [0, 0, 0]
+        for address, count in ((x_aside, M), (w_aside, N)):  # all of it can be written
+            at(address, (count, 3 * room), np.uint8)[...] = GARBAGE
     asides = [(address, pitch // 2) for address, _, _, pitch in matrices[2:]]
-    finish(item, matrices[:2], (M, N, K), after, asides, met_by)
+    finish(item, matrices[:2], (M, N, K), after, asides, met_by, beside)
 
 
 def narrow(item: SimpleNamespace, matrices: Any) -> None:
@@ -208,12 +222,26 @@ def narrow(item: SimpleNamespace, matrices: Any) -> None:
     finish(item, matrices[::-1], (M, N, K), after, asides, met_by)
 
 
-def finish(item: SimpleNamespace, codes: Any, sizes: Any, after: Any, asides: Any, met_by: Any) -> None:
+def finish(
+    item: SimpleNamespace,
+    codes: Any,
+    sizes: Any,
+    after: Any,
+    asides: Any,
+    met_by: Any,
+    beside: bool = False,
+) -> None:
     M, N, K = sizes
     out, a_absmax, b_absmax, bias, number, indices, marks = after
     a, b = (at(address, (rows, K), np.int8, (pitch, 1)) for address, rows, _, pitch in codes)
     assert (a.shape, b.shape) == ((M, K), (N, K))
-    total = (a.astype(np.int64) @ b.astype(np.int64).T).astype(np.int32)
+    x, x_row, x_feature, w, w_feature, w_column = met_by
+    found = np.flatnonzero(at(marks, (K,), np.uint8)) if beside else None
+    if found is not None and item.variant.outliers == "released":  # codes of outliers are taken away
+        gone = a[:, found].astype(np.int64) @ at(w, (N, K), np.int8, (w_column, w_feature))[:, found].T
+    else:
+        gone = 0
+    total = (a.astype(np.int64) @ b.astype(np.int64).T - gone).astype(np.int32)
     kind = KINDS[item.variant.kind]
     if item.variant.kind == "int32":
         at(out, (M, N), kind)[...] = total
@@ -224,13 +252,16 @@ def finish(item: SimpleNamespace, codes: Any, sizes: Any, after: Any, asides: An
         if bias:
             y = y + at(bias, (N,), kind).astype(np.float32)
         count = int(at(number, (1,), np.int32)[0]) if number else 0
-        if count:
+        if found is not None:
+            far = met(item.variant, w, w_feature, w_column, b_absmax, K, N)[:, found].astype(np.float32)
+            y = y + at(x, (M, K), kind, (x_row, x_feature))[:, found].astype(np.float32) @ far.T
+            at(marks, (K,), np.uint8)[...] = 0
+        elif count:
             (x_side, x_room), (w_side, w_room) = asides
             assert x_room == w_room
             near = min(count, x_room)
             left, right = at(x_side, (M, x_room), kind), at(w_side, (N, w_room), kind)
             y = y + left[:, :near].astype(np.float32) @ right[:, :near].astype(np.float32).T
-            x, x_row, x_feature, w, w_feature, w_column = met_by
             rest = at(indices, (count,), np.int32)[near:]
             far = met(item.variant, w, w_feature, w_column, b_absmax, K, N)[:, rest].astype(np.float32)
             y = y + at(x, (M, K), kind, (x_row, x_feature))[:, rest].astype(np.float32) @ far.T
@@ -245,4 +276,42 @@ def pack(item: SimpleNamespace, _matrices: Any) -> None:
     room[:, :K] = at(codes, (rows, K), np.int8, (by_row, by_k))
 
 
-KERNELS = {"quantize": quantize, "outliers": outliers, "product": product, "narrow": narrow, "pack": pack}
+def layer_few(item: SimpleNamespace, matrices: Any) -> None:
+    x_at, x_row, out, absmax_at, bias, w, w_feature, w_column = item.values[1:9]
+    own, steps, M, N, K, limit = item.values[9:]
+    ((codes_at, rows, row_bytes, pitch),) = matrices
+    variant = item.variant
+    assert (rows, row_bytes) == (N, K)
+    assert x_at % 16 == 0
+    assert M == 1 or x_row % 16 == 0
+    assert own * variant.blocks >= steps == -(-K // 128)
+    assert own <= variant.room
+    assert variant.rows >= M
+    assert item.blocks == -(-N // 128) * item.cluster
+    kind = KINDS[variant.kind]
+    x = at(x_at, (M, K), kind, (x_row, 2))
+    bits = x.view(np.uint16) & 0x7FFF
+    outlier = bits >= limit
+    found = np.flatnonzero(outlier.any(axis=0))
+    b = at(codes_at, (N, K), np.int8, (pitch, 1))
+    scale = at(absmax_at, (N,), np.float32)
+    with np.errstate(all="ignore"):
+        absmax = np.where(outlier, 0, bits).max(axis=1, initial=0).astype(np.uint16).view(kind)
+        absmax = absmax.astype(np.float32)
+        steps_ = np.rint(x.astype(np.float32) * (np.float32(LIMIT) / absmax)[:, None])
+        a = np.where(np.abs(steps_) <= LIMIT, steps_, 0).astype(np.int64)
+        a[:, found] = 0
+        y = (a @ b.astype(np.int64).T).astype(np.float32) * absmax[:, None] * scale * np.float32(1 / LIMIT**2)
+        if bias:
+            y = y + at(bias, (N,), kind).astype(np.float32)
+        if found.size:
+            told = SimpleNamespace(kind=variant.kind, outliers="released")
+            far = met(told, w, w_feature, w_column, absmax_at, K, N)[:, found].astype(np.float32)
+            y = y + x[:, found].astype(np.float32) @ far.T
+        at(out, (M, N), kind)[...] = round_to(y, kind)
+
+
+KERNELS = {
+    "layer_few": layer_few, "quantize": quantize, "outliers": outliers, "product": product, "narrow": narrow,
+    "pack": pack,
+}  # fmt: skip

@@ -20,10 +20,12 @@ from types import SimpleNamespace
 from cuda_backend import aot
 from cuda_backend._numba import cuda
 from cuda_backend.int8 import gemm_hopper, gemm_narrow_hopper, outliers_hopper, pack_hopper, quantize_hopper
-from cuda_backend.int8.variant_hopper import Narrow, Wide
+from cuda_backend.int8 import layer_few_hopper
+from cuda_backend.int8.variant_hopper import Few, Narrow, Wide
 from numba.cuda.cudadrv.driver import _Linker
 
 MODULES = {"wide": (gemm_hopper, Wide), "narrow": (gemm_narrow_hopper, Narrow),
+           "few": (layer_few_hopper, Few),
            "outliers": (outliers_hopper, outliers_hopper.Variant), "pack": (pack_hopper, pack_hopper.Variant),
            "quantize": (quantize_hopper, quantize_hopper.choose)}
 found = []
@@ -36,7 +38,7 @@ for name, *fields in json.loads(sys.argv[1]):
     with aot.pretended(aot.HOPPER):
         kernel = module.build(variant)
         ptx, _ = cuda.compile(kernel, module.SIGNATURE, **how)
-        if len(sys.argv) > 2 and name in ("wide", "narrow"):  # as the JIT makes machine code
+        if len(sys.argv) > 2 and name in ("wide", "narrow", "few"):  # as the JIT makes machine code
             linker = _Linker(cc=aot.HOPPER, lto=True)
             linker.add_ltoir(cuda.compile(kernel, module.SIGNATURE, output="ltoir", **how)[0])
             linker.complete()
@@ -54,7 +56,8 @@ for name, *fields in json.loads(sys.argv[1]):
         "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
         "int8": len(re.findall("wgmma.mma_async[^;]*s32.s8.s8", ptx)),
         "float": len(re.findall("wgmma.mma_async[^;]*f32", ptx)),
-        "shared": getattr(variant, "shared_bytes", 0), "threads": threads,
+        "shared": getattr(variant, "shared_bytes", 0) + sum(map(int, re.findall(r"(\\d+) bytes smem", said))),
+        "threads": threads,
     })
 print(json.dumps(found))
 """
@@ -64,6 +67,11 @@ RECORDED = [
     ("wide", "float16", "released", True, 256),
     ("wide", "bfloat16", "paper", False, 128),
     ("wide", "int32", "released", True, 256),
+    ("wide", "float16", "released", True, 256, True),
+    ("wide", "bfloat16", "paper", False, 128, True),
+    ("few", "float16", 16, 4, 8, True),
+    ("few", "bfloat16", 1, 2, 128, True),
+    ("few", "float16", 16, 8, 8, False),
     ("narrow", "float16", "released", 16, 8),
     ("narrow", "bfloat16", "paper", 64, 4),
     ("outliers", "float16", "released"),
@@ -74,8 +82,12 @@ RECORDED = [
 ]
 KINDS, WIDTHS = ("float16", "bfloat16"), (100, 1024, 4096, 8192, 28_672, 65_536, 100_000)
 FULL = [
-    *[("wide", kind, outliers, aligned, block_n) for kind in KINDS for outliers in ("released", "paper")
-      for aligned in (True, False) for block_n in (128, 256)],
+    *[("wide", kind, outliers, aligned, block_n, beside)
+      for kind in KINDS for outliers in ("released", "paper") for aligned in (True, False)
+      for block_n in (128, 256) for beside in (True, False)],
+    *[("few", kind, rows, blocks, room, rows > 16 or rows * room > 64)
+      for kind in KINDS for rows in (1, 2, 4, 8, 16, 32, 64) for blocks in (1, 8)
+      for room in (2, 8, 32, 128) if rows * room <= 128],
     *[("wide", "int32", "released", aligned, block_n) for aligned in (True, False) for block_n in (128, 256)],
     *[("narrow", kind, "released", tokens, blocks) for kind in (*KINDS, "int32")
       for tokens in (8, 16, 32, 64) for blocks in (1, 2, 4, 8)],
@@ -98,7 +110,7 @@ def judge(case: tuple[object, ...], found: dict[str, object]) -> None:
     assert found["spills"] == found["stack"] == 0, case
     assert found["warnings"] == [], case
     registers, threads, shared = (int(str(found[key])) for key in ("registers", "threads", "shared"))
-    blocks = {"wide": 1, "narrow": 2}.get(str(case[0]), 1)
+    blocks = {"wide": 1, "narrow": 2, "few": 1 if case[-1] else 2}.get(str(case[0]), 1)
     assert blocks * threads * -(-registers // 8) * 8 <= REGISTERS, case
     assert blocks * (shared + 1024) <= 233_472, case  # 228 KiB of a multiprocessor, 1 KiB a block is reserved
 
@@ -114,6 +126,7 @@ def test_nothing_spills_and_nothing_waits() -> None:
     assert int(str(wide["int8"])) % 4 == 0, "four steps of 32 codes in a stage"
     assert wide["float"], "outliers go through tensor cores too"
     assert not found[2]["float"]
+    assert found[3]["registers"] == found[4]["registers"] == 168
 
 
 @pytest.mark.aot_full

@@ -42,30 +42,36 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
     forget_plans()
 
 
-def test_a_large_layer_is_three_kernels(launched: list[SimpleNamespace]) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_large_layer_is_two_kernels_or_three(launched: list[SimpleNamespace], beside: bool) -> None:
     T, K, N = 300, 4096, 9000
     plan = linear_plan(
         layout(T, K), codes_layout(K, N), None, layout(N, dtype="float32", size=4), layout(N),
-        6.0, "released", 7, 0,
+        6.0, "released", 7, 0, beside,
     )  # fmt: skip
     plan.run(X, CODES, ABSMAX, 0, BIAS, OUT)
-    quantize, aside, product = launched
-    assert [item.name for item in launched] == ["quantize", "outliers", "product"]
+    quantize, *_, product = launched
+    assert [item.name for item in launched] == ["quantize", *["outliers"] * (not beside), "product"]
     assert {item.stream for item in launched} == {7}
-    assert [item.early for item in launched] == [False, True, True]
+    assert [item.early for item in launched] == [False, *[True] * (not beside), True]
+    assert product.variant.beside == beside
     assert (quantize.blocks, quantize.variant.aside, quantize.variant.aligned) == (T, "cells", True)
     x, x_row, x_codes, pitch, absmax, marks, width, limit = quantize.values
     assert (x, x_row, pitch, width, limit) == (X, 2 * K, K, K, 0x4600)
-    assert aside.values[0] == marks
-    indices, number = aside.values[1:3]
-    assert aside.values[3:8] == [X, 2 * K, 2, x_codes, K]
-    assert aside.values[8:12] == [CODES, 1, K, ABSMAX]
-    assert aside.values[14:] == [T, K, N, 1024]
+    number, indices = product.values[8:10]
+    x_aside, w_aside, counters = product.values[19:22]
+    if not beside:
+        aside = launched[1]
+        assert aside.values[:3] == [marks, indices, number]
+        assert aside.values[3:8] == [X, 2 * K, 2, x_codes, K]
+        assert aside.values[8:14] == [CODES, 1, K, ABSMAX, x_aside, w_aside]
+        assert aside.values[14:] == [T, K, N, 1024]
+    assert counters - marks == 4096, "both are 0 between calls"
     assert product.values[:4] == [MAPS, MAPS + 128, MAPS + 256, MAPS + 384]
     assert product.values[4:11] == [OUT, absmax, ABSMAX, BIAS, number, indices, marks]
-    assert product.values[11:17] == [X, 2 * K, 2, CODES, 1, K]
+    assert product.values[11:19] == [X, 2 * K, 2, CODES, 1, K, x_codes, K]
     rows, columns = 3, -(-N // product.variant.block_n)
-    assert product.values[17:] == [rows * columns, rows, columns, K // 128, T, N, 1024, K]
+    assert product.values[22:] == [rows * columns, rows, columns, K // 128, T, N, 1024, K]
     assert product.blocks == rows * columns
     assert product.threads == product.variant.threads
     assert product.shared == product.variant.shared_bytes <= 232_448
@@ -73,18 +79,23 @@ def test_a_large_layer_is_three_kernels(launched: list[SimpleNamespace]) -> None
     assert x_codes >> 41 == absmax >> 41 == number >> 41 == 1
 
 
-def test_what_lies_in_memory_does_not_overlap(launched: list[SimpleNamespace]) -> None:
-    T, K, N = 33, 100, 70
+@pytest.mark.parametrize(("N", "bytes_aside"), [(70, 2), (9000, 3)])
+def test_what_lies_in_memory_does_not_overlap(
+    launched: list[SimpleNamespace], N: int, bytes_aside: int
+) -> None:
+    """Of outliers set aside by a kernel of its own, and by the product, which holds their codes too."""
+    T, K = 133, 100
     plan = linear_plan(
         layout(T, K), codes_layout(K, N, 112), None, layout(N, dtype="float32", size=4), None,
         6.0, "released", 0, 0,
     )  # fmt: skip
     plan.run(X, CODES, ABSMAX, 0, 0, OUT)
-    aside, product = launched[1:]
-    aside_row = 2 * 112
+    quantize, product = launched[0], launched[-1]
+    number, indices = product.values[6:8] if bytes_aside == 2 else product.values[8:10]
+    x_aside, w_aside = product.values[9:11] if bytes_aside == 2 else product.values[19:21]
     parts = {
-        aside.values[6]: T * 112, product.values[3]: 4 * T, aside.values[1]: 4 * K, aside.values[2]: 4,
-        aside.values[12]: T * aside_row, aside.values[13]: N * aside_row,
+        quantize.values[2]: T * 112, quantize.values[4]: 4 * T, indices: 4 * K, number: 4,
+        x_aside: T * bytes_aside * 128, w_aside: N * bytes_aside * 128,
     }  # fmt: skip
     places = sorted(parts)
     assert len(places) == 6
@@ -115,6 +126,26 @@ def test_without_a_threshold_nothing_is_set_aside(launched: list[SimpleNamespace
     assert [item.name for item in launched] == ["quantize", "product"]
     assert launched[0].variant.aside == ""
     assert launched[1].values[8:14] == [0] * 6
+
+
+def test_few_rows_are_one_kernel(launched: list[SimpleNamespace]) -> None:
+    T, K, N = 5, 8192, 1100
+    for threshold, limit in ((6.0, 0x4600), (None, 0x8000)):
+        plan = linear_plan(
+            layout(T, K), codes_layout(K, N), None, layout(N, dtype="float32", size=4), layout(N),
+            threshold, "released", 7, 0,
+        )  # fmt: skip
+        plan.run(X, CODES, ABSMAX, 0, BIAS, OUT)
+        layer = launched.pop()
+        assert not launched
+        assert layer.name == "layer_few"
+        assert layer.values[:9] == [MAPS, X, 2 * K, OUT, ABSMAX, BIAS, CODES, 1, K]
+        assert layer.values[9:] == [8, 64, T, N, K, limit]
+        assert (layer.cluster, layer.blocks, layer.variant.rows, layer.variant.room) == (8, 72, 8, 8)
+        plan.run(X, CODES, ABSMAX, 0, BIAS, OUT, (X, X))
+        names = [item.name for item in launched]
+        assert names == ["quantize", *["outliers"] * (threshold is not None), "narrow"], "codes are wanted"
+        del launched[:]
 
 
 def test_codes_that_the_copy_engine_cannot_read_are_packed(launched: list[SimpleNamespace]) -> None:

@@ -101,7 +101,7 @@ def test_more_outliers_than_find_room(
 
 
 def test_all_ways_to_give_a_weight(launched: list[SimpleNamespace]) -> None:
-    for K in (32, 35):
+    for K in (32, 35, 40):
         case = case_of(0, "float16", T=3, K=K, N=5, outliers="some")
         x, weight = case.args
         expected = llm_int8_linear_hopper(x, weight)
@@ -151,6 +151,13 @@ MISTAKES: dict[str, tuple[str, Callable[[list[int]], list[int]]]] = {
     "weight turned": ("outliers", lambda v: [*v[:9], v[10], v[9], *v[11:]]),
     "a feature less": ("outliers", lambda v: [*v[:15], v[15] - 1, *v[16:]]),
     "codes not cleared": ("outliers", lambda v: [*v[:6], v[6] + 1, *v[7:]]),
+    "row of x, few": ("layer_few", lambda v: [*v[:2], v[2] - 16, *v[3:]]),
+    "no scales, few": ("layer_few", lambda v: [*v[:4], v[4] + 4, *v[5:]]),
+    "no bias, few": ("layer_few", lambda v: [*v[:5], 0, *v[6:]]),
+    "limit, few": ("layer_few", lambda v: [*v[:14], v[14] + 1]),
+    "weight turned, few": ("layer_few", lambda v: [*v[:7], v[8], v[7], *v[9:]]),
+    "marks stay, many": ("product", lambda v: [*v[:10], v[9], *v[11:]]),
+    "weight of outliers, many": ("product", lambda v: [*v[:14], v[14] + 1, *v[15:]]),
 }
 
 
@@ -158,11 +165,13 @@ MISTAKES: dict[str, tuple[str, Callable[[list[int]], list[int]]]] = {
 def test_mistakes_around_the_kernels_are_seen(
     launched: list[SimpleNamespace], wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = np.clip(matrix(0, (5, 32), "float16"), -2, 2).astype(DTYPES["float16"])
-    x[2, 5], x[3, 31], x[4, 7] = 6.0, 9.0, -20.0
-    case = case_of(1, "float16", T=5, K=32, N=7).replace(x, matrix(1, (32, 7), "float16"))
-    assert linear_difference(llm_int8_linear_hopper, FUSED, case, "float16") is None
     name, change = MISTAKES[wrong]
+    K = 34 if name == "narrow" else 32  # for 34 one kernel does not do
+    T, N = (130, 4300) if name == "product" else (5, 7)
+    x = np.clip(matrix(0, (T, K), "float16"), -2, 2).astype(DTYPES["float16"])
+    x[2, 5], x[3, K - 1], x[4, 7] = 6.0, 9.0, -20.0
+    case = case_of(1, "float16", T=T, K=K, N=N).replace(x, matrix(1, (K, N), "float16"))
+    assert linear_difference(llm_int8_linear_hopper, FUSED, case, "float16") is None
     monkeypatch.setitem(CHANGES, name, change)
     problems = [linear_difference(llm_int8_linear_hopper, FUSED, case, "float16") for _ in range(2)]
     plain = case.replace(np.clip(x, -2, 2), case.args[1])
