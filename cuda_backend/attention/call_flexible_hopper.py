@@ -97,8 +97,12 @@ def flexible_attention_hopper(
             raise UnsupportedError(f"{CALLER}: {'; '.join(found)}")
         layouts = aligned[0].layout, aligned[1].layout, aligned[2].layout
         lists = _lists(layouts, mods, arrays, aux, blocks, stream)
-        on = stream, device
-        plan = make_flexible_plan(*layouts, scale, mods, lists.tiles, lists.work_items, *on)
+        if lists.words is not None:  # one kernel for all masks
+            mods = mods._replace(mask=None)
+        if not any(mod is not None and mod.takes_aux for mod in (mods.mask, mods.score)):
+            mods, arrays = mods._replace(aux=()), ()
+        which = lists.tiles, lists.words is not None, lists.work_items
+        plan = make_flexible_plan(*layouts, scale, mods, *which, stream, device)
         out, out_result = empty(plan.out_shape, plan.dtype, q, stream)
         lse, lse_result = empty(plan.lse_shape, "float32", q, stream) if return_lse else (None, None)
         addresses = aligned[0].address, aligned[1].address, aligned[2].address
@@ -129,7 +133,7 @@ def _lists(
             return np.full((1, 1, -(-Tq // ROWS), -(-Tk // keys)), FULL, np.uint8)
         return known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), (ROWS, keys), stream).states
 
-    read = aux if blocks is None and mask is not None and mask.takes_aux else ()
-    question = "lists", q, v, None if blocks is not None else mask, blocks, stream
-    found: Lists = remembered(question, read, lambda: make_lists(q, v, states, stream))
+    read = aux if mask is not None and mask.takes_aux else ()
+    question = "lists", q, v, mask, mods.aux if read else (), blocks, stream
+    found: Lists = remembered(question, read, lambda: make_lists(q, v, states, stream, mods, arrays))
     return found

@@ -23,11 +23,14 @@ class FlexibleVariant(NamedTuple):
         Functions of the user's, compiled in.
     ragged
         Whether the last key tile reaches beyond the last key.
+    words
+        Whether what may be seen of a tile is read (`mask_words`); otherwise the mask is asked.
     """
 
     tiles: Variant
     mods: Mods
     ragged: bool
+    words: bool = False
 
     @property
     def work_slot(self) -> int:
@@ -39,13 +42,13 @@ class FlexibleVariant(NamedTuple):
 
     @property
     def step_slot(self) -> int:
-        """Where the words of key tiles lie, by stage of K, four bytes each."""
+        """Where the steps lie, by stage of K, `STEP_BYTES` each."""
         return self.work_slot + WORK_BYTES * self.tiles.q_stages
 
     @property
     def masked(self) -> bool:
         """Whether there can be tiles that need a mask."""
-        return self.ragged or self.mods.mask is not None
+        return self.words or self.ragged or self.mods.mask is not None
 
 
 def candidates(kind: str, d_qk: int, d_v: int) -> list[tuple[Variant, float]]:

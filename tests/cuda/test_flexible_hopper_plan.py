@@ -15,7 +15,7 @@ import pytest
 import cuda_backend
 from cuda_backend.arrays import View
 from cuda_backend.attention import call_flexible_hopper, plan_flexible_hopper, plan_hopper, remembered
-from cuda_backend.attention.lists_hopper import ROWS, STATE_BITS, key_lists, resized
+from cuda_backend.attention.lists_hopper import ALL, NOTHING, ROWS, key_lists, resized
 from cuda_backend.attention.user_device import Mods
 from refimpl.attention import block_mask, mods
 from refimpl.attention.block_mask import DEAD, FULL, BlockMask
@@ -38,7 +38,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
         return View(array.shape, array.strides, array.dtype.name, 0x10000 * len(copied), array)
 
     def launch(config: Any, function: Any, pointers: int, _extra: int) -> tuple[int]:
-        kinds: list[Any] = [ctypes.c_uint64] * 5 + [ctypes.c_float] * 2 + [ctypes.c_int32] * 6
+        kinds: list[Any] = [ctypes.c_uint64] * 6 + [ctypes.c_float] * 2 + [ctypes.c_int32] * 6
         kinds += [ctypes.c_int64] * sum(5 + 2 * ndim for _, ndim in function.mods.aux or (("float32", 1),))
         places = (ctypes.c_void_p * (1 + len(kinds))).from_address(pointers)
         values = [kind.from_address(at or 0).value for kind, at in zip(kinds, places[1:], strict=True)]

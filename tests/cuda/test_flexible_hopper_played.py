@@ -65,21 +65,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_outputs(case: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs(case: str, late: bool, words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, options, which = CASES[case]
     kind = "bf16" if case == "both" else "f16"
     q, k, v = _arrays(kind, *sizes)
-    found = played(monkeypatch, q, k, v, which=which, late=late, short=late, **options)
+    found = played(monkeypatch, q, k, v, which=which, late=late, short=late, words=words, **options)
     assert _difference(found, q, k, v, options) <= 1
 
 
 # Where something stands in a source, and what is put in its place.
 MISTAKES: dict[str, Mutant] = {
-    "the word of the first stage": ("consumer", "step_slot + 4 * stage", "step_slot"),
-    "the mask of the first warpgroup": ("consumer", "(step >> group_index) & 1", "step & 1"),
-    "no mask": ("consumer", "mask(s, where)", "pass"),
+    "the word of the first stage": ("consumer", "step_slot + STEP_BYTES * stage", "step_slot"),
+    "the mask of the first warpgroup": ("consumer", "slot + 4 + 4 * group_index", "slot + 4"),
+    "no mask": ("consumer", "mask(s, low, high, where)", "pass"),
     "K not waited for": ("consumer", "barrier.wait(base + k_full + 8 * stage, parity)", "pass"),
     "Q not released without keys": (
         "consumer", "            else:\n                barrier.arrive_warp",
@@ -93,7 +94,7 @@ MISTAKES: dict[str, Mutant] = {
     "score not scaled": ("modifiers", "changed(s[4 * i + e] * scale", "changed(s[4 * i + e]"),
     "the list of the first tile": ("producer", "uint64(words[2])", "uint64(0)"),
     "a list one longer": ("producer", "int32(words[3])", "int32(words[3] + 1)"),
-    "the word after K": ("producer", "4 * stage, step)", "4 * stage, following)"),
+    "the word after K": ("producer", "STEP_BYTES * stage, at,", "STEP_BYTES * stage, at + uint64(STEP_BYTES),"),
     "drawn twice": ("producer", "if left == 1:", "if left <= 2:"),
 }  # fmt: skip
 
