@@ -131,7 +131,9 @@ def _lists(
             return resized(blocks, (ROWS, keys))
         if mask is None:
             return np.full((1, 1, -(-Tq // ROWS), -(-Tk // keys)), FULL, np.uint8)
-        return known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), (ROWS, keys), stream).states
+        # Asked once: tiles of 128 keys are made of those of 64.
+        sizes = (ROWS, 64 if keys % 64 == 0 else keys)
+        return resized(known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), sizes, stream), (ROWS, keys))
 
     read = aux if mask is not None and mask.takes_aux else ()
     question = "lists", q, v, mask, mods.aux if read else (), blocks, stream

@@ -27,8 +27,8 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     """Return ``consume(base, thread, out, lse, masks, scale, factor, aux, problem)``, for a whole warpgroup.
 
-    `masks` is the address of `mask_words`; `scale` is that of the scores, for the user's function; `factor` is what the softmax multiplies them by:
-    log2(e), times the scale if there is no such function.
+    `masks` is the address of `mask_words`; `scale` is that of the scores, for the user's function; `factor`
+    is what the softmax multiplies them by: log2(e), times the scale if there is no such function.
     """
     tiles, work_slot, step_slot = variant.tiles, variant.work_slot, variant.step_slot
     block_m, block_n, masked, modified = (

@@ -1,8 +1,9 @@
 """What a mask allows, as bits: asked once, and read by the Hopper kernels ever after.
 
 A kernel that asks a function for every score of a partial tile spends more on that than on the score.  Bits
-of 64 rows and a tile of keys are 1 KB, in the order in which threads hold scores: of a thread eight bytes, its
-first row's bits and those of the row eight below.  Bit ``2 i + e`` is of column ``8 i + 2 (lane % 4) + e``.
+of 64 rows and a tile of keys are 1 KB, in the order in which threads hold scores: of a thread eight bytes,
+its first row's bits and those of the row eight below.  Bit ``2 i + e`` is of column
+``8 i + 2 (lane % 4) + e``.
 """
 
 from __future__ import annotations

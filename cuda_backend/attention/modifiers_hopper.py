@@ -31,7 +31,7 @@ rolled = instruction(
 
 
 def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return ``modify(s, scale, where)`` and ``mask(s, low, high, where)`` for a tile of scores, device functions.
+    """Return ``modify(s, scale, where)`` and ``mask(s, low, high, where)`` for a tile of scores.
 
     `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
     are, and `aux`.
@@ -47,12 +47,15 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
         b, h, row, last, first, tk, aux = where
         i_low, i_high = min(row, last), min(int32(row + 8), last)
+        x_low, x_high = float32(i_low), float32(i_high)
         for e in range(2):
             j = int32(first + 8 * i + e)
+            y = float32(float32(first) + float32(8 * i + e))
             if ragged:
                 j = min(j, int32(tk - 1))
-            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, aux)
-            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, aux)
+                y = min(y, float32(tk - 1))
+            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, x_low, y, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, x_high, y, aux)
 
     modify_all = _repeated(modify_four, count // 4)
 

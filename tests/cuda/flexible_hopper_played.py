@@ -120,7 +120,10 @@ def words_of(mask: Any, partial: Any, Tq: int, Tk: int, block_n: int, aux: tuple
         if number == 0:
             continue
         for place, thread in np.ndindex(row.shape):
-            i, j = min(64 * rows + int(row[place, thread]), Tq - 1), block_n * tile + int(column[place, thread])
+            i, j = (
+                min(64 * rows + int(row[place, thread]), Tq - 1),
+                block_n * tile + int(column[place, thread]),
+            )
             if j < Tk and (mask is None or mask.call((), (b, h, i, j), aux)):
                 bit = 2 * (place // 4) + place % 2
                 found[number, thread, place % 4 // 2] |= np.uint32(1 << bit)
@@ -199,6 +202,10 @@ def stand_in(
 
         def asked(*given: Any) -> Any:
             aux = given[-1]
+            if leading:
+                *given, x, y, _ = given
+                assert np.all(x == given[3]) and np.all(y == given[4])
+                given = [*given, aux]
             lanes = np.broadcast_arrays(*given[:-1], np.zeros(128))[:-1]
             kinds = [float] * leading + [int] * 4
             values = [

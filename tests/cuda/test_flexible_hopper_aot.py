@@ -86,7 +86,11 @@ FULL = [
     for score in ("none", "alibi", "softcap")
     for ragged in (False, True)
     for words in ((False, True) if mask == "sliding" else (False,))
-] + [("f16", D, Dv, 0, "sliding", "alibi", True, words) for words in (False, True) for D, Dv in ((192, 128), (192, 192), (256, 256))]
+] + [
+    ("f16", D, Dv, 0, "sliding", "alibi", True, words)
+    for words in (False, True)
+    for D, Dv in ((192, 128), (192, 192), (256, 256))
+]
 Case = tuple[str, int, int, int, str, str, bool, bool]
 
 
