@@ -54,8 +54,7 @@ def flexible_attention_hopper(
     arrays, aux : tuple
         Arrays of the functions on the GPU, and as the caller gave them.
     blocks : BlockMask, optional
-        States of tiles that are known already.  Sizes that are multiples or divisors of 64 queries and of the
-        kernel's 128 keys (80 if a head is wider than 128).
+        States of tiles, of any size, that are known already.
     scale, return_lse
         As for `refimpl.attention.flexible_attention`.
     stream : int
@@ -76,7 +75,8 @@ def flexible_attention_hopper(
     Notes
     -----
     Lists of key tiles are made once for each mask, while the arrays that it reads stay as they are, and for
-    each block mask.  Not yet run on a device.
+    each block mask, and so are the bits of what a mask allows in partial tiles, if they fit
+    `mask_words.MOST_BYTES`; beyond that the kernel asks the mask for each score.
 
     References
     ----------

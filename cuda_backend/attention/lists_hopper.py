@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.attention.block_mask import DEAD, FULL, PARTIAL, BlockMask
-from refimpl.errors import UnsupportedError
 from refimpl.numerics import Array
 
 __all__ = ["ALL", "NOTHING", "ROWS", "STEP_BYTES", "KeyLists", "key_lists", "live_tiles", "resized"]
@@ -42,34 +41,32 @@ class KeyLists(NamedTuple):
 
 
 def resized(given: BlockMask, sizes: tuple[int, int]) -> Array:
-    """Return the states of tiles of `sizes` that those of a block mask imply.
+    """Return the states of tiles of `sizes`, any, that those of a block mask imply.
 
-    Raises
-    ------
-    UnsupportedError
-        If neither size divides the other.
+    A tile that lies in one of the mask's has its state; one in several has theirs, if they are alike.
 
     Examples
     --------
     >>> given = BlockMask(np.array([[[[2, 1, 0, 0], [2, 0, 0, 0]]]], np.uint8), (32, 64), (64, 256))
     >>> resized(given, (64, 128))
     array([[[[1, 0]]]], dtype=uint8)
+    >>> resized(given, (16, 80))[0, 0, ::2]
+    array([[1, 1, 0, 0],
+           [1, 0, 0, 0]], dtype=uint8)
     """
     states = given.states
     for axis, (own, wanted, length) in enumerate(
         zip(given.block_sizes, sizes, given.lengths, strict=True), 2
     ):
-        count = -(-length // wanted)
-        if own % wanted == 0:
-            states = np.repeat(states, own // wanted, axis).take(np.arange(count), axis)
-        elif wanted % own == 0:
-            edges = np.arange(count) * (wanted // own)
-            least, most = (ufunc.reduceat(states, edges, axis) for ufunc in (np.minimum, np.maximum))
-            states = np.where(least == most, least, PARTIAL).astype(np.uint8)
-        else:
-            raise UnsupportedError(
-                f"block_mask: tiles of {given.block_sizes}; the kernel takes multiples or divisors of {sizes}"
-            )
+        starts = np.arange(0, length, wanted)
+        ends = np.minimum(starts + wanted, length)
+        if not starts.size or own == wanted:
+            continue
+        edges = np.stack([starts // own, -(-ends // own)], 1).ravel()
+        padded = np.concatenate([states, states.take([0], axis)], axis)  # reduceat takes no end behind all
+        every = np.arange(0, edges.size, 2)
+        least, most = (f.reduceat(padded, edges, axis).take(every, axis) for f in (np.minimum, np.maximum))
+        states = np.where(least == most, least, PARTIAL).astype(np.uint8)
     return states
 
 

@@ -67,7 +67,7 @@ def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
 
 
 def traced_score(mod: Mod | None, arrays: Arrays) -> Any:
-    """Return ``f(score, b, h, i, j, x, y, aux)`` for kernels, as `score_on_device`; x is i, and y j, as floats.
+    """Return ``f(score, b, h, i, j, x, y, aux)`` for kernels, as `score_on_device`; x, y: i, j in float.
 
     Turning an integer into a float costs as much as several products do, adding to a float does not.
     """

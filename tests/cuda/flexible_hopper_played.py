@@ -204,7 +204,8 @@ def stand_in(
             aux = given[-1]
             if leading:
                 *given, x, y, _ = given
-                assert np.all(x == given[3]) and np.all(y == given[4])
+                assert np.all(x == given[3])
+                assert np.all(y == given[4])
                 given = [*given, aux]
             lanes = np.broadcast_arrays(*given[:-1], np.zeros(128))[:-1]
             kinds = [float] * leading + [int] * 4

@@ -160,11 +160,6 @@ def test_tiles_are_those_that_take_least_time(launched: list[SimpleNamespace]) -
         ([dense(1, 9, 2, 64, dtype="float32")] * 3, {}, "inputs are float32"),
         ([dense(1, 9, 2, 64)] * 3, {"scale": -1.0}, "scale is -1.0"),
         ([dense(1, 9, 2, 64, address=8)] * 3, {}, "multiple of 16 bytes"),
-        (
-            [dense(1, 64, 2, 64)] * 3,
-            {"blocks": BlockMask(np.ones((1, 1, 2, 1), np.uint8), (48, 64), (64, 64))},
-            "multiples or divisors",
-        ),
     ],
 )  # fmt: skip
 def test_refusals(launched: list[SimpleNamespace], arrays: Any, options: Any, said: str) -> None:
@@ -186,6 +181,8 @@ def test_the_tier_is_named_or_refused() -> None:
     assert np.array_equal(f(x, x, x, mask_mod=mods.causal, tier="auto"), f(x, x, x, mask_mod=mods.causal))
     with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
         f(x, x, x, tier="hopper")
+    with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
+        cuda_backend.flexible_attention_vjp(x, x, x, x, np.zeros((1, 2, 4), np.float32), x, tier="hopper")
     with pytest.raises(UnsupportedError, match="no block_sizes"):
         f(x, x, x, tier="hopper", block_sizes=(4, 4))
 
