@@ -13,7 +13,7 @@ from cuda_backend.attention.lists_hopper import ROWS, resized
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_flexible_hopper import Lists, enqueue, make_flexible_plan, make_lists
 from cuda_backend.attention.plan_hopper import MISALIGNED, reasons
-from cuda_backend.attention.remembered import remembered
+from cuda_backend.attention.remembered import knowable, remembered
 from cuda_backend.attention.tile_states import known_block_mask
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.context import current_device
@@ -136,6 +136,8 @@ def _lists(
         return resized(known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), sizes, stream), (ROWS, keys))
 
     read = aux if mask is not None and mask.takes_aux else ()
-    question = "lists", q, v, mask, mods.aux if read else (), blocks, stream
+    if blocks is not None and not knowable(read):  # with lists that are, the mask is asked in the kernel
+        mods, read = Mods(), ()
+    question = "lists", q, v, mods.mask, mods.aux if read else (), blocks, stream
     found: Lists = remembered(question, read, lambda: make_lists(q, v, states, stream, mods, arrays))
     return found

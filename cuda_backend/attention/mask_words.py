@@ -68,7 +68,7 @@ def mask_words(
     words = device_bytes((len(partial), THREADS, 2), on, "uint32")
     given = arrays or (absent("float32", 1),)
     made = build(WordsVariant(mods._replace(score=None, vjp=None), block_n))
-    arguments = [words, view("partial", partial, on), given, *map(np.int64, lengths)]
+    arguments: list[Any] = [words, view("partial", partial, on), given, *map(np.int64, lengths)]
     launch(made, arguments, blocks=len(partial), threads=THREADS, shared_bytes=0, stream=on)
     return words
 

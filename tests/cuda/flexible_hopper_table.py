@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cuda_backend.arrays import poisoned_outputs, view
 from cuda_backend.attention import mask_words, plan_flexible_hopper, remembered
@@ -56,13 +57,11 @@ def in_way(way: str, call: Callable[[], Any]) -> Callable[[], Any]:
     ]
 
     def made() -> Any:
-        kept = remembered._answers, plan_flexible_hopper.candidates, plan_flexible_hopper.MOST_BYTES
-        remembered._answers = answers
-        plan_flexible_hopper.candidates, plan_flexible_hopper.MOST_BYTES = chosen, most
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(remembered, "_answers", answers)
+            patch.setattr(plan_flexible_hopper, "candidates", chosen)
+            patch.setattr(plan_flexible_hopper, "MOST_BYTES", most)
             return call()
-        finally:
-            remembered._answers, plan_flexible_hopper.candidates, plan_flexible_hopper.MOST_BYTES = kept
 
     return made
 
