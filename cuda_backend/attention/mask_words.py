@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
-from cuda_backend.arrays import View, absent, view
+from cuda_backend.arrays import View, absent
 from cuda_backend.attention.arguments import array_type, aux_signature
 from cuda_backend.attention.tile_states import device_bytes
 from cuda_backend.attention.traced import traced_mask
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.launch import launch
-from refimpl.numerics import Array
 
 __all__ = ["MOST_BYTES", "WORD_BYTES", "WordsVariant", "bytes_of", "mask_words", "signature", "source"]
 
@@ -46,7 +45,7 @@ def bytes_of(tiles: int) -> int:
 
 
 def mask_words(
-    mods: Mods, arrays: tuple[View, ...], partial: Array, lengths: tuple[int, int], block_n: int, on: int
+    mods: Mods, arrays: tuple[View, ...], partial: View, lengths: tuple[int, int], block_n: int, on: int
 ) -> View:
     """Return the bits of tiles, uint32 [tiles, 128, 2], on the GPU.
 
@@ -56,8 +55,9 @@ def mask_words(
         Whose mask is asked.
     arrays : tuple of View
         What it reads.
-    partial : ndarray of int32, shape (tiles, 4)
-        `lists_hopper.KeyLists.partial`; of the first tile nothing is allowed.
+    partial : View
+        `lists_hopper.KeyLists.partial`, to be kept until the stream has come so far; of its first tile
+        nothing is allowed.
     lengths : tuple of int
         Queries and keys: no key behind the last one is allowed, and a row behind the last query is as that.
     block_n : int
@@ -65,11 +65,11 @@ def mask_words(
     on : int
         The stream.
     """
-    words = device_bytes((len(partial), THREADS, 2), on, "uint32")
+    words = device_bytes((partial.shape[0], THREADS, 2), on, "uint32")
     given = arrays or (absent("float32", 1),)
     made = build(WordsVariant(mods._replace(score=None, vjp=None), block_n))
-    arguments: list[Any] = [words, view("partial", partial, on), given, *map(np.int64, lengths)]
-    launch(made, arguments, blocks=len(partial), threads=THREADS, shared_bytes=0, stream=on)
+    arguments: list[Any] = [words, partial, given, *map(np.int64, lengths)]
+    launch(made, arguments, blocks=partial.shape[0], threads=THREADS, shared_bytes=0, stream=on)
     return words
 
 

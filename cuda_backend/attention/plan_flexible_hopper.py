@@ -120,7 +120,8 @@ def make_lists(
     work, steps = view("work", found.work, stream), view("steps", found.steps, stream)
     words = None
     if mods.mask is not None and bytes_of(len(found.partial)) <= MOST_BYTES:
-        words = mask_words(mods, arrays, found.partial, (queries.shape[1], Tk), tiles.block_n, stream)
+        partial = view("partial", found.partial, stream)
+        words = mask_words(mods, arrays, partial, (queries.shape[1], Tk), tiles.block_n, stream)
     checked(driver.cuStreamSynchronize(stream))  # they are kept, and may be used on another stream
     return Lists(tiles, len(found.work), work, steps, words)
 

@@ -27,7 +27,7 @@ from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, cand
 from refimpl.attention.block_mask import FULL, block_mask
 from refimpl.attention.user_functions import as_mod
 from tests.cuda.hopper_instructions import install
-from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment
+from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment, memory
 
 MODULES = {
     "consumer": consumer_flexible_hopper,
@@ -219,7 +219,11 @@ def stand_in(
 
         return asked
 
+    def load_8(array: Any, _first: Any, address: Any) -> None:
+        array[:2] = np.stack([memory(int(place), 8).view(array.dtype) for place in address], 1)
+
     consumer, modifiers = modules["consumer"], modules["modifiers"]
+    vars(consumer)["copy"].load_8 = load_8
     replaced = {
         "build_softmax": lambda _: (None, softmax_row, pack_scores),
         "build_output": lambda _: (rescale, None, None),

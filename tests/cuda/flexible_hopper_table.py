@@ -175,7 +175,7 @@ def row(form: Form, D: int, compiled: Any, dense: float, stream: Any, ways: Sequ
 
 
 def prepare(form: Form, D: int, compiled: Any, stream: Any, ways: Sequence[str]) -> None:
-    """Call all once, so that the disk has their kernels."""
+    """Call ours in some ways, or without any the rival, once, so that the disk has the kernels."""
     import torch
 
     q, k, v = (torch.randn(form.B, form.N, form.H, D, device="cuda", dtype=torch.float16) for _ in range(3))
@@ -183,17 +183,19 @@ def prepare(form: Form, D: int, compiled: Any, stream: Any, ways: Sequence[str])
         own = call_of(form, q, k, v, our_blocks(form), stream.cuda_stream)
         for way in ways:
             in_way(way, own)()
-        turned = [x.transpose(1, 2) for x in (q, k, v)]
-        compiled(*turned, score_mod=form.their_score, block_mask=their_blocks(form))
+        if not ways:
+            turned = [x.transpose(1, 2) for x in (q, k, v)]
+            compiled(*turned, score_mod=form.their_score, block_mask=their_blocks(form))
         torch.cuda.synchronize()
 
 
 def compile_beforehand(names: Sequence[str], widths: Sequence[int], more: Sequence[str]) -> None:
     """Compile all kernels in as many processes, which leave them in the caches on disk."""
     command = [sys.executable, "-m", "tests.cuda.flexible_hopper_table", "--prepare", *more]
-    cases = list(itertools.product(names, widths))
+    cases = list(itertools.product(names, widths, ("--ours", "--theirs")))
     workers = [
-        subprocess.Popen([*command, name, str(D)], stderr=subprocess.PIPE, text=True) for name, D in cases
+        subprocess.Popen([*command, name, str(D), whose], stderr=subprocess.PIPE, text=True)
+        for name, D, whose in cases
     ]
     end = time.monotonic() + PREPARED
     for case, worker in zip(cases, workers, strict=True):
@@ -221,7 +223,13 @@ def main(arguments: Sequence[str]) -> None:
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     wanted = [form for form in forms() if not words or any(form.name.startswith(word) for word in words)]
     if "--prepare" in arguments:
-        prepare(wanted[0], widths[0], torch.compile(flex_attention, dynamic=False), stream, ways)
+        prepare(
+            wanted[0],
+            widths[0],
+            torch.compile(flex_attention, dynamic=False),
+            stream,
+            ways if "--ours" in arguments else [],
+        )
         return
     # A kernel that hangs cannot be interrupted: the process ends all the same.
     watch = threading.Timer(SECONDS + 10, os._exit, (1,))

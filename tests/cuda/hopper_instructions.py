@@ -155,10 +155,6 @@ def copies(machine: Machine) -> Any:
         assert address % 16 == 0
         array[int(first) : int(first) + 4] = memory(int(address), 16).view(array.dtype)
 
-    def load_8(array: Any, first: Any, address: Any) -> None:
-        found = np.stack([memory(int(place), 8).view(array.dtype) for place in address])
-        array[one(first)], array[one(first) + 1] = found[:, 0], found[:, 1]
-
     def load_shared_16(array: Any, first: Any, address: Any) -> None:
         assert np.all(np.asarray(address) % 16 == 0)
         places = np.asarray(address, np.int64)[..., None] + np.arange(16)
@@ -207,7 +203,6 @@ def copies(machine: Machine) -> Any:
         store_global_16=put,
         store_shared_half=store_shared_half,
         shared_address=lambda _: np.uint32(0),
-        load_8=load_8,
         load_16=load_16,
         load_shared_16=load_shared_16,
         load_float=lambda address: memory(int(address), 4).view(np.float32)[0],

@@ -46,7 +46,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
         return (0,)
 
     def words(_mods: Any, _arrays: Any, partial: Any, *_: Any) -> View:
-        return View((len(partial), 128, 2), (1024, 8, 4), "uint32", WORDS, None)
+        return View((partial.shape[0], 128, 2), (1024, 8, 4), "uint32", WORDS, None)
 
     driver = SimpleNamespace(cuLaunchKernelEx=launch, cuStreamSynchronize=lambda _: (0,))
     device = SimpleNamespace(compute_capability=(9, 0), MULTIPROCESSOR_COUNT=132)
