@@ -203,10 +203,9 @@ def stand_in(
         def asked(*given: Any) -> Any:
             aux = given[-1]
             if leading:
-                *given, x, y, _ = given
+                x, y, given = given[5], given[6], (*given[:5], aux)
                 assert np.all(x == given[3])
                 assert np.all(y == given[4])
-                given = [*given, aux]
             lanes = np.broadcast_arrays(*given[:-1], np.zeros(128))[:-1]
             kinds = [float] * leading + [int] * 4
             values = [
