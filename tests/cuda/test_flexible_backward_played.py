@@ -173,7 +173,10 @@ def test_the_scale_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gradient_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     played(monkeypatch)
-    crooked = {"score_mod": mods.softcap(2.0), "score_mod_vjp": lambda g, s, b, h, i, j: g + 0.1}
+    crooked: dict[str, Any] = {
+        "score_mod": mods.softcap(2.0),
+        "score_mod_vjp": lambda g, s, b, h, i, j: g + 0.1,
+    }
     with pytest.raises(OptionError, match="linear in the gradient"):
         gradients("f16", (1, 70, 70, 1, 1, 64, 64), "softcap", **crooked)
 
