@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import ITEMSIZE, Layout, View, absent, empty, is_host, library_of, view
+from cuda_backend.attention.lists_hopper import resized
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_backward_hopper import (
     Inputs,
@@ -20,13 +22,15 @@ from cuda_backend.attention.plan_backward_hopper import (
     together,
 )
 from cuda_backend.attention.plan_hopper import KINDS
+from cuda_backend.attention.remembered import remembered
 from cuda_backend.attention.tile_lists import Draw, key_tile_lists
+from cuda_backend.attention.tile_states import known_block_mask
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_backward_hopper import BackwardVariant, choose_backward
 from cuda_backend.context import current_device
 from cuda_backend.launch import wait_for
 from refimpl.attention import AttentionGradients
-from refimpl.attention.block_mask import BlockMask, block_mask
+from refimpl.attention.block_mask import BlockMask
 from refimpl.attention.scores import AttentionShape
 from refimpl.attention.user_functions import Mod
 from refimpl.errors import DTypeError, OptionError, UnsupportedError
@@ -75,8 +79,7 @@ def flexible_attention_vjp_hopper(
     arrays, aux : tuple
         Arrays of the functions on the GPU, and as the caller gave them.
     blocks : BlockMask, optional
-        States of tiles that are known already, with the ``block_m`` queries and ``block_n`` keys of
-        `flexible_variant`.
+        States of tiles, of any size, that are known already.
     scale
         As for `refimpl.attention.flexible_attention`.
     deterministic : bool
@@ -94,16 +97,15 @@ def flexible_attention_vjp_hopper(
     Raises
     ------
     ShapeError, DTypeError, OptionError
-        As the reference.
+        As the reference; if the gradient of the score is not linear.
     UnsupportedError
         With the reasons.
 
     Notes
     -----
-    Lists of tiles are made once for each mask that takes no `aux`, and for each block mask.  A mask that
-    takes `aux`, without a block mask, is evaluated for every score in every call, on the host: slow.  A
-    gradient of a score is asked for with gradient 1, and multiplied: it must be linear, as gradients are.
-    Not yet run on a device.
+    Lists of tiles are made once for each mask, while the arrays that it reads stay as they are, and for each
+    block mask.  A gradient of a score is asked for with gradient 1, and multiplied: it must be linear, as
+    gradients are; one that is not is refused if three scores at the first place show it.
 
     References
     ----------
@@ -112,6 +114,9 @@ def flexible_attention_vjp_hopper(
     """
     if mods.score is not None and mods.vjp is None:
         raise OptionError("score_mod_vjp: needed for gradients through score_mod")
+    device = current_device()
+    if mods.vjp is not None:
+        _refuse_what_is_not_linear(mods.vjp, mods.aux)
     if scale is not None:
         finite("scale", scale)
     if is_host(lse):
@@ -130,8 +135,8 @@ def flexible_attention_vjp_hopper(
             raise UnsupportedError(f"{CALLER}: {'; '.join(found)}")
         layouts = tuple(x.layout for x in inputs)
         chosen = variant or flexible_variant(layouts, mods, deterministic=deterministic)
-        lists = _lists(layouts, chosen, mods, aux, blocks, stream)
-        plan = make_backward_plan(layouts, False, scale, deterministic, stream, current_device(), chosen)
+        lists = _lists(layouts, chosen, mods, arrays, aux, blocks, stream)
+        plan = make_backward_plan(layouts, False, scale, deterministic, stream, device, chosen)
         made = [empty(shape, plan.dtype, q, stream) for shape in plan.shapes]
         outputs = Outputs(*(place.address for place, _ in made))
         words = [word for array in arrays or (absent("float32", 1),) for word in _array_words(array)]
@@ -161,45 +166,46 @@ def _lists(
     layouts: tuple[Layout, ...],
     variant: BackwardVariant,
     mods: Mods,
+    arrays: tuple[View, ...],
     aux: tuple[Any, ...],
     blocks: BlockMask | None,
     stream: int,
 ) -> Uploaded:
-    """Return the lists of a call; those that depend on nothing but hashable things are kept."""
-    shapes = tuple(tuple(int(size) for size in layout[0]) for layout in layouts[:3])
-    plain = variant._replace(mods=None)
-    if blocks is None and mods.mask is not None and mods.mask.takes_aux:
-        hosts = tuple(np.asarray(x if is_host(x) else x.cpu()) for x in aux)
-        return _made(shapes, plain, mods.mask, None, hosts, stream)
-    return _kept(shapes, plain, None if blocks is not None else mods.mask, blocks, stream, current_device())
+    """Return the lists of a call, made once for a mask while what it reads stays as it is."""
+    (B, Tq, Hq, D), (_, Tk, Hkv, _), (_, _, _, Dv) = (layout[0] for layout in layouts[:3])
+    sizes, mask = (variant.block_m, variant.block_n), None if blocks is not None else mods.mask
+
+    def make() -> Uploaded:
+        known = None
+        if blocks is not None:
+            known = BlockMask(resized(blocks, sizes), sizes, blocks.lengths)
+        elif mask is not None:
+            known = known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), sizes, stream)
+        section = together(variant, B * Hkv, Hq // Hkv * -(-Tq // variant.block_m))
+        processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+        draw = Draw(processors, section, variant.deterministic)
+        made = key_tile_lists(known, AttentionShape(B, Tq, Tk, Hq, Hkv, D, Dv), sizes, draw)
+        return Uploaded(
+            *(view(name, table, stream) for name, table in zip(Uploaded._fields, made, strict=True))
+        )
+
+    read = aux if mask is not None and mask.takes_aux else ()
+    question = "key lists", layouts[:3], variant._replace(mods=None), mask, blocks, stream
+    found: Uploaded = remembered(question, read, make)
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _kept(
-    shapes: tuple[Any, ...],
-    variant: BackwardVariant,
-    mask: Mod | None,
-    blocks: BlockMask | None,
-    stream: int,
-    _device: int,
-) -> Uploaded:
-    return _made(shapes, variant, mask, blocks, (), stream)
-
-
-def _made(
-    shapes: tuple[Any, ...],
-    variant: BackwardVariant,
-    mask: Mod | None,
-    blocks: BlockMask | None,
-    aux: tuple[Any, ...],
-    stream: int,
-) -> Uploaded:
-    (B, Tq, Hq, D), (_, Tk, Hkv, _), (_, _, _, Dv) = shapes
-    sizes = variant.block_m, variant.block_n
-    if blocks is None and mask is not None:
-        blocks = block_mask(mask.function, B, Hq, Tq, Tk, block_sizes=sizes, aux=aux)
-    section = together(variant, B * Hkv, Hq // Hkv * -(-Tq // variant.block_m))
-    processors = int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
-    draw = Draw(processors, section, variant.deterministic)
-    made = key_tile_lists(blocks, AttentionShape(B, Tq, Tk, Hq, Hkv, D, Dv), sizes, draw)
-    return Uploaded(*(view(name, table, stream) for name, table in zip(Uploaded._fields, made, strict=True)))
+@functools.lru_cache(maxsize=256)
+def _refuse_what_is_not_linear(vjp: Mod, kinds: tuple[tuple[str, int], ...]) -> None:
+    """Refuse a gradient of a score that is not proportional to what comes in, as far as numbers tell."""
+    aux = tuple(np.ones((2,) * axes, dtype) for dtype, axes in kinds)
+    for score in (-0.75, 0.5, 3.0):
+        try:
+            one, other = (float(vjp.call((x, score), (0, 0, 0, 0), aux)) for x in (1.0, -2.5))
+        except Exception:  # whatever it wants, it does not work on numbers of the host
+            return
+        if math.isfinite(one) and not math.isclose(other, -2.5 * one, rel_tol=1e-4, abs_tol=1e-30):
+            raise OptionError(
+                "score_mod_vjp: expected a function that is linear in the gradient, "
+                f"got {one} for 1 and {other} for -2.5 at score {score}"
+            )

@@ -13,7 +13,7 @@ from cuda_backend.attention.lists_hopper import ROWS, resized
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_flexible_hopper import Lists, enqueue, make_flexible_plan, make_lists
 from cuda_backend.attention.plan_hopper import MISALIGNED, reasons
-from cuda_backend.attention.remembered import remembered
+from cuda_backend.attention.remembered import knowable, remembered
 from cuda_backend.attention.tile_states import known_block_mask
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.context import current_device
@@ -54,8 +54,7 @@ def flexible_attention_hopper(
     arrays, aux : tuple
         Arrays of the functions on the GPU, and as the caller gave them.
     blocks : BlockMask, optional
-        States of tiles that are known already.  Sizes that are multiples or divisors of 64 queries and of the
-        kernel's 128 keys (80 if a head is wider than 128).
+        States of tiles, of any size, that are known already.
     scale, return_lse
         As for `refimpl.attention.flexible_attention`.
     stream : int
@@ -76,7 +75,8 @@ def flexible_attention_hopper(
     Notes
     -----
     Lists of key tiles are made once for each mask, while the arrays that it reads stay as they are, and for
-    each block mask.  Not yet run on a device.
+    each block mask, and so are the bits of what a mask allows in partial tiles, if they fit
+    `mask_words.MOST_BYTES`; beyond that the kernel asks the mask for each score.
 
     References
     ----------
@@ -97,8 +97,12 @@ def flexible_attention_hopper(
             raise UnsupportedError(f"{CALLER}: {'; '.join(found)}")
         layouts = aligned[0].layout, aligned[1].layout, aligned[2].layout
         lists = _lists(layouts, mods, arrays, aux, blocks, stream)
-        on = stream, device
-        plan = make_flexible_plan(*layouts, scale, mods, lists.tiles, lists.work_items, *on)
+        if lists.words is not None:  # one kernel for all masks
+            mods = mods._replace(mask=None)
+        if not any(mod is not None and mod.takes_aux for mod in (mods.mask, mods.score)):
+            mods, arrays = mods._replace(aux=()), ()
+        which = lists.tiles, lists.words is not None, lists.work_items
+        plan = make_flexible_plan(*layouts, scale, mods, *which, stream, device)
         out, out_result = empty(plan.out_shape, plan.dtype, q, stream)
         lse, lse_result = empty(plan.lse_shape, "float32", q, stream) if return_lse else (None, None)
         addresses = aligned[0].address, aligned[1].address, aligned[2].address
@@ -127,9 +131,13 @@ def _lists(
             return resized(blocks, (ROWS, keys))
         if mask is None:
             return np.full((1, 1, -(-Tq // ROWS), -(-Tk // keys)), FULL, np.uint8)
-        return known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), (ROWS, keys), stream).states
+        # Asked once: tiles of 128 keys are made of those of 64.
+        sizes = (ROWS, 64 if keys % 64 == 0 else keys)
+        return resized(known_block_mask(mods, arrays, aux, (B, Hq, Tq, Tk), sizes, stream), (ROWS, keys))
 
-    read = aux if blocks is None and mask is not None and mask.takes_aux else ()
-    question = "lists", q, v, None if blocks is not None else mask, blocks, stream
-    found: Lists = remembered(question, read, lambda: make_lists(q, v, states, stream))
+    read = aux if mask is not None and mask.takes_aux else ()
+    if blocks is not None and not knowable(read):  # with lists that are, the mask is asked in the kernel
+        mods, read = Mods(), ()
+    question = "lists", q, v, mods.mask, mods.aux if read else (), blocks, stream
+    found: Lists = remembered(question, read, lambda: make_lists(q, v, states, stream, mods, arrays))
     return found

@@ -10,7 +10,8 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.finish_hopper import build_finish
-from cuda_backend.attention.lists_hopper import STATE_BITS
+from cuda_backend.attention.lists_hopper import STEP_BYTES
+from cuda_backend.attention.mask_words import WORD_BYTES
 from cuda_backend.attention.modifiers_hopper import build_modifiers
 from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
@@ -24,10 +25,10 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 
 
 def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
-    """Return ``consume(base, thread, out, lse, scale, factor, aux, problem)``, for a whole warpgroup.
+    """Return ``consume(base, thread, out, lse, masks, scale, factor, aux, problem)``, for a whole warpgroup.
 
-    `scale` is that of the scores, for the user's function; `factor` is what the softmax multiplies them by:
-    log2(e), times the scale if there is no such function.
+    `masks` is the address of `mask_words`; `scale` is that of the scores, for the user's function; `factor`
+    is what the softmax multiplies them by: log2(e), times the scale if there is no such function.
     """
     tiles, work_slot, step_slot = variant.tiles, variant.work_slot, variant.step_slot
     block_m, block_n, masked, modified = (
@@ -40,7 +41,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
     next_stage, next_q_stage = ring(tiles.stages), ring(tiles.q_stages)
-    modify, mask = build_modifiers(variant)
+    (modify, mask), words = build_modifiers(variant), variant.words
     _, softmax_row, pack_scores = build_softmax(tiles)
     (rescale, _, _), finish = build_output(tiles), build_finish(tiles)
     pin_scores = registers.pin(s_count)
@@ -52,24 +53,40 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     output_done = wgmma.wait(0, o_count)
 
     @device_function
+    def look(base: Any, stage: Any, numbers: Any) -> Any:
+        """Return the key tile of a step, and what this warpgroup, and thread, may see of it."""
+        _, _, group_index, masks = numbers
+        slot = base + step_slot + STEP_BYTES * stage
+        step, seen = registers.uniform(copy.load_shared_word(slot)), int32(0)
+        bits = cuda.local.array(2, uint32)
+        if masked:
+            seen = registers.uniform(copy.load_shared_word(slot + 4 + 4 * group_index))
+        if words:
+            at = masks + uint64(128 * WORD_BYTES) * uint64(max(seen, int32(0)))
+            copy.load_8(bits, int32(0), at)
+        return step, seen, bits[0], bits[1]
+
+    @device_function
     def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
         """Turn products of a step into weights; return maxima, sums and factors of what was before."""
-        scale, factor, group_index = numbers
+        scale, factor, _, _ = numbers
         b, h, row, last, column, tk, aux = place
         max_low, sum_low, max_high, sum_high = old
-        where = b, h, row, last, int32((step >> STATE_BITS) * block_n + column), tk, aux
+        tile, seen, low, high = step
+        where = b, h, row, last, int32(tile * block_n + column), tk, aux
         if modified:
             modify(s, scale, where)
-        if masked and (step >> group_index) & 1 != 0:
-            mask(s, where)
+        if masked and seen >= 0:
+            mask(s, low, high, where)
         max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
         max_high, sum_high, factor_high = softmax_row(s, int32(2), factor, max_high, sum_high)
         return (max_low, sum_low, max_high, sum_high), factor_low, factor_high
 
     @device_function
     def consume(
-        base: Any, thread: Any, out: Any, lse: Any, scale: Any, factor: Any, aux: Any, problem: Any
-    ) -> None:
+        base: Any, thread: Any, out: Any, lse: Any, masks: Any, scale: Any, factor: Any, aux: Any,
+        problem: Any,
+    ) -> None:  # fmt: skip
         _, heads, _, tq, tk, columns = problem
         s = cuda.local.array(s_count, float32)
         o = cuda.local.array(o_count, float32)
@@ -77,7 +94,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         lane = int32(thread & 31)
         quad_lane = int32(lane & 3)
         group_index = registers.uniform(int32(thread >> 7) - 1)
-        numbers = scale, factor, group_index
+        numbers = scale, factor, group_index, masks + uint64(WORD_BYTES) * uint64(thread & 127)
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
@@ -102,7 +119,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                 wgmma.fence()
                 qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
-                step = registers.uniform(copy.load_shared_word(base + step_slot + 4 * stage))
+                step = look(base, stage, numbers)
                 scores_done(s)
                 barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                 rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)
@@ -118,7 +135,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                     wgmma.commit()
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
-                    step = registers.uniform(copy.load_shared_word(base + step_slot + 4 * stage))
+                    step = look(base, stage, numbers)
                     scores_first_done(s)
                     barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                     rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)

@@ -70,7 +70,7 @@ def flexible_attention(
     -----
     A kernel is compiled once for functions that compute the same, and the states of tiles are computed once
     for each mask and what it reads, on the device (`cuda_backend.attention.tile_states`).  Tiles of a
-    `block_mask` that the kernel's do not divide cut the kernel's.  Not yet run on a device.
+    `block_mask` that the kernel's do not divide cut the kernel's.
 
     References
     ----------
@@ -121,6 +121,8 @@ def flexible_attention_vjp(
     scale: float | None = None,
     block_sizes: tuple[int, int] | None = None,
     stream: Any = None,
+    tier: Tier = "portable",
+    deterministic: bool = False,
 ) -> AttentionGradients:
     """Return the gradients of `flexible_attention` from what it returned, tile by tile.
 
@@ -130,11 +132,15 @@ def flexible_attention_vjp(
         As for `cuda_backend.flash_attention_vjp`.
     mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale, block_sizes, stream
         Those of the forward call; `score_mod_vjp` is needed if there is a `score_mod`.
+    tier
+        As for `flexible_attention`.  The Hopper kernels want a `score_mod_vjp` linear in the gradient.
+    deterministic : bool
+        Whether dq repeats bit for bit with the Hopper kernels, too.
 
     Returns
     -------
     AttentionGradients
-        dq, dk and dv, repeating bit for bit.
+        dq, dk and dv, repeating bit for bit; of the Hopper kernels, dq only if it is asked for.
 
     Raises
     ------
@@ -142,10 +148,6 @@ def flexible_attention_vjp(
         If there is a `score_mod` without its gradient, or a function does not compile.
     ShapeError, DTypeError, CapacityError, UnsupportedError, BackendUnavailableError
         As `cuda_backend.flash_attention_vjp`.
-
-    Notes
-    -----
-    Not yet run on a device.
 
     Examples
     --------
@@ -163,6 +165,15 @@ def flexible_attention_vjp(
         raise OptionError("score_mod_vjp: needed for gradients through score_mod")
     on = stream_of(q, stream)
     arrays, mods = _mods(call, mask_mod, score_mod, score_mod_vjp, block_mask, aux, on)
+    if chosen_tier(tier, q) == "hopper":
+        from cuda_backend.attention.call_flexible_backward_hopper import flexible_attention_vjp_hopper
+
+        if block_sizes is not None:
+            raise UnsupportedError("flexible_attention_vjp_hopper: the kernel has no block_sizes")
+        given: dict[str, Any] = {"arrays": arrays, "aux": aux, "blocks": block_mask, "scale": scale}
+        return flexible_attention_vjp_hopper(
+            q, k, v, o, lse, do, mods=mods, deterministic=deterministic, stream=on, **given
+        )
     wanted, optional = features(call, on, lse=False)
     wanted = wanted._replace(mods=mods)
     sizes = _tile_sizes(block_mask, backward_variant(call, wanted, block_sizes, None), block_sizes)

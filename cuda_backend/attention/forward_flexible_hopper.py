@@ -31,7 +31,7 @@ def signature(variant: FlexibleVariant) -> Any:
     return types.void(
         parameters.block(3 * DESCRIPTOR_BYTES),  # of Q, K, V
         *[uint64] * 3,  # out; lse, or 0; the counter, two words that are 0 before and after
-        *[uint64] * 2,  # the lists: work, steps
+        *[uint64] * 3,  # the lists: work, steps, words of masks
         *[float32] * 2,  # scale, factor of the softmax
         *[int32] * 6,  # tiles, Hq, Hq / Hkv, Tq, Tk, Dv
         aux_signature(variant.mods),
@@ -56,6 +56,7 @@ def build(variant: FlexibleVariant) -> Callable[..., None]:
         counter: Any,
         work: Any,
         steps: Any,
+        masks: Any,
         scale: Any,
         factor: Any,
         count: Any,
@@ -82,6 +83,6 @@ def build(variant: FlexibleVariant) -> Callable[..., None]:
         else:
             take_registers()
             # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.
-            consume(base, thread, out, lse, scale, factor, aux, problem)
+            consume(base, thread, out, lse, masks, scale, factor, aux, problem)
 
     return flexible_forward

@@ -31,12 +31,12 @@ rolled = instruction(
 
 
 def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return ``modify(s, scale, where)`` and ``mask(s, where)`` for a tile of scores, device functions.
+    """Return ``modify(s, scale, where)`` and ``mask(s, low, high, where)`` for a tile of scores.
 
     `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
     are, and `aux`.
     ``modify`` makes products into scores; ``mask`` makes scores -inf that the mask forbids, or that are those
-    of no key.
+    of no key: it asks, unless the variant has the answers as bits `low` and `high` (`mask_words`).
     """
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
@@ -47,12 +47,15 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
         b, h, row, last, first, tk, aux = where
         i_low, i_high = min(row, last), min(int32(row + 8), last)
+        x_low, x_high = float32(i_low), float32(i_high)
         for e in range(2):
             j = int32(first + 8 * i + e)
+            y = float32(float32(first) + float32(8 * i + e))
             if ragged:
                 j = min(j, int32(tk - 1))
-            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, aux)
-            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, aux)
+                y = min(y, float32(tk - 1))
+            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, x_low, y, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, x_high, y, aux)
 
     modify_all = _repeated(modify_four, count // 4)
 
@@ -61,7 +64,15 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
         modify_all(int32(0), s, scale, where)
 
     @device_function
-    def mask(s: Any, where: Any) -> None:
+    def pick(s: Any, low: Any, high: Any, _where: Any) -> None:
+        for i in range(count // 4):
+            for e in range(2):
+                bit, none = uint32(1 << (2 * i + e)), float32(NO_KEY)
+                s[4 * i + e] = registers.select_float(int32(low & bit), s[4 * i + e], none)
+                s[4 * i + 2 + e] = registers.select_float(int32(high & bit), s[4 * i + 2 + e], none)
+
+    @device_function
+    def mask(s: Any, _low: Any, _high: Any, where: Any) -> None:
         b, h, row, last, first, tk, aux = where
         # What the user's function makes of these is not kept from one tile to the next.
         b, h, row = registers.fresh(b), registers.fresh(h), registers.fresh(row)
@@ -88,11 +99,7 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
             at = columns * step
             low, high = uint32(low | some_low << at), uint32(high | some_high << at)
             step = registers.successor(step)
-        for i in range(count // 4):
-            for e in range(2):
-                bit, none = uint32(1 << (2 * i + e)), float32(NO_KEY)
-                s[4 * i + e] = registers.select_float(int32(low & bit), s[4 * i + e], none)
-                s[4 * i + 2 + e] = registers.select_float(int32(high & bit), s[4 * i + 2 + e], none)
+        pick(s, low, high, where)
 
     @device_function
     def mask_four(i: Any, s: Any, _scale: Any, where: Any) -> None:
@@ -114,9 +121,11 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     mask_all = _repeated(mask_four, count // 4)
 
     @device_function
-    def mask_at_once(s: Any, where: Any) -> None:
+    def mask_at_once(s: Any, _low: Any, _high: Any, where: Any) -> None:
         mask_all(int32(0), s, float32(0.0), where)
 
+    if variant.words:
+        return modify, pick
     short = not masked or is_short(mods.mask, mods.aux)
     return modify, mask_at_once if short else mask
 

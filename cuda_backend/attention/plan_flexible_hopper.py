@@ -18,6 +18,7 @@ from cuda_backend.arrays import ITEMSIZE, Layout, View, laid_out, view
 from cuda_backend.attention.counters import TileCounters, tile_counters
 from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
 from cuda_backend.attention.lists_hopper import key_lists, live_tiles
+from cuda_backend.attention.mask_words import MOST_BYTES, bytes_of, mask_words
 from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, early_config, section_of
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
@@ -31,7 +32,7 @@ __all__ = ["FlexiblePlan", "Lists", "enqueue", "make_flexible_plan", "make_lists
 
 # forward_flexible_hopper.signature: the descriptors, addresses, numbers, then arrays as Numba takes them.
 MAPS_BYTES = 3 * DESCRIPTOR_BYTES
-ADDRESSES, SETTLED = struct.Struct("5Q"), struct.Struct("2f6i")
+ADDRESSES, SETTLED = struct.Struct("6Q"), struct.Struct("2f6i")
 ARRAY_WORDS = 5  # of an array, before its shape and strides
 
 
@@ -46,12 +47,15 @@ class Lists(NamedTuple):
         Tiles of query rows.
     work, steps
         As `lists_hopper.KeyLists` has them.
+    words : View, optional
+        What may be seen of partial tiles, `mask_words`; without it the kernel asks the mask.
     """
 
     tiles: Variant
     work_items: int
     work: View
     steps: View
+    words: View | None = None
 
 
 class FlexiblePlan(NamedTuple):
@@ -73,7 +77,14 @@ class FlexiblePlan(NamedTuple):
     lock: Any
 
 
-def make_lists(q: Layout, v: Layout, states: Callable[[int], Array], stream: int) -> Lists:
+def make_lists(
+    q: Layout,
+    v: Layout,
+    states: Callable[[int], Array],
+    stream: int,
+    mods: Mods = Mods(),  # noqa: B008
+    arrays: tuple[View, ...] = (),
+) -> Lists:
     """Return the lists of a call, for the tiles that take least time, on the GPU.
 
     Parameters
@@ -84,6 +95,8 @@ def make_lists(q: Layout, v: Layout, states: Callable[[int], Array], stream: int
         From the keys of a tile to the states of tiles of 64 rows, as `lists_hopper.key_lists` takes them.
     stream : int
         Where they are copied; they are there when this returns.
+    mods, arrays
+        Whose mask is asked for what may be seen of partial tiles.
     """
     queries, values = laid_out("q", q), laid_out("v", v)
     B, _, Hq, D = queries.shape
@@ -105,8 +118,12 @@ def make_lists(q: Layout, v: Layout, states: Callable[[int], Array], stream: int
     ragged = Tk % tiles.block_n != 0
     found = key_lists(states(tiles.block_n), tiles.consumers, B, Hq, section, ragged=ragged)
     work, steps = view("work", found.work, stream), view("steps", found.steps, stream)
+    words = None
+    if mods.mask is not None and bytes_of(len(found.partial)) <= MOST_BYTES:
+        partial = view("partial", found.partial, stream)
+        words = mask_words(mods, arrays, partial, (queries.shape[1], Tk), tiles.block_n, stream)
     checked(driver.cuStreamSynchronize(stream))  # they are kept, and may be used on another stream
-    return Lists(tiles, len(found.work), work, steps)
+    return Lists(tiles, len(found.work), work, steps, words)
 
 
 def enqueue(
@@ -125,7 +142,8 @@ def enqueue(
     with plan.lock:
         plan.encode(addresses)
         at = plan.start + MAPS_BYTES
-        places = out, lse, plan.counters.address(), lists.work.address, lists.steps.address
+        words_at = 0 if lists.words is None else lists.words.address
+        places = out, lse, plan.counters.address(), lists.work.address, lists.steps.address, words_at
         ADDRESSES.pack_into(plan.arguments, at, *places)
         struct.pack_into(f"{len(words)}q", plan.arguments, at + ADDRESSES.size + SETTLED.size, *words)
         # The driver has copied the arguments when this returns.
@@ -140,6 +158,7 @@ def make_flexible_plan(
     scale: float | None,
     mods: Mods,
     tiles: Variant,
+    words: bool,
     count: int,
     stream: int,
     device: int,
@@ -149,7 +168,7 @@ def make_flexible_plan(
     dtype = views[0].dtype
     batch, tq, heads, width = views[0].shape
     _, tk, kv_heads, value_width = views[2].shape
-    variant = FlexibleVariant(tiles, mods, ragged=tk % tiles.block_n != 0)
+    variant = FlexibleVariant(tiles, mods, tk % tiles.block_n != 0, words)
     sizes = [8 * (ARRAY_WORDS + 2 * ndim) for _, ndim in mods.aux or (("float32", 1),)]
     settled = MAPS_BYTES + ADDRESSES.size
     size = settled + SETTLED.size + sum(sizes)
@@ -188,7 +207,7 @@ def _function(variant: FlexibleVariant, device: int) -> Any:
     mods = variant.mods
     keys = [None if mod is None else mod.key for mod in (mods.mask, mods.score)]
     with blamed(mods):
-        name: tuple[object, ...] = (variant.tiles, variant.ragged, mods.aux, *keys)
+        name: tuple[object, ...] = (variant.tiles, variant.ragged, variant.words, mods.aux, *keys)
         if " object at 0x" in repr(keys):
             name = *name, uuid4()  # a function reads what has no name that another process would know
         function = load("attention_flexible_hopper", name, device, make)

@@ -1,7 +1,7 @@
 """What the producer thread of a Hopper block does with lists of key tiles: follow them, and stream.
 
-It hands on what the lists say through shared memory: the words of a tile of query rows with its Q, the word
-of a key tile with its K, both under the barrier that says that the tile has arrived.
+It hands on what the lists say through shared memory: the words of a tile of query rows with its Q, a step
+with the K of its key tile, both under the barrier that says that the tile has arrived.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.lists_hopper import STATE_BITS
+from cuda_backend.attention.lists_hopper import STEP_BYTES
 from cuda_backend.attention.producer_hopper import NO_TILE
 from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
-from cuda_backend.ptx import barrier, copy, grid, registers, tma
+from cuda_backend.ptx import barrier, bulk, copy, grid, registers, tma
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_flexible_producer", "build_start"]
@@ -71,7 +71,7 @@ def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
         while tile < count:
             copy.load_16(words, int32(0), work + uint64(16) * uint64(tile))
             row_block, head, left = int32(words[0]), int32(words[1]), int32(words[3])
-            at = steps + uint64(4) * uint64(words[2])
+            at = steps + uint64(STEP_BYTES) * uint64(words[2])
             step = copy.load_word(at)
             batch = registers.quotient(head, heads)
             q_head = int32(head - batch * heads)
@@ -93,13 +93,12 @@ def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
             while left > 0:
                 if left == 1:
                     drawn = copy.fetch_add(counter, 1)
-                row = (step >> STATE_BITS) * block_n
-                at += uint64(4)
-                following = copy.load_word(at)  # the lists end with a word that is none
+                row = step * block_n
+                following = copy.load_word(at + uint64(STEP_BYTES))  # the lists end with a step that is none
                 full = base + k_full + 8 * stage
                 barrier.wait(base + k_empty + 8 * stage, parity)
-                copy.store_shared_word(base + step_slot + 4 * stage, step)
-                barrier.expect_bytes(full, k_bytes)
+                barrier.expect_bytes(full, k_bytes + STEP_BYTES)
+                bulk.load(base + step_slot + STEP_BYTES * stage, at, STEP_BYTES, full)
                 target = base + k_tiles + stage * k_bytes
                 for c in range(k_subtiles):
                     tma.load_4d(target + c * (128 * block_n), k_map, full, c * SUBTILE, row, kv_head, batch)
@@ -111,6 +110,7 @@ def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
                     tma.load_4d(target + c * (128 * block_n), v_map, full, c * SUBTILE, row, kv_head, batch)
                 stage, parity = next_stage(stage, parity)
                 step = following
+                at += uint64(STEP_BYTES)
                 left = int32(left - 1)
             q_stage, q_parity = next_q_stage(q_stage, q_parity)
             tile = int32(drawn + blocks)

@@ -21,7 +21,7 @@ from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import is_host, library_of
 from cuda_backend.context import current_device
 
-__all__ = ["KEPT", "remembered"]
+__all__ = ["KEPT", "knowable", "remembered"]
 
 KEPT = 256  # answers; a mask has a few: states of tiles, there and on the host, and lists of them
 
@@ -55,6 +55,15 @@ def remembered(question: tuple[Any, ...], arrays: tuple[Any, ...], make: Callabl
         while len(_answers) > KEPT:
             _answers.popitem(last=False)
     return answer
+
+
+def knowable(arrays: tuple[Any, ...]) -> bool:
+    """Return whether these arrays can be known again.
+
+    >>> knowable((np.ones(3),))
+    True
+    """
+    return all(is_host(x) or (library_of(x) == "torch" and not x.is_inference()) for x in arrays)
 
 
 def _array_key(array: Any) -> Any:

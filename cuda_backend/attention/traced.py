@@ -67,9 +67,15 @@ def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
 
 
 def traced_score(mod: Mod | None, arrays: Arrays) -> Any:
-    """Return ``f(score, b, h, i, j, aux)`` for kernels, as `score_on_device` does."""
+    """Return ``f(score, b, h, i, j, x, y, aux)`` for kernels, as `score_on_device`; x, y: i, j in float.
+
+    Turning an integer into a float costs as much as several products do, adding to a float does not.
+    """
     source = None if mod is None or SIMULATOR else source_of(mod, arrays, "float")
-    return score_on_device(mod) if source is None else _compiled(source)
+    if source is not None:
+        return _compiled(source)
+    given = score_on_device(mod)
+    return device_function(lambda score, b, h, i, j, _x, _y, aux: given(score, b, h, i, j, aux))
 
 
 def is_short(mod: Mod | None, arrays: Arrays) -> bool:
@@ -111,7 +117,8 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         return t4
     """
     leading = ("score",) if result == "float" else ()
-    lines = [f"def traced({', '.join((*leading, *NAMES))}, aux):"]
+    floats = {"i": "x", "j": "y"} if leading else {}
+    lines = [f"def traced({', '.join((*leading, *NAMES, *floats.values()))}, aux):"]
     left = PATHS
 
     def follow(decisions: tuple[bool, ...], indent: str) -> None:
@@ -121,6 +128,7 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         if left < 0:
             raise UntraceableError("too many paths")
         trace = Trace(decisions)
+        trace.floats |= floats
         given: list[Any] = [Value(trace, name, "float") for name in leading]
         given += [Value(trace, name, "int", 0, LONGEST) for name in NAMES]
         if mod.takes_aux:

@@ -38,6 +38,7 @@ class Trace:
 
     def __init__(self, decisions: tuple[bool, ...]) -> None:
         self.decisions, self.asked, self.lines = decisions, 0, [""]
+        self.floats: dict[str, str] = {}  # integers that there are in float32, too, exactly: their codes
         self.fresh = 0  # lines that belong before the last decision
 
     def named(self, code: str, kind: str, low: int = 0, high: int = 0) -> Value:
@@ -102,6 +103,8 @@ class Value:
         number = self.as_int()
         if max(abs(number.low), abs(number.high)) > LONGEST:
             raise UntraceableError("an integer that float32 cannot hold")
+        if number.code in self.trace.floats:
+            return self.trace.named(self.trace.floats[number.code], "float")
         return self.trace.named(f"float32({number.code})", "float")
 
     def index(self) -> str:
@@ -120,7 +123,10 @@ class Value:
         number = self.as_int()
         ends = abs(number.low), abs(number.high)
         least = 0 if number.low <= 0 <= number.high else min(ends)
-        return self.trace.integer(f"abs({number.code})", least, max(ends))
+        made = self.trace.integer(f"abs({number.code})", least, max(ends))
+        if number.code in self.trace.floats:
+            self.trace.floats[made.code] = f"float32(abs({self.trace.floats[number.code]}))"
+        return made
 
     def __neg__(self) -> Value:
         return _arithmetic("-", lambda a, b: a - b)(self.trace.of(0), self)
@@ -171,7 +177,10 @@ def _arithmetic(sign: str, reach: Callable[..., int]) -> Callable[[Value, Value]
             return x.trace.named(f"float32({x.as_float().code} {sign} {y.as_float().code})", "float")
         x, y = x.as_int(), y.as_int()
         ends = [reach(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
-        return x.trace.integer(f"{x.code} {sign} {y.code}", min(ends), max(ends))
+        made, known = x.trace.integer(f"{x.code} {sign} {y.code}", min(ends), max(ends)), x.trace.floats
+        if sign in "+-" and x.code in known and y.code in known and max(map(abs, ends)) <= LONGEST:
+            known[made.code] = f"float32({known[x.code]} {sign} {known[y.code]})"
+        return made
 
     return apply
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -30,6 +31,7 @@ from cuda_backend.attention import (
     plan_backward_hopper,
     plan_hopper,
     producer_backward_hopper,
+    remembered,
     schedule_backward_hopper,
     schedule_hopper,
     values_wide_backward_hopper,
@@ -185,7 +187,7 @@ def played(
         for module in (call_backward_hopper, call_flexible_backward_hopper):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
-    call_flexible_backward_hopper._kept.cache_clear()
+    monkeypatch.setattr(remembered, "_answers", OrderedDict())
     plan_backward_hopper.make_backward_plan.cache_clear()
     return launched
 

@@ -110,7 +110,7 @@ def our_blocks(form: Form) -> BlockMask | None:
     """Return the states for our lists."""
     if form.mask is None:
         return None
-    return BlockMask(states_of(form, 64, 128).cpu().numpy(), (64, 128), (form.N, form.N))
+    return BlockMask(states_of(form, 64, 64).cpu().numpy(), (64, 64), (form.N, form.N))
 
 
 def their_blocks(form: Form) -> Any:

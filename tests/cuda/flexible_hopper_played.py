@@ -27,7 +27,7 @@ from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, cand
 from refimpl.attention.block_mask import FULL, block_mask
 from refimpl.attention.user_functions import as_mod
 from tests.cuda.hopper_instructions import install
-from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment
+from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment, memory
 
 MODULES = {
     "consumer": consumer_flexible_hopper,
@@ -52,12 +52,13 @@ def played(
     late: bool = False,
     blocks: int = 2,
     short: bool = False,
+    words: bool = False,
     mutant: Mutant | None = None,
 ) -> tuple[Any, Any]:
     """Return the output and the log-sum-exps that the kernel makes, in float32.
 
     `which` is that of the candidates for tiles; `short` says that the mask stands in the kernel for each
-    score; `mutant` names one of `MODULES`, a part of it, and what
+    score, `words` that what it allows is read; `mutant` names one of `MODULES`, a part of it, and what
     stands there instead.
     """
     (B, Tq, H, D), (_, Tk, kv_heads, Dv) = q.shape, v.shape
@@ -67,12 +68,13 @@ def played(
         None if mask_mod is None else as_mod("mask_mod", mask_mod),
         None if score_mod is None else as_mod("score_mod", score_mod, ("score",)),
     )
-    variant = FlexibleVariant(tiles, given, ragged=Tk % tiles.block_n != 0)
+    variant = FlexibleVariant(tiles, given, ragged=Tk % tiles.block_n != 0, words=words)
     states = np.full((1, 1, -(-Tq // ROWS), -(-Tk // tiles.block_n)), FULL, np.uint8)
     if mask_mod is not None:
         states = block_mask(mask_mod, B, H, Tq, Tk, block_sizes=(ROWS, tiles.block_n), aux=aux).states
-    work, steps = key_lists(states, tiles.consumers, B, H, 1, ragged=variant.ragged)
-    work = aligned(work)
+    work, steps, partial = key_lists(states, tiles.consumers, B, H, 1, ragged=variant.ragged)
+    work, steps = aligned(work), aligned(steps)
+    masks = words_of(given.mask, partial, Tq, Tk, tiles.block_n, aux)
     machine = Machine(late=late)
     blocks = min(blocks, len(work))
     machine.counts = {"blocks": blocks, "meet": tiles.consumers}
@@ -96,7 +98,7 @@ def played(
 
     def consumer(w: int) -> Callable[[], None]:
         thread = np.arange(128, dtype=np.int32) + 128 * (w + 1)
-        return lambda: consume(BASE, thread, None, None, *numbers, aux, problem)
+        return lambda: consume(BASE, thread, None, None, np.uint64(masks.ctypes.data), *numbers, aux, problem)
 
     roles: list[Any] = []
     for number in range(blocks):
@@ -108,6 +110,24 @@ def played(
     machine.run(roles)
     assert not counter.any(), "the counter is 0 for the next launch"
     return out, lse
+
+
+def words_of(mask: Any, partial: Any, Tq: int, Tk: int, block_n: int, aux: tuple[Any, ...]) -> Any:
+    """Return what `mask_words` does."""
+    row, column = fragment(block_n)  # [accumulator, thread]
+    found = np.zeros((len(partial), 128, 2), np.uint32)
+    for number, (b, h, rows, tile) in enumerate(partial.tolist()):
+        if number == 0:
+            continue
+        for place, thread in np.ndindex(row.shape):
+            i, j = (
+                min(64 * rows + int(row[place, thread]), Tq - 1),
+                block_n * tile + int(column[place, thread]),
+            )
+            if j < Tk and (mask is None or mask.call((), (b, h, i, j), aux)):
+                bit = 2 * (place // 4) + place % 2
+                found[number, thread, place % 4 // 2] |= np.uint32(1 << bit)
+    return found
 
 
 def aligned(array: Any) -> Any:
@@ -182,6 +202,10 @@ def stand_in(
 
         def asked(*given: Any) -> Any:
             aux = given[-1]
+            if leading:
+                x, y, given = given[5], given[6], (*given[:5], aux)
+                assert np.all(x == given[3])
+                assert np.all(y == given[4])
             lanes = np.broadcast_arrays(*given[:-1], np.zeros(128))[:-1]
             kinds = [float] * leading + [int] * 4
             values = [
@@ -194,7 +218,11 @@ def stand_in(
 
         return asked
 
+    def load_8(array: Any, _first: Any, address: Any) -> None:
+        array[:2] = np.stack([memory(int(place), 8).view(array.dtype) for place in address], 1)
+
     consumer, modifiers = modules["consumer"], modules["modifiers"]
+    vars(consumer)["copy"].load_8 = load_8
     replaced = {
         "build_softmax": lambda _: (None, softmax_row, pack_scores),
         "build_output": lambda _: (rescale, None, None),

@@ -2,8 +2,9 @@
 
 Arguments choose widths and forms: ``64 128 sliding BigBird``.  Each of ours is checked, with outputs full of
 NaN before it, against PyTorch in float64 on rows drawn at random: at most twice FlexAttention's error.  Then
-both are timed in turn as `hopper_table` does.  "of dense" is the rate on live tiles as a share of that of the
-dense Hopper kernel, full attention over 8192 tokens.  It stops by itself after `SECONDS`.
+all are timed in turn as `hopper_table` does.  "of dense" is the rate on live tiles as a share of that of the
+dense Hopper kernel, full attention over 8192 tokens: tiles of 128 x 128, or 192 x 128, that are not dead.
+With ``--all`` the call is timed in several ways, `WAYS`.  It stops by itself after `SECONDS`.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cuda_backend.arrays import poisoned_outputs, view
+from cuda_backend.attention import mask_words, plan_flexible_hopper, remembered
 from cuda_backend.attention.call_flexible_hopper import flexible_attention_hopper
 from cuda_backend.attention.lists_hopper import live_tiles, resized
-from cuda_backend.attention.plan_flexible_hopper import make_lists
 from cuda_backend.attention.user_device import Mods
+from cuda_backend.attention.variant_flexible_hopper import candidates
 from refimpl.attention.user_functions import as_mod
 from tests.cuda.flexible_hopper_forms import Form, forms, our_blocks, their_blocks
 from tests.cuda.hopper_table import EXPECTED_RATE, GRAPH_S, MOST_CALLS, seconds
@@ -33,6 +37,50 @@ from tests.cuda.hopper_table import EXPECTED_RATE, GRAPH_S, MOST_CALLS, seconds
 SECONDS, PREPARED = 85.0, 45.0
 ROWS = 24  # of a head, compared with float64
 NOISE = 2e-4  # of outputs: where FlexAttention happens to be exact
+
+# Which tiles a call may use, and how many bytes of masks are kept: "asked" asks the mask for every score.
+Way = tuple[Callable[[int], bool], int]
+WAYS: dict[str, Way] = {
+    "ours": (lambda keys: True, mask_words.MOST_BYTES),
+    "asked": (lambda keys: keys > 64, 0),
+    "words": (lambda keys: keys > 64, mask_words.MOST_BYTES),
+    "64 keys": (lambda keys: keys <= 64, mask_words.MOST_BYTES),
+}
+
+
+def in_way(way: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a call that is made in one of `WAYS`, with a memory of its own."""
+    fits, most = WAYS[way]
+    answers: OrderedDict[Any, Any] = OrderedDict()
+    chosen: Any = lambda kind, D, Dv: [  # noqa: E731
+        entry for entry in candidates(kind, D, Dv) if fits(entry[0].block_n)
+    ]
+
+    def made() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(remembered, "_answers", answers)
+            patch.setattr(plan_flexible_hopper, "candidates", chosen)
+            patch.setattr(plan_flexible_hopper, "MOST_BYTES", most)
+            return call()
+
+    return made
+
+
+def tiles_of(form: Form, D: int) -> tuple[int, int]:
+    """Return the tiles whose scores count as work: of the dense kernel, whichever leave fewer scores."""
+    if form.mask is None:
+        return 128, 128
+    sizes = ((128, 128), (192, 128)) if D <= 64 else ((128, 128),)
+    return min(sizes, key=lambda size: live_scores(form, size))
+
+
+def live_scores(form: Form, sizes: tuple[int, int]) -> float:
+    """Return how many scores tiles have that are not dead."""
+    blocks = our_blocks(form)
+    if blocks is None:
+        return float(form.B * form.H) * form.N * form.N
+    live = live_tiles(resized(blocks, (64, sizes[1])), sizes[0] // 64)
+    return float(np.broadcast_to(live, (form.B, form.H, *live.shape[2:])).sum()) * sizes[0] * sizes[1]
 
 
 def call_of(form: Form, q: Any, k: Any, v: Any, blocks: Any, stream: int) -> Any:
@@ -79,76 +127,75 @@ def dense_rate(D: int, stream: Any) -> float:
     return 4 * 2 * 16 * 8192**2 * D / found["dense"]
 
 
-def row(form: Form, D: int, compiled: Any, dense: float, stream: Any) -> float:
-    """Check and time one form; print a line; return FlexAttention's time over ours."""
+def row(form: Form, D: int, compiled: Any, dense: float, stream: Any, ways: Sequence[str]) -> float:
+    """Check and time one form; print a line for each way; return FlexAttention's time over ours."""
     import torch
 
     q, k, v = (torch.randn(form.B, form.N, form.H, D, device="cuda", dtype=torch.float16) for _ in range(3))
     turned = [x.transpose(1, 2) for x in (q, k, v)]
     blocks, rivals = our_blocks(form), their_blocks(form)
     own = call_of(form, q, k, v, blocks, stream.cuda_stream)
+    calls = {way: in_way(way, own) for way in ways}
     rival = partial(compiled, *turned, score_mod=form.their_score, block_mask=rivals)
     with torch.cuda.stream(stream):
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        with poisoned_outputs():
-            found = own()
-        torch.cuda.synchronize()
-        middle = time.perf_counter()
         theirs = rival().transpose(1, 2)
-        torch.cuda.synchronize()
-        compiling = middle - start, time.perf_counter() - middle
         rows = torch.randperm(form.N, device="cuda")[:ROWS].sort().values
         rows[0], rows[-1] = 0, form.N - 1
         exact = truth(form, q, k, v, rows)
-        errors = [float((x[:, rows].double() - exact).abs().max()) for x in (found, theirs)]
-        apart = float((found.float() - theirs.float()).abs().max())
-    right = errors[0] <= 2 * errors[1] + NOISE and apart < 0.02 and bool(torch.isfinite(found).all())
-    layouts = view("q", q, 0).layout, view("v", v, 0).layout
-    states: Any = (
-        (lambda keys: np.full((1, 1, form.N // 64, form.N // keys), 2, np.uint8))
-        if blocks is None
-        else (lambda keys: resized(blocks, (64, keys)))
-    )
-    tiles = make_lists(*layouts, states, stream.cuda_stream).tiles
-    live = live_tiles(states(tiles.block_n), tiles.consumers)
-    scores = (
-        float(np.broadcast_to(live, (form.B, form.H, *live.shape[2:])).sum()) * tiles.block_m * tiles.block_n
-    )
+        limit = 2 * float((theirs[:, rows].double() - exact).abs().max()) + NOISE
+        wrong, errors = set(), {}
+        for way, call in calls.items():
+            with poisoned_outputs():
+                found = call()
+            torch.cuda.synchronize()
+            errors[way] = float((found[:, rows].double() - exact).abs().max())
+            apart = float((found.float() - theirs.float()).abs().max())
+            if not (errors[way] <= limit and apart < 0.02 and bool(torch.isfinite(found).all())):
+                wrong.add(way)
+    sizes = tiles_of(form, D)
+    scores = live_scores(form, sizes)
     work = 4 * D * scores
-    calls = max(2, min(MOST_CALLS, int(GRAPH_S * EXPECTED_RATE / work)))
-    times = seconds({"FlexAttention": rival, "ours": own}, calls, stream)
-    ratio, share = times["FlexAttention"] / times["ours"], work / times["ours"] / dense
+    count = max(2, min(MOST_CALLS, int(GRAPH_S * EXPECTED_RATE / work)))
+    times = seconds({"FlexAttention": rival, **calls}, count, stream)
+    density = scores / (form.B * form.H * form.N**2)
     sys.stdout.write(
-        f"{form.name} B={form.B} H={form.H} N={form.N} D={D} tiles {tiles.block_m}x{tiles.block_n} "
-        f"live {live.mean():.3f}: ours {1e3 * times['ours']:.3f} ms  FlexAttention "
-        f"{1e3 * times['FlexAttention']:.3f} ms  ratio {ratio:.2f}  "
-        f"{1e-12 * work / times['ours']:.0f} TFLOP/s, {share:.2f} of dense  "
-        f"errors {errors[0]:.1e} {errors[1]:.1e} apart {apart:.1e} "
-        f"{'ok' if right else 'WRONG'}  (first calls {compiling[0]:.1f} s {compiling[1]:.1f} s)\n"
+        f"{form.name} B={form.B} H={form.H} N={form.N} D={D} tiles {sizes[0]}x{sizes[1]} live {density:.3f}: "
+        f"FlexAttention {1e3 * times['FlexAttention']:.3f} ms\n"
     )
+    for way in ways:
+        taken = times[way]
+        sys.stdout.write(
+            f"  {way}: {1e3 * taken:.3f} ms  ratio {times['FlexAttention'] / taken:.2f}  "
+            f"{1e-12 * work / taken:.0f} TFLOP/s, {work / taken / dense:.2f} of dense  "
+            f"error {errors[way]:.1e} of {limit:.1e} {'WRONG' if way in wrong else 'ok'}\n"
+        )
     sys.stdout.flush()
-    return ratio if right else math.nan
+    return math.nan if "ours" in wrong else times["FlexAttention"] / times["ours"]
 
 
-def prepare(form: Form, D: int, compiled: Any, stream: Any) -> None:
-    """Call both once, so that the disk has their kernels."""
+def prepare(form: Form, D: int, compiled: Any, stream: Any, ways: Sequence[str]) -> None:
+    """Call ours in some ways, or without any the rival, once, so that the disk has the kernels."""
     import torch
 
     q, k, v = (torch.randn(form.B, form.N, form.H, D, device="cuda", dtype=torch.float16) for _ in range(3))
     with torch.cuda.stream(stream):
-        call_of(form, q, k, v, our_blocks(form), stream.cuda_stream)()
-        turned = [x.transpose(1, 2) for x in (q, k, v)]
-        compiled(*turned, score_mod=form.their_score, block_mask=their_blocks(form))
+        own = call_of(form, q, k, v, our_blocks(form), stream.cuda_stream)
+        for way in ways:
+            in_way(way, own)()
+        if not ways:
+            turned = [x.transpose(1, 2) for x in (q, k, v)]
+            compiled(*turned, score_mod=form.their_score, block_mask=their_blocks(form))
         torch.cuda.synchronize()
 
 
-def compile_beforehand(names: Sequence[str], widths: Sequence[int]) -> None:
+def compile_beforehand(names: Sequence[str], widths: Sequence[int], more: Sequence[str]) -> None:
     """Compile all kernels in as many processes, which leave them in the caches on disk."""
-    command = [sys.executable, "-m", "tests.cuda.flexible_hopper_table", "--prepare"]
-    cases = list(itertools.product(names, widths))
+    command = [sys.executable, "-m", "tests.cuda.flexible_hopper_table", "--prepare", *more]
+    cases = list(itertools.product(names, widths, ("--ours", "--theirs")))
     workers = [
-        subprocess.Popen([*command, name, str(D)], stderr=subprocess.PIPE, text=True) for name, D in cases
+        subprocess.Popen([*command, name, str(D), whose], stderr=subprocess.PIPE, text=True)
+        for name, D, whose in cases
     ]
     end = time.monotonic() + PREPARED
     for case, worker in zip(cases, workers, strict=True):
@@ -168,19 +215,27 @@ def main(arguments: Sequence[str]) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
     began = time.perf_counter()
+    more = ["--all"] if "--all" in arguments else []
+    ways = list(WAYS) if more else ["ours"]
     widths = [int(word) for word in arguments if word.isdigit()] or [128, 64]
     words = [word for word in arguments if word.isalpha()]
     torch.manual_seed(0)
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     wanted = [form for form in forms() if not words or any(form.name.startswith(word) for word in words)]
     if "--prepare" in arguments:
-        prepare(wanted[0], widths[0], torch.compile(flex_attention, dynamic=False), stream)
+        prepare(
+            wanted[0],
+            widths[0],
+            torch.compile(flex_attention, dynamic=False),
+            stream,
+            ways if "--ours" in arguments else [],
+        )
         return
     # A kernel that hangs cannot be interrupted: the process ends all the same.
     watch = threading.Timer(SECONDS + 10, os._exit, (1,))
     watch.daemon = True
     watch.start()
-    compile_beforehand([form.name.split()[0] for form in wanted], widths)
+    compile_beforehand([form.name.split()[0] for form in wanted], widths, more)
     sys.stdout.write(f"compiled after {time.perf_counter() - began:.0f} s\n")
     sys.stdout.flush()
     for D in widths:
@@ -194,7 +249,7 @@ def main(arguments: Sequence[str]) -> None:
             torch._dynamo.reset()
             compiled = torch.compile(flex_attention, dynamic=False)
             try:
-                ratios.append(row(form, D, compiled, dense, stream))
+                ratios.append(row(form, D, compiled, dense, stream, ways))
             except Exception as error:  # the other rows are of use all the same
                 sys.stdout.write(f"{form.name} D={D}: {type(error).__name__}: {str(error)[-600:]}\n")
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ import pytest
 
 from cuda_backend.attention.call_flexible_backward_hopper import flexible_attention_vjp_hopper
 from cuda_backend.attention.user_device import Mods
-from refimpl.attention import flexible_attention, flexible_attention_vjp, mods
+from refimpl.attention import block_mask, flexible_attention, flexible_attention_vjp, mods
 from refimpl.attention.user_functions import as_mod
 from refimpl.errors import OptionError
 from tests.cuda.backward_hopper_played import played
@@ -95,6 +95,7 @@ def gradients(
     shapes = (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv), (B, Tq, Hq, Dv)
     q, k, v, do = (rng.standard_normal(shape).astype(KINDS[kind]) for shape in shapes)
     wide: list[Any] = [x.astype(np.float64) for x in (q, k, v, do)]
+    blocks = more.pop("blocks", None)
     given = {**options(name, sizes), **more}
     forward: Any = flexible_attention(*wide[:3], return_lse=True, **given)
     truth = flexible_attention_vjp(*wide, **given)
@@ -107,7 +108,7 @@ def gradients(
     found = flexible_attention_vjp_hopper(
         q, k, v, forward.out.astype(KINDS[kind]), forward.lse.astype(np.float32), do,
         mods=functions, arrays=arrays, aux=aux, scale=given.get("scale"), deterministic=deterministic,
-        stream=0,
+        blocks=blocks, stream=0,
     )  # fmt: skip
     return list(found[:3]), list(truth[:3])
 
@@ -168,6 +169,25 @@ def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_scale_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     played(monkeypatch)
     assert difference("f16", (1, 70, 70, 1, 1, 64, 64), "softcap", scale=0.4) < LIMITS["f16"]
+
+
+def test_a_gradient_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    played(monkeypatch)
+    crooked: dict[str, Any] = {
+        "score_mod": mods.softcap(2.0),
+        "score_mod_vjp": lambda g, s, b, h, i, j: g + 0.1,
+    }
+    with pytest.raises(OptionError, match="linear in the gradient"):
+        gradients("f16", (1, 70, 70, 1, 1, 64, 64), "softcap", **crooked)
+
+
+@pytest.mark.parametrize("sizes", [(16, 48), (32, 32), (200, 24)])
+def test_block_masks_of_any_size(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]) -> None:
+    """Tiles that neither divide the kernel's nor are divided by them."""
+    shape = (1, 150, 270, 2, 1, 64, 64)
+    played(monkeypatch)
+    blocks = block_mask(options("sliding", shape)["mask_mod"], 1, 2, 150, 270, block_sizes=sizes)
+    assert difference("f16", shape, "sliding", blocks=blocks) < LIMITS["f16"]
 
 
 def test_a_score_needs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

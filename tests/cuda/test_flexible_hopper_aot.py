@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cuda_backend.attention.lists_hopper import STEP_BYTES
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
 from cuda_backend.attention.variant_hopper import SHARED_LIMIT
 
@@ -29,7 +30,7 @@ from refimpl.attention import samples_flexible as samples
 from refimpl.attention.user_functions import as_mod
 from refimpl.errors import OptionError
 
-kind, D, Dv, which, mask, score, ragged = json.loads(sys.argv[1])
+kind, D, Dv, which, mask, score, ragged, words = json.loads(sys.argv[1])
 shape = dict(B=1, Tq=12, Tk=12, Hkv=1, group=2, D=4, Dv=4)
 case = samples.sample_flexible(np.random.default_rng(0), mask=mask, score=score, **shape)
 case = case.replace(**eval(sys.argv[2]))
@@ -37,7 +38,9 @@ def mod(name, *leading):
     return as_mod(name, case.kwargs[name], leading) if name in case.kwargs else None
 aux = tuple(("float32" if x.dtype.kind == "f" else x.dtype.name, x.ndim) for x in case.kwargs.get("aux", ()))
 mods = Mods(mod("mask_mod"), mod("score_mod", "score"), None, aux)
-variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged)
+if words:
+    mods = mods._replace(mask=None, aux=aux if score == "alibi" else ())
+variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged, words)
 how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.tiles.threads, 1))
 try:
     with aot.pretended(aot.HOPPER), blamed(mods):
@@ -68,22 +71,27 @@ print(json.dumps({
 """
 
 WIDTHS = ((64, 64, 0), (64, 64, 1), (128, 128, 0))
-# (kind, D, Dv, which tiles, mask, score, ragged)
+# (kind, D, Dv, which tiles, mask, score, ragged, words)
 CASES = [
-    ("f16", 64, 64, 1, "sliding", "none", False),
-    ("f16", 64, 64, 1, "bigbird", "none", False),
-    ("f16", 128, 128, 0, "documents", "alibi", True),
-    ("bf16", 128, 128, 0, "causal", "softcap", True),
+    ("f16", 64, 64, 1, "sliding", "none", False, True),
+    ("f16", 64, 64, 1, "bigbird", "none", False, False),
+    ("f16", 128, 128, 0, "documents", "alibi", True, True),
+    ("bf16", 128, 128, 0, "causal", "softcap", True, False),
 ]
 FULL = [
-    (kind, *width, mask, score, ragged)
+    (kind, *width, mask, score, ragged, words)
     for kind in ("f16", "bf16")
     for width in WIDTHS
     for mask in ("none", "sliding", "bigbird", "documents", "groups")
     for score in ("none", "alibi", "softcap")
     for ragged in (False, True)
-] + [("f16", D, Dv, 0, "sliding", "alibi", True) for D, Dv in ((192, 128), (192, 192), (256, 256))]
-Case = tuple[str, int, int, int, str, str, bool]
+    for words in ((False, True) if mask == "sliding" else (False,))
+] + [
+    ("f16", D, Dv, 0, "sliding", "alibi", True, words)
+    for words in (False, True)
+    for D, Dv in ((192, 128), (192, 192), (256, 256))
+]
+Case = tuple[str, int, int, int, str, str, bool, bool]
 
 
 def compiled(case: Case, replaced: str = "{}", folder: Path | None = None) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def test_an_error_names_the_line_of_the_function(tmp_path: Path) -> None:
     path = tmp_path / "hopper_masks.py"
     path.write_text(source)
     replaced = "dict(mask_mod=__import__('hopper_masks').window)"
-    found = compiled(("f16", 64, 64, 0, "none", "none", False), replaced, tmp_path)
+    found = compiled(("f16", 64, 64, 0, "none", "none", False, False), replaced, tmp_path)
     assert found["error"].startswith(f"mask_mod: does not compile for the GPU; {path}, line 3: "), found
 
 
@@ -134,4 +142,4 @@ def test_words_fit_behind_the_barriers(width: tuple[int, int]) -> None:
     for tiles, _ in candidates("f16", *width):
         variant = FlexibleVariant(tiles, Mods(), ragged=False)
         assert variant.work_slot >= tiles.places.tile_slot
-        assert variant.step_slot + 4 * tiles.stages <= tiles.shared_bytes - 1024 <= SHARED_LIMIT
+        assert variant.step_slot + STEP_BYTES * tiles.stages <= tiles.shared_bytes - 1024 <= SHARED_LIMIT

@@ -15,14 +15,14 @@ import pytest
 import cuda_backend
 from cuda_backend.arrays import View
 from cuda_backend.attention import call_flexible_hopper, plan_flexible_hopper, plan_hopper, remembered
-from cuda_backend.attention.lists_hopper import ROWS, STATE_BITS, key_lists, resized
+from cuda_backend.attention.lists_hopper import ALL, NOTHING, ROWS, key_lists, resized
 from cuda_backend.attention.user_device import Mods
 from refimpl.attention import block_mask, mods
 from refimpl.attention.block_mask import DEAD, FULL, BlockMask
 from refimpl.attention.user_functions import as_mod
 from refimpl.errors import BackendUnavailableError, UnsupportedError
 
-COUNTER = 0xC0
+COUNTER, WORDS = 0xC0, 0xB0
 
 
 @pytest.fixture
@@ -38,12 +38,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
         return View(array.shape, array.strides, array.dtype.name, 0x10000 * len(copied), array)
 
     def launch(config: Any, function: Any, pointers: int, _extra: int) -> tuple[int]:
-        kinds: list[Any] = [ctypes.c_uint64] * 5 + [ctypes.c_float] * 2 + [ctypes.c_int32] * 6
+        kinds: list[Any] = [ctypes.c_uint64] * 6 + [ctypes.c_float] * 2 + [ctypes.c_int32] * 6
         kinds += [ctypes.c_int64] * sum(5 + 2 * ndim for _, ndim in function.mods.aux or (("float32", 1),))
         places = (ctypes.c_void_p * (1 + len(kinds))).from_address(pointers)
         values = [kind.from_address(at or 0).value for kind, at in zip(kinds, places[1:], strict=True)]
         found.append(SimpleNamespace(variant=function, blocks=config[0], values=values, copied=dict(copied)))
         return (0,)
+
+    def words(_mods: Any, _arrays: Any, partial: Any, *_: Any) -> View:
+        return View((partial.shape[0], 128, 2), (1024, 8, 4), "uint32", WORDS, None)
 
     driver = SimpleNamespace(cuLaunchKernelEx=launch, cuStreamSynchronize=lambda _: (0,))
     device = SimpleNamespace(compute_capability=(9, 0), MULTIPROCESSOR_COUNT=132)
@@ -52,7 +55,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SimpleNamespace]]
     for name, value in {
         "driver": driver, "cuda": cuda, "encoder": lambda *_: None, "view": view,
         "encode_together": lambda *_: lambda _: None, "tile_counters": lambda *_: counter,
-        "early_config": lambda *numbers: numbers, "_function": lambda variant, _: variant,
+        "early_config": lambda *numbers: numbers, "mask_words": words,
+        "_function": lambda variant, _: variant,
     }.items():  # fmt: skip
         monkeypatch.setattr(plan_flexible_hopper, name, value)
     monkeypatch.setattr(plan_hopper, "cuda", cuda)
@@ -99,7 +103,7 @@ def test_arguments_are_those_of_the_signature(launched: list[SimpleNamespace]) -
     slopes = np.ones(8, np.float32)
     call(q, k, k, score=mods.alibi(), aux=(slopes,), scale=0.25, return_lse=True)
     (found,) = launched
-    out, lse, counter, work, steps, scale, factor, *rest = found.values
+    out, lse, counter, work, steps, masks, scale, factor, *rest = found.values
     assert (out, lse, counter) == (0x7000, 0x8000, COUNTER)
     assert (scale, factor) == pytest.approx((0.25, np.log2(np.e)), rel=1e-7)
     assert rest[:6] == [3 * 16, 8, 4, 300, 700, 128]
@@ -107,15 +111,19 @@ def test_arguments_are_those_of_the_signature(launched: list[SimpleNamespace]) -
     assert found.variant.ragged
     assert found.blocks == 48
     assert found.copied[work].shape == (48, 4)
-    assert found.copied[steps].shape == (3 * 6 + 1,), "one list for all heads"
+    assert found.copied[steps].shape == (3 * 6 + 1, 4), "one list for all heads"
+    assert masks == 0, "without a mask nothing is read"
 
 
 def test_without_a_score_the_softmax_scales(launched: list[SimpleNamespace]) -> None:
     x = dense(1, 256, 4, 64)
     call(x, x, x, mask=mods.causal, scale=0.5)
     (found,) = launched
-    assert found.values[6] == pytest.approx(0.5 * np.log2(np.e), rel=1e-7)
+    assert found.values[7] == pytest.approx(0.5 * np.log2(np.e), rel=1e-7)
     assert found.values[1] == 0
+    assert found.values[5] == WORDS
+    assert found.variant.words
+    assert found.variant.mods == Mods(), "one kernel for all masks"
     assert not found.variant.ragged
 
 
@@ -142,7 +150,7 @@ def test_tiles_are_those_that_take_least_time(launched: list[SimpleNamespace]) -
     blocks = BlockMask(checked, (128, 128), (4096, 4096))
     call(many, many, many, mask=mods.causal, blocks=blocks)
     assert [found.variant.tiles.block_m for found in launched] == [192, 128, 128]
-    assert [found.values[7] for found in launched] == [64 * 22, 4 * 3, 64 * 32]
+    assert [found.values[8] for found in launched] == [64 * 22, 4 * 3, 64 * 32]
 
 
 @pytest.mark.parametrize(
@@ -152,11 +160,6 @@ def test_tiles_are_those_that_take_least_time(launched: list[SimpleNamespace]) -
         ([dense(1, 9, 2, 64, dtype="float32")] * 3, {}, "inputs are float32"),
         ([dense(1, 9, 2, 64)] * 3, {"scale": -1.0}, "scale is -1.0"),
         ([dense(1, 9, 2, 64, address=8)] * 3, {}, "multiple of 16 bytes"),
-        (
-            [dense(1, 64, 2, 64)] * 3,
-            {"blocks": BlockMask(np.ones((1, 1, 2, 1), np.uint8), (48, 64), (64, 64))},
-            "multiples or divisors",
-        ),
     ],
 )  # fmt: skip
 def test_refusals(launched: list[SimpleNamespace], arrays: Any, options: Any, said: str) -> None:
@@ -168,7 +171,7 @@ def test_refusals(launched: list[SimpleNamespace], arrays: Any, options: Any, sa
 def test_a_score_lets_the_scale_be_negative(launched: list[SimpleNamespace]) -> None:
     x = dense(1, 9, 2, 64)
     call(x, x, x, score=mods.softcap(2.0), scale=-1.0)
-    assert launched[0].values[5] == -1.0
+    assert launched[0].values[6] == -1.0
 
 
 @pytest.mark.cudasim
@@ -178,6 +181,8 @@ def test_the_tier_is_named_or_refused() -> None:
     assert np.array_equal(f(x, x, x, mask_mod=mods.causal, tier="auto"), f(x, x, x, mask_mod=mods.causal))
     with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
         f(x, x, x, tier="hopper")
+    with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
+        cuda_backend.flexible_attention_vjp(x, x, x, x, np.zeros((1, 2, 4), np.float32), x, tier="hopper")
     with pytest.raises(UnsupportedError, match="no block_sizes"):
         f(x, x, x, tier="hopper", block_sizes=(4, 4))
 
@@ -191,7 +196,7 @@ def test_lists_name_what_is_left(consumers: int) -> None:
         return (abs(i - j - 64 * h) <= 150) & (i // 64 != 3 + b)
 
     states = block_mask(mask, B, H, T, T, block_sizes=(ROWS, keys)).states
-    work, steps = key_lists(states, consumers, B, H, 2, ragged=True)
+    work, steps, partial = key_lists(states, consumers, B, H, 2, ragged=True)
     rows = -(-T // (ROWS * consumers))
     assert sorted(map(tuple, work[:, :2].tolist())) == sorted(itertools.product(range(rows), range(B * H)))
     for block, head, start, count in work.tolist():
@@ -199,10 +204,15 @@ def test_lists_name_what_is_left(consumers: int) -> None:
         own = states[b, h, block * consumers : (block + 1) * consumers]
         wanted = np.flatnonzero((own != DEAD).any(0))[::-1]
         found = steps[start : start + count]
-        assert (found >> STATE_BITS).tolist() == wanted.tolist()
+        assert found[:, 0].tolist() == wanted.tolist()
         for w, line in enumerate(own):
-            masked = (line[wanted] != FULL) | (wanted == states.shape[3] - 1)
-            assert ((found >> w & 1) == masked).all()
+            for tile, seen in zip(wanted.tolist(), found[:, 1 + w].tolist(), strict=True):
+                if line[tile] == DEAD:
+                    assert seen == NOTHING
+                elif line[tile] == FULL and tile < states.shape[3] - 1:
+                    assert seen == ALL
+                else:
+                    assert partial[seen].tolist() == [b, h, block * consumers + w, tile]
     counts = work[:, 3].reshape(-1, 2 * rows)
     assert (np.diff(counts, axis=1) <= 0).all()
     assert len(steps) == start_of_nothing(work) + 1

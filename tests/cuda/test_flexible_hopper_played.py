@@ -70,6 +70,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "window": ((1, 300, 300, 1, 1, 64, 64), {"mask_mod": mods.both(mods.causal, mods.sliding(31))}, 0),
     "ragged alone": ((1, 70, 140, 1, 1, 64, 128), {}, 0),
     "score of aux": ((1, 70, 140, 2, 1, 128, 64), {"score_mod": mods.alibi(), "aux": (SLOPES,)}, 0),
+    "64 keys": ((1, 200, 300, 2, 1, 64, 64), {"mask_mod": _odd}, 2),
     "both": ((1, 66, 260, 1, 1, 64, 64), BOTH, 0),
     "both, wide": ((1, 66, 170, 1, 1, 192, 256), BOTH, 0),
     "scale below 0": ((1, 66, 128, 1, 1, 64, 64), {"score_mod": mods.softcap(2.0), "scale": -0.3}, 0),
@@ -77,21 +78,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.parametrize("words", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_outputs(case: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs(case: str, late: bool, words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, options, which = CASES[case]
     kind = "bf16" if case == "both" else "f16"
     q, k, v = _arrays(kind, *sizes)
-    found = played(monkeypatch, q, k, v, which=which, late=late, short=late, **options)
+    found = played(monkeypatch, q, k, v, which=which, late=late, short=late, words=words, **options)
     assert _difference(found, q, k, v, options) <= 1
 
 
 # Where something stands in a source, and what is put in its place.
 MISTAKES: dict[str, Mutant] = {
-    "the word of the first stage": ("consumer", "step_slot + 4 * stage", "step_slot"),
-    "the mask of the first warpgroup": ("consumer", "(step >> group_index) & 1", "step & 1"),
-    "no mask": ("consumer", "mask(s, where)", "pass"),
+    "the word of the first stage": ("consumer", "step_slot + STEP_BYTES * stage", "step_slot"),
+    "the mask of the first warpgroup": ("consumer", "slot + 4 + 4 * group_index", "slot + 4"),
+    "no mask": ("consumer", "mask(s, low, high, where)", "pass"),
     "K not waited for": ("consumer", "barrier.wait(base + k_full + 8 * stage, parity)", "pass"),
     "Q not released without keys": (
         "consumer", "            else:\n                barrier.arrive_warp",
@@ -105,26 +107,40 @@ MISTAKES: dict[str, Mutant] = {
     "score not scaled": ("modifiers", "changed(s[4 * i + e] * scale", "changed(s[4 * i + e]"),
     "the list of the first tile": ("producer", "uint64(words[2])", "uint64(0)"),
     "a list one longer": ("producer", "int32(words[3])", "int32(words[3] + 1)"),
-    "the word after K": ("producer", "4 * stage, step)", "4 * stage, following)"),
+    "the step after K": ("producer", "STEP_BYTES * stage, at", "STEP_BYTES * stage, at + uint64(16)"),
+    "the bits of the first tile": ("consumer", "uint64(max(seen, int32(0)))", "uint64(1)"),
+    "bits of another thread": ("consumer", "thread & 127", "(thread + 1) & 127"),
     "drawn twice": ("producer", "if left == 1:", "if left <= 2:"),
 }  # fmt: skip
 
 
+ASKED = ("the other row's mask", "columns of the mask", "keys of padding", "first column")
 ROLLED = ("columns of the mask", "a bit of the other row")
+READ = ("the bits of the first tile", "bits of another thread")
 
 
-@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("how", ["rolled", "short", "words"])
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_seen(mistake: str, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_seen(mistake: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong numbers, an error or a hang."""
-    if short and mistake in ROLLED:
+    other = {"rolled": READ, "short": (*ROLLED, *READ), "words": ASKED}[how]
+    if mistake in other:
         pytest.skip("other code")
     monkeypatch.setattr(hopper_machine, "PATIENCE", 1.0)
     q, k, v = _arrays("f16", 1, 640, 300, 1, 1, 64, 64)
     options: dict[str, Any] = {"mask_mod": _uneven, "score_mod": lambda score, b, h, i, j: 2.0 * score}
     try:
         found = played(
-            monkeypatch, q, k, v, late=True, blocks=1, short=short, mutant=MISTAKES[mistake], **options
+            monkeypatch,
+            q,
+            k,
+            v,
+            late=True,
+            blocks=1,
+            short=how == "short",
+            words=how == "words",
+            mutant=MISTAKES[mistake],
+            **options,
         )
     except (AssertionError, IndexError, KeyError, ValueError):
         return

@@ -47,7 +47,11 @@ def run(function: Any, aux: tuple[Any, ...], result: str, entries: Any) -> list[
     narrow = tuple(x.astype(np.float32) if x.dtype.kind == "f" else x for x in aux)
     traced: Any = scope["traced"]
     return [
-        (traced(*entry, narrow), function(*entry, *((aux,) if mod.takes_aux else ()))) for entry in entries
+        (
+            traced(*entry, *(map(np.float32, entry[3:5] if result == "float" else ())), narrow),
+            function(*entry, *((aux,) if mod.takes_aux else ())),
+        )
+        for entry in entries
     ]
 
 
