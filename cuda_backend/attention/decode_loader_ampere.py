@@ -7,7 +7,7 @@ from typing import Any
 
 from cuda_backend._numba import device_function
 from cuda_backend.attention.decode_variant_ampere import KEYS, DecodeVariant
-from cuda_backend.ptx import copy, copy_async, registers
+from cuda_backend.ptx import bulk, copy, copy_async, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_loader"]
@@ -15,14 +15,19 @@ __all__ = ["build_loader"]
 int32, uint32, uint64 = types.int32, types.uint32, types.uint64
 
 
-def build_loader(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """Return ``ask(stage, lane, turn, asked, keys, number, k, v, steps)`` and ``look_up(turn, lane, ...)``.
+def build_loader(
+    variant: DecodeVariant,
+) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., None]]:
+    """Return ``ask(stage, lane, turn, asked, keys, number, k, v, steps)``, ``look_up`` and ``hint``.
 
     ``ask`` starts the copies of a turn to `stage` in shared memory; zeros follow the last of `keys`.  Each 16
     keys lie in one page: lanes hold the numbers of the pages of a warp's next 32 times 16 keys, which
-    ``look_up`` loads from turn `turn` on, and `asked` turns of the warp came before.
+    ``look_up(turn, lane, ...)`` loads from turn `turn` on, and `asked` turns of the warp came before.
+    ``hint(lane, turn, end, keys, k, v, steps)`` asks the L2 cache for the first turns of a warp, a row a
+    lane, of a cache that lies whole: it reads nothing, so earlier launches may still write there.
     """
     D, DV, PAGED, TURN, WARPS = variant.D, variant.Dv, variant.paged, variant.keys, variant.warps
+    HINTED = variant.hinted
     PITCH_K, PITCH_V = variant.pitches
     TILES, V_AT = TURN // KEYS, TURN * PITCH_K
     place_in_k, place_in_v = _place(D // 8), _place(DV // 8)
@@ -65,7 +70,20 @@ def build_loader(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[
                 target = stage + uint32(V_AT + (KEYS * tile + row) * PITCH_V + column)
                 copy_16(target, from_v + uint64(row) * v_key + uint64(column), size)
 
-    return ask, look_up
+    @device_function
+    def hint(lane: Any, turn: Any, end: Any, keys: Any, k: Any, v: Any, steps: Any) -> None:
+        k_key, v_key = steps[0], steps[1]
+        for i in range(HINTED):
+            own = int32(turn + WARPS * i)
+            for tile in range(TILES):
+                key = int32(own * TURN + KEYS * tile + (lane & 15))
+                if own < end and key < keys:
+                    if lane < 16:
+                        bulk.prefetch(k + uint64(key) * k_key, uint32(2 * D))
+                    else:
+                        bulk.prefetch(v + uint64(key) * v_key, uint32(2 * DV))
+
+    return ask, look_up, hint
 
 
 def _place(chunks: int) -> Callable[..., Any]:

@@ -37,7 +37,7 @@ CHECKS: tuple[tuple[Any, ...], ...] = (
     (2, 1, 32, 8, 128, 2000, (2000, 1999), 0, None, "bfloat16"),
     (2, 3, 8, 8, 64, 2000, (2000, 100), 0, None, "bfloat16"),
 )
-# Keys of a turn, warps, blocks of a multiprocessor, stages, bytes ahead into the L2 cache.
+# Keys of a turn, warps, blocks of a multiprocessor, stages, bytes ahead into the L2 cache; none begins early.
 VARIANTS = ((16, 4, 2, 3, 0), (16, 4, 2, 3, 128), (16, 4, 2, 3, 256), (16, 8, 1, 3, 0), (32, 4, 1, 3, 0),
             (16, 4, 2, 2, 0), (16, 2, 4, 3, 0))  # fmt: skip
 WAVES = (1, 2, 4, 8)
