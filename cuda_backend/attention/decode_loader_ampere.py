@@ -7,7 +7,7 @@ from typing import Any
 
 from cuda_backend._numba import device_function
 from cuda_backend.attention.decode_variant_ampere import KEYS, DecodeVariant
-from cuda_backend.ptx import bulk, copy, copy_async, registers
+from cuda_backend.ptx import copy, copy_async, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_loader"]
@@ -23,11 +23,13 @@ def build_loader(
     ``ask`` starts the copies of a turn to `stage` in shared memory; zeros follow the last of `keys`.  Each 16
     keys lie in one page: lanes hold the numbers of the pages of a warp's next 32 times 16 keys, which
     ``look_up(turn, lane, ...)`` loads from turn `turn` on, and `asked` turns of the warp came before.
-    ``hint(lane, turn, end, keys, k, v, steps)`` asks the L2 cache for the first turns of a warp, a row a
-    lane, of a cache that lies whole: it reads nothing, so earlier launches may still write there.
+    ``hint(lane, turn, end, keys, k, v, steps)`` asks the L2 cache for the first turns of a warp, of a
+    cache that lies whole, D and Dv being multiples of 64: it reads nothing, so earlier launches may still
+    write there.
     """
     D, DV, PAGED, TURN, WARPS = variant.D, variant.Dv, variant.paged, variant.keys, variant.warps
     HINTED = variant.hinted
+    fetched_of_k, fetched_of_v = _place(max(1, D // 32)), _place(max(1, DV // 32))  # 64 bytes a lane
     PITCH_K, PITCH_V = variant.pitches
     TILES, V_AT = TURN // KEYS, TURN * PITCH_K
     place_in_k, place_in_v = _place(D // 8), _place(DV // 8)
@@ -76,12 +78,15 @@ def build_loader(
         for i in range(HINTED):
             own = int32(turn + WARPS * i)
             for tile in range(TILES):
-                key = int32(own * TURN + KEYS * tile + (lane & 15))
-                if own < end and key < keys:
-                    if lane < 16:
-                        bulk.prefetch(k + uint64(key) * k_key, uint32(2 * D))
-                    else:
-                        bulk.prefetch(v + uint64(key) * v_key, uint32(2 * DV))
+                first = int32(own * TURN + KEYS * tile)
+                for n in range(D // 64):
+                    row, column = fetched_of_k(lane, n)
+                    if own < end and first + row < keys:
+                        copy.prefetch(k + uint64(first + row) * k_key + uint64(4 * column))
+                for n in range(DV // 64):
+                    row, column = fetched_of_v(lane, n)
+                    if own < end and first + row < keys:
+                        copy.prefetch(v + uint64(first + row) * v_key + uint64(4 * column))
 
     return ask, look_up, hint
 

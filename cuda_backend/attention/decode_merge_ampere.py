@@ -74,8 +74,9 @@ def build_merge_of_warps(variant: DecodeVariant) -> tuple[Callable[..., None], C
                 four[i] += weight * given[i]
         if total == float32(0.0):
             return float32(MINUS_INFINITY)
+        inverse = float32(1.0) / total
         for i in range(4):
-            four[i] /= total
+            four[i] *= inverse
         return top + registers.log2(total)
 
     return leave, merged
@@ -115,10 +116,11 @@ def build_merge_of_parts(
                 total += registers.exchange_float(total, int32(1 << i))
             some = int32(total > float32(0.0))
             divisor = registers.select_float(some, total, float32(1.0))
+            inverse = float32(1.0) / divisor
             for i in range(PARTS_OF_LANE):
                 part = int32(lane + 32 * i)
                 if part < parts:
-                    copy.store_shared_float(base + uint32(4 * (ROWS * part + row)), weights[i] / divisor)
+                    copy.store_shared_float(base + uint32(4 * (ROWS * part + row)), weights[i] * inverse)
             if lane == 0:
                 lse2 = lowest + registers.log2(divisor)
                 lse2 = registers.select_float(some, lse2, float32(MINUS_INFINITY))
@@ -126,16 +128,15 @@ def build_merge_of_parts(
 
     @device_function
     def ask(given: Any, outputs: Any, parts: Any, row: Any, column: Any, first: Any) -> None:
-        for i in range(AT_ONCE):
-            part = int32(min(first + i, parts - 1))
-            at = uint64(4) * uint64((ROWS * part + row) * DV + column)
-            copy.load_16(given, int32(4 * i), outputs + at)
+        at = outputs + uint64(4) * uint64((ROWS * first + row) * DV + column)
+        for i in range(AT_ONCE):  # the last part is asked for again in the place of none
+            copy.load_16(given, int32(4 * i), at)
+            at += uint64(registers.select_int(int32(first + i + 1 < parts), int32(4 * ROWS * DV), int32(0)))
 
     @device_function
     def add(four: Any, given: Any, base: Any, parts: Any, row: Any, first: Any) -> None:
         for i in range(AT_ONCE):
-            part = int32(min(first + i, parts - 1))
-            weight = copy.load_shared_float(base + uint32(4 * (ROWS * part + row)))
+            weight = copy.load_shared_float(base + uint32(4 * (ROWS * (first + i) + row)))
             weight = registers.select_float(int32(first + i < parts), weight, float32(0.0))
             for e in range(4):
                 four[e] += weight * uint32(given[4 * i + e]).view(np.float32)

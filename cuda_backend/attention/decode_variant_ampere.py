@@ -120,7 +120,7 @@ def choose(
     """
     tile = 16 if rows > 8 and max(D, Dv) <= 128 else 8  # wider rows would not leave sums in registers
     lines = all(2 * width % LINE == 0 for width in (D, Dv))
-    hinted = HINTED if early and not paged else 0
+    hinted = HINTED if early and lines and not paged else 0
     for warps, blocks, least in SHAPES:
         one = DecodeVariant(
             kind, D, Dv, tile, paged, KEYS, warps, blocks, 1, LINE if lines else 0, early, hinted

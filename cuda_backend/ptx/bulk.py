@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["add_floats", "commit", "load", "prefetch", "wait_added", "wait_read"]
+__all__ = ["add_floats", "commit", "load", "wait_added", "wait_read"]
 
 load = instruction(
     "load",
@@ -20,16 +20,6 @@ load = instruction(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
     "r,l,r,r",
     'Copy `size` bytes to shared memory; it completes on `barrier`, by bytes.  PTX ISA, "cp.async.bulk".',
-)
-
-prefetch = instruction(
-    "prefetch",
-    types.void,
-    {"source": types.uint64, "size": types.uint32},
-    "cp.async.bulk.prefetch.L2.global [$0], $1;",
-    "l,r",
-    "Ask for `size` bytes in the L2 cache; what is written to them later is seen all the same.  PTX ISA, "
-    '"cp.async.bulk.prefetch".',
 )
 
 add_floats = instruction(

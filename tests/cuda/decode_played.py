@@ -21,7 +21,7 @@ from cuda_backend.attention import decode_ampere
 from cuda_backend.attention.decode_call_ampere import KINDS, arguments
 from cuda_backend.attention.decode_variant_ampere import DecodeVariant
 from cuda_backend.launch import simulation
-from cuda_backend.ptx import barrier, bulk, copy, copy_async, grid, matrix_load, mma, registers, turns
+from cuda_backend.ptx import barrier, copy, copy_async, grid, matrix_load, mma, registers, turns
 from cuda_backend.weight_only import machine
 from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import AttentionShape
@@ -66,9 +66,10 @@ def player(
                 *map(np.uint64, addresses), *map(np.int32, numbers)
             )
         assert not counters.any(), "counters are 0 for the next launch"
-        rows = {x[b, t, h].ctypes.data for x in (k, v) for b, t, h in np.ndindex(x.shape[:3])}
-        assert {at for at, _ in hints} <= rows, "hints name rows of K and V"
-        assert bool(hints) == bool(variant.hinted)
+        rows = [x[b, t, h].ctypes.data for x in (k, v) for b, t, h in np.ndindex(x.shape[:3])]
+        places = {row + step for row in rows for step in range(0, 2 * min(D, Dv), 64)}
+        assert set(hints) <= places, "hints name what lies in K and V"
+        assert bool(hints) == (variant.hinted > 0 and min(D, Dv) >= 64)
         hints.clear()
         return AttentionOutput(out, lse) if return_lse else out
 
@@ -182,10 +183,10 @@ def _exchange(value: Any, mask: Any) -> Any:
 def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True, early: bool = False) -> list[Any]:
     """Put what the PTX ISA says in the place of instructions; `early` launches must wait for others.
 
-    Return where the hints to the L2 cache will stand: address and bytes.
+    Return where the hints to the L2 cache will stand.
     """
     copies, lock = _Copies(late), threading.Lock()
-    hints: list[tuple[int, int]] = []
+    hints: list[int] = []
 
     def take_number(address: Any, bound: Any) -> Any:
         with lock:
@@ -208,10 +209,9 @@ def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True, early: bool = Fa
 
         return touch
 
-    def hint(source: Any, size: Any) -> None:
+    def hint(address: Any) -> None:
         assert early
-        assert int(source) % 16 == int(size) % 16 == 0
-        hints.append((int(source), int(size)))
+        hints.append(int(address))
 
     def store(count: int) -> Callable[..., None]:
         def store(address: Any, *words: Any) -> None:
@@ -233,7 +233,8 @@ def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True, early: bool = Fa
         }),
         (copy, {
             "shared_address": machine._shared_address, "load_word": behind_the_wait(machine._load_word),
-            "load_word_fresh": machine._load_word, "load_16": machine._loader(4, machine._at),
+            "load_word_fresh": machine._load_word, "prefetch": hint,
+            "load_16": machine._loader(4, machine._at),
             "load_shared_16": machine._loader(4, machine._shared), "load_shared_word": load_shared_word,
             "load_shared_float": machine._load_shared_float,
             "store_shared_float": machine._store_shared_float,
@@ -241,7 +242,6 @@ def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True, early: bool = Fa
             "store_global_8": store(2), "store_global_16": store(4),
         }),
         (turns, {"take_number": take_number}),
-        (bulk, {"prefetch": hint}),
         (grid, {"let_next_grid_start": lambda: None, "wait_for_earlier_grids": wait_for_earlier_grids}),
         (matrix_load, {
             "load_blocks": _blocks(False), "load_blocks_turned": _blocks(True), "turn_block": _turn,

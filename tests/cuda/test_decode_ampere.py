@@ -78,7 +78,7 @@ def unread(played: Any) -> Any:
         ((2, 2, 70, 4, 1, 16, 48), {"splits": 2, "k_lengths": np.array([33, 0])}, {"stages": 2}),
         ((1, 3, 70, 4, 1, 32, 16), {"splits": 2, "k_lengths": np.array([61])}, {"rows": 16}),
         ((1, 3, 130, 6, 1, 16, 16), {"scale": -0.5}, {"keys": 32, "stages": 4}),  # three tiles of rows
-        ((1, 1, 90, 4, 2, 16, 32), {"splits": 4}, {"early": True, "hinted": 2}),  # parts differ by a turn
+        ((1, 1, 90, 2, 1, 64, 64), {"splits": 4}, {"early": True, "hinted": 2}),  # parts differ by a turn
         ((1, 1, 16 * 34, 1, 1, 16, 16), {"splits": 34}, {"warps": 1}),  # more parts than a warp has lanes
         ((1, 5, 3, 2, 2, 16, 16), {"splits": 2}, {}),  # queries that see no key, parts without a turn
     ],
