@@ -156,8 +156,8 @@ def attend(
     out, out_result = empty(plan.out_shape, plan.dtype, like, on)
     lse, lse_result = empty(plan.lse_shape, "float32", like, on) if return_lse else (None, None)
     with workspace(4 * max(1, plan.work_floats), on) as work:
-        addresses = [0 if x is None else x.address for x in (*seen, out, lse)]
-        enqueue(name, plan, (*addresses, work), on, device)
+        given = [0 if x is None else x.address for x in (*seen, out, lse)]
+        enqueue(name, plan, (*given, work), on, device)
     return out_result() if lse_result is None else AttentionOutput(out_result(), lse_result())
 
 

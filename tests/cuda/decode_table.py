@@ -38,8 +38,10 @@ CHECKS: tuple[tuple[Any, ...], ...] = (
     (2, 3, 8, 8, 64, 2000, (2000, 100), 0, None, "bfloat16"),
 )
 # Keys of a turn, warps, blocks of a multiprocessor, stages, bytes ahead into the L2 cache; none begins early.
-VARIANTS = ((16, 4, 2, 3, 0), (16, 4, 2, 3, 128), (16, 4, 2, 3, 256), (16, 8, 1, 3, 0), (32, 4, 1, 3, 0),
-            (16, 4, 2, 2, 0), (16, 2, 4, 3, 0))  # fmt: skip
+VARIANTS: tuple[tuple[Any, ...], ...] = (
+    (16, 4, 2, 3, 0), (16, 4, 2, 3, 128), (16, 4, 2, 3, 256), (16, 8, 1, 3, 0), (32, 4, 1, 3, 0),
+    (16, 4, 2, 2, 0), (16, 2, 4, 3, 0),
+)  # fmt: skip
 WAVES = (1, 2, 4, 8)
 
 
@@ -198,7 +200,7 @@ _kept: dict[Any, Any] = {}
 _broken: set[tuple[int, ...]] = set()  # variants that do not compile
 
 
-def _memory(fields: tuple[int, ...], splits: int | None, q: Any, k: Any, v: Any) -> Any:
+def _memory(fields: tuple[Any, ...], splits: int | None, q: Any, k: Any, v: Any) -> Any:
     import torch
 
     from cuda_backend.arrays import torch_layout

@@ -329,14 +329,15 @@ def _changed(mistake: str) -> Any:
 
 @pytest.mark.parametrize("mistake", ["", *MISTAKES])
 def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    queries = 3 if mistake == "rows of the first tile" else 2  # of three heads: two tiles of rows, or one
+    # Of three heads: two tiles of rows, or one.
+    queries = 3 if mistake in ("rows of the first tile", "a mask too late") else 2
     q, k, v = arrays((1, queries, 75, 3, 1, 16, 16), "float16")  # five turns
     k[:, 50:] *= 3  # maxima grow
     k[:, 65:] = v[:, 65:] = 0  # the first query sees no key of the last turn, and not all before it
     case = Case((q, k, v), {"return_lse": True, "splits": 2, "k_lengths": np.array([65])})
     fields: dict[str, Any] = {"stages": 2, "early": True, "hinted": 1}
     if mistake == "an earlier batch again":
-        case.options["splits"] = 3
+        case = Case(case.args, {**case.kwargs, "splits": 3})
         for module in (decode_ampere, decode_merge_ampere):
             monkeypatch.setattr(module, "AT_ONCE", 2)
     elif mistake == "weights of some lanes":

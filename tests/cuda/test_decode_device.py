@@ -96,7 +96,7 @@ def test_graphs() -> None:
     k, v, new, q = _cache(4096)
     k.normal_()
     v.normal_()
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         _step(k, v, new[0], q[0], None, 4096)  # compiles, and makes the counters of the stream
         stream.synchronize()
