@@ -166,7 +166,8 @@ def availability(backend: str) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
-        return resolve(_HOME[name])
+        found = globals()[name] = resolve(_HOME[name])  # the next access does not come here
+        return found
     raise AttributeError(f"module 'cuda_backend' has no attribute {name!r}")
 
 

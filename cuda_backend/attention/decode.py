@@ -20,6 +20,7 @@ from refimpl.validation import whole
 __all__ = ["paged_attention", "split_kv_attention"]
 
 Tier = Literal["portable", "ampere", "auto"]
+TIERS = get_args(Tier)
 
 KEYS, THREADS, SIMULATED_KEYS, SIMULATED_THREADS = 64, 128, 4, 4
 
@@ -133,8 +134,8 @@ def _attention(
     name: str, q: Any, k: Any, v: Any, table: Any, k_lengths: Any, splits: int | None,
     scale: float | None, return_lse: bool, stream: Any, tier: Tier,
 ) -> Any:  # fmt: skip
-    if tier not in get_args(Tier):
-        raise OptionError(f"tier: expected one of {', '.join(get_args(Tier))}, got {tier!r}")
+    if tier not in TIERS:
+        raise OptionError(f"tier: expected one of {', '.join(TIERS)}, got {tier!r}")
     if tier == "ampere" or (tier == "auto" and _is_for_tensor_cores(q, k, v, table)):
         try:
             return attend(name, q, k, v, table, k_lengths, splits, scale, return_lse, stream)

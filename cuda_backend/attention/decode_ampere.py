@@ -15,7 +15,8 @@ leaves float32 outputs and log-sum-exps to base 2, and the last block of a tile,
 memory tells of, weighs them.  Keys in pages differ in where a turn begins: lanes hold the pages of many turns
 ahead.
 
-Not yet run on a device.
+From compute capability 9.0 on a launch begins under the end of the one before it, and asks the L2 cache for
+its first keys; it reads nothing before the launch ahead has ended.
 
 Sources: Dao, Haziza, Massa & Sizov 2023, Flash-Decoding; Kwon et al. 2023, arXiv:2309.06180, section 4.1;
 PTX ISA 8.7, "mma", "ldmatrix", "cp.async".
@@ -29,12 +30,17 @@ from typing import Any
 
 import numpy as np
 
-from cuda_backend._numba import cuda
+from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.decode_loader_ampere import build_loader
-from cuda_backend.attention.decode_merge_ampere import build_merge_of_parts, build_merge_of_warps, build_write
+from cuda_backend.attention.decode_merge_ampere import (
+    AT_ONCE,
+    build_merge_of_parts,
+    build_merge_of_warps,
+    build_write,
+)
 from cuda_backend.attention.decode_step_ampere import build_step
 from cuda_backend.attention.decode_variant_ampere import KEYS, DecodeVariant
-from cuda_backend.ptx import barrier, copy, copy_async, registers
+from cuda_backend.ptx import barrier, copy, copy_async, grid, registers, turns
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["ADDRESSES", "SIGNATURE", "build"]
@@ -66,14 +72,25 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
     """
     D, DV, ROWS, TURN = variant.D, variant.Dv, variant.rows, variant.keys
     WARPS, THREADS, STAGES, STAGE = variant.warps, variant.threads, variant.stages, variant.stage_bytes
-    COLUMNS, FLAG_AT, BATCH = ROWS // 8, variant.flag_at, 32 * KEYS // TURN
-    OWN_ROWS = 2 * COLUMNS  # of a lane
+    COLUMNS, BATCH = ROWS // 8, 32 * KEYS // TURN
+    FLAG_AT, LSE_AT = variant.flag_at, variant.lse_at
+    OWN_ROWS, GIVEN_WORDS = 2 * COLUMNS, 4 * AT_ONCE  # of a lane
     QUERY_WORDS, OUTPUTS, QUADS = D // 8 * COLUMNS, DV // 4 * COLUMNS, DV // 4
-    ask, look_up = build_loader(variant)
+    EARLY, HINTED = variant.early, variant.hinted > 0
+    ask, look_up, hint = build_loader(variant)
     step, write = build_step(variant), build_write(variant)
     leave, merged_warps = build_merge_of_warps(variant)
-    merged_parts = build_merge_of_parts(variant)
+    weigh, ask_parts, add_parts = build_merge_of_parts(variant)
     wait_for_oldest = copy_async.wait(STAGES - 2)
+
+    @device_function
+    def share(keys: Any, part: Any, parts: Any) -> Any:
+        """Return the turns of a part, from the first to the one behind the last; shares differ by one."""
+        count = int32(registers.quotient(int32(keys + (TURN - 1)), int32(TURN)))
+        size = registers.quotient(count, parts)
+        longer = int32(count - size * parts)
+        begin = int32(part * size + min(part, longer))
+        return begin, int32(begin + size + registers.select_int(int32(part < longer), int32(1), int32(0)))
 
     def decode(
         q: Any, k: Any, v: Any, table: Any, lengths: Any, out: Any, lse: Any, work: Any, counters: Any,
@@ -90,6 +107,7 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
         totals = cuda.local.array(OWN_ROWS, float32)
         limits = cuda.local.array(OWN_ROWS, int32)
         four = cuda.local.array(4, float32)
+        given = cuda.local.array(GIVEN_WORDS, uint32)
 
         thread = int32(cuda.threadIdx.x)
         warp, lane = registers.uniform(int32(thread >> 5)), int32(thread & 31)
@@ -102,14 +120,6 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
         b = registers.quotient(rest, parts)
         part = int32(rest - b * parts)
 
-        keys = longest
-        if lengths != uint64(0):
-            keys = copy.load_word(lengths + uint64(b) * uint64(length_step))
-            keys = int32(max(int32(0), min(keys, longest)))
-        turns = int32(registers.quotient(int32(keys + (TURN - 1)), int32(TURN)))
-        size = registers.quotient(int32(turns + parts - 1), parts)
-        begin, end = int32(min(turns, part * size)), int32(min(turns, (part + 1) * size))
-
         k_at = k + uint64(16) * uint64(kv_head) * uint64(k_head)
         v_at = v + uint64(16) * uint64(kv_head) * uint64(v_head)
         steps = (
@@ -119,6 +129,18 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
         if page == 0:
             k_at += uint64(16) * uint64(b) * uint64(k_batch)
             v_at += uint64(16) * uint64(b) * uint64(v_batch)
+
+        keys = longest
+        begin, end = share(keys, part, parts)
+        if EARLY:
+            grid.let_next_grid_start()
+            if HINTED:
+                hint(lane, int32(begin + warp), end, keys, k_at, v_at, steps)
+            grid.wait_for_earlier_grids()
+        if lengths != uint64(0):
+            keys = copy.load_word(lengths + uint64(b) * uint64(length_step))
+            keys = int32(max(int32(0), min(keys, longest)))
+            begin, end = share(keys, part, parts)
         own_table = table + uint64(b) * uint64(table_batch)
 
         ring = base + uint32(warp * (STAGES * STAGE))
@@ -181,50 +203,56 @@ def build(variant: DecodeVariant) -> Callable[..., None]:
         unit = int32((b * heads + kv_head) * tiles + tile)
         parts_lse = work + uint64(4 * DV * ROWS) * uint64(cuda.gridDim.x)
         lines = uint64(unit) * uint64(parts)
-        for e in range(thread, ROWS * QUADS, THREADS):
+        items = int32(min(int32(ROWS), int32(all_rows - tile * ROWS)) * QUADS)
+        for e in range(thread, items, THREADS):
             own_row = int32(registers.quotient(int32(e), int32(QUADS)))
             column = int32(4 * (e - own_row * QUADS))
             lse2 = merged_warps(four, base, own_row, column)
-            of_row = int32(tile * ROWS + own_row)
-            if of_row < all_rows:
-                if parts == 1:
-                    i = registers.quotient(of_row, group)
-                    h = int32(head + of_row - i * group)
-                    write(four, lse2, out, lse, b, i, h, queries, int32(heads * group), column)
-                else:
-                    line = (lines + uint64(part)) * uint64(ROWS) + uint64(own_row)
-                    copy.store_global_16(
-                        work + uint64(4) * (line * uint64(DV) + uint64(column)),
-                        four[0].view(np.uint32), four[1].view(np.uint32),
-                        four[2].view(np.uint32), four[3].view(np.uint32),
-                    )  # fmt: skip
-                    if column == 0:
-                        copy.store_global_float(parts_lse + uint64(4) * line, lse2)
+            if parts == 1:
+                of_row = int32(tile * ROWS + own_row)
+                i = registers.quotient(of_row, group)
+                h = int32(head + of_row - i * group)
+                write(four, lse2, out, lse, b, i, h, queries, int32(heads * group), column)
+            else:
+                line = (lines + uint64(part)) * uint64(ROWS) + uint64(own_row)
+                copy.store_global_16(
+                    work + uint64(4) * (line * uint64(DV) + uint64(column)),
+                    four[0].view(np.uint32), four[1].view(np.uint32),
+                    four[2].view(np.uint32), four[3].view(np.uint32),
+                )  # fmt: skip
+                if column == 0:
+                    copy.store_global_float(parts_lse + uint64(4) * line, lse2)
         if parts == 1:
             return
 
-        cuda.threadfence()
         cuda.syncthreads()
         if thread == 0:
-            before = copy.fetch_increment(counters + uint64(4) * uint64(unit), int32(parts - 1))
+            before = turns.take_number(counters + uint64(4) * uint64(unit), int32(parts - 1))
             copy.store_shared_word(base + uint32(FLAG_AT), before)
         cuda.syncthreads()
         if copy.load_shared_word(base + uint32(FLAG_AT)) != parts - 1:
             return
-        cuda.threadfence()
-        for e in range(thread, parts * ROWS, THREADS):
-            bits = copy.load_word_fresh(parts_lse + uint64(4) * (lines * uint64(ROWS) + uint64(e)))
-            copy.store_shared_word(base + uint32(4 * e), bits)
-        cuda.syncthreads()
         of_unit = work + lines * uint64(4 * ROWS * DV)
-        for e in range(thread, ROWS * QUADS, THREADS):
+        # Outputs of the first parts are on their way while weights are made.
+        own_row = int32(registers.quotient(thread, int32(QUADS)))
+        if thread < items:
+            ask_parts(given, of_unit, parts, own_row, int32(4 * (thread - own_row * QUADS)), int32(0))
+        rows = int32(registers.quotient(items, int32(QUADS)))
+        weigh(base, warp, lane, parts_lse + lines * uint64(4 * ROWS), parts, rows)
+        cuda.syncthreads()
+        for e in range(thread, items, THREADS):
             own_row = int32(registers.quotient(int32(e), int32(QUADS)))
             column = int32(4 * (e - own_row * QUADS))
+            for c in range(4):
+                four[c] = float32(0.0)
+            for first in range(0, parts, AT_ONCE):
+                if e != thread or first > 0:
+                    ask_parts(given, of_unit, parts, own_row, column, int32(first))
+                add_parts(four, given, base, parts, own_row, int32(first))
             of_row = int32(tile * ROWS + own_row)
-            if of_row < all_rows:
-                lse2 = merged_parts(four, base, of_unit, parts, own_row, column)
-                i = registers.quotient(of_row, group)
-                h = int32(head + of_row - i * group)
-                write(four, lse2, out, lse, b, i, h, queries, int32(heads * group), column)
+            i = registers.quotient(of_row, group)
+            h = int32(head + of_row - i * group)
+            lse2 = copy.load_shared_float(base + uint32(LSE_AT + 4 * own_row))
+            write(four, lse2, out, lse, b, i, h, queries, int32(heads * group), column)
 
     return decode

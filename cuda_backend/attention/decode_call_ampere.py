@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -114,16 +115,32 @@ def attend(
     """
     if SIMULATOR:
         raise UnsupportedError(f"{name}: tier 'ampere' needs tensor cores, which the simulator has not")
-    given = [x for x in (q, k, v, table, k_lengths) if x is not None]
-    if all(library_of(x) == "torch" for x in given):
+    kind = type(q)
+    if (
+        library_of(q) == "torch"
+        and type(k) is type(v) is kind
+        and (table is None or type(table) is kind)
+        and (k_lengths is None or type(k_lengths) is kind)
+    ):  # by far the most calls: no views, and as little Python as can be
         device = current_device()
         on = torch_stream(q) if stream is None else stream_of(q, stream)
-        layouts = [None if x is None else torch_layout(x) for x in (q, k, v, table, k_lengths)]
-        plan = make_plan(name, *layouts, splits, scale, device)
+        plan = make_plan(
+            name,
+            (q.shape, q.stride(), q.dtype, q.get_device()),
+            (k.shape, k.stride(), k.dtype, k.get_device()),
+            (v.shape, v.stride(), v.dtype, v.get_device()),
+            None if table is None else torch_layout(table),
+            None if k_lengths is None else torch_layout(k_lengths),
+            splits, scale, device,
+        )  # fmt: skip
         out = empty_tensor(None if plan.out_is_like_q else plan.out_shape, q.dtype, q, on)
         lse = empty_tensor(plan.lse_shape, "float32", q, on) if return_lse else None
         work = empty_tensor((plan.work_floats,), "float32", q, on) if plan.work_floats else None
-        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, table, k_lengths, out, lse, work)]
+        addresses = (
+            q.data_ptr(), k.data_ptr(), v.data_ptr(),
+            0 if table is None else table.data_ptr(), 0 if k_lengths is None else k_lengths.data_ptr(),
+            out.data_ptr(), 0 if lse is None else lse.data_ptr(), 0 if work is None else work.data_ptr(),
+        )  # fmt: skip
         enqueue(name, plan, addresses, on, device)
         return out if lse is None else AttentionOutput(out, lse)
     call = prepare({"q": q, "k": k, "v": v}, options_of(k_lengths, scale), rule_of(table, k_lengths))
@@ -139,12 +156,12 @@ def attend(
     out, out_result = empty(plan.out_shape, plan.dtype, like, on)
     lse, lse_result = empty(plan.lse_shape, "float32", like, on) if return_lse else (None, None)
     with workspace(4 * max(1, plan.work_floats), on) as work:
-        addresses = [0 if x is None else x.address for x in (*seen, out, lse)]
-        enqueue(name, plan, [*addresses, work], on, device)
+        given = [0 if x is None else x.address for x in (*seen, out, lse)]
+        enqueue(name, plan, (*given, work), on, device)
     return out_result() if lse_result is None else AttentionOutput(out_result(), lse_result())
 
 
-def enqueue(name: str, plan: Plan, addresses: list[int], stream: int, device: int) -> None:
+def enqueue(name: str, plan: Plan, addresses: Sequence[int], stream: int, device: int) -> None:
     """Queue the kernel for q, k, v, table, lengths, outputs, log-sum-exps and work at `addresses`.
 
     Raises
@@ -192,7 +209,8 @@ def make_plan(
     kind = KINDS[views["q"].dtype]
     if variant is None:
         memory = shared_memory_bytes() or 0
-        variant = choose(kind, shape.D, shape.Dv, rows, table is not None, memory)
+        early = _capability(device) >= (9, 0)
+        variant = choose(kind, shape.D, shape.Dv, rows, table is not None, memory, early)
     tiles = -(-rows // variant.rows)
     units = shape.B * shape.Hkv * tiles
     slots = variant.blocks * int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
@@ -201,6 +219,7 @@ def make_plan(
     launch = Launch(
         _function(variant, device), ADDRESSES, numbers,
         blocks=units * count, threads=variant.threads, shared_bytes=variant.shared_bytes,
+        early=variant.early,
     )  # fmt: skip
     out_shape = (shape.B, shape.Tq, shape.Hq, shape.Dv)
     like = views["q"].shape == out_shape and views["q"].strides == contiguous(out_shape, 2)
@@ -294,7 +313,13 @@ def _checked(views: dict[str, View], scale: float | None) -> AttentionShape:
 @functools.cache
 def _tensor_cores(_device: int) -> bool:
     """Return whether the current GPU has compute capability 8.0 or higher."""
-    return tuple(cuda.get_current_device().compute_capability)[:2] >= (8, 0)
+    return _capability(_device) >= (8, 0)
+
+
+@functools.cache
+def _capability(_device: int) -> tuple[int, ...]:
+    """Return the compute capability of the current GPU."""
+    return tuple(cuda.get_current_device().compute_capability)[:2]
 
 
 @functools.cache

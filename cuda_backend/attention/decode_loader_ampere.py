@@ -15,14 +15,21 @@ __all__ = ["build_loader"]
 int32, uint32, uint64 = types.int32, types.uint32, types.uint64
 
 
-def build_loader(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """Return ``ask(stage, lane, turn, asked, keys, number, k, v, steps)`` and ``look_up(turn, lane, ...)``.
+def build_loader(
+    variant: DecodeVariant,
+) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., None]]:
+    """Return ``ask(stage, lane, turn, asked, keys, number, k, v, steps)``, ``look_up`` and ``hint``.
 
     ``ask`` starts the copies of a turn to `stage` in shared memory; zeros follow the last of `keys`.  Each 16
     keys lie in one page: lanes hold the numbers of the pages of a warp's next 32 times 16 keys, which
-    ``look_up`` loads from turn `turn` on, and `asked` turns of the warp came before.
+    ``look_up(turn, lane, ...)`` loads from turn `turn` on, and `asked` turns of the warp came before.
+    ``hint(lane, turn, end, keys, k, v, steps)`` asks the L2 cache for the first turns of a warp, of a
+    cache that lies whole, D and Dv being multiples of 64: it reads nothing, so earlier launches may still
+    write there.
     """
     D, DV, PAGED, TURN, WARPS = variant.D, variant.Dv, variant.paged, variant.keys, variant.warps
+    HINTED = variant.hinted
+    fetched_of_k, fetched_of_v = _place(max(1, D // 32)), _place(max(1, DV // 32))  # 64 bytes a lane
     PITCH_K, PITCH_V = variant.pitches
     TILES, V_AT = TURN // KEYS, TURN * PITCH_K
     place_in_k, place_in_v = _place(D // 8), _place(DV // 8)
@@ -65,7 +72,23 @@ def build_loader(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[
                 target = stage + uint32(V_AT + (KEYS * tile + row) * PITCH_V + column)
                 copy_16(target, from_v + uint64(row) * v_key + uint64(column), size)
 
-    return ask, look_up
+    @device_function
+    def hint(lane: Any, turn: Any, end: Any, keys: Any, k: Any, v: Any, steps: Any) -> None:
+        k_key, v_key = steps[0], steps[1]
+        for i in range(HINTED):
+            own = int32(turn + WARPS * i)
+            for tile in range(TILES):
+                first = int32(own * TURN + KEYS * tile)
+                for n in range(D // 64):
+                    row, column = fetched_of_k(lane, n)
+                    if own < end and first + row < keys:
+                        copy.prefetch(k + uint64(first + row) * k_key + uint64(4 * column))
+                for n in range(DV // 64):
+                    row, column = fetched_of_v(lane, n)
+                    if own < end and first + row < keys:
+                        copy.prefetch(v + uint64(first + row) * v_key + uint64(4 * column))
+
+    return ask, look_up, hint
 
 
 def _place(chunks: int) -> Callable[..., Any]:

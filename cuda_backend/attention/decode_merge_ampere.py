@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.decode_variant_ampere import DecodeVariant
+from cuda_backend.attention.decode_variant_ampere import MOST_PARTS, DecodeVariant
 from cuda_backend.ptx import copy, registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["build_merge_of_parts", "build_merge_of_warps", "build_write"]
+__all__ = ["AT_ONCE", "build_merge_of_parts", "build_merge_of_warps", "build_write"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 MINUS_INFINITY = -math.inf
-AT_ONCE, WORDS = 16, 64  # parts whose outputs a thread asks for before it uses the first
+AT_ONCE = 32  # parts whose outputs a thread asks for before it uses the first
+PARTS_OF_LANE = MOST_PARTS // 32
 
 
 def build_merge_of_warps(variant: DecodeVariant) -> tuple[Callable[..., None], Callable[..., Any]]:
@@ -73,52 +74,74 @@ def build_merge_of_warps(variant: DecodeVariant) -> tuple[Callable[..., None], C
                 four[i] += weight * given[i]
         if total == float32(0.0):
             return float32(MINUS_INFINITY)
+        inverse = float32(1.0) / total
         for i in range(4):
-            four[i] /= total
+            four[i] *= inverse
         return top + registers.log2(total)
 
     return leave, merged
 
 
-def build_merge_of_parts(variant: DecodeVariant) -> Callable[..., Any]:
-    """Return ``merged(four, base, outputs, parts, row, column)``, which merges four columns of a row of all.
+def build_merge_of_parts(
+    variant: DecodeVariant,
+) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """Return ``weigh``, ``ask`` and ``add``, with which a block merges the parts of its tile.
 
-    The log-sum-exps of the parts lie at `base` in shared memory, [part, row], their outputs [part, row, Dv]
-    at `outputs` in global memory: those of parts without keys are 0.
+    ``weigh(base, warp, lane, lses, parts, rows)`` turns the log-sum-exps [part, row] at `lses` in global
+    memory into weights [part, row] at `base` in shared memory, a row a warp, and leaves those of the whole
+    behind them.  ``ask(given, outputs, parts, row, column, first)`` loads four columns of the outputs
+    [part, row, Dv] of `AT_ONCE` parts, and ``add(four, given, base, parts, row, first)`` adds them.
     """
-    ROWS, DV = variant.rows, variant.Dv
+    ROWS, DV, WARPS, LSE_AT = variant.rows, variant.Dv, variant.warps, variant.lse_at
 
     @device_function
-    def merged(four: Any, base: Any, outputs: Any, parts: Any, row: Any, column: Any) -> Any:
-        given = cuda.local.array(WORDS, uint32)
-        top = float32(MINUS_INFINITY)
-        for part in range(parts):
-            top = registers.maximum(top, copy.load_shared_float(base + uint32(4 * (ROWS * part + row))))
-        if top == float32(MINUS_INFINITY):
-            top = float32(0.0)
-        total = float32(0.0)
-        for i in range(4):
-            four[i] = float32(0.0)
-        for first in range(0, parts, AT_ONCE):
-            for i in range(AT_ONCE):
-                part = int32(min(first + i, parts - 1))
-                at = uint64(4) * uint64((ROWS * part + row) * DV + column)
-                copy.load_16(given, int32(4 * i), outputs + at)
-            for i in range(AT_ONCE):
-                part = int32(min(first + i, parts - 1))
-                lse = copy.load_shared_float(base + uint32(4 * (ROWS * part + row)))
-                new = int32(first + i < parts)  # the last part is asked for again in the place of none
-                weight = registers.select_float(new, registers.exp2(lse - top), float32(0.0))
-                total += weight
-                for e in range(4):
-                    four[e] += weight * uint32(given[4 * i + e]).view(np.float32)
-        if total == float32(0.0):
-            return float32(MINUS_INFINITY)
-        for i in range(4):
-            four[i] /= total
-        return top + registers.log2(total)
+    def weigh(base: Any, warp: Any, lane: Any, lses: Any, parts: Any, rows: Any) -> None:
+        weights = cuda.local.array(PARTS_OF_LANE, float32)
+        for row in range(warp, rows, WARPS):
+            top, total = float32(MINUS_INFINITY), float32(0.0)
+            for i in range(PARTS_OF_LANE):  # the last part is asked for again in the place of none
+                part = int32(lane + 32 * i)
+                at = uint64(4) * uint64(ROWS * min(part, parts - 1) + row)
+                lse = uint32(copy.load_word_fresh(lses + at)).view(np.float32)
+                weights[i] = registers.select_float(int32(part < parts), lse, float32(MINUS_INFINITY))
+            for i in range(PARTS_OF_LANE):
+                top = registers.maximum(top, weights[i])
+            for i in range(5):
+                top = registers.maximum(top, registers.exchange_float(top, int32(1 << i)))
+            lowest = registers.select_float(int32(top == float32(MINUS_INFINITY)), float32(0.0), top)
+            for i in range(PARTS_OF_LANE):
+                weights[i] = registers.exp2(weights[i] - lowest)
+                total += weights[i]
+            for i in range(5):
+                total += registers.exchange_float(total, int32(1 << i))
+            some = int32(total > float32(0.0))
+            divisor = registers.select_float(some, total, float32(1.0))
+            inverse = float32(1.0) / divisor
+            for i in range(PARTS_OF_LANE):
+                part = int32(lane + 32 * i)
+                if part < parts:
+                    copy.store_shared_float(base + uint32(4 * (ROWS * part + row)), weights[i] * inverse)
+            if lane == 0:
+                lse2 = lowest + registers.log2(divisor)
+                lse2 = registers.select_float(some, lse2, float32(MINUS_INFINITY))
+                copy.store_shared_float(base + uint32(LSE_AT + 4 * row), lse2)
 
-    return merged
+    @device_function
+    def ask(given: Any, outputs: Any, parts: Any, row: Any, column: Any, first: Any) -> None:
+        at = outputs + uint64(4) * uint64((ROWS * first + row) * DV + column)
+        for i in range(AT_ONCE):  # the last part is asked for again in the place of none
+            copy.load_16(given, int32(4 * i), at)
+            at += uint64(registers.select_int(int32(first + i + 1 < parts), int32(4 * ROWS * DV), int32(0)))
+
+    @device_function
+    def add(four: Any, given: Any, base: Any, parts: Any, row: Any, first: Any) -> None:
+        for i in range(AT_ONCE):
+            weight = copy.load_shared_float(base + uint32(4 * (ROWS * (first + i) + row)))
+            weight = registers.select_float(int32(first + i < parts), weight, float32(0.0))
+            for e in range(4):
+                four[e] += weight * uint32(given[4 * i + e]).view(np.float32)
+
+    return weigh, ask, add
 
 
 def build_write(variant: DecodeVariant) -> Callable[..., None]:

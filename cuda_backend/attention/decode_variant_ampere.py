@@ -11,11 +11,13 @@ KEYS = 16  # of one product
 MOST_PARTS = 256  # of a cache: their log-sum-exps meet in shared memory
 LEAST_KEYS = 256  # of a part, to be worth its beginning and its end
 RESERVED = 1024  # bytes of shared memory for each block, by the system
-FULL = 0.98  # of the last wave of blocks
+FULL = 0.96  # of the last wave of blocks
+LINE = 128  # bytes of the L2 cache
 
 # Warps of a block, blocks of a multiprocessor, least stages: the first that the shared memory has room for.
 SHAPES = ((4, 2, 3), (4, 1, 3), (4, 1, 2), (2, 1, 2), (1, 1, 2))
 MOST_STAGES = 6
+HINTED = 2  # steps of a warp, where launches begin early
 
 
 class DecodeVariant(NamedTuple):
@@ -39,6 +41,11 @@ class DecodeVariant(NamedTuple):
         Steps of a warp in shared memory, all but one of them under way.
     ahead
         Bytes that a copy may bring to the L2 cache: 0, 64, 128 or 256.
+    early
+        Whether a launch may begin under the end of the one before it (`cuda_backend.ptx.grid`): from compute
+        capability 9.0 on.
+    hinted
+        Steps of a warp that the L2 cache is asked for meanwhile.
     """
 
     kind: str
@@ -51,6 +58,8 @@ class DecodeVariant(NamedTuple):
     blocks: int
     stages: int
     ahead: int = 0
+    early: bool = False
+    hinted: int = 0
 
     @property
     def threads(self) -> int:
@@ -79,30 +88,43 @@ class DecodeVariant(NamedTuple):
 
     @property
     def flag_at(self) -> int:
-        """Where a block is told that it ends last, behind the log-sum-exps of all parts."""
+        """Where a block is told that it ends last, behind the weights of all parts."""
         return 4 * MOST_PARTS * self.rows
+
+    @property
+    def lse_at(self) -> int:
+        """Where the log-sum-exps of rows over all parts lie."""
+        return self.flag_at + 16
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory, with slack for alignment."""
         ring = self.warps * self.stages * self.stage_bytes
         sums = self.sums_at + 4 * self.warps * self.rows * self.sums_pitch
-        return 128 + max(ring, sums, self.flag_at + 16)
+        return 128 + max(ring, sums, self.lse_at + 4 * self.rows)
 
 
 @functools.cache
-def choose(kind: str, D: int, Dv: int, rows: int, paged: bool, limit: int, ahead: int = 0) -> DecodeVariant:
+def choose(
+    kind: str, D: int, Dv: int, rows: int, paged: bool, limit: int, early: bool = False
+) -> DecodeVariant:
     """Return the variant for `rows` queries a key head, on a GPU with `limit` bytes of shared memory a block.
 
-    >>> found = choose("f16", 128, 128, 4, False, 232_448)
-    >>> found.rows, found.keys, found.warps, found.blocks, found.stages
-    (8, 16, 4, 2, 3)
-    >>> choose("bf16", 256, 256, 4, True, 101_376)[-4:]
-    (2, 1, 2, 0)
+    Copies bring whole lines to the L2 cache where a row of K and V fills lines.
+
+    >>> found = choose("f16", 128, 128, 4, False, 232_448, True)
+    >>> found.rows, found.keys, found.warps, found.blocks, found.stages, found.ahead, found.early
+    (8, 16, 4, 2, 3, 128, True)
+    >>> choose("bf16", 256, 256, 4, True, 101_376)[-6:]
+    (2, 1, 2, 128, False, 0)
     """
     tile = 16 if rows > 8 and max(D, Dv) <= 128 else 8  # wider rows would not leave sums in registers
+    lines = all(2 * width % LINE == 0 for width in (D, Dv))
+    hinted = HINTED if early and lines and not paged else 0
     for warps, blocks, least in SHAPES:
-        one = DecodeVariant(kind, D, Dv, tile, paged, KEYS, warps, blocks, 1, ahead)
+        one = DecodeVariant(
+            kind, D, Dv, tile, paged, KEYS, warps, blocks, 1, LINE if lines else 0, early, hinted
+        )
         room = (limit + RESERVED) // blocks - RESERVED - 128
         stages = min(MOST_STAGES, room // (warps * one.stage_bytes))
         found = one._replace(stages=stages)
@@ -117,7 +139,7 @@ def parts(units: int, keys: int, slots: int) -> int:
     The fewest whose last wave of blocks is as good as full, or else those whose last wave is the fullest.
 
     >>> parts(8, 32768, 264), parts(128, 131072, 264), parts(1, 300, 264), parts(264, 4096, 264)
-    (33, 33, 2, 1)
+    (32, 2, 2, 1)
     """
     most = max(1, min(MOST_PARTS, -(-keys // LEAST_KEYS)))
 

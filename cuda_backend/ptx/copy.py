@@ -30,6 +30,7 @@ __all__ = [
     "load_warp_word",
     "load_word",
     "load_word_fresh",
+    "prefetch",
     "reduce_add",
     "shared_address",
     "store_global_8",
@@ -256,6 +257,16 @@ load_word_fresh = instruction(
     "ld.relaxed.gpu.global.b32 $0, [$1];",
     "=r,l",
     'Load a word that other blocks have written, past the L1 cache.  PTX ISA, "ld", .relaxed.',
+)
+
+prefetch = instruction(
+    "prefetch",
+    types.void,
+    {"address": types.uint64},
+    "prefetch.global.L2 [$0];",
+    "l",
+    "Ask for what lies there in the L2 cache; what is written to it later is seen all the same.  PTX ISA, "
+    '"prefetch".',
 )
 
 load_shared_word = instruction(

@@ -21,7 +21,7 @@ from cuda_backend.attention import decode_ampere
 from cuda_backend.attention.decode_call_ampere import KINDS, arguments
 from cuda_backend.attention.decode_variant_ampere import DecodeVariant
 from cuda_backend.launch import simulation
-from cuda_backend.ptx import barrier, copy, copy_async, matrix_load, mma, registers
+from cuda_backend.ptx import barrier, copy, copy_async, grid, matrix_load, mma, registers, turns
 from cuda_backend.weight_only import machine
 from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import AttentionShape
@@ -33,7 +33,7 @@ def player(
     monkeypatch: pytest.MonkeyPatch, *, late: bool = True, build: Any = decode_ampere.build, **fields: Any
 ) -> Callable[..., Any]:
     """Return the kernel as a function with the reference's arguments; `fields` are those of its variant."""
-    play(monkeypatch, late=late)
+    hints = play(monkeypatch, late=late, early=fields.get("early", False))
 
     def attention(
         q: Any, k: Any, v: Any, table: Any = None, /, *,
@@ -66,6 +66,11 @@ def player(
                 *map(np.uint64, addresses), *map(np.int32, numbers)
             )
         assert not counters.any(), "counters are 0 for the next launch"
+        rows = [x[b, t, h].ctypes.data for x in (k, v) for b, t, h in np.ndindex(x.shape[:3])]
+        places = {row + step for row in rows for step in range(0, 2 * min(D, Dv), 64)}
+        assert set(hints) <= places, "hints name what lies in K and V"
+        assert bool(hints) == (variant.hinted > 0 and min(D, Dv) >= 64)
+        hints.clear()
         return AttentionOutput(out, lse) if return_lse else out
 
     return attention
@@ -175,16 +180,38 @@ def _exchange(value: Any, mask: Any) -> Any:
     return given[lane ^ int(mask)]
 
 
-def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True) -> None:
-    """Put what the PTX ISA says in the place of instructions."""
-    copies, lock = _Copies(late), threading.Lock()
+def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True, early: bool = False) -> list[Any]:
+    """Put what the PTX ISA says in the place of instructions; `early` launches must wait for others.
 
-    def fetch_increment(address: Any, bound: Any) -> Any:
+    Return where the hints to the L2 cache will stand.
+    """
+    copies, lock = _Copies(late), threading.Lock()
+    hints: list[int] = []
+
+    def take_number(address: Any, bound: Any) -> Any:
         with lock:
             place = machine._at(address, 4).view(np.int32)
             old = int(place[0])
             place[0] = 0 if old >= int(bound) else old + 1
         return np.int32(old)
+
+    def wait_for_earlier_grids() -> None:
+        threading.current_thread().waited = True  # type: ignore[attr-defined]
+
+    def behind_the_wait(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what touches memory that an earlier launch may still write or read."""
+        if not early:
+            return function
+
+        def touch(*arguments: Any) -> Any:
+            assert hasattr(threading.current_thread(), "waited"), "did not wait for earlier launches"
+            return function(*arguments)
+
+        return touch
+
+    def hint(address: Any) -> None:
+        assert early
+        hints.append(int(address))
 
     def store(count: int) -> Callable[..., None]:
         def store(address: Any, *words: Any) -> None:
@@ -201,16 +228,21 @@ def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True) -> None:
 
     modules: list[tuple[Any, dict[str, Any]]] = [
         (barrier, {"warp": _meet}),
-        (copy_async, {"copy_16": lambda _: copies.start, "commit": copies.commit, "wait": copies.wait}),
+        (copy_async, {
+            "copy_16": lambda _: behind_the_wait(copies.start), "commit": copies.commit, "wait": copies.wait,
+        }),
         (copy, {
-            "shared_address": machine._shared_address, "load_word": machine._load_word,
-            "load_word_fresh": machine._load_word, "load_16": machine._loader(4, machine._at),
+            "shared_address": machine._shared_address, "load_word": behind_the_wait(machine._load_word),
+            "load_word_fresh": machine._load_word, "prefetch": hint,
+            "load_16": machine._loader(4, machine._at),
             "load_shared_16": machine._loader(4, machine._shared), "load_shared_word": load_shared_word,
             "load_shared_float": machine._load_shared_float,
             "store_shared_float": machine._store_shared_float,
             "store_shared_word": machine._store_shared_word, "store_global_float": store_float,
-            "store_global_8": store(2), "store_global_16": store(4), "fetch_increment": fetch_increment,
+            "store_global_8": store(2), "store_global_16": store(4),
         }),
+        (turns, {"take_number": take_number}),
+        (grid, {"let_next_grid_start": lambda: None, "wait_for_earlier_grids": wait_for_earlier_grids}),
         (matrix_load, {
             "load_blocks": _blocks(False), "load_blocks_turned": _blocks(True), "turn_block": _turn,
         }),
@@ -227,3 +259,4 @@ def play(monkeypatch: pytest.MonkeyPatch, *, late: bool = True) -> None:
     for module, functions in modules:
         for name, function in functions.items():
             monkeypatch.setattr(module, name, function)
+    return hints

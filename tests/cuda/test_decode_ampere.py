@@ -78,6 +78,8 @@ def unread(played: Any) -> Any:
         ((2, 2, 70, 4, 1, 16, 48), {"splits": 2, "k_lengths": np.array([33, 0])}, {"stages": 2}),
         ((1, 3, 70, 4, 1, 32, 16), {"splits": 2, "k_lengths": np.array([61])}, {"rows": 16}),
         ((1, 3, 130, 6, 1, 16, 16), {"scale": -0.5}, {"keys": 32, "stages": 4}),  # three tiles of rows
+        ((1, 1, 90, 2, 1, 64, 64), {"splits": 4}, {"early": True, "hinted": 2}),  # parts differ by a turn
+        ((1, 1, 16 * 34, 1, 1, 16, 16), {"splits": 34}, {"warps": 1}),  # more parts than a warp has lanes
         ((1, 5, 3, 2, 2, 16, 16), {"splits": 2}, {}),  # queries that see no key, parts without a turn
     ],
 )
@@ -148,7 +150,7 @@ class Device:
         for module, name, value in (
             (launches_hopper, "Launch", Launch),
             (decode_call_ampere, "SIMULATOR", False),
-            (decode_call_ampere, "_tensor_cores", lambda _: True),
+            (decode_call_ampere, "_capability", lambda _: (8, 6)),
             (
                 decode_call_ampere,
                 "current_device",
@@ -161,14 +163,14 @@ class Device:
             (decode_call_ampere, "_function", lambda variant, _: variant),
         ):
             monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(MULTIPROCESSOR_COUNT=4))
+        monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(MULTIPROCESSOR_COUNT=2))
         decode_call_ampere.make_plan.cache_clear()
 
 
 def test_tensors_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     device = Device(monkeypatch)
-    q, k, v = (torch.from_numpy(x) for x in arrays((2, 1, 64, 4, 2, 16, 32), "float16"))
+    q, k, v = (torch.from_numpy(x) for x in arrays((2, 1, 64, 2, 1, 16, 32), "float16"))
     lengths = torch.tensor([61, 21])
     monkeypatch.setattr(decode_variant_ampere, "LEAST_KEYS", 32)
     expected: Any = split_kv_attention(
@@ -176,7 +178,7 @@ def test_tensors_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = cuda_backend.split_kv_attention(q, k, v, k_lengths=lengths, return_lse=True)
     stream, grid = device.launches[0]
-    assert (stream, grid["blocks"]) == (7, 8)  # two parts for four key heads: two blocks on each of four
+    assert (stream, grid["blocks"], grid["early"]) == (7, 4, False)  # two parts of two key heads
     assert np.abs(found.out.float().numpy() - expected.out.astype(np.float32)).max() < 2e-3
     assert np.abs(found.lse.numpy() - expected.lse).max() < 1e-3
     pages = [x.reshape(8, 16, *x.shape[2:]) for x in (k, v)]
@@ -281,7 +283,9 @@ MISTAKES = {
     "rows of the first tile": (decode_ampere, "int32(tile * ROWS + (lane >> 2))", "int32(lane >> 2)"),
     "heads and queries exchanged": (decode_ampere, "head + of_row - i * group) * uint64(q_head)",
                                     "head + i) * uint64(q_head)"),
-    "parts that overlap": (decode_ampere, "min(turns, (part + 1) * size)", "min(turns, (part + 2) * size)"),
+    "parts that overlap": (decode_ampere, "int32(begin + size + ", "int32(begin + size + 1 + "),
+    "a turn that no part has": (decode_ampere, "part < longer), int32(1)", "part < longer), int32(0)"),
+    "keys before the wait": (decode_ampere, "            grid.wait_for_earlier_grids()\n", ""),
     "a turn of the next warp": (decode_ampere, "turn, slot, free = int32(begin + warp)",
                                 "turn, slot, free = int32(begin + (warp ^ 1))"),
     "the first block merges": (decode_ampere, "!= parts - 1", "!= 0"),
@@ -297,8 +301,10 @@ MISTAKES = {
     "blocks of V as of K": (decode_step_ampere, "(lane & 7) + 8 * (lane >> 4)", "(lane & 15)"),
     "weights not turned": (decode_step_ampere, "matrix_load.turn_block(word)", "word"),
     "sums of one warp": (decode_merge_ampere, "total += weight * copy", "total = weight * copy"),
-    "parts alike": (decode_merge_ampere, "registers.exp2(lse - top)", "float32(1.0)"),
+    "parts alike": (decode_merge_ampere, "registers.exp2(weights[i] - lowest)", "float32(1.0)"),
     "the last part again": (decode_merge_ampere, "int32(first + i < parts)", "int32(1)"),
+    "weights of some lanes": (decode_merge_ampere, "range(5)", "range(4)"),
+    "an earlier batch again": (decode_ampere, "own_row, column, int32(first)", "own_row, column, int32(0)"),
     "log-sum-exps to base 2": (decode_merge_ampere, "lse2 * float32(LN_2)", "lse2"),
 }  # fmt: skip
 
@@ -323,11 +329,21 @@ def _changed(mistake: str) -> Any:
 
 @pytest.mark.parametrize("mistake", ["", *MISTAKES])
 def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = arrays((1, 3, 90, 3, 1, 16, 16), "float16")  # two tiles of rows
-    k[:, 60:] *= 3  # maxima grow
-    k[:, 81:] = v[:, 81:] = 0  # the first query sees no key of the last turn, and not all before it
-    case = Case((q, k, v), {"return_lse": True, "splits": 2, "k_lengths": np.array([81])})
-    played = unread(player(monkeypatch, build=_changed(mistake), stages=2))
+    # Of three heads: two tiles of rows, or one.
+    queries = 3 if mistake in ("rows of the first tile", "a mask too late") else 2
+    q, k, v = arrays((1, queries, 75, 3, 1, 16, 16), "float16")  # five turns
+    k[:, 50:] *= 3  # maxima grow
+    k[:, 65:] = v[:, 65:] = 0  # the first query sees no key of the last turn, and not all before it
+    case = Case((q, k, v), {"return_lse": True, "splits": 2, "k_lengths": np.array([65])})
+    fields: dict[str, Any] = {"stages": 2, "early": True, "hinted": 1}
+    if mistake == "an earlier batch again":
+        case = Case(case.args, {**case.kwargs, "splits": 3})
+        for module in (decode_ampere, decode_merge_ampere):
+            monkeypatch.setattr(module, "AT_ONCE", 2)
+    elif mistake == "weights of some lanes":
+        case = whole((1, 1, 16 * 18, 1, 1, 16, 16), "float16", splits=18)
+        fields["warps"] = 1
+    played = unread(player(monkeypatch, build=_changed(mistake), **fields))
     try:
         found = difference(played, case, "float16", technique="attention.split_kv")
     except AssertionError as error:

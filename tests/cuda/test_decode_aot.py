@@ -55,7 +55,8 @@ from cuda_backend.attention.decode_variant_ampere import choose
 
 found = []
 for fields, memory, capability in json.loads(sys.argv[1]):
-    capability, variant = tuple(capability), choose(*fields, memory)
+    capability = tuple(capability)
+    variant = choose(*fields, memory, capability >= (9, 0))
     function, how = decode_ampere.build(variant), {"launch_bounds": (variant.threads, variant.blocks)}
     with aot.pretended(capability):
         ptx, _ = cuda.compile(
@@ -63,6 +64,8 @@ for fields, memory, capability in json.loads(sys.argv[1]):
         )
     found.append(aot.resources(ptx, capability)._asdict() | {
         "threads": variant.threads * variant.blocks,
+        "early": [ptx.count("griddepcontrol." + what) for what in ("launch_dependents", "wait")],
+        "hints": len(re.findall(r"prefetch.global.L2", ptx)),
         "copies": len(re.findall(r"cp.async.cg.shared.global", ptx)),
         "products": len(re.findall(r"mma.sync.aligned.m16n8k16", ptx)),
         "fragments": len(re.findall(r"ldmatrix", ptx)),
@@ -89,9 +92,9 @@ def test_tensor_cores() -> None:
     command = [sys.executable, "-c", AMPERE_PROGRAM, json.dumps(cases)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    for (fields, _), used in zip(FIELDS, json.loads(run.stdout), strict=True):
+    for (fields, machine), used in zip(FIELDS, json.loads(run.stdout), strict=True):
         sys.stdout.write(f"{fields}: {used}\n")
-        _, D, Dv, rows, _ = fields
+        _, D, Dv, rows, paged = fields
         blocks, columns = (D + Dv) // 16, 2 if rows > 8 else 1  # of 16 by 16 numbers, of 8 queries
         assert used["spill_bytes"] == used["local_bytes"] == 0
         assert used["registers"] * used["threads"] <= 65536
@@ -99,4 +102,6 @@ def test_tensor_cores() -> None:
         assert used["products"] == columns * blocks
         assert used["turned"] == 2 * columns
         assert used["copies"] % blocks == 0
+        assert used["early"] == ([1, 1] if machine is H200 else [0, 0])
+        assert used["hints"] == (2 * (D + Dv) // 64 if machine is H200 and not paged and D % 64 == 0 else 0)
         assert used["barriers"] == 5  # before and after the sums of warps, and around the last block's part
