@@ -18,7 +18,7 @@ from typing import Any
 
 from memsim.measured.counted_traffic import SCHEDULES, schedule_of
 from memsim.measured.measured_files import document, file_name, toml_text
-from memsim.measured.nsight import METRICS, Launch, between_markers, parse_report
+from memsim.measured.nsight import between_markers, parse_report
 from tests.cuda import algorithm_1
 
 __all__ = ["MARKER", "cases", "run", "traffic_document"]
@@ -198,12 +198,12 @@ def _algorithm_1(shape: dict[str, int], processors: int) -> tuple[dict[str, Any]
     heads, N, D = shape["B"] * shape["H"], shape["N"], shape["D"]
     q, k, v, o = torch.randn(4, heads, N, D, device="cuda")
     statistics = torch.empty(2, heads, N, device="cuda")
-    kernel, rows = algorithm_1.build(), algorithm_1.ROWS
-    together = SHARED // (8 * rows * D + RESERVED)
-    tiles = {"rows": N, "columns": rows, "workers": processors * together, "initialize": True}
+    kernel = algorithm_1.build()
+    together = SHARED // (algorithm_1.SHARED + RESERVED)
+    tiles = {"rows": N, "columns": algorithm_1.KEYS, "workers": processors * together, "initialize": True}
 
     def call() -> None:
-        kernel[heads, rows](q, k, v, o, *statistics, D**-0.5)
+        kernel[heads, algorithm_1.THREADS](q, k, v, o, *statistics, D**-0.5)
 
     return tiles, call
 
@@ -256,18 +256,12 @@ def traffic_document(ran: dict[str, Any], reports: dict[str, str], tool: str) ->
         launches = between_markers(parse_report(report), MARKER)
         for case in ran["cases"]:
             described = {key: value for key, value in case.items() if key != "number"}
-            kernels = [_counters(launch) for launch in launches.get(case["number"], ())]
-            kernels = [kernel for kernel in kernels if len(kernel) > 1]
+            ran_there = launches.get(case["number"], ())
+            kernels = [{"name": one.kernel[:80], **one.bytes} for one in ran_there if one.bytes]
             if kernels:
                 described |= {"cache": cache, "kernels": _matched(kernels, described)}
                 found.append(described)
     return document("traffic", ran["hardware"], tool, case=found)
-
-
-def _counters(launch: Launch) -> dict[str, Any]:
-    names = {"dram_read": METRICS[0], "dram_write": METRICS[1], "l2": METRICS[2], "l2_asked": METRICS[3]}
-    counted = {name: launch.bytes[metric] for name, metric in names.items() if metric in launch.bytes}
-    return {"name": launch.kernel[:80], **counted}
 
 
 def _matched(kernels: list[dict[str, Any]], case: dict[str, Any]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from refimpl.errors import OptionError, UnknownNameError
 
 cuda = pytest.importorskip("tests.cuda.measure_traffic")
 
-HEADER = ("ID", "Process ID", "Kernel Name", "Grid Size", *METRICS)
-UNITS = ("", "", "", "", "byte", "Mbyte", "byte", "sector")
+HEADER = ("ID", "Process ID", "Kernel Name", "Grid Size", *sum(METRICS.values(), ()))
+UNITS = ("", "", "", "", "byte", "Mbyte", "byte", "Kbyte", "byte")
 SHAPE = {"B": 1, "H": 2, "N": 256, "D": 64}
 CASES = [
     {"number": 1, "stack": "s", "set": "own kernels", "function": "fa2_forward", "schedule": "flash2_forward",
@@ -43,11 +43,11 @@ def _line(cells: tuple[Any, ...]) -> str:
 
 MARK = "measurement_marker[abi:v3]"
 REPORT = report(
-    (MARK, "(1, 1, 1)", "0", "0", "0", "0"),
-    ("void flash_fwd<128, 128>(Params)", "(2, 1, 2)", "196,608", "0.065536", "1,000,000", "8,192"),
-    (MARK, "(4, 1, 1)", "0", "0", "0", "0"),
-    ("zero", "(2, 1, 2)", "10", "0.000002", "n/a", "1"),
-    ("sum", "(2, 1, 2)", "20", "0.000003", "n/a", "2"),
+    (MARK, "(1, 1, 1)", "0", "0", "0", "0", "0"),
+    ("void flash_fwd<128, 128>(Params)", "(2, 1, 2)", "196,608", "0.065536", "1,000,000", "67.5", "8,192"),
+    (MARK, "(4, 1, 1)", "0", "0", "0", "0", "0"),
+    ("zero", "(2, 1, 2)", "10", "0.000002", "7", "n/a", "1"),
+    ("sum", "(2, 1, 2)", "20", "0.000003", "8", "1", "2"),
 )
 
 
@@ -55,8 +55,10 @@ def test_a_report() -> None:
     launches = parse_report(REPORT)
     assert [launch.kernel for launch in launches[::2]] == [MARK, MARK, "sum"]
     assert launches[1].grid == (2, 1, 2)
-    assert list(launches[1].bytes.values()) == [196_608, 65_536, 1_000_000, 8192 * 32]
-    assert METRICS[2] not in launches[3].bytes
+    assert launches[1].bytes == {
+        "dram_read": 196_608, "dram_write": 65_536, "l2": 1_000_000 + 67_500, "slices": 8192,
+    }  # fmt: skip
+    assert set(launches[3].bytes) == {"dram_read", "dram_write", "slices"}, "half a sum is none"
     assert {key: len(found) for key, found in between_markers(launches, "marker").items()} == {1: 1, 4: 2}
 
 
@@ -87,7 +89,7 @@ def test_from_a_report_to_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -
         ("fa2_forward", "warm", 1), ("fa2_backward", "warm", 1),
     ]  # fmt: skip
     assert found["case"][1]["kernels"] == [
-        {"name": "2 kernels", "dram_read": 30, "dram_write": 5, "l2_asked": 96}
+        {"name": "2 kernels", "dram_read": 30, "dram_write": 5, "slices": 3}
     ]
     path = tmp_path / file_name(found)
     path.write_text(toml_text(found), encoding="utf-8")
