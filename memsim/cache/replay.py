@@ -13,20 +13,24 @@ each line is read once at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from memsim.cache.lru import READ, WRITE, Cache, compiled_loop, empty
 from refimpl.errors import OptionError
 from refimpl.numerics import IntArray
 from refimpl.validation import whole
 
-__all__ = ["Access", "Block", "Cache", "Kernel", "Traffic", "replay", "total"]
+__all__ = ["Access", "Block", "Cache", "Kernel", "Program", "Traffic", "play", "replay", "total", "traced"]
 
+LINE = 1 << 13
+# What each kind of access needs of a line, and which kinds cross to the multiprocessor, and back.
 _KINDS = ("read", "write", "update", "add")
+_NEEDS = (READ, WRITE, READ | WRITE, READ | WRITE)
+_ASKS = ((0, 2), (1, 2, 3))
 
 
 class Access(NamedTuple):
@@ -56,26 +60,6 @@ class Kernel(NamedTuple):
     workers: int = 1
 
 
-class Cache(NamedTuple):
-    """An L2 cache; one that is a plain LRU unless more is said.
-
-    Attributes
-    ----------
-    size : int
-        Bytes of all of it.
-    halves : {1, 2}
-        Parts of which each is next to every second worker.  A line is at home in one of them, which reads it
-        from HBM, and takes all that is written; to be read from the other half it is copied there.
-    ways : int, optional
-        Of the largest lines, how many a set holds; lines are scattered over sets, and each set is an LRU of
-        its own.  Default: all lines are in one set.
-    """
-
-    size: int
-    halves: Literal[1, 2] = 1
-    ways: int | None = None
-
-
 class Traffic(NamedTuple):
     """Bytes that a kernel moved.
 
@@ -100,7 +84,7 @@ class Traffic(NamedTuple):
 
 
 def replay(
-    kernels: Sequence[Kernel], arrays: Mapping[str, int], *, cache: int | Cache, line: int = 1 << 15
+    kernels: Sequence[Kernel], arrays: Mapping[str, int], *, cache: int | Cache, line: int = LINE
 ) -> list[Traffic]:
     """Return what kernels move, one after the other, the first with an empty cache.
 
@@ -130,28 +114,84 @@ def replay(
     Left out are sectors, and the order in which blocks really run.  Reading is counted when a tile is asked
     for, not by the thread.  Without numba the loop runs in Python, some hundred times slower.
     """
-    cache = cache if isinstance(cache, Cache) else Cache(cache)
-    whole("cache", cache.size, 0)
+    return play(traced(kernels, arrays, line), range(len(kernels)), cache)
+
+
+class Program(NamedTuple):
+    """Kernels as numbers, to be played in any order; arrays lie one behind the other, in lines."""
+
+    kernels: tuple[_Trace, ...]
+    widths: IntArray  # of each line: bytes
+
+
+class _Trace(NamedTuple):
+    """All accesses of a kernel in the order of its blocks: lines, what they need, and where blocks begin."""
+
+    name: str
+    workers: int
+    first: IntArray
+    stop: IntArray
+    needs: IntArray
+    blocks: IntArray
+    l2_read: int
+    l2_write: int
+
+
+def traced(kernels: Sequence[Kernel], arrays: Mapping[str, int], line: int = LINE) -> Program:
+    """Return kernels as numbers; arguments and errors are those of `replay`."""
     whole("line", line)
-    if cache.halves not in (1, 2):
-        raise OptionError(f"cache: expected 1 or 2 halves; got {cache.halves}")
-    traces = {id(kernel): _trace(kernel, arrays) for kernel in kernels}
-    each = np.array(
-        [_line_of(number, size, traces.values(), line) for number, size in enumerate(arrays.values())],
-        np.int64,
-    )
-    counts = [size // bytes_ for size, bytes_ in zip(arrays.values(), each.tolist(), strict=True)]
-    bases = np.concatenate([[0], np.cumsum(counts)])
-    state = _empty(cache, np.repeat(each, counts))
-    run, found = _compiled(), []
-    for kernel in kernels:
-        trace = traces[id(kernel)]
-        size = each[trace.arrays]
-        first = bases[trace.arrays] + trace.starts // size
-        read, written = run(first, first + trace.sizes // size, trace.kinds, trace.blocks, kernel.workers, state)
-        asked = (int(trace.sizes[np.isin(trace.kinds, kinds)].sum()) for kinds in ((0, 2), (1, 2, 3)))
-        left = int((state.written.reshape(cache.halves, -1) * state.widths).sum())
-        found.append(Traffic(kernel.name, *asked, int(read), int(written), left))
+    tables = [_table(kernel, arrays) for kernel in kernels]
+    each, counts = [], []
+    for number, size in enumerate(arrays.values()):
+        places = [
+            value for table, _ in tables for value in table[table[:, 0] == number, 1:3].ravel().tolist()
+        ]
+        each.append(math.gcd(line, size, *places))
+        counts.append(size // each[-1])
+    bases = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    widths = np.array(each, np.int64)
+    found = []
+    for kernel, (table, order) in zip(kernels, tables, strict=True):
+        array, start, size, kind = table.T
+        first = bases[array] + start // widths[array]
+        stop = first + size // widths[array]
+        often = np.bincount(order, minlength=len(table))
+        asked = [int((size * often)[np.isin(kind, kinds)].sum()) for kinds in _ASKS]
+        blocks = np.cumsum([0, *(len(block.accesses) for block in kernel.blocks)], dtype=np.int64)
+        needs = np.array(_NEEDS, np.int64)[kind]
+        found.append(
+            _Trace(kernel.name, kernel.workers, first[order], stop[order], needs[order], blocks, *asked)
+        )
+    return Program(tuple(found), np.repeat(widths, counts))
+
+
+def _table(kernel: Kernel, arrays: Mapping[str, int]) -> tuple[IntArray, IntArray]:
+    """Return a kernel's different accesses as rows of numbers, and the order in which they come."""
+    whole("workers", kernel.workers)
+    order = list(chain.from_iterable(block.accesses for block in kernel.blocks))
+    distinct = {id(access): access for access in order}  # those that blocks share are looked at once
+    numbers = {name: number for number, name in enumerate(arrays)}
+    rows = []
+    for access in distinct.values():
+        if access.array not in arrays or not 0 <= access.start <= access.start + access.size:
+            raise OptionError(f"{kernel.name}: expected bytes of {sorted(arrays)}; got {access}")
+        if access.start + access.size > arrays[access.array]:
+            raise OptionError(f"{kernel.name}: {access.array} has {arrays[access.array]} bytes; got {access}")
+        rows.append((numbers[access.array], access.start, access.size, _KINDS.index(access.kind)))
+    places = dict(zip(distinct, range(len(distinct)), strict=True))
+    which = np.fromiter(map(places.__getitem__, map(id, order)), np.int64, len(order))
+    return np.array(rows, np.int64).reshape(-1, 4), which
+
+
+def play(program: Program, order: Iterable[int], cache: int | Cache) -> list[Traffic]:
+    """Return what kernels of a program move, by their numbers and in that order, from an empty cache on."""
+    state = empty(cache if isinstance(cache, Cache) else Cache(cache), program.widths)
+    run, found = compiled_loop(), []
+    for number in order:
+        kernel = program.kernels[number]
+        read, written = run(kernel.first, kernel.stop, kernel.needs, kernel.blocks, kernel.workers, state)
+        left = int((state.written.reshape(state.halves, -1) * state.widths).sum())
+        found.append(Traffic(kernel.name, kernel.l2_read, kernel.l2_write, int(read), int(written), left))
     return found
 
 
@@ -161,165 +201,3 @@ def total(found: Sequence[Traffic]) -> Traffic:
         sum(getattr(one, name) for one in found) for name in Traffic._fields[1:-1]
     )
     return Traffic("all", read, write, dram_read, dram_write, found[-1].left if found else 0)
-
-
-class _Trace(NamedTuple):
-    """All accesses of a kernel in the order of its blocks, and where each block's begin."""
-
-    arrays: IntArray
-    starts: IntArray
-    sizes: IntArray
-    kinds: IntArray
-    blocks: IntArray
-
-
-def _trace(kernel: Kernel, arrays: Mapping[str, int]) -> _Trace:
-    """Return a kernel's accesses as numbers; one that stands in many blocks is looked at once."""
-    whole("workers", kernel.workers)
-    order = list(chain.from_iterable(block.accesses for block in kernel.blocks))
-    distinct = {id(access): access for access in order}
-    numbers = {name: number for number, name in enumerate(arrays)}
-    rows = []
-    for access in distinct.values():
-        if access.array not in arrays or not 0 <= access.start <= access.start + access.size:
-            raise OptionError(f"{kernel.name}: expected bytes of {sorted(arrays)}; got {access}")
-        if access.start + access.size > arrays[access.array]:
-            raise OptionError(
-                f"{kernel.name}: {access.array} has {arrays[access.array]} bytes; got {access}"
-            )
-        rows.append((numbers[access.array], access.start, access.size, _KINDS.index(access.kind)))
-    table = np.array(rows, np.int64).reshape(-1, 4)
-    places = dict(zip(distinct, range(len(distinct)), strict=True))
-    which = np.fromiter(map(places.__getitem__, map(id, order)), np.int64, len(order))
-    lengths = [len(block.accesses) for block in kernel.blocks]
-    blocks = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    return _Trace(*(np.ascontiguousarray(column) for column in table[which].T), blocks)
-
-
-def _line_of(number: int, size: int, traces: Any, most: int) -> int:
-    """Return the bytes of one array that are kept together: they divide it, its tiles, and the most."""
-    found = math.gcd(size, most)
-    for trace in traces:
-        here = trace.arrays == number
-        for values in (trace.starts, trace.sizes):
-            found = math.gcd(found, *np.unique(values[here]).tolist())
-    return found
-
-
-class _State(NamedTuple):
-    """The cache between accesses.
-
-    An entry is a line in a half: of n lines, entry i is line i in the first, and entry n + i in the second.
-    Behind all entries, `newer` and `older` have an end for each set, so that neighbors form a ring.
-    """
-
-    newer: IntArray
-    older: IntArray
-    inside: Any  # of each entry: whether it is in
-    written: Any  # and newer than HBM
-    sets: IntArray  # of each entry
-    homes: IntArray  # of each line: its entry at home
-    widths: IntArray  # of each line: bytes
-    used: IntArray  # of each set: bytes
-    capacity: int  # of each set: bytes
-    halves: int
-
-
-def _empty(cache: Cache, widths: IntArray) -> _State:
-    lines, half = len(widths), cache.size // cache.halves
-    sets = 1
-    if cache.ways is not None:
-        sets = max(1, half // (whole("ways", cache.ways) * max(1, int(widths.max(initial=1)))))
-    scattered = _scattered(lines)
-    places = (scattered >> np.uint64(1)) % np.uint64(sets)
-    every = np.concatenate([places.astype(np.int64) + part * sets for part in range(cache.halves)])
-    homes = np.arange(lines) + lines * (scattered % np.uint64(cache.halves)).astype(np.int64)
-    entries, all_sets = cache.halves * lines, cache.halves * sets
-    ring = np.arange(entries + all_sets)
-    flags = np.zeros((2, entries), np.bool_)
-    used = np.zeros(all_sets, np.int64)
-    return _State(ring, ring.copy(), flags[0], flags[1], every, homes, widths, used, half // sets, cache.halves)
-
-
-def _scattered(count: int) -> Any:
-    """Return for each number from 0 on one that looks random: the finalizer of SplitMix64."""
-    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Any]:
-    """Return the loop, compiled if numba is there."""
-    try:
-        import numba
-    except ImportError:
-        return _loop(_touch)
-    compiled: Callable[..., Any] = numba.njit(_loop(numba.njit(_touch)))
-    return compiled
-
-
-def _touch(state: Any, entry: Any, width: Any) -> Any:
-    """Make an entry the newest of its set and drop the oldest: whether it was in, and bytes that go to HBM."""
-    place = state.sets[entry]
-    end = len(state.sets) + place
-    newer, older, lines = state.newer, state.older, len(state.widths)
-    was_in = state.inside[entry]
-    if was_in:
-        newer[older[entry]], older[newer[entry]] = newer[entry], older[entry]
-    else:
-        state.inside[entry] = True
-        state.used[place] += width
-    newer[entry], older[entry] = end, older[end]
-    newer[older[end]] = entry
-    older[end] = entry
-    to_hbm = 0
-    while state.used[place] > state.capacity:
-        last = newer[end]
-        newer[end] = newer[last]
-        older[newer[last]] = end
-        state.inside[last] = False
-        state.used[place] -= state.widths[last % lines]
-        if state.written[last]:
-            state.written[last] = False
-            to_hbm += state.widths[last % lines]
-    return was_in, to_hbm
-
-
-def _loop(touch: Callable[..., Any]) -> Callable[..., Any]:
-    def run(first: Any, stop: Any, kinds: Any, blocks: Any, workers: Any, state: Any) -> Any:
-        """Play one kernel: bytes read from HBM, and written there."""
-        from_hbm, to_hbm, given, lines = 0, 0, 0, len(state.widths)
-        workers = min(workers, max(1, len(blocks) - 1))
-        place, end = np.zeros(workers, np.int64), np.zeros(workers, np.int64)
-        busy = True
-        while busy:
-            busy = False
-            for worker in range(workers):
-                while place[worker] == end[worker] and given < len(blocks) - 1:
-                    place[worker], end[worker] = blocks[given], blocks[given + 1]
-                    given += 1
-                if place[worker] == end[worker]:
-                    continue
-                busy = True
-                at = place[worker]
-                place[worker] += 1
-                reads, writes = kinds[at] != 1, kinds[at] != 0
-                for line in range(first[at], stop[at]):
-                    width, home = state.widths[line], state.homes[line]
-                    near = line + lines * (worker % state.halves)
-                    was_in = False
-                    if near != home and not writes:
-                        was_in, dropped = touch(state, near, width)
-                        to_hbm += dropped
-                    if not was_in:
-                        if writes:
-                            state.written[home] = True
-                        was_in, dropped = touch(state, home, width)
-                        to_hbm += dropped
-                        if reads and not was_in:
-                            from_hbm += width
-        return from_hbm, to_hbm
-
-    return run

@@ -13,6 +13,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,11 @@ def cases(card: str, processors: int) -> Iterator[Case]:
 def _case(
     stack: str, rows: str, function: str, shape: dict[str, int], tiles: dict[str, Any]
 ) -> dict[str, Any]:
-    schedule = function.removeprefix("cudnn_").removeprefix("fa2_")
-    schedule = schedule if schedule in SCHEDULES else f"flash2_{schedule}"
+    kind = function.removeprefix("cudnn_").removeprefix("fa2_")
+    names = [kind, f"flash2_{kind}"]
+    if rows == PYTORCH[1] and not function.startswith("cudnn_"):
+        names = [f"pytorch_{name}" for name in names] + names
+    schedule = next(name for name in names if name in SCHEDULES)
     return {
         "stack": stack, "set": rows, "function": function, "schedule": schedule, "shape": shape,
         "tiles": tiles,
@@ -122,8 +127,9 @@ def _resident(variant: Any, processors: int) -> dict[str, int]:
 def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
     """Yield eager attention in the operations of Algorithms 0 and 3, and two backends of SDPA.
 
-    FlashAttention 2 has tiles of 128 x 128, 64 keys where heads are wider than 64; of cuDNN's kernels, whose
-    sources are closed, only that queries (backward keys) are outside is taken for granted.
+    FlashAttention 2 has tiles of 128 x 128, 64 keys where heads are wider than 64; forward its registers leave
+    room for two blocks.  Of cuDNN's kernels, whose sources are closed, only that queries (backward keys) are
+    outside is taken for granted.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -137,10 +143,7 @@ def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
         weights = torch.softmax(flat[0] @ flat[1].transpose(1, 2), -1)
         yield "standard_backward", tiles, partial(_eager_backward, (*flat, weights))
         del weights
-    for name, backend, blocks in (
-        ("fa2", "FLASH_ATTENTION", 2 if D <= 64 else 1),
-        ("cudnn", "CUDNN_ATTENTION", 1),
-    ):
+    for name, backend, blocks in (("fa2", "FLASH_ATTENTION", 2), ("cudnn", "CUDNN_ATTENTION", 1)):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with sdpa_kernel(getattr(SDPBackend, backend)):
             out = torch.nn.functional.scaled_dot_product_attention(*leaves)
@@ -265,14 +268,19 @@ def traffic_document(ran: dict[str, Any], reports: dict[str, str], tool: str) ->
 
 
 def _matched(kernels: list[dict[str, Any]], case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the kernels one by one if the schedule has as many, otherwise their sum."""
-    if len(kernels) == len(schedule_of(case)[0]):
-        return kernels
+    """Return the kernels one by one if the schedule has as many, otherwise their sum.
+
+    PyTorch launches a kernel again for what is beyond the reach of 32 bits; those are one.
+    """
+    wanted = len(schedule_of(case)[0])
+    if len(kernels) != wanted:
+        kernels = [_sum(list(same)) for _, same in groupby(kernels, key=itemgetter("name"))]
+    return kernels if len(kernels) == wanted else [_sum(kernels) | {"name": f"{len(kernels)} kernels"}]
+
+
+def _sum(kernels: list[dict[str, Any]]) -> dict[str, Any]:
     names = [name for name in kernels[0] if name != "name"]
-    return [
-        {"name": f"{len(kernels)} kernels"}
-        | {name: sum(one.get(name, 0) for one in kernels) for name in names}
-    ]
+    return {"name": kernels[0]["name"], **{name: sum(one.get(name, 0) for one in kernels) for name in names}}
 
 
 def main(arguments: list[str]) -> None:
