@@ -28,20 +28,20 @@ def flash2_backward(shape: AttentionShape, *, rows: int, columns: int, workers: 
     for head in range(shape.heads):
         for queries in tiles_of(N, rows):
             moves = [rows_of(name, head, N, queries, width) for name in ("O", "dO")]
-            moves.append(rows_of("delta", head, N, queries, 4)._replace(kind="write"))
-            moves.append(rows_of("dQ sum", head, N, queries, wide)._replace(kind="write"))
+            moves.append(rows_of("delta", head, N, queries, 4, kind="write"))
+            moves.append(rows_of("dQ sum", head, N, queries, wide, kind="write"))
             sums.append(Block(tuple(moves)))
             back = [rows_of("dQ sum", head, N, queries, wide)]
-            back.append(rows_of("dQ", head, N, queries, width)._replace(kind="write"))
+            back.append(rows_of("dQ", head, N, queries, width, kind="write"))
             convert.append(Block(tuple(back)))
         through = []  # all queries, the same for every tile of keys
         for queries in tiles_of(N, rows):
             through += [rows_of(name, head, N, queries, width) for name in ("Q", "dO")]
             through += [rows_of(name, head, N, queries, 4) for name in ("lse", "delta")]
-            through.append(rows_of("dQ sum", head, N, queries, wide)._replace(kind="add"))
+            through.append(rows_of("dQ sum", head, N, queries, wide, kind="add"))
         for keys in tiles_of(Tk, columns):
             reads = [rows_of(name, head // shape.group, Tk, keys, width) for name in ("K", "V")]
-            results = [rows_of(name, head, Tk, keys, width)._replace(kind="write") for name in ("dK", "dV")]
+            results = [rows_of(name, head, Tk, keys, width, kind="write") for name in ("dK", "dV")]
             loop.append(Block((*reads, *through, *results)))
     arrays = shape.arrays(("Q", "O", "dO", "dQ"), ("K", "V"), ("lse", "delta"))
     arrays |= dict.fromkeys(("dK", "dV"), shape.heads * Tk * width)
@@ -68,9 +68,9 @@ def portable_backward(
     for head in range(shape.heads):
         for queries in reversed(query_tiles):
             reads = [rows_of(name, head, N, queries, width) for name in ("Q", "dO", "O")]
-            sums = rows_of("delta", head, N, queries, 4)._replace(kind="write")
+            sums = rows_of("delta", head, N, queries, 4, kind="write")
             seen = pairs[head // shape.group][: -(-(queries[0] + rows) // columns) if causal else None]
-            result = rows_of("dQ", head, N, queries, width)._replace(kind="write")
+            result = rows_of("dQ", head, N, queries, width, kind="write")
             lse = rows_of("lse", head, N, queries, 4)
             queries_first.append(Block((*reads, sums, lse, *chain.from_iterable(seen), result)))
     for key_head in range(shape.heads // shape.group):
@@ -87,9 +87,7 @@ def portable_backward(
         for keys, pair in zip(key_tiles, pairs[key_head], strict=True):
             first = keys[0] // rows if causal else 0
             moves = chain.from_iterable(chain.from_iterable(tiles[first:] for tiles in through))
-            results = [
-                rows_of(name, key_head, Tk, keys, width)._replace(kind="write") for name in ("dK", "dV")
-            ]
+            results = [rows_of(name, key_head, Tk, keys, width, kind="write") for name in ("dK", "dV")]
             keys_first.append(Block((*pair, *moves, *results)))
     arrays = shape.arrays(("Q", "O", "dO", "dQ"), ("K", "V", "dK", "dV"), ("lse", "delta"))
     named = (("portable dQ", queries_first), ("portable dK, dV", keys_first))
@@ -117,7 +115,7 @@ def standard_backward(shape: AttentionShape, *, rows: int, workers: int = 1) -> 
         for keys in tiles_of(Tk, rows):
             for name, scores, other in (("dV = Pᵀ dO", "P", "dO"), ("dK = dSᵀ Q", "dS", "Q")):
                 strip = Access(scores, (head * Tk + keys[0]) * N * shape.e, keys[1] * N * shape.e)
-                result = rows_of(name[:2], head, Tk, keys, width)._replace(kind="write")
+                result = rows_of(name[:2], head, Tk, keys, width, kind="write")
                 passes[name].append(Block((strip, whole[other], result)))
     arrays = shape.arrays(("Q", "dO", "dQ"), ("K", "V"))
     arrays |= dict.fromkeys(("dK", "dV"), shape.heads * Tk * width)

@@ -109,7 +109,7 @@ def compiled_loop() -> Callable[..., Any]:
 
 
 def _touch(state: Any, entry: Any, width: Any) -> Any:
-    """Make an entry the newest of its set and drop the oldest: whether it was in, and bytes that go to HBM."""
+    """Make an entry the newest of its set, and drop the oldest: whether it was in, and bytes then written."""
     place = state.sets[entry]
     end = len(state.sets) + place
     newer, older, lines = state.newer, state.older, len(state.widths)

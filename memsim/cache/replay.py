@@ -33,17 +33,20 @@ _NEEDS = (READ, WRITE, READ | WRITE, READ | WRITE)
 _ASKS = ((0, 2), (1, 2, 3))
 
 
+Kind = Literal["read", "write", "update", "add"]
+
+
 class Access(NamedTuple):
     """Bytes `start` to ``start + size`` of an array, and what is done with them.
 
-    They are read, written, read and written (``"update"``), or added to by the cache itself (``"add"``), which
-    needs what was there, but sends nothing to the multiprocessor.
+    They are read, written, read and written (``"update"``), or added to by the cache itself (``"add"``),
+    which needs what was there, but sends nothing to the multiprocessor.
     """
 
     array: str
     start: int
     size: int
-    kind: Literal["read", "write", "update", "add"] = "read"
+    kind: Kind = "read"
 
 
 class Block(NamedTuple):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
-from memsim.cache.replay import Access, Block, Kernel
+from memsim.cache.replay import Access, Block, Kernel, Kind
 
 __all__ = [
     "AttentionShape",
@@ -74,9 +74,11 @@ def tiles_of(length: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(size, length - start)) for start in range(0, length, size)]
 
 
-def rows_of(array: str, head: int, length: int, tile: tuple[int, int], bytes_of_row: int) -> Access:
-    """Return the reading of the rows of a tile of one head."""
-    return Access(array, (head * length + tile[0]) * bytes_of_row, tile[1] * bytes_of_row)
+def rows_of(
+    array: str, head: int, length: int, tile: tuple[int, int], bytes_of_row: int, kind: Kind = "read"
+) -> Access:
+    """Return what is done with the rows of a tile of one head."""
+    return Access(array, (head * length + tile[0]) * bytes_of_row, tile[1] * bytes_of_row, kind)
 
 
 def flash1_forward(
@@ -88,14 +90,14 @@ def flash1_forward(
     for head in range(shape.heads):
         moves = []
         if initialize:
-            moves += [rows_of("O", head, N, (0, N), width)._replace(kind="write")]
-            moves += [rows_of(name, head, N, (0, N), 4)._replace(kind="write") for name in ("l", "m")]
+            moves += [rows_of("O", head, N, (0, N), width, kind="write")]
+            moves += [rows_of(name, head, N, (0, N), 4, kind="write") for name in ("l", "m")]
         for keys in tiles_of(Tk, columns):
             moves += [rows_of(name, head // shape.group, Tk, keys, width) for name in ("K", "V")]
             for queries in tiles_of(N, rows):
                 moves.append(rows_of("Q", head, N, queries, width))
-                moves.append(rows_of("O", head, N, queries, width)._replace(kind="update"))
-                moves += [rows_of(name, head, N, queries, 4)._replace(kind="update") for name in ("l", "m")]
+                moves.append(rows_of("O", head, N, queries, width, kind="update"))
+                moves += [rows_of(name, head, N, queries, 4, kind="update") for name in ("l", "m")]
         blocks.append(Block(tuple(moves)))
     arrays = shape.arrays(("Q", "O"), ("K", "V"), ("l", "m"))
     return [Kernel("flash1 forward", tuple(blocks), workers)], arrays
@@ -125,9 +127,9 @@ def _forward(
         if causal:
             seen = seen[: -(-sum(queries) // columns)]
         keys = chain.from_iterable(reversed(seen) if backwards else seen)
-        results = [rows_of("O", head, N, queries, width)._replace(kind="write")]
+        results = [rows_of("O", head, N, queries, width, kind="write")]
         if lse:
-            results.append(rows_of("lse", head, N, queries, 4)._replace(kind="write"))
+            results.append(rows_of("lse", head, N, queries, 4, kind="write"))
         blocks.append(Block((rows_of("Q", head, N, queries, width), *keys, *results)))
     return [Kernel(name, tuple(blocks), workers)], shape.arrays(("Q", "O"), ("K", "V"), ("lse",) * lse)
 

@@ -41,8 +41,8 @@ SCHEDULES = {
     )
     for name in names
 }
-# What is compared, the counters that it is the sum of, and in which set of rows it stands: bars are on the bytes
-# of HBM in both directions, and on those of the L2.
+# What is compared, the counters that it is the sum of, and in which set of rows it stands: bars are on the
+# bytes of HBM in both directions, and on those of the L2.
 COUNTERS = {
     "dram": (("dram_read", "dram_write"), ""),
     "dram_read": (("dram_read",), ", read"),
@@ -173,7 +173,7 @@ def _rows(predictions: Predictions) -> Iterator[Checked]:
 
 
 def traffic_ids() -> dict[str, str]:
-    """Return the set of each row by its name, without a replay."""
+    """Return the set of each row by its name, without a replay; those that calibrate are apart."""
     return {counted.id: counted.belongs for counted in _listed()}
 
 
@@ -231,4 +231,6 @@ def _name(card: str, case: Mapping[str, Any], place: int, counter: str) -> str:
 
 
 def _size(case: Mapping[str, Any]) -> str:
-    return f"{case.get('function', case['schedule'])}.{'x'.join(str(value) for value in case['shape'].values())}"
+    return (
+        f"{case.get('function', case['schedule'])}.{'x'.join(str(value) for value in case['shape'].values())}"
+    )

@@ -127,9 +127,9 @@ def _resident(variant: Any, processors: int) -> dict[str, int]:
 def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
     """Yield eager attention in the operations of Algorithms 0 and 3, and two backends of SDPA.
 
-    FlashAttention 2 has tiles of 128 x 128, 64 keys where heads are wider than 64; forward its registers leave
-    room for two blocks.  Of cuDNN's kernels, whose sources are closed, only that queries (backward keys) are
-    outside is taken for granted.
+    FlashAttention 2 has tiles of 128 x 128, 64 keys where heads are wider than 64; forward its registers
+    leave room for two blocks.  Of cuDNN's kernels, whose sources are closed, only that queries (backward
+    keys) are outside is taken for granted.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -147,9 +147,14 @@ def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with sdpa_kernel(getattr(SDPBackend, backend)):
             out = torch.nn.functional.scaled_dot_product_attention(*leaves)
-        columns = 128 if D <= 64 else 64
-        forward = {"rows": 128, "columns": columns, "workers": blocks * processors}
-        yield f"{name}_forward", forward, partial(_sdpa, getattr(SDPBackend, backend), q, k, v)
+        forward = {"rows": 128, "columns": 128 if D <= 64 else 64, "workers": blocks * processors}
+        function = f"{name}_forward"
+        few = B * H * -(-N // 64) < 0.8 * blocks * processors  # num_splits_heuristic of its flash_api.cpp
+        if name == "fa2" and few:
+            function = f"{name}_split"
+            columns = 256 if D <= 64 else 128
+            forward |= {"rows": 64, "columns": columns, "splits": -(-N // columns)}
+        yield function, forward, partial(_sdpa, getattr(SDPBackend, backend), q, k, v)
         backward = {"rows": 128 if D <= 64 else 64, "columns": 128, "workers": processors}
         yield f"{name}_backward", backward, partial(torch.autograd.grad, out, leaves, do, retain_graph=True)
 
