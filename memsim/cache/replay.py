@@ -172,7 +172,8 @@ def _table(kernel: Kernel, arrays: Mapping[str, int]) -> tuple[IntArray, IntArra
     """Return a kernel's different accesses as rows of numbers, and the order in which they come."""
     whole("workers", kernel.workers)
     order = list(chain.from_iterable(block.accesses for block in kernel.blocks))
-    distinct = {id(access): access for access in order}  # those that blocks share are looked at once
+    marks = list(map(id, order))
+    distinct = dict(zip(marks, order, strict=True))  # those that blocks share are looked at once
     numbers = {name: number for number, name in enumerate(arrays)}
     rows = []
     for access in distinct.values():
@@ -182,7 +183,7 @@ def _table(kernel: Kernel, arrays: Mapping[str, int]) -> tuple[IntArray, IntArra
             raise OptionError(f"{kernel.name}: {access.array} has {arrays[access.array]} bytes; got {access}")
         rows.append((numbers[access.array], access.start, access.size, _KINDS.index(access.kind)))
     places = dict(zip(distinct, range(len(distinct)), strict=True))
-    which = np.fromiter(map(places.__getitem__, map(id, order)), np.int64, len(order))
+    which = np.fromiter(map(places.__getitem__, marks), np.int64, len(order))
     return np.array(rows, np.int64).reshape(-1, 4), which
 
 

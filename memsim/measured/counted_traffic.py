@@ -24,7 +24,7 @@ from memsim.measured.measured_files import of_kind
 from refimpl.errors import OptionError, UnknownNameError
 
 __all__ = [
-    "COUNTERS", "SCHEDULES", "Attempt", "attempts", "predicted_traffic", "schedule_of", "traffic_ids",
+    "COUNTERS", "SCHEDULES", "attempts", "predicted_traffic", "schedule_of", "traffic_ids",
     "traffic_rows",
 ]  # fmt: skip
 
@@ -107,41 +107,28 @@ def traffic_rows() -> tuple[Checked, ...]:
     return tuple(_rows(_predictions([stated["ways"]["value"]])[0]))
 
 
-class Attempt(NamedTuple):
-    """Worst errors of the bytes of HBM with sets of so many ways; None for one set of everything."""
-
-    ways: int | None
-    calibration: float
-    own: float
-    pytorch: float
-
-
-def attempts() -> list[Attempt]:
-    """Return what each number of ways that was tried gives; the least error of calibration was taken."""
+def attempts(*sets: str) -> dict[int | None, dict[str, float]]:
+    """Return the worst error in some sets, for every number of ways that was tried, and for one set."""
     tried = [*data_files.read("hbm", "validation")["ways"]["tried"], None]
-    found = []
-    for ways, predictions in zip(tried, _predictions(tried), strict=True):
-        worst = dict.fromkeys(("own kernels, calibration", "own kernels", "PyTorch's kernels"), 0.0)
-        for row in _rows(predictions):
-            if row.belongs in worst:
-                worst[row.belongs] = max(worst[row.belongs], abs(row.error))
-        found.append(Attempt(ways, *worst.values()))
-    return found
-
-
-Predictions = dict[tuple[str, str, str], list[Traffic]]
-
-
-def _predictions(ways: Sequence[int | None]) -> list[Predictions]:
-    """Return for each number of ways what every case moves, by card, case and state of the cache."""
-    halves = data_files.read("hbm", "validation")["halves"]["value"]
-    cases = {
-        (document["hardware"], _key(case), case["cache"]): case
-        for document in of_kind("traffic")
-        for case in document["case"]
+    wanted = {counted.key for counted in _listed() if counted.belongs in sets}
+    return {
+        ways: {
+            name: max(abs(row.error) for row in _rows(predictions) if row.belongs == name) for name in sets
+        }
+        for ways, predictions in zip(tried, _predictions(tried, wanted), strict=True)
     }
+
+
+Key = tuple[str, str, str]  # card, what ran, and whether the cache was cold
+Predictions = dict[Key, list[Traffic]]
+
+
+def _predictions(ways: Sequence[int | None], wanted: set[Key] | None = None) -> list[Predictions]:
+    """Return for each number of ways what cases move, all of them or some."""
+    halves = data_files.read("hbm", "validation")["halves"]["value"]
+    cases = {counted.key: counted.case for counted in _listed()}
     found: list[Predictions] = [{} for _ in ways]
-    for key in sorted(cases):
+    for key in sorted(cases if wanted is None else wanted):
         size = hardware(key[0]).l2.value
         for number, predictions in zip(ways, found, strict=True):
             predictions[key] = predicted_traffic(cases[key], Cache(size, halves, number))
@@ -151,7 +138,9 @@ def _predictions(ways: Sequence[int | None]) -> list[Predictions]:
 def _rows(predictions: Predictions) -> Iterator[Checked]:
     floor = data_files.read("hbm", "validation")["floor"]["value"]
     for counted in _listed():
-        found = predictions[counted.card, _key(counted.case), counted.case["cache"]]
+        if counted.key not in predictions:
+            continue
+        found = predictions[counted.key]
         kernels = counted.case["kernels"]
         if len(kernels) not in (1, len(found)):
             raise OptionError(f"{counted.id}: expected 1 or {len(found)} kernels; got {len(kernels)}")
@@ -189,6 +178,11 @@ class _Counted(NamedTuple):
     bytes: int
     belongs: str
     use: str
+
+    @property
+    def key(self) -> Key:
+        """What its prediction stands under."""
+        return self.card, _key(self.case), self.case["cache"]
 
 
 def _listed() -> Iterator[_Counted]:

@@ -84,7 +84,7 @@ def memory_rows() -> tuple[Checked, ...]:
                         predicted=predicted / 1e6,
                         error=predicted / measured - 1,
                         use="held out",
-                        stack=f"PyTorch's allocator on {card}",
+                        stack=f"peak memory, {counter}",
                         hardware=card,
                         belongs=f"peak memory, {counter}",
                     )
