@@ -28,7 +28,7 @@ __all__ = ["Access", "Block", "Cache", "Kernel", "Program", "Traffic", "play", "
 
 LINE = 1 << 13
 # What each kind of access needs of a line, and which kinds cross to the multiprocessor, and back.
-_KINDS = ("read", "write", "update", "add")
+_KINDS = {"read": 0, "write": 1, "update": 2, "add": 3}
 _NEEDS = (READ, WRITE, READ | WRITE, READ | WRITE)
 _ASKS = ((0, 2), (1, 2, 3))
 
@@ -174,17 +174,19 @@ def _table(kernel: Kernel, arrays: Mapping[str, int]) -> tuple[IntArray, IntArra
     order = list(chain.from_iterable(block.accesses for block in kernel.blocks))
     marks = list(map(id, order))
     distinct = dict(zip(marks, order, strict=True))  # those that blocks share are looked at once
+    for name in {access.array for access in distinct.values()} - arrays.keys():
+        raise OptionError(f"{kernel.name}: expected bytes of {sorted(arrays)}; got those of {name!r}")
     numbers = {name: number for number, name in enumerate(arrays)}
-    rows = []
-    for access in distinct.values():
-        if access.array not in arrays or not 0 <= access.start <= access.start + access.size:
-            raise OptionError(f"{kernel.name}: expected bytes of {sorted(arrays)}; got {access}")
-        if access.start + access.size > arrays[access.array]:
-            raise OptionError(f"{kernel.name}: {access.array} has {arrays[access.array]} bytes; got {access}")
-        rows.append((numbers[access.array], access.start, access.size, _KINDS.index(access.kind)))
+    columns = tuple(zip(*distinct.values(), strict=True)) or ((),) * 4
+    named = (map(numbers.__getitem__, columns[0]), *columns[1:3], map(_KINDS.__getitem__, columns[3]))
+    table = np.stack([np.fromiter(column, np.int64, len(distinct)) for column in named], axis=1)
+    array, start, size, _ = table.T
+    outside = (start < 0) | (size < 0) | (start + size > np.array([*arrays.values(), 0])[array])
+    if outside.any():
+        wrong = list(distinct.values())[int(outside.argmax())]
+        raise OptionError(f"{kernel.name}: {wrong.array} has {arrays[wrong.array]} bytes; got {wrong}")
     places = dict(zip(distinct, range(len(distinct)), strict=True))
-    which = np.fromiter(map(places.__getitem__, marks), np.int64, len(order))
-    return np.array(rows, np.int64).reshape(-1, 4), which
+    return table, np.fromiter(map(places.__getitem__, marks), np.int64, len(order))
 
 
 def play(program: Program, order: Iterable[int], cache: int | Cache) -> list[Traffic]:

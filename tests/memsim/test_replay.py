@@ -308,6 +308,8 @@ def test_refusals() -> None:
     kernel = Kernel("k", (Block((Access("x", 0, 8),)),))
     with pytest.raises(OptionError, match=r"k: x has 4 bytes"):
         replay([kernel], {"x": 4}, cache=8)
+    with pytest.raises(OptionError, match=r"x has 4 bytes; got .*start=-1"):
+        replay([Kernel("k", (Block((Access("x", 0, 4), Access("x", -1, 2))),))], {"x": 4}, cache=8)
     with pytest.raises(OptionError, match="expected bytes of"):
         replay([kernel], {"y": 8}, cache=8)
     with pytest.raises(OptionError, match="cache"):
