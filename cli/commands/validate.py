@@ -78,7 +78,8 @@ Examples:
 
 \b
 A row marked "calibration" is one of the few that efficiencies were fitted to, named before the fit
-(memsim/data/validation); every other row is held out.  The error is predicted / published - 1.""",
+or, of the one number of the L2, chosen (memsim/data/validation); every other row is held out.  The error is
+predicted / published - 1; where less than a megabyte was counted, it is in parts of a megabyte.""",
     short_help="Models against measurements.",
 )
 @click.option("--only", metavar="PATTERN", help="Only these rows, such as 'foundry.a100-80gb.*'.")
@@ -88,8 +89,9 @@ A row marked "calibration" is one of the few that efficiencies were fitted to, n
 def command(only: str | None, summary: bool, strict: bool) -> Result:
     """Print what was measured, what the models predict, and the error.
 
-    Times of training come from papers and from llm-foundry's tables, HBM traffic from a hardware counter.  A
-    missed bar is printed; it fails the command with --strict only.
+    Times of training come from papers and from llm-foundry's tables, traffic of HBM and L2 from hardware
+    counters, peaks of memory from PyTorch's allocator.  A missed bar is printed; it fails the command with
+    --strict only.
     """
     from memsim.measured.validation import bars, summaries, validate
 

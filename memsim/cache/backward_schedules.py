@@ -9,6 +9,8 @@ True
 
 from __future__ import annotations
 
+from itertools import chain
+
 from memsim.cache.replay import Access, Block, Kernel
 from memsim.cache.tile_schedules import AttentionShape, Schedule, rows_of, tiles_of
 
@@ -26,20 +28,21 @@ def flash2_backward(shape: AttentionShape, *, rows: int, columns: int, workers: 
     for head in range(shape.heads):
         for queries in tiles_of(N, rows):
             moves = [rows_of(name, head, N, queries, width) for name in ("O", "dO")]
-            moves.append(rows_of("delta", head, N, queries, 4)._replace(kind="write"))
-            moves.append(rows_of("dQ sum", head, N, queries, wide)._replace(kind="write"))
+            moves.append(rows_of("delta", head, N, queries, 4, kind="write"))
+            moves.append(rows_of("dQ sum", head, N, queries, wide, kind="write"))
             sums.append(Block(tuple(moves)))
             back = [rows_of("dQ sum", head, N, queries, wide)]
-            back.append(rows_of("dQ", head, N, queries, width)._replace(kind="write"))
+            back.append(rows_of("dQ", head, N, queries, width, kind="write"))
             convert.append(Block(tuple(back)))
+        through = []  # all queries, the same for every tile of keys
+        for queries in tiles_of(N, rows):
+            through += [rows_of(name, head, N, queries, width) for name in ("Q", "dO")]
+            through += [rows_of(name, head, N, queries, 4) for name in ("lse", "delta")]
+            through.append(rows_of("dQ sum", head, N, queries, wide, kind="add"))
         for keys in tiles_of(Tk, columns):
-            moves = [rows_of(name, shape.shared(head), Tk, keys, width) for name in ("K", "V")]
-            for queries in tiles_of(N, rows):
-                moves += [rows_of(name, head, N, queries, width) for name in ("Q", "dO")]
-                moves += [rows_of(name, head, N, queries, 4) for name in ("lse", "delta")]
-                moves.append(rows_of("dQ sum", head, N, queries, wide)._replace(kind="update"))
-            moves += [rows_of(name, head, Tk, keys, width)._replace(kind="write") for name in ("dK", "dV")]
-            loop.append(Block(tuple(moves)))
+            reads = [rows_of(name, head // shape.group, Tk, keys, width) for name in ("K", "V")]
+            results = [rows_of(name, head, Tk, keys, width, kind="write") for name in ("dK", "dV")]
+            loop.append(Block((*reads, *through, *results)))
     arrays = shape.arrays(("Q", "O", "dO", "dQ"), ("K", "V"), ("lse", "delta"))
     arrays |= dict.fromkeys(("dK", "dV"), shape.heads * Tk * width)
     arrays["dQ sum"] = shape.heads * N * wide
@@ -56,31 +59,36 @@ def portable_backward(
     owns keys, and goes through the queries of every head that shares them.
     """
     N, Tk, width = shape.N, shape.keys, shape.D * shape.e
-    group = shape.H // (shape.G or shape.H)
+    query_tiles, key_tiles = tiles_of(N, rows), tiles_of(Tk, columns)
+    pairs = [  # K and V of each key head, the same ones in all blocks that read them
+        [tuple(rows_of(name, head, Tk, keys, width) for name in ("K", "V")) for keys in key_tiles]
+        for head in range(shape.heads // shape.group)
+    ]
     queries_first, keys_first = [], []
     for head in range(shape.heads):
-        for queries in reversed(tiles_of(N, rows)):
-            moves = [rows_of(name, head, N, queries, width) for name in ("Q", "dO", "O")]
-            moves.append(rows_of("delta", head, N, queries, 4)._replace(kind="write"))
-            moves.append(rows_of("lse", head, N, queries, 4))
-            for keys in tiles_of(Tk, columns):
-                if not causal or keys[0] < queries[0] + rows:
-                    moves += [rows_of(name, shape.shared(head), Tk, keys, width) for name in ("K", "V")]
-            moves.append(rows_of("dQ", head, N, queries, width)._replace(kind="write"))
-            queries_first.append(Block(tuple(moves)))
-    for key_head in range(shape.heads // group):
-        for keys in tiles_of(Tk, columns):
-            moves = [rows_of(name, key_head, Tk, keys, width) for name in ("K", "V")]
-            for head in range(key_head * group, (key_head + 1) * group):
-                for queries in tiles_of(N, rows):
-                    if causal and queries[0] < keys[0] // rows * rows:
-                        continue
-                    moves += [rows_of(name, head, N, queries, width) for name in ("Q", "dO")]
-                    moves += [rows_of(name, head, N, queries, 4) for name in ("lse", "delta")]
-            moves += [
-                rows_of(name, key_head, Tk, keys, width)._replace(kind="write") for name in ("dK", "dV")
+        for queries in reversed(query_tiles):
+            reads = [rows_of(name, head, N, queries, width) for name in ("Q", "dO", "O")]
+            sums = rows_of("delta", head, N, queries, 4, kind="write")
+            seen = pairs[head // shape.group][: -(-(queries[0] + rows) // columns) if causal else None]
+            result = rows_of("dQ", head, N, queries, width, kind="write")
+            lse = rows_of("lse", head, N, queries, 4)
+            queries_first.append(Block((*reads, sums, lse, *chain.from_iterable(seen), result)))
+    for key_head in range(shape.heads // shape.group):
+        through = [  # of each query head that shares it, what a tile of queries needs
+            [
+                (
+                    *(rows_of(name, head, N, queries, width) for name in ("Q", "dO")),
+                    *(rows_of(name, head, N, queries, 4) for name in ("lse", "delta")),
+                )
+                for queries in query_tiles
             ]
-            keys_first.append(Block(tuple(moves)))
+            for head in range(key_head * shape.group, (key_head + 1) * shape.group)
+        ]
+        for keys, pair in zip(key_tiles, pairs[key_head], strict=True):
+            first = keys[0] // rows if causal else 0
+            moves = chain.from_iterable(chain.from_iterable(tiles[first:] for tiles in through))
+            results = [rows_of(name, key_head, Tk, keys, width, kind="write") for name in ("dK", "dV")]
+            keys_first.append(Block((*pair, *moves, *results)))
     arrays = shape.arrays(("Q", "O", "dO", "dQ"), ("K", "V", "dK", "dV"), ("lse", "delta"))
     named = (("portable dQ", queries_first), ("portable dK, dV", keys_first))
     return [Kernel(name, tuple(blocks), workers) for name, blocks in named], arrays
@@ -96,7 +104,7 @@ def standard_backward(shape: AttentionShape, *, rows: int, workers: int = 1) -> 
         name: [] for name in ("dP = dO Vᵀ", "dV = Pᵀ dO", "dS = softmax'(dP)", "dQ = dS K", "dK = dSᵀ Q")
     }
     for head in range(shape.heads):
-        whole = {name: rows_of(name, shape.shared(head), Tk, (0, Tk), width) for name in ("K", "V")}
+        whole = {name: rows_of(name, head // shape.group, Tk, (0, Tk), width) for name in ("K", "V")}
         whole |= {name: rows_of(name, head, N, (0, N), width) for name in ("Q", "dO")}
         for queries in tiles_of(N, rows):
             P, dP, dS = (rows_of(name, head, N, queries, Tk * shape.e) for name in ("P", "dP", "dS"))
@@ -107,7 +115,7 @@ def standard_backward(shape: AttentionShape, *, rows: int, workers: int = 1) -> 
         for keys in tiles_of(Tk, rows):
             for name, scores, other in (("dV = Pᵀ dO", "P", "dO"), ("dK = dSᵀ Q", "dS", "Q")):
                 strip = Access(scores, (head * Tk + keys[0]) * N * shape.e, keys[1] * N * shape.e)
-                result = rows_of(name[:2], head, Tk, keys, width)._replace(kind="write")
+                result = rows_of(name[:2], head, Tk, keys, width, kind="write")
                 passes[name].append(Block((strip, whole[other], result)))
     arrays = shape.arrays(("Q", "dO", "dQ"), ("K", "V"))
     arrays |= dict.fromkeys(("dK", "dV"), shape.heads * Tk * width)

@@ -13,28 +13,40 @@ each line is read once at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from memsim.cache.lru import READ, WRITE, Cache, compiled_loop, empty
 from refimpl.errors import OptionError
 from refimpl.numerics import IntArray
 from refimpl.validation import whole
 
-__all__ = ["Access", "Block", "Kernel", "Traffic", "replay", "total"]
+__all__ = ["Access", "Block", "Cache", "Kernel", "Program", "Traffic", "play", "replay", "total", "traced"]
 
-_KINDS = ("read", "write", "update")
+LINE = 1 << 13
+# What each kind of access needs of a line, and which kinds cross to the multiprocessor, and back.
+_KINDS = {"read": 0, "write": 1, "update": 2, "add": 3}
+_NEEDS = (READ, WRITE, READ | WRITE, READ | WRITE)
+_ASKS = ((0, 2), (1, 2, 3))
+
+
+Kind = Literal["read", "write", "update", "add"]
 
 
 class Access(NamedTuple):
-    """Bytes `start` to ``start + size`` of an array, read, written, or read and written (``"update"``)."""
+    """Bytes `start` to ``start + size`` of an array, and what is done with them.
+
+    They are read, written, read and written (``"update"``), or added to by the cache itself (``"add"``),
+    which needs what was there, but sends nothing to the multiprocessor.
+    """
 
     array: str
     start: int
     size: int
-    kind: Literal["read", "write", "update"] = "read"
+    kind: Kind = "read"
 
 
 class Block(NamedTuple):
@@ -75,7 +87,7 @@ class Traffic(NamedTuple):
 
 
 def replay(
-    kernels: Sequence[Kernel], arrays: Mapping[str, int], *, cache: int, line: int | None = None
+    kernels: Sequence[Kernel], arrays: Mapping[str, int], *, cache: int | Cache, line: int = LINE
 ) -> list[Traffic]:
     """Return what kernels move, one after the other, the first with an empty cache.
 
@@ -85,11 +97,10 @@ def replay(
         What runs.
     arrays : mapping of str to int
         Bytes of each array.
-    cache : int
-        Bytes of the L2 cache; 0 for none.
-    line : int, optional
-        Bytes that are kept or dropped together.  Default: the most that divides all tiles, which is as good
-        as a smaller one but for what is left of the cache.
+    cache : int or Cache
+        The L2 cache, or the bytes of one that is a plain LRU; 0 for none.
+    line : int
+        Bytes of an array that are kept or dropped together: the most that divide this and all of its tiles.
 
     Returns
     -------
@@ -99,29 +110,94 @@ def replay(
     Raises
     ------
     OptionError
-        If an access leaves its array, or `line` does not divide the tiles.
+        If an access leaves its array, or the cache has other than one or two halves.
 
     Notes
     -----
-    Left out are what differs between cards: sectors, sets, copies of a line in the other half of an L2, the
-    order in which blocks really run.  Reading is counted when a tile is asked for, not by the thread.
-    Without numba the loop runs in Python, some hundred times slower.
+    Left out are sectors, and the order in which blocks really run.  Reading is counted when a tile is asked
+    for, not by the thread.  Without numba the loop runs in Python, some hundred times slower.
     """
-    whole("cache", cache, 0)
-    traces = [_trace(kernel, arrays) for kernel in kernels]
-    sizes = np.concatenate([np.zeros(1, np.int64), *(t.ravel() for trace in traces for t in trace[:2])])
-    common = math.gcd(*sizes.tolist(), *arrays.values()) or 1
-    each = common if line is None else whole("line", line)
-    if common % each:
-        raise OptionError(f"line: expected a divisor of the tiles' {common} bytes; got {line}")
-    lines = sum(arrays.values()) // each
-    state = _State(np.full((2, lines + 1), -1, np.int64), np.zeros((2, lines), np.bool_), np.full(3, 0))
-    state.ends[:2] = -1
-    run = _compiled()
+    return play(traced(kernels, arrays, line), range(len(kernels)), cache)
+
+
+class Program(NamedTuple):
+    """Kernels as numbers, to be played in any order; arrays lie one behind the other, in lines."""
+
+    kernels: tuple[_Trace, ...]
+    widths: IntArray  # of each line: bytes
+
+
+class _Trace(NamedTuple):
+    """All accesses of a kernel in the order of its blocks: lines, what they need, and where blocks begin."""
+
+    name: str
+    workers: int
+    first: IntArray
+    stop: IntArray
+    needs: IntArray
+    blocks: IntArray
+    l2_read: int
+    l2_write: int
+
+
+def traced(kernels: Sequence[Kernel], arrays: Mapping[str, int], line: int = LINE) -> Program:
+    """Return kernels as numbers; arguments and errors are those of `replay`."""
+    whole("line", line)
+    tables = [_table(kernel, arrays) for kernel in kernels]
+    each, counts = [], []
+    for number, size in enumerate(arrays.values()):
+        places = [
+            value for table, _ in tables for value in table[table[:, 0] == number, 1:3].ravel().tolist()
+        ]
+        each.append(math.gcd(line, size, *places))
+        counts.append(size // each[-1])
+    bases = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+    widths = np.array(each, np.int64)
     found = []
-    for kernel, (starts, counts, kinds, blocks) in zip(kernels, traces, strict=True):
-        counted = run(starts // each, counts // each, kinds, blocks, kernel.workers, cache // each, *state)
-        found.append(Traffic(kernel.name, *(int(count) * each for count in counted)))
+    for kernel, (table, order) in zip(kernels, tables, strict=True):
+        array, start, size, kind = table.T
+        first = bases[array] + start // widths[array]
+        stop = first + size // widths[array]
+        often = np.bincount(order, minlength=len(table))
+        asked = [int((size * often)[np.isin(kind, kinds)].sum()) for kinds in _ASKS]
+        blocks = np.cumsum([0, *(len(block.accesses) for block in kernel.blocks)], dtype=np.int64)
+        needs = np.array(_NEEDS, np.int64)[kind]
+        found.append(
+            _Trace(kernel.name, kernel.workers, first[order], stop[order], needs[order], blocks, *asked)
+        )
+    return Program(tuple(found), np.repeat(widths, counts))
+
+
+def _table(kernel: Kernel, arrays: Mapping[str, int]) -> tuple[IntArray, IntArray]:
+    """Return a kernel's different accesses as rows of numbers, and the order in which they come."""
+    whole("workers", kernel.workers)
+    order = list(chain.from_iterable(block.accesses for block in kernel.blocks))
+    marks = list(map(id, order))
+    distinct = dict(zip(marks, order, strict=True))  # those that blocks share are looked at once
+    for name in {access.array for access in distinct.values()} - arrays.keys():
+        raise OptionError(f"{kernel.name}: expected bytes of {sorted(arrays)}; got those of {name!r}")
+    numbers = {name: number for number, name in enumerate(arrays)}
+    columns = tuple(zip(*distinct.values(), strict=True)) or ((),) * 4
+    named = (map(numbers.__getitem__, columns[0]), *columns[1:3], map(_KINDS.__getitem__, columns[3]))
+    table = np.stack([np.fromiter(column, np.int64, len(distinct)) for column in named], axis=1)
+    array, start, size, _ = table.T
+    outside = (start < 0) | (size < 0) | (start + size > np.array([*arrays.values(), 0])[array])
+    if outside.any():
+        wrong = list(distinct.values())[int(outside.argmax())]
+        raise OptionError(f"{kernel.name}: {wrong.array} has {arrays[wrong.array]} bytes; got {wrong}")
+    places = dict(zip(distinct, range(len(distinct)), strict=True))
+    return table, np.fromiter(map(places.__getitem__, marks), np.int64, len(order))
+
+
+def play(program: Program, order: Iterable[int], cache: int | Cache) -> list[Traffic]:
+    """Return what kernels of a program move, by their numbers and in that order, from an empty cache on."""
+    state = empty(cache if isinstance(cache, Cache) else Cache(cache), program.widths)
+    run, found = compiled_loop(), []
+    for number in order:
+        kernel = program.kernels[number]
+        read, written = run(kernel.first, kernel.stop, kernel.needs, kernel.blocks, kernel.workers, state)
+        left = int((state.written.reshape(state.halves, -1) * state.widths).sum())
+        found.append(Traffic(kernel.name, kernel.l2_read, kernel.l2_write, int(read), int(written), left))
     return found
 
 
@@ -131,109 +207,3 @@ def total(found: Sequence[Traffic]) -> Traffic:
         sum(getattr(one, name) for one in found) for name in Traffic._fields[1:-1]
     )
     return Traffic("all", read, write, dram_read, dram_write, found[-1].left if found else 0)
-
-
-class _State(NamedTuple):
-    """The cache: neighbors of each line in order of use; whether it is in, whether written; ends and size."""
-
-    neighbors: IntArray
-    flags: Any
-    ends: IntArray
-
-
-def _trace(kernel: Kernel, arrays: Mapping[str, int]) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Return where each access starts, its size and kind, and where each block's accesses begin."""
-    bases = dict(zip(arrays, np.concatenate([[0], np.cumsum(list(arrays.values()))]), strict=False))
-    whole("workers", kernel.workers)
-    rows, blocks = [], [0]
-    for block in kernel.blocks:
-        for access in block.accesses:
-            if access.array not in arrays or not 0 <= access.start <= access.start + access.size:
-                raise OptionError(f"{kernel.name}: expected bytes of {sorted(arrays)}; got {access}")
-            if access.start + access.size > arrays[access.array]:
-                raise OptionError(
-                    f"{kernel.name}: {access.array} has {arrays[access.array]} bytes; got {access}"
-                )
-            rows.append((bases[access.array] + access.start, access.size, _KINDS.index(access.kind)))
-        blocks.append(len(rows))
-    table = np.array(rows, np.int64).reshape(-1, 3)
-    return table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), np.array(blocks, np.int64)
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Any]:
-    """Return the loop, compiled if numba is there."""
-    try:
-        import numba
-    except ImportError:
-        return _run
-    compiled: Callable[..., Any] = numba.njit(_run)
-    return compiled
-
-
-def _run(
-    starts: Any, counts: Any, kinds: Any, blocks: Any, workers: Any, capacity: Any,
-    neighbors: Any, flags: Any, ends: Any,
-) -> Any:  # fmt: skip
-    """Play one kernel; `ends` holds the line used last, the one used longest ago, and how many are in."""
-    newer, older = neighbors[0], neighbors[1]
-    inside, written = flags[0], flags[1]
-    l2_read, l2_write, dram_read, dram_write = 0, 0, 0, 0
-    workers = min(workers, max(1, len(blocks) - 1))
-    place, stop = np.zeros(workers, np.int64), np.zeros(workers, np.int64)
-    given = 0
-    busy = True
-    while busy:
-        busy = False
-        for worker in range(workers):
-            while place[worker] == stop[worker] and given < len(blocks) - 1:
-                place[worker], stop[worker] = blocks[given], blocks[given + 1]
-                given += 1
-            if place[worker] == stop[worker]:
-                continue
-            busy = True
-            at = place[worker]
-            place[worker] += 1
-            reads, writes = kinds[at] != 1, kinds[at] != 0
-            l2_read += counts[at] if reads else 0
-            l2_write += counts[at] if writes else 0
-            for line in range(starts[at], starts[at] + counts[at]):
-                if capacity == 0:
-                    dram_read += 1 if reads else 0
-                    dram_write += 1 if writes else 0
-                    continue
-                if inside[line]:  # take it out of the order
-                    after, before = newer[line], older[line]
-                    if after >= 0:
-                        older[after] = before
-                    else:
-                        ends[0] = before
-                    if before >= 0:
-                        newer[before] = after
-                    else:
-                        ends[1] = after
-                else:
-                    dram_read += 1 if reads else 0
-                    inside[line] = True
-                    if ends[2] == capacity:  # drop the one used longest ago
-                        last = ends[1]
-                        ends[1] = newer[last]
-                        if ends[1] >= 0:
-                            older[ends[1]] = -1
-                        else:
-                            ends[0] = -1
-                        inside[last] = False
-                        if written[last]:
-                            dram_write += 1
-                            written[last] = False
-                    else:
-                        ends[2] += 1
-                newer[line], older[line] = -1, ends[0]  # and put it in front
-                if ends[0] >= 0:
-                    newer[ends[0]] = line
-                else:
-                    ends[1] = line
-                ends[0] = line
-                if writes:
-                    written[line] = True
-    return l2_read, l2_write, dram_read, dram_write, written.sum()

@@ -12,9 +12,10 @@ True
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
-from memsim.cache.replay import Access, Block, Kernel
+from memsim.cache.replay import Access, Block, Kernel, Kind
 
 __all__ = [
     "AttentionShape",
@@ -53,10 +54,10 @@ class AttentionShape(NamedTuple):
         """Heads of all sequences."""
         return self.B * self.H
 
-    def shared(self, head: int) -> int:
-        """Return the key head, of all sequences, that a query head reads."""
-        group = self.H // (self.G or self.H)
-        return head // group
+    @property
+    def group(self) -> int:
+        """Query heads that read one key head."""
+        return self.H // (self.G or self.H)
 
     def arrays(self, queries: Iterable[str], keys: Iterable[str], rows: Iterable[str] = ()) -> dict[str, int]:
         """Return bytes: of arrays like Q, like K, and of one fp32 number a query."""
@@ -73,9 +74,11 @@ def tiles_of(length: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(size, length - start)) for start in range(0, length, size)]
 
 
-def rows_of(array: str, head: int, length: int, tile: tuple[int, int], bytes_of_row: int) -> Access:
-    """Return the reading of the rows of a tile of one head."""
-    return Access(array, (head * length + tile[0]) * bytes_of_row, tile[1] * bytes_of_row)
+def rows_of(
+    array: str, head: int, length: int, tile: tuple[int, int], bytes_of_row: int, kind: Kind = "read"
+) -> Access:
+    """Return what is done with the rows of a tile of one head."""
+    return Access(array, (head * length + tile[0]) * bytes_of_row, tile[1] * bytes_of_row, kind)
 
 
 def flash1_forward(
@@ -87,14 +90,14 @@ def flash1_forward(
     for head in range(shape.heads):
         moves = []
         if initialize:
-            moves += [rows_of("O", head, N, (0, N), width)._replace(kind="write")]
-            moves += [rows_of(name, head, N, (0, N), 4)._replace(kind="write") for name in ("l", "m")]
+            moves += [rows_of("O", head, N, (0, N), width, kind="write")]
+            moves += [rows_of(name, head, N, (0, N), 4, kind="write") for name in ("l", "m")]
         for keys in tiles_of(Tk, columns):
-            moves += [rows_of(name, shape.shared(head), Tk, keys, width) for name in ("K", "V")]
+            moves += [rows_of(name, head // shape.group, Tk, keys, width) for name in ("K", "V")]
             for queries in tiles_of(N, rows):
                 moves.append(rows_of("Q", head, N, queries, width))
-                moves.append(rows_of("O", head, N, queries, width)._replace(kind="update"))
-                moves += [rows_of(name, head, N, queries, 4)._replace(kind="update") for name in ("l", "m")]
+                moves.append(rows_of("O", head, N, queries, width, kind="update"))
+                moves += [rows_of(name, head, N, queries, 4, kind="update") for name in ("l", "m")]
         blocks.append(Block(tuple(moves)))
     arrays = shape.arrays(("Q", "O"), ("K", "V"), ("l", "m"))
     return [Kernel("flash1 forward", tuple(blocks), workers)], arrays
@@ -113,17 +116,21 @@ def _forward(
 ) -> Schedule:
     """Return a forward pass with queries outside: a block for each head and tile of queries of `places`."""
     N, Tk, width = shape.N, shape.keys, shape.D * shape.e
+    tiles = tiles_of(Tk, columns)
+    pairs = {  # of each key head; the same ones in all blocks that read them
+        head: [tuple(rows_of(array, head, Tk, tile, width) for array in ("K", "V")) for tile in tiles]
+        for head in range(shape.heads // shape.group)
+    }
     blocks = []
     for head, queries in places:
-        end = min(Tk, sum(queries)) if causal else Tk
-        tiles = [tile for tile in tiles_of(Tk, columns) if tile[0] < end]
-        moves = [rows_of("Q", head, N, queries, width)]
-        for keys in reversed(tiles) if backwards else tiles:
-            moves += [rows_of(array, shape.shared(head), Tk, keys, width) for array in ("K", "V")]
-        moves.append(rows_of("O", head, N, queries, width)._replace(kind="write"))
+        seen = pairs[head // shape.group]
+        if causal:
+            seen = seen[: -(-sum(queries) // columns)]
+        keys = chain.from_iterable(reversed(seen) if backwards else seen)
+        results = [rows_of("O", head, N, queries, width, kind="write")]
         if lse:
-            moves.append(rows_of("lse", head, N, queries, 4)._replace(kind="write"))
-        blocks.append(Block(tuple(moves)))
+            results.append(rows_of("lse", head, N, queries, 4, kind="write"))
+        blocks.append(Block((rows_of("Q", head, N, queries, width), *keys, *results)))
     return [Kernel(name, tuple(blocks), workers)], shape.arrays(("Q", "O"), ("K", "V"), ("lse",) * lse)
 
 
@@ -195,7 +202,7 @@ def standard_forward(shape: AttentionShape, *, rows: int, workers: int = 1) -> S
         for queries in tiles_of(N, rows):
             S, P = (rows_of(name, head, N, queries, Tk * shape.e) for name in ("S", "P"))
             Q, O = (rows_of(name, head, N, queries, width) for name in ("Q", "O"))  # noqa: E741
-            K, V = (rows_of(name, shape.shared(head), Tk, (0, Tk), width) for name in ("K", "V"))
+            K, V = (rows_of(name, head // shape.group, Tk, (0, Tk), width) for name in ("K", "V"))
             passes["S = Q Kᵀ"].append(Block((Q, K, S._replace(kind="write"))))
             passes["P = softmax(S)"].append(Block((S, P._replace(kind="write"))))
             passes["O = P V"].append(Block((P, V, O._replace(kind="write"))))
@@ -234,15 +241,18 @@ def int8_gemm(
         are counted as if they were stored tile by tile.
     """
     blocks = []
-    downs, acrosses = tiles_of(M, rows), tiles_of(N, columns)
+    downs, acrosses, steps = tiles_of(M, rows), tiles_of(N, columns), tiles_of(K, depth)
+    A, B = (  # of each row of tiles, and of each column, its steps
+        {
+            tile: [Access(name, tile[0] * K + tile[1] * step[0], tile[1] * step[1]) for step in steps]
+            for tile in tiles
+        }
+        for name, tiles in (("A", downs), ("B", acrosses))
+    )
     for first in range(0, len(downs), group):
         for across in acrosses:
             for down in downs[first : first + group]:
-                moves: list[Access] = []
-                for step in tiles_of(K, depth):
-                    moves.append(Access("A", down[0] * K + down[1] * step[0], down[1] * step[1]))
-                    moves.append(Access("B", across[0] * K + across[1] * step[0], across[1] * step[1]))
                 start = (down[0] * N + down[1] * across[0]) * out
-                moves.append(Access("C", start, down[1] * across[1] * out, "write"))
-                blocks.append(Block(tuple(moves)))
+                result = Access("C", start, down[1] * across[1] * out, "write")
+                blocks.append(Block((*chain.from_iterable(zip(A[down], B[across], strict=True)), result)))
     return [Kernel("int8 product", tuple(blocks), workers)], {"A": M * K, "B": N * K, "C": M * N * out}

@@ -21,7 +21,7 @@ class Checked:
     id, source, published, unit : str
         Its name, where it stands, its digits and their unit.
     predicted, error : float
-        In `unit`, and ``predicted / published - 1``.
+        In `unit`, and ``predicted / published - 1``; of less traffic than `hbm.toml` says, parts of that.
     use : {"calibration", "held out"}
         Whether efficiencies were fitted to it.
     stack, hardware, belongs : str

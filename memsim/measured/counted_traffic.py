@@ -2,26 +2,31 @@
 
 >>> rows = traffic_rows()
 >>> rows[0].id, rows[0].published, round(rows[0].predicted, 1)
-('traffic.h200.flash2_forward.64x16x1024x64.cold.dram_read', '403.0', 402.7)
+('traffic.h200.flash2_forward.64x16x1024x64.cold.dram', '538.0', 532.1)
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from memsim import data_files
-from memsim.cache import backward_schedules, tile_schedules
-from memsim.cache.replay import Traffic, replay, total
+from memsim.cache import backward_schedules, pytorch_schedules, tile_schedules
+from memsim.cache.lru import Cache
+from memsim.cache.replay import Program, Traffic, play, total, traced
 from memsim.cache.tile_schedules import AttentionShape, Schedule
 from memsim.hardware import hardware
 from memsim.measured.checked import Checked
 from memsim.measured.measured_files import of_kind
 from refimpl.errors import OptionError, UnknownNameError
 
-__all__ = ["COUNTERS", "SCHEDULES", "predicted_traffic", "schedule_of", "traffic_ids", "traffic_rows"]
+__all__ = [
+    "COUNTERS", "SCHEDULES", "attempts", "predicted_traffic", "schedule_of", "traffic_ids",
+    "traffic_rows",
+]  # fmt: skip
 
 SCHEDULES = {
     name: getattr(module, name)
@@ -31,12 +36,19 @@ SCHEDULES = {
             ("flash1_forward", "flash2_forward", "hopper_forward", "portable_forward", "standard_forward"),
         ),
         (backward_schedules, backward_schedules.__all__),
+        (pytorch_schedules, pytorch_schedules.__all__),
         (tile_schedules, ("int8_gemm",)),
     )
     for name in names
 }
-# What is counted, and in which set of rows it stands: a bar on HBM says nothing of the L2.
-COUNTERS = {"dram_read": "", "dram_write": "", "l2": ", L2"}
+# What is compared, the counters that it is the sum of, and in which set of rows it stands: bars are on the
+# bytes of HBM in both directions, and on those of the L2.
+COUNTERS = {
+    "dram": (("dram_read", "dram_write"), ""),
+    "dram_read": (("dram_read",), ", read"),
+    "dram_write": (("dram_write",), ", written"),
+    "l2": (("l2",), ", L2"),
+}
 
 
 def schedule_of(case: Mapping[str, Any]) -> Schedule:
@@ -57,88 +69,162 @@ def schedule_of(case: Mapping[str, Any]) -> Schedule:
     return found
 
 
-def predicted_traffic(case: Mapping[str, Any], cache: int) -> list[Traffic]:
-    """Return what each kernel of a case moves through an L2 of `cache` bytes.
+def predicted_traffic(case: Mapping[str, Any], cache: int | Cache) -> list[Traffic]:
+    """Return what each kernel of a case moves through an L2.
 
     A cold case starts each kernel with an empty cache, as the profiler makes it; a warm one starts after the
     same kernels have run once, and each finds what the one before it left.
     """
-    kernels, arrays = schedule_of(case)
+    program = _program(_key(case))
+    every = range(len(program.kernels))
     if case["cache"] == "cold":
-        return [replay([kernel], arrays, cache=cache)[0] for kernel in kernels]
-    return replay([*kernels, *kernels], arrays, cache=cache)[len(kernels) :]
+        return [play(program, [number], cache)[0] for number in every]
+    return play(program, [*every, *every], cache)[len(every) :]
+
+
+def _key(case: Mapping[str, Any]) -> str:
+    return json.dumps([case[name] for name in ("schedule", "shape", "tiles")])
+
+
+@lru_cache(maxsize=1)  # cold and warm cases of one kind come one after the other
+def _program(key: str) -> Program:
+    return traced(*schedule_of(dict(zip(("schedule", "shape", "tiles"), json.loads(key), strict=True))))
 
 
 @lru_cache(maxsize=1)
 def traffic_rows() -> tuple[Checked, ...]:
     """Return all counted bytes beside the predicted ones.
 
-    Kernels are compared one by one, or the sum of all that ran with that of all that the schedule has.
+    Kernels are compared one by one, or the sum of all that ran with that of all that the schedule has.  An
+    error is of the bytes that were counted, or of a floor that `hbm.toml` states where fewer were.
 
     Raises
     ------
     OptionError
         If a case names some of its kernels only.
     """
-    rows = []
-    for row, case, place in _listed():
-        found = _predicted(case, row["hardware"])
-        if row["kernels"] not in (1, len(found)):
-            raise OptionError(f"{row['id']}: expected 1 or {len(found)} kernels; got {row['kernels']}")
-        moved = found[place] if row["kernels"] == len(found) else total(found)
-        bytes_ = moved.l2_read + moved.l2_write if row["counter"] == "l2" else getattr(moved, row["counter"])
-        rows.append(
-            Checked(
-                id=row["id"],
-                source=row["source"],
-                published=f"{row['bytes'] / 1e6:.1f}",
-                unit="MB",
-                predicted=bytes_ / 1e6,
-                error=bytes_ / row["bytes"] - 1,
-                use="held out",
-                stack=case["stack"],
-                hardware=row["hardware"],
-                belongs=case["set"] + COUNTERS[row["counter"]],
-            )
+    stated = data_files.read("hbm", "validation")
+    return tuple(_rows(_predictions([stated["ways"]["value"]])[0]))
+
+
+def attempts(*sets: str) -> dict[int | None, dict[str, float]]:
+    """Return the worst error in some sets, for every number of ways that was tried, and for one set."""
+    tried = [*data_files.read("hbm", "validation")["ways"]["tried"], None]
+    wanted = {counted.key for counted in _listed() if counted.belongs in sets}
+    return {
+        ways: {
+            name: max(abs(row.error) for row in _rows(predictions) if row.belongs == name) for name in sets
+        }
+        for ways, predictions in zip(tried, _predictions(tried, wanted), strict=True)
+    }
+
+
+Key = tuple[str, str, str]  # card, what ran, and whether the cache was cold
+Predictions = dict[Key, list[Traffic]]
+
+
+def _predictions(ways: Sequence[int | None], wanted: set[Key] | None = None) -> list[Predictions]:
+    """Return for each number of ways what cases move, all of them or some."""
+    halves = data_files.read("hbm", "validation")["halves"]["value"]
+    cases = {counted.key: counted.case for counted in _listed()}
+    found: list[Predictions] = [{} for _ in ways]
+    for key in sorted(cases if wanted is None else wanted):
+        size = hardware(key[0]).l2.value
+        for number, predictions in zip(ways, found, strict=True):
+            predictions[key] = predicted_traffic(cases[key], Cache(size, halves, number))
+    return found
+
+
+def _rows(predictions: Predictions) -> Iterator[Checked]:
+    floor = data_files.read("hbm", "validation")["floor"]["value"]
+    for counted in _listed():
+        if counted.key not in predictions:
+            continue
+        found = predictions[counted.key]
+        kernels = counted.case["kernels"]
+        if len(kernels) not in (1, len(found)):
+            raise OptionError(f"{counted.id}: expected 1 or {len(found)} kernels; got {len(kernels)}")
+        moved = found[counted.place] if len(kernels) == len(found) else total(found)
+        values = moved._asdict() | {"l2": moved.l2_read + moved.l2_write}
+        predicted = sum(values[name] for name in COUNTERS[counted.counter][0])
+        yield Checked(
+            id=counted.id,
+            source=counted.source,
+            published=f"{counted.bytes / 1e6:.1f}",
+            unit="MB",
+            predicted=predicted / 1e6,
+            error=(predicted - counted.bytes) / max(counted.bytes, floor),
+            use=counted.use,
+            stack=counted.belongs,
+            hardware=counted.card,
+            belongs=counted.belongs,
         )
-    return tuple(rows)
 
 
 def traffic_ids() -> dict[str, str]:
-    """Return the set of each row by its name, without a replay."""
-    return {row["id"]: case["set"] + COUNTERS[row["counter"]] for row, case, _ in _listed()}
+    """Return the set of each row by its name, without a replay; those that calibrate are apart."""
+    return {counted.id: counted.belongs for counted in _listed()}
 
 
-def _predicted(case: Mapping[str, Any], card: str) -> list[Traffic]:
-    partitions = data_files.read("hbm", "validation")["partitions"]["value"]
-    return predicted_traffic(case, hardware(card).l2.value // partitions)
+class _Counted(NamedTuple):
+    """One counted number."""
+
+    id: str
+    source: str
+    card: str
+    case: Mapping[str, Any]
+    place: int  # of its kernel
+    counter: str
+    bytes: int
+    belongs: str
+    use: str
+
+    @property
+    def key(self) -> Key:
+        """What its prediction stands under."""
+        return self.card, _key(self.case), self.case["cache"]
 
 
-def _listed() -> Iterator[tuple[dict[str, Any], Mapping[str, Any], int]]:
+def _listed() -> Iterator[_Counted]:
     """Yield every counted number with its name and source, its case, and which of its kernels it is of."""
+    stated = data_files.read("hbm", "validation")
     seen: Counter[str] = Counter()
     for document in of_kind("traffic"):
         source = f"measured here, {document['tool']}, {document['date']}"
         for case in document["case"]:
+            calibrates = _size(case) in stated["ways"]["calibration"]
             for place, kernel in enumerate(case["kernels"]):
-                for counter in COUNTERS:
-                    if counter in kernel:
-                        name = _name(document["hardware"], case, place, counter)
-                        seen[name] += 1
-                        row = {
-                            "id": name if seen[name] == 1 else f"{name}.{seen[name]}",
-                            "source": source,
-                            "hardware": document["hardware"],
-                            "counter": counter,
-                            "bytes": kernel[counter],
-                            "kernels": len(case["kernels"]),
-                        }
-                        yield row, case, place
+                for counter, (parts, suffix) in COUNTERS.items():
+                    if not all(part in kernel for part in parts):
+                        continue
+                    name = _name(document["hardware"], case, place, counter)
+                    seen[name] += 1
+                    counted = sum(kernel[part] for part in parts)
+                    belongs = f"{case['set']}{suffix}"
+                    if counted < stated["floor"]["value"]:
+                        belongs = stated["floor"]["set"]
+                    elif calibrates:
+                        belongs += ", calibration"
+                    yield _Counted(
+                        id=name if seen[name] == 1 else f"{name}.{seen[name]}",
+                        source=source,
+                        card=document["hardware"],
+                        case=case,
+                        place=place,
+                        counter=counter,
+                        bytes=counted,
+                        belongs=belongs,
+                        use="calibration" if calibrates else "held out",
+                    )
 
 
 def _name(card: str, case: Mapping[str, Any], place: int, counter: str) -> str:
-    size = "x".join(str(value) for value in case["shape"].values())
     causal = ".causal" * bool(case["tiles"].get("causal"))
     number = f".{place + 1}" * (len(case["kernels"]) > 1)
-    function = case.get("function", case["schedule"])
-    return f"traffic.{card}.{function}.{size}{causal}.{case['cache']}{number}.{counter}"
+    return f"traffic.{card}.{_size(case)}{causal}.{case['cache']}{number}.{counter}"
+
+
+def _size(case: Mapping[str, Any]) -> str:
+    return (
+        f"{case.get('function', case['schedule'])}.{'x'.join(str(value) for value in case['shape'].values())}"
+    )

@@ -8,8 +8,8 @@ over.  Numbers come with a unit, which a row below the header names, and with co
 ... "0","copy","(8, 1, 1)","1,402.5"
 ... '''
 >>> (launch,) = parse_report(report)
->>> launch.kernel, launch.grid, launch.bytes["dram__bytes_read.sum"]
-('copy', (8, 1, 1), 1402500000)
+>>> launch
+Launch(kernel='copy', grid=(8, 1, 1), bytes={'dram_read': 1402500000})
 """
 
 from __future__ import annotations
@@ -23,24 +23,20 @@ from refimpl.errors import OptionError
 
 __all__ = ["METRICS", "Launch", "between_markers", "parse_report"]
 
-# Bytes between L2 and HBM, bytes through the slices of the L2, and sectors of 32 bytes asked for by the
-# multiprocessors: the slices also count what fills and leaves the cache, and what crosses between its halves.
-METRICS = (
-    "dram__bytes_read.sum",
-    "dram__bytes_write.sum",
-    "lts__t_bytes.sum",
-    "lts__t_sectors_srcunit_tex.sum",
-)
-_SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS = {
-    f"{scale}{unit}": factor * size
-    for scale, factor in _SCALES.items()
-    for unit, size in (("byte", 1), ("sector", 32))
+# What is counted, and the metrics whose sum it is: bytes between L2 and HBM, and between multiprocessors and
+# L2.  The slices of the L2 move more: what fills the cache, and what crosses between its halves; and fewer
+# requests reach them than multiprocessors make, for Hopper merges equal ones of several multiprocessors.
+METRICS = {
+    "dram_read": ("dram__bytes_read.sum",),
+    "dram_write": ("dram__bytes_write.sum",),
+    "l2": ("l1tex__m_xbar2l1tex_read_bytes.sum", "l1tex__m_l1tex2xbar_write_bytes.sum"),
+    "slices": ("lts__t_bytes.sum",),
 }
+_UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9, "Tbyte": 10**12}
 
 
 class Launch(NamedTuple):
-    """One kernel that ran: its name, its blocks, and bytes by metric, of those that were read."""
+    """One kernel that ran: its name, its blocks, and bytes by the counters of `METRICS` that were read."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -84,17 +80,18 @@ def _of_kernels(rows: Iterable[Sequence[str]], header: Sequence[str]) -> Iterato
 
 def _launch(row: dict[str, str], units: dict[str, str]) -> Launch:
     found = {}
-    for metric in METRICS:
-        text = row.get(metric, "").replace(",", "")
-        if text and text != "n/a":
-            found[metric] = _bytes(text, units[metric], metric)
+    for counter, metrics in METRICS.items():
+        texts = [row.get(metric, "").replace(",", "") for metric in metrics]
+        if all(text and text != "n/a" for text in texts):
+            parts = zip(texts, metrics, strict=True)
+            found[counter] = sum(_bytes(text, units[metric], metric) for text, metric in parts)
     grid = tuple(int(part) for part in row["Grid Size"].strip("() ").split(","))
     return Launch(row["Kernel Name"], grid, found)
 
 
 def _bytes(number: str, unit: str, metric: str) -> int:
     if unit not in _UNITS:
-        raise OptionError(f"Nsight Compute: {metric}: expected bytes or sectors; got the unit {unit!r}")
+        raise OptionError(f"Nsight Compute: {metric}: expected bytes; got the unit {unit!r}")
     try:
         return round(Fraction(number) * _UNITS[unit])
     except ValueError:

@@ -24,7 +24,7 @@ from refimpl.errors import UnknownNameError
 
 __all__ = ["Bar", "Checked", "Summary", "bars", "summaries", "validate"]
 
-HBM = "hbm"
+HBM, PEAKS = "hbm", "memory"
 
 
 class Summary(NamedTuple):
@@ -78,7 +78,9 @@ def validate(belongs: str | None = None, only: str | None = None) -> list[Checke
         rows = [row for row in (*rows, *traffic_rows()) if row.belongs == belongs]
         if not belongs or not rows:
             known = [
-                bar["rows"] for name in (*SOURCES, HBM) for bar in data_files.read(name, "validation")["bar"]
+                bar["rows"]
+                for name in (*SOURCES, HBM, PEAKS)
+                for bar in data_files.read(name, "validation")["bar"]
             ]
             raise UnknownNameError("set of measurements", belongs, known)
     elif only is None or any(fnmatch.fnmatchcase(name, only) for name in traffic_ids()):
@@ -123,18 +125,25 @@ def summaries(rows: Iterable[Checked]) -> list[Summary]:
 
 
 def bars(rows: Sequence[Checked]) -> list[Bar]:
-    """Return the bars whose rows are all among `rows`, and whether they are met; none of them calibrates."""
+    """Return the bars whose held-out rows are all among `rows`, and whether they are met."""
     found = []
-    for name in (*SOURCES, HBM):
+    for name in (*SOURCES, HBM, PEAKS):
         data = data_files.read(name, "validation")
-        belongs = [
-            row.get("set", group.get("set", "")) for group in data.get("group", ()) for row in group["rows"]
-        ] or list(traffic_ids().values())
+        known = _sets(name, data)
         for limit in data["bar"]:
             held = [row for row in rows if row.belongs == limit["rows"] and row.use == "held out"]
-            if held and len(held) == belongs.count(limit["rows"]):
+            if held and len(held) == known.count(limit["rows"]):
                 found.append(_bar(limit, held))
     return found
+
+
+def _sets(name: str, data: dict[str, Any]) -> list[str]:
+    """Return for each held-out row of a file of data, or of what was measured here, the set that it is in."""
+    if name == HBM:
+        return list(traffic_ids().values())
+    if name == PEAKS:
+        return [row.belongs for row in memory_rows()]
+    return [row.get("set", group.get("set", "")) for group in data["group"] for row in group["rows"]]
 
 
 def _bar(limit: dict[str, Any], held: Sequence[Checked]) -> Bar:

@@ -52,6 +52,9 @@ class Run:
         What the backward pass makes again.
     attention, dropout, fused_gate, fused_norm
         As in `memsim.memory.kept_tensors.Keeping`.
+    softmax_product : bool
+        Whether the gradient of a softmax in memory has the product of the result and its gradient beside it:
+        PyTorch's CUDA kernels do, the host's do not.
     checkpoints : {"replicated", "partitioned", "offloaded"}
         Of full recomputation, under ZeRO-R: whole on every rank, divided among the ranks that divide the
         matrices (P_a), or kept by the host (P_a+cpu).
@@ -79,6 +82,7 @@ class Run:
     dropout: bool = False
     fused_gate: bool = False
     fused_norm: bool = True
+    softmax_product: bool = False
     checkpoints: Literal["replicated", "partitioned", "offloaded"] = "replicated"
     adam: Literal["fused", "foreach"] = "fused"
     bucket: int = 0

@@ -237,7 +237,7 @@ def _piece_backward(
     if piece.kind == "head":
         yield from _loss_backward(layer, piece, run, when, where, number)
         return
-    inner, outer = _inside(piece)
+    inner, outer = _inside(piece, run)
     kept = [(number + n, tensor) for n, tensor in enumerate(piece.kept)]
     read = kept[-1:] if piece.kind in ("ffn", "experts") and inner else []  # what the last matrix read
     work = "gradients of activations"
@@ -272,7 +272,7 @@ def _loss_backward(
     yield Event(when, (*where, "logits"), work, -half)
 
 
-def _inside(piece: Piece) -> tuple[list[int], list[int]]:
+def _inside(piece: Piece, run: Run) -> tuple[list[int], list[int]]:
     """Return the gradients inside a part: of what its last matrix read, and of what that is made of."""
     sizes = {tensor.name.partition(": ")[2]: tensor.size for tensor in piece.kept}
     if "input in fp32" in sizes:  # an RMSNorm written out: four of its steps in fp32, and what it gives
@@ -286,7 +286,8 @@ def _inside(piece: Piece) -> tuple[list[int], list[int]]:
     if piece.kind in ("attention", "latent_attention"):
         made = [size for name, size in sizes.items() if name not in ("mask", "logsumexp", "mask of scores")]
         # Scores in memory: the gradient of softmax is made of that of its result, while both are there.
-        return [sizes["output"], *(sizes[name] for name in ("softmax",) if name in sizes)], made
+        scores = [sizes[name] for name in ("softmax",) if name in sizes]
+        return [sizes["output"], *scores * (2 if run.softmax_product else 1)], made
     return [], []
 
 

@@ -20,7 +20,8 @@ def _profiled(folder: Path, cache: str) -> list[str]:
     control = {"cold": "all", "warm": "none"}[cache]
     return [
         "ncu", "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
-        "--cache-control", control, "--profile-from-start", "off", "--metrics", ",".join(METRICS),
+        "--cache-control", control, "--profile-from-start", "off", "--metrics",
+        ",".join(metric for metrics in METRICS.values() for metric in metrics),
         "--log-file", str(folder / f"ncu-{cache}.csv"),
         *PYTHON, "tests.cuda.measure_traffic", "run", str(folder / "traffic.json"),
     ]  # fmt: skip

@@ -13,12 +13,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from memsim.measured.counted_traffic import SCHEDULES, schedule_of
 from memsim.measured.measured_files import document, file_name, toml_text
-from memsim.measured.nsight import METRICS, Launch, between_markers, parse_report
+from memsim.measured.nsight import between_markers, parse_report
 from tests.cuda import algorithm_1
 
 __all__ = ["MARKER", "cases", "run", "traffic_document"]
@@ -66,8 +68,11 @@ def cases(card: str, processors: int) -> Iterator[Case]:
 def _case(
     stack: str, rows: str, function: str, shape: dict[str, int], tiles: dict[str, Any]
 ) -> dict[str, Any]:
-    schedule = function.removeprefix("cudnn_").removeprefix("fa2_")
-    schedule = schedule if schedule in SCHEDULES else f"flash2_{schedule}"
+    kind = function.removeprefix("cudnn_").removeprefix("fa2_")
+    names = [kind, f"flash2_{kind}"]
+    if rows == PYTORCH[1] and not function.startswith("cudnn_"):
+        names = [f"pytorch_{name}" for name in names] + names
+    schedule = next(name for name in names if name in SCHEDULES)
     return {
         "stack": stack, "set": rows, "function": function, "schedule": schedule, "shape": shape,
         "tiles": tiles,
@@ -122,8 +127,9 @@ def _resident(variant: Any, processors: int) -> dict[str, int]:
 def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
     """Yield eager attention in the operations of Algorithms 0 and 3, and two backends of SDPA.
 
-    FlashAttention 2 has tiles of 128 x 128, 64 keys where heads are wider than 64; of cuDNN's kernels, whose
-    sources are closed, only that queries (backward keys) are outside is taken for granted.
+    FlashAttention 2 has tiles of 128 x 128, 64 keys where heads are wider than 64; forward its registers
+    leave room for two blocks.  Of cuDNN's kernels, whose sources are closed, only that queries (backward
+    keys) are outside is taken for granted.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -137,16 +143,18 @@ def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
         weights = torch.softmax(flat[0] @ flat[1].transpose(1, 2), -1)
         yield "standard_backward", tiles, partial(_eager_backward, (*flat, weights))
         del weights
-    for name, backend, blocks in (
-        ("fa2", "FLASH_ATTENTION", 2 if D <= 64 else 1),
-        ("cudnn", "CUDNN_ATTENTION", 1),
-    ):
+    for name, backend, blocks in (("fa2", "FLASH_ATTENTION", 2), ("cudnn", "CUDNN_ATTENTION", 1)):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with sdpa_kernel(getattr(SDPBackend, backend)):
             out = torch.nn.functional.scaled_dot_product_attention(*leaves)
-        columns = 128 if D <= 64 else 64
-        forward = {"rows": 128, "columns": columns, "workers": blocks * processors}
-        yield f"{name}_forward", forward, partial(_sdpa, getattr(SDPBackend, backend), q, k, v)
+        forward = {"rows": 128, "columns": 128 if D <= 64 else 64, "workers": blocks * processors}
+        function = f"{name}_forward"
+        few = B * H * -(-N // 64) < 0.8 * blocks * processors  # num_splits_heuristic of its flash_api.cpp
+        if name == "fa2" and few:
+            function = f"{name}_split"
+            columns = 256 if D <= 64 else 128
+            forward |= {"rows": 64, "columns": columns, "splits": -(-N // columns)}
+        yield function, forward, partial(_sdpa, getattr(SDPBackend, backend), q, k, v)
         backward = {"rows": 128 if D <= 64 else 64, "columns": 128, "workers": processors}
         yield f"{name}_backward", backward, partial(torch.autograd.grad, out, leaves, do, retain_graph=True)
 
@@ -198,12 +206,12 @@ def _algorithm_1(shape: dict[str, int], processors: int) -> tuple[dict[str, Any]
     heads, N, D = shape["B"] * shape["H"], shape["N"], shape["D"]
     q, k, v, o = torch.randn(4, heads, N, D, device="cuda")
     statistics = torch.empty(2, heads, N, device="cuda")
-    kernel, rows = algorithm_1.build(), algorithm_1.ROWS
-    together = SHARED // (8 * rows * D + RESERVED)
-    tiles = {"rows": N, "columns": rows, "workers": processors * together, "initialize": True}
+    kernel = algorithm_1.build()
+    together = SHARED // (algorithm_1.SHARED + RESERVED)
+    tiles = {"rows": N, "columns": algorithm_1.KEYS, "workers": processors * together, "initialize": True}
 
     def call() -> None:
-        kernel[heads, rows](q, k, v, o, *statistics, D**-0.5)
+        kernel[heads, algorithm_1.THREADS](q, k, v, o, *statistics, D**-0.5)
 
     return tiles, call
 
@@ -256,29 +264,28 @@ def traffic_document(ran: dict[str, Any], reports: dict[str, str], tool: str) ->
         launches = between_markers(parse_report(report), MARKER)
         for case in ran["cases"]:
             described = {key: value for key, value in case.items() if key != "number"}
-            kernels = [_counters(launch) for launch in launches.get(case["number"], ())]
-            kernels = [kernel for kernel in kernels if len(kernel) > 1]
+            ran_there = launches.get(case["number"], ())
+            kernels = [{"name": one.kernel[:80], **one.bytes} for one in ran_there if one.bytes]
             if kernels:
                 described |= {"cache": cache, "kernels": _matched(kernels, described)}
                 found.append(described)
     return document("traffic", ran["hardware"], tool, case=found)
 
 
-def _counters(launch: Launch) -> dict[str, Any]:
-    names = {"dram_read": METRICS[0], "dram_write": METRICS[1], "l2": METRICS[2], "l2_asked": METRICS[3]}
-    counted = {name: launch.bytes[metric] for name, metric in names.items() if metric in launch.bytes}
-    return {"name": launch.kernel[:80], **counted}
-
-
 def _matched(kernels: list[dict[str, Any]], case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the kernels one by one if the schedule has as many, otherwise their sum."""
-    if len(kernels) == len(schedule_of(case)[0]):
-        return kernels
+    """Return the kernels one by one if the schedule has as many, otherwise their sum.
+
+    PyTorch launches a kernel again for what is beyond the reach of 32 bits; those are one.
+    """
+    wanted = len(schedule_of(case)[0])
+    if len(kernels) != wanted:
+        kernels = [_sum(list(same)) for _, same in groupby(kernels, key=itemgetter("name"))]
+    return kernels if len(kernels) == wanted else [_sum(kernels) | {"name": f"{len(kernels)} kernels"}]
+
+
+def _sum(kernels: list[dict[str, Any]]) -> dict[str, Any]:
     names = [name for name in kernels[0] if name != "name"]
-    return [
-        {"name": f"{len(kernels)} kernels"}
-        | {name: sum(one.get(name, 0) for one in kernels) for name in names}
-    ]
+    return {"name": kernels[0]["name"], **{name: sum(one.get(name, 0) for one in kernels) for name in names}}
 
 
 def main(arguments: list[str]) -> None:

@@ -9,17 +9,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memsim import data_files
+from memsim.cache.lru import Cache
 from memsim.cache.replay import replay
 from memsim.measured import counted_traffic
-from memsim.measured.counted_traffic import predicted_traffic, schedule_of, traffic_ids, traffic_rows
+from memsim.measured.counted_traffic import (
+    attempts,
+    predicted_traffic,
+    schedule_of,
+    traffic_ids,
+    traffic_rows,
+)
 from memsim.measured.measured_files import file_name, read_file, toml_text
 from memsim.measured.nsight import METRICS, between_markers, parse_report
 from refimpl.errors import OptionError, UnknownNameError
 
 cuda = pytest.importorskip("tests.cuda.measure_traffic")
 
-HEADER = ("ID", "Process ID", "Kernel Name", "Grid Size", *METRICS)
-UNITS = ("", "", "", "", "byte", "Mbyte", "byte", "sector")
+HEADER = ("ID", "Process ID", "Kernel Name", "Grid Size", *sum(METRICS.values(), ()))
+UNITS = ("", "", "", "", "byte", "Mbyte", "byte", "Kbyte", "byte")
 SHAPE = {"B": 1, "H": 2, "N": 256, "D": 64}
 CASES = [
     {"number": 1, "stack": "s", "set": "own kernels", "function": "fa2_forward", "schedule": "flash2_forward",
@@ -43,11 +51,11 @@ def _line(cells: tuple[Any, ...]) -> str:
 
 MARK = "measurement_marker[abi:v3]"
 REPORT = report(
-    (MARK, "(1, 1, 1)", "0", "0", "0", "0"),
-    ("void flash_fwd<128, 128>(Params)", "(2, 1, 2)", "196,608", "0.065536", "1,000,000", "8,192"),
-    (MARK, "(4, 1, 1)", "0", "0", "0", "0"),
-    ("zero", "(2, 1, 2)", "10", "0.000002", "n/a", "1"),
-    ("sum", "(2, 1, 2)", "20", "0.000003", "n/a", "2"),
+    (MARK, "(1, 1, 1)", "0", "0", "0", "0", "0"),
+    ("void flash_fwd<128, 128>(Params)", "(2, 1, 2)", "196,608", "0.065536", "1,000,000", "67.5", "8,192"),
+    (MARK, "(4, 1, 1)", "0", "0", "0", "0", "0"),
+    ("zero", "(2, 1, 2)", "10", "0.000002", "7", "n/a", "1"),
+    ("sum", "(2, 1, 2)", "20", "0.000003", "8", "1", "2"),
 )
 
 
@@ -55,8 +63,10 @@ def test_a_report() -> None:
     launches = parse_report(REPORT)
     assert [launch.kernel for launch in launches[::2]] == [MARK, MARK, "sum"]
     assert launches[1].grid == (2, 1, 2)
-    assert list(launches[1].bytes.values()) == [196_608, 65_536, 1_000_000, 8192 * 32]
-    assert METRICS[2] not in launches[3].bytes
+    assert launches[1].bytes == {
+        "dram_read": 196_608, "dram_write": 65_536, "l2": 1_000_000 + 67_500, "slices": 8192,
+    }  # fmt: skip
+    assert set(launches[3].bytes) == {"dram_read", "dram_write", "slices"}, "half a sum is none"
     assert {key: len(found) for key, found in between_markers(launches, "marker").items()} == {1: 1, 4: 2}
 
 
@@ -87,7 +97,7 @@ def test_from_a_report_to_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -
         ("fa2_forward", "warm", 1), ("fa2_backward", "warm", 1),
     ]  # fmt: skip
     assert found["case"][1]["kernels"] == [
-        {"name": "2 kernels", "dram_read": 30, "dram_write": 5, "l2_asked": 96}
+        {"name": "2 kernels", "dram_read": 30, "dram_write": 5, "slices": 3}
     ]
     path = tmp_path / file_name(found)
     path.write_text(toml_text(found), encoding="utf-8")
@@ -104,7 +114,37 @@ def test_from_a_report_to_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -
     asked = 6 * tensor + 4 * 2 * 256  # Q once, K and V once for each of two tiles, O and the log-sum-exp once
     assert rows[f"{start}.cold.l2"].predicted == pytest.approx(asked / 1e6)
     assert rows[f"{start}.cold.l2"].belongs == "own kernels, L2"
-    assert len(rows) == 2 * (3 + 2)
+    assert rows[f"{start}.cold.dram"].predicted == pytest.approx(
+        sum(rows[f"{start}.cold.{way}"].predicted for way in ("dram_read", "dram_write"))
+    )
+    assert len(rows) == 2 * (4 + 3)
+    # Of less than a megabyte errors are parts of one.
+    few = rows[f"{start}.warm.dram_read"]
+    assert (few.belongs, few.use) == ("less than 1 MB counted", "held out")
+    assert few.error == pytest.approx(-0.196608)
+
+
+def test_kernels_are_matched_by_number_then_by_name() -> None:
+    """PyTorch goes through more than 2^31 elements in several launches of one name."""
+    launches = [(name, "(2, 1, 2)", "2,000,000", "1", "3", "4", "5") for name in "abbbcd"]
+    rows = [(MARK, "(4, 1, 1)", "0", "0", "0", "0", "0"), *launches]
+    case: dict[str, Any] = {**CASES[1], "schedule": "standard_backward", "tiles": {"rows": 128}}
+    (found,) = cuda.traffic_document({"hardware": "h200", "cases": [case]}, {"cold": report(*rows)}, "x")[
+        "case"
+    ]
+    assert [kernel["name"] for kernel in found["kernels"]] == ["4 kernels"]  # and the schedule has five
+    case["schedule"] = "pytorch_standard_backward"
+    (found,) = cuda.traffic_document({"hardware": "h200", "cases": [case]}, {"cold": report(*rows)}, "x")[
+        "case"
+    ]
+    assert [kernel["name"] for kernel in found["kernels"]] == list("abbbcd")
+    case |= {"schedule": "flash2_forward", "tiles": {"rows": 128, "columns": 128}}
+    (found,) = cuda.traffic_document({"hardware": "h200", "cases": [case]}, {"cold": report(*rows)}, "x")[
+        "case"
+    ]
+    assert found["kernels"] == [
+        {"name": "4 kernels", "dram_read": 12 * 10**6, "dram_write": 6 * 10**6, "l2": 6 * 4003, "slices": 30}
+    ]
 
 
 def test_caches() -> None:
@@ -117,8 +157,21 @@ def test_caches() -> None:
     ]
     warm = predicted_traffic({**case, "cache": "warm"}, 1 << 30)
     assert all(one.dram_read == 0 for one in warm)
-    small = predicted_traffic({**case, "cache": "warm"}, 64 << 10)
-    assert small == replay(kernels * 2, arrays, cache=64 << 10)[3:]
+    for cache in (64 << 10, Cache(128 << 10, 2, 4)):
+        small = predicted_traffic({**case, "cache": "warm"}, cache)
+        assert small == replay(kernels * 2, arrays, cache=cache)[3:]
+
+
+def test_the_ways_are_those_that_calibrate_best() -> None:
+    """One number is fitted, to four rows, of which none is held to a bar; nearest to them was 32."""
+    stated = data_files.read("hbm", "validation")["ways"]
+    calibrating = "own kernels, calibration"
+    worst = {ways: found[calibrating] for ways, found in attempts(calibrating).items()}
+    assert list(worst) == [*stated["tried"], None]
+    assert min(worst, key=worst.__getitem__) == stated["value"]
+    ids = [name for name, belongs in traffic_ids().items() if belongs == calibrating]
+    assert len(ids) == 2 * len(stated["calibration"]) == 4
+    assert calibrating not in {bar["rows"] for bar in data_files.read("hbm", "validation")["bar"]}
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -85,9 +85,51 @@ def test_from_a_file_to_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory.h200.training.4x64.1x512.flash.full.reserved": 0.0,
     }
     # bf16: embedding and head, layers of four matrices of attention, three of the network and two norms, a
-    # last norm; keys and values of all tokens; then what a pass over the prompt needs.
+    # last norm; keys and values of the prompts; in the last layer four streams, and three as wide as inside.
     weights = 2 * (2 * 64 * 64 + 4 * (4 * 64**2 + 3 * 64 * 172 + 2 * 64) + 64)
     served = rows["memory.h200.serving.4x64.2x100+28.allocated"].predicted * 1e6
-    cache = 2 * 128 * 2 * 2 * 4 * 64
-    assert weights + cache <= served < 1.3 * (weights + cache)
+    prompts = 2 * 2 * 100 * 2 * 4 * 64 + 2 * 2 * 100 * (4 * 64 + 3 * 172)
+    assert served == pytest.approx(weights + prompts + (64 << 20), abs=1)
+    # With a long answer it is the cache that sets the peak, of all tokens.
+    longer = predicted_memory({**serving, "prompt": 1, "generated": 127})["allocated"]
+    assert longer == weights + 2 * 2 * 128 * 2 * 4 * 64 + (64 << 20)
     assert {row.id for row in validation.validate(only="memory.*")} == set(rows)
+
+
+def test_the_product_in_the_gradient_of_softmax() -> None:
+    """With scores in memory one more matrix of them; without, nothing."""
+    model, (_, batch, tokens) = model_of_config(SCORES[0]), SCORES
+    for attention, more in (("standard", 2 * batch * 4 * tokens**2), ("flash", 0)):
+        run: dict[str, Any] = {
+            "batch": batch,
+            "sequence": tokens,
+            "attention": attention,
+            "recompute": "full",
+        }
+        without, beside = (
+            step_memory(model=model, run=Run(**run, softmax_product=product)).peak
+            for product in (False, True)
+        )
+        assert beside - without == more
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pass_over_prompts_on_the_host() -> None:
+    """What transformers' Llama keeps at most beside its weights, as the model of serving has it."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    from tests.cuda.measure_memory import built
+
+    described, batch, tokens = NETWORK
+    case = {"config": described, "batch": batch, "prompt": tokens, "generated": 1}
+    model = built(case, "cpu").eval()
+    ids = torch.zeros((batch, tokens), dtype=torch.int64)
+    cache = transformers.DynamicCache(config=model.config)
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with torch.no_grad(), tracker:
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    ((_, seen),) = tracker.get_tracker_snapshot("peak").items()
+    assert predicted_memory(case)["allocated"] - (64 << 20) == pytest.approx(seen["Total"], rel=0.03)

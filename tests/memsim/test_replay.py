@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
@@ -13,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memsim.attention_io import attention_traffic
-from memsim.cache import replay as module
 from memsim.cache.backward_schedules import flash2_backward, portable_backward, standard_backward
+from memsim.cache.pytorch_schedules import (
+    pytorch_flash2_backward,
+    pytorch_flash2_split,
+    pytorch_standard_backward,
+)
 from memsim.cache.replay import Access, Block, Kernel, replay, total
 from memsim.cache.tile_schedules import (
     AttentionShape,
@@ -186,6 +189,36 @@ def test_the_standard_backward_pass_in_one_tile_a_head(shape: dict[str, int], wo
     assert enough.dram_read == sum(arrays[name] for name in ("Q", "K", "V", "dO", "P"))
 
 
+@given(shape=st.fixed_dictionaries(shapes), cut=st.fixed_dictionaries(tiles), splits=st.integers(1, 4))
+@settings(max_examples=60)
+def test_what_pytorch_adds(shape: dict[str, int], cut: dict[str, int], splits: int) -> None:
+    """Copies of dO and O; a product as large as the scores; O in fp32 of each part of the keys."""
+    sizes = AttentionShape(**shape)
+    scores = sizes.heads * sizes.N * sizes.keys * sizes.e
+
+    def moved(schedule: Any) -> list[int]:
+        return list(total(replay(*schedule, cache=0))[3:5])
+
+    flash, copied = flash2_backward(sizes, **cut), pytorch_flash2_backward(sizes, **cut)
+    assert [more - less for more, less in zip(moved(copied), moved(flash), strict=True)] == [
+        2 * flash[1]["O"], 2 * flash[1]["O"],
+    ]  # fmt: skip
+    plain, multiplied = (
+        build(sizes, rows=cut["rows"]) for build in (standard_backward, pytorch_standard_backward)
+    )
+    assert [more - less for more, less in zip(moved(multiplied), moved(plain), strict=True)] == [
+        2 * scores, scores,
+    ]  # fmt: skip
+    # In parts: Q once for each, K and V as without, and the parts written and read.
+    whole = flash2_forward(sizes, **cut)  # type: ignore[arg-type]
+    parted = pytorch_flash2_split(sizes, **cut, splits=splits)
+    parts = splits * sizes.heads * sizes.N * 4 * (sizes.D + 1)
+    first, second = replay(*parted, cache=0)
+    read, written = moved(whole)
+    assert first.dram_read == read + (splits - 1) * whole[1]["Q"]
+    assert (first.dram_write, second.dram_read, second.dram_write) == (parts, parts, written)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(32, 16), (16, 32), (64, 64)])
 def test_the_portable_backward_pass_by_hand(rows: int, columns: int, causal: bool) -> None:
@@ -271,31 +304,14 @@ def test_a_kernel_finds_what_the_one_before_left() -> None:
     assert total([]) == ("all", 0, 0, 0, 0, 0)
 
 
-def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, arrays = flash2_forward(AttentionShape(B=1, H=2, N=20, D=4), rows=8, columns=8, workers=2)
-    compiled = replay(kernels, arrays, cache=300)
-    real = builtins.__import__
-
-    def absent(name: str, *args: Any, **options: Any) -> Any:
-        if name == "numba":
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    module._compiled.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", absent)
-    assert replay(kernels, arrays, cache=300) == compiled
-    monkeypatch.undo()
-    module._compiled.cache_clear()
-
-
 def test_refusals() -> None:
     kernel = Kernel("k", (Block((Access("x", 0, 8),)),))
     with pytest.raises(OptionError, match=r"k: x has 4 bytes"):
         replay([kernel], {"x": 4}, cache=8)
+    with pytest.raises(OptionError, match=r"x has 4 bytes; got .*start=-1"):
+        replay([Kernel("k", (Block((Access("x", 0, 4), Access("x", -1, 2))),))], {"x": 4}, cache=8)
     with pytest.raises(OptionError, match="expected bytes of"):
         replay([kernel], {"y": 8}, cache=8)
-    with pytest.raises(OptionError, match="divisor of the tiles' 8 bytes"):
-        replay([kernel], {"x": 8}, cache=8, line=3)
     with pytest.raises(OptionError, match="cache"):
         replay([kernel], {"x": 8}, cache=-1)
     with pytest.raises(OptionError, match="workers"):
