@@ -191,6 +191,7 @@ def _listed() -> Iterator[_Counted]:
     seen: Counter[str] = Counter()
     for document in of_kind("traffic"):
         source = f"measured here, {document['tool']}, {document['date']}"
+        processors = hardware(document["hardware"]).sms.value
         for case in document["case"]:
             calibrates = _size(case) in stated["ways"]["calibration"]
             for place, kernel in enumerate(case["kernels"]):
@@ -201,6 +202,8 @@ def _listed() -> Iterator[_Counted]:
                     seen[name] += 1
                     counted = sum(kernel[part] for part in parts)
                     belongs = f"{case['set']}{suffix}"
+                    if counter == "l2" and case["tiles"].get("workers", 1) > processors:
+                        belongs += ", several blocks"  # of a multiprocessor, which share an L1
                     if counted < stated["floor"]["value"]:
                         belongs = stated["floor"]["set"]
                     elif calibrates:
