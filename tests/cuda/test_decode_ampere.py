@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from cuda_backend.launch import simulation
 from refimpl.attention import split_kv_attention
 from refimpl.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 from refimpl.registry import Case
-from tests.cuda.decode_played import play, player
+from tests.cuda.decode_played import SWITCH, play, player
 from tests.cuda.judge import arrays, difference
 
 pytestmark = pytest.mark.cudasim
@@ -141,6 +142,7 @@ class Device:
                 device.launches.append((stream, self.grid))
                 kernel = cuda.jit(decode_ampere.build(self.variant))
                 with simulation():
+                    sys.setswitchinterval(SWITCH)
                     kernel[self.grid["blocks"], self.grid["threads"], 0, self.grid["shared_bytes"]](
                         *map(np.uint64, addresses), *map(np.int32, self.numbers)
                     )
