@@ -66,10 +66,10 @@ sufficed is known.
 
 **What is counted.** Bytes of HBM are those of a kernel in both directions, and a bar is on their sum. Each
 direction stands beside it without one, and would miss it. Of what is written, FlashAttention 2 forward puts
-out 8 to 29 % more than its result, for a reason that is not known. Of matrices that are small beside the
+out 5 to 27 % more than its result, for a reason that is not known. Of matrices that are small beside the
 cache the model has up to 1.6 times what was counted, for it keeps what was written until the room is needed,
 and the hardware not as long. Reads of Q Kᵀ over 16384 keys come out half of what was counted, for the order
-of cuBLAS' tiles is not known; that is 2.6 % of what the kernel moves. Where less than a megabyte was counted,
+of cuBLAS' tiles is not known; that is 2.2 % of what the kernel moves. Where less than a megabyte was counted,
 all arrays were in the cache, and errors are parts of a megabyte, under a bar of their own. Bytes of the L2
 are those that multiprocessors ask for and send (`l1tex__m_xbar2l1tex_read_bytes`,
 `l1tex__m_l1tex2xbar_write_bytes`). What passes through its slices, `lts__t_bytes`, is in the files but not
