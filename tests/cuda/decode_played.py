@@ -7,6 +7,7 @@ that started it sees it, other lanes do when the warp has met.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import AttentionShape
 
 POISON = 0xFF  # a NaN in every format
+SWITCH = 1e-4  # seconds: lanes meet less often than the simulator's own instructions would have them
 
 
 def player(
@@ -62,6 +64,7 @@ def player(
         numbers = arguments(views, shape, tiles, splits, scale)
         kernel = cuda.jit(build(variant))
         with simulation():
+            sys.setswitchinterval(SWITCH)
             kernel[units * splits, variant.threads, 0, variant.shared_bytes](
                 *map(np.uint64, addresses), *map(np.int32, numbers)
             )

@@ -36,6 +36,7 @@ CHECKS: tuple[tuple[Any, ...], ...] = (
     (3, 2, 32, 8, 128, 5120, (5120, 256, 1), 256, 3, "bfloat16"),
     (2, 1, 32, 8, 128, 2000, (2000, 1999), 0, None, "bfloat16"),
     (2, 3, 8, 8, 64, 2000, (2000, 100), 0, None, "bfloat16"),
+    (2, 1, 32, 8, 128, 20000, (20000, 900), 0, 70, "float16"),
 )
 # Keys of a turn, warps, blocks of a multiprocessor, stages, bytes ahead into the L2 cache; none begins early.
 VARIANTS: tuple[tuple[Any, ...], ...] = (

@@ -149,7 +149,7 @@ def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
             out = torch.nn.functional.scaled_dot_product_attention(*leaves)
         forward = {"rows": 128, "columns": 128 if D <= 64 else 64, "workers": blocks * processors}
         function = f"{name}_forward"
-        few = B * H * -(-N // 64) < 0.8 * blocks * processors  # num_splits_heuristic of its flash_api.cpp
+        few = 0.8 * blocks * processors > B * H * -(-N // 64)  # num_splits_heuristic of its flash_api.cpp
         if name == "fa2" and few:
             function = f"{name}_split"
             columns = 256 if D <= 64 else 128
