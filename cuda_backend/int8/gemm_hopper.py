@@ -11,6 +11,8 @@ What follows the product happens in registers, in the reference's order::
 While the first tiles are multiplied, two warps of each block list the outliers and put those of X and of the
 weight side by side, padded with zeros to whole steps of 16 (`aside_hopper`); they arrive as further stages,
 and so do their codes, whose product is taken from the sums.  How many there are only the device knows.
+A product without that can take what an earlier kernel has set aside.  No layer asks for it any more, but the
+kernel is the one that was measured: without these branches ptxas spills 420 bytes of the plain product.
 
 Sources: PTX ISA 8.7, "Asynchronous Warpgroup Level Matrix Instructions", "Tensor copy"; Dettmers et al. 2022,
 arXiv:2208.07339, section 3.
@@ -31,6 +33,7 @@ from cuda_backend.int8.epilogue_hopper import (
     build_surplus,
     kind_of,
 )
+from cuda_backend.int8.outliers_hopper import clear_marks
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Wide
 from cuda_backend.ptx import barrier, copy, grid, matrix_copy, registers, turns, wgmma
 from cuda_backend.ptx.assembly import types
@@ -42,7 +45,7 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 SIGNATURE = types.void(
     *[uint64] * 4,  # descriptors of A, B and of their outliers
     *[uint64] * 4,  # out; absmax of the rows of A and of B; bias, or 0
-    *[uint64] * 2,  # indices of outliers; the marks of their columns, to be cleared
+    *[uint64] * 3,  # number of outliers, or 0 if there are none; their indices; the marks to be cleared
     *[uint64] * 6,  # x, its strides by row and feature; what outliers meet, by feature and column: bytes
     *[uint64] * 5,  # codes of x, bytes from a row to the next; what is set aside, of x and w; counters
     *[int32] * 8,  # tiles, rows of tiles, columns of tiles, steps along K, M, N, outliers side by side, K
@@ -114,15 +117,19 @@ def build(variant: Wide) -> Callable[..., None]:
         matrix_copy.load(target + a_bytes, b_map, full, column, b_row)
 
     @device_function
-    def produce(base: Any, maps: Any, first: Any, blocks: Any, problem: Any) -> None:
+    def produce(base: Any, maps: Any, marks: Any, first: Any, blocks: Any, number: Any, problem: Any) -> None:
         a_map, b_map, x_map, w_map = maps
         tiles, rows, columns, steps, _, _, side_by_side = problem
         matrix_copy.acquire(a_map)
         matrix_copy.acquire(b_map)
         chunks = int32(0)
-        if beside:
+        if beside and marks != uint64(0):
             matrix_copy.acquire(x_map)
             matrix_copy.acquire(w_map)
+        elif scaled and number > 0:
+            matrix_copy.acquire(x_map)
+            matrix_copy.acquire(w_map)
+            chunks = registers.quotient(int32(min(number, side_by_side) + (CHUNK - 1)), CHUNK)
         stage, parity = int32(0), int32(1)
         tile = first
         while tile < tiles:
@@ -132,7 +139,7 @@ def build(variant: Wide) -> Callable[..., None]:
                 barrier.wait(base + empty_at + 8 * stage, parity)
                 load(base, stage, a_map, b_map, int32(step * STEP), a_row, b_row, STEP)
                 stage, parity = next_stage(stage, parity)
-            if beside:
+            if beside and marks != uint64(0):
                 if tile == first:
                     barrier.wait(base + ready_at, 0)
                     turns.to_the_copy_engine()
@@ -169,8 +176,8 @@ def build(variant: Wide) -> Callable[..., None]:
 
     @device_function
     def consume(
-        base: Any, thread: Any, out: Any, absmax: Any, indices: Any, surplus: Any, taken: Any,
-        first: Any, blocks: Any, problem: Any,
+        base: Any, thread: Any, out: Any, absmax: Any, indices: Any, marks: Any, surplus: Any, taken: Any,
+        first: Any, blocks: Any, number: Any, problem: Any,
     ) -> None:  # fmt: skip
         tiles, rows, columns, steps, M, N, side_by_side = problem
         total = cuda.local.array(count, int32)
@@ -202,8 +209,7 @@ def build(variant: Wide) -> Callable[..., None]:
             all_done(total)
             if steps > 0 and lane == 0:
                 barrier.arrive(base + empty_at + 8 * before)
-            number = int32(0)
-            if beside:
+            if beside and marks != uint64(0):
                 barrier.wait(base + ready_at, 0)
                 number = copy.load_shared_word(uint32(base + number_at))
                 if removed:
@@ -232,19 +238,18 @@ def build(variant: Wide) -> Callable[..., None]:
                 scale(total, base + columns_at + 16 * quad_lane, low, high)
                 if lane == 0:
                     barrier.arrive(base + columns_empty)
-                if beside:
-                    left = int32(min(number, side_by_side))
-                    while left > 0:
-                        barrier.wait(base + full_at + 8 * stage, parity)
-                        at = base + stage * stage_bytes
-                        a, b = short_descriptor(at + a_short), short_descriptor(at + a_bytes)
-                        multiply_outliers(total, a, b)
-                        if lane == 0:
-                            barrier.arrive(base + empty_at + 8 * stage)
-                        stage, parity = next_stage(stage, parity)
-                        left = int32(left - CHUNK)
-                    start = int32(column * block_n + 2 * quad_lane)
-                    add_surplus(total, surplus, indices, number, side_by_side, row, start, M, N)
+                left = int32(min(number, side_by_side))
+                while left > 0:
+                    barrier.wait(base + full_at + 8 * stage, parity)
+                    at = base + stage * stage_bytes
+                    a, b = short_descriptor(at + a_short), short_descriptor(at + a_bytes)
+                    multiply_outliers(total, a, b)
+                    if lane == 0:
+                        barrier.arrive(base + empty_at + 8 * stage)
+                    stage, parity = next_stage(stage, parity)
+                    left = int32(left - CHUNK)
+                start = int32(column * block_n + 2 * quad_lane)
+                add_surplus(total, surplus, indices, number, side_by_side, row, start, M, N)
                 store(total, out, row, int32(column * block_n), quad_lane, M, N)
             else:
                 store_codes(total, out, row, int32(column * block_n + 2 * quad_lane), M, N)
@@ -252,7 +257,7 @@ def build(variant: Wide) -> Callable[..., None]:
 
     def product(
         a_map: Any, b_map: Any, x_map: Any, w_map: Any, out: Any, a_absmax: Any, b_absmax: Any, bias: Any,
-        indices: Any, marks: Any,
+        listed_number: Any, indices: Any, marks: Any,
         x: Any, x_row: Any, x_feature: Any, w: Any, w_feature: Any, w_column: Any,
         codes: Any, codes_row: Any, x_aside: Any, w_aside: Any, counters: Any,
         tiles: Any, rows: Any, columns: Any, steps: Any, M: Any, N: Any, side_by_side: Any, K: Any,
@@ -272,23 +277,30 @@ def build(variant: Wide) -> Callable[..., None]:
         cuda.syncthreads()
         grid.wait_for_earlier_grids()
         first, blocks = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        number = int32(0)
+        if not beside and listed_number != uint64(0):
+            number = copy.load_word(listed_number)
         role = registers.uniform(int32(thread >> 5))
         if role < 4:
             give_registers()
             if thread == 0:
-                produce(base, (a_map, b_map, x_map, w_map), first, blocks, problem)
+                produce(base, (a_map, b_map, x_map, w_map), marks, first, blocks, number, problem)
             elif scaled and role == 1:
                 describe(base, int32(thread & 31), b_absmax, bias, first, blocks, problem)
-            elif beside and role >= 2:
+            elif beside and role >= 2 and marks != uint64(0):
                 given = (x, x_row, x_feature, codes, codes_row, w, w_feature, w_column, b_absmax)
                 set_aside(
                     int32(thread - 64), marks, counters, indices, base + listed_at, base + number_at,
                     base + ready_at, given, (x_aside, w_aside), (M, N, side_by_side), K, blocks,
                 )  # fmt: skip
+            elif not beside and number > 0 and role == 2:
+                clear_marks(marks, K, int32(32 * first + (thread & 31)), int32(32 * blocks))
         else:
             take_registers()
             surplus = (x, x_row, x_feature, w, w_feature, w_column, b_absmax)
             taken = (codes, codes_row, w, w_feature, w_column)
-            consume(base, thread, out, a_absmax, indices, surplus, taken, first, blocks, problem)
+            consume(
+                base, thread, out, a_absmax, indices, marks, surplus, taken, first, blocks, number, problem
+            )
 
     return product

@@ -33,7 +33,7 @@ class After(NamedTuple):
     a_absmax, b_absmax, bias
         Scales of the rows of A and of B, and the bias of the latter.
     number, indices, marks
-        How many columns a kernel has set aside, and which; their marks, which the product clears.
+        How many columns were set aside, and which; their marks, which the product clears.
     x_aside, w_aside
         Their numbers in x and in the weight, side by side.
     x, x_row, x_feature
@@ -134,7 +134,7 @@ class Product:
         if isinstance(variant, Wide):
             a_rows, b_rows = variant.block_m, variant.block_n
             rows, columns = -(-M // a_rows), -(-N // b_rows)
-            room = 3 * aside
+            room = (3 if variant.beside else 2) * aside
             self._encoders = [
                 encoder(M, K, pitches[0], a_rows, STEP),
                 encoder(N, K, pitches[1], b_rows, STEP),
@@ -153,7 +153,7 @@ class Product:
             blocks = tiles * -(-N // variant.features) * cluster
             numbers = [tiles, -(-steps // cluster), steps, M, N, aside, K]
         self._launch = Launch(
-            function, 21 if self._wide else 17, numbers, blocks=blocks, cluster=cluster, early=early,
+            function, 22 if self._wide else 17, numbers, blocks=blocks, cluster=cluster, early=early,
             threads=variant.threads, shared_bytes=variant.shared_bytes,
         )  # fmt: skip
 
@@ -171,8 +171,10 @@ class Product:
             matrices = (b, a)
         maps = shared.descriptors.place(self._number, matrices, self._encoders)
         if self._wide:
-            aside = after.indices, after.marks, *after[8:16], after.x_aside, after.w_aside, after.counters
-            self._launch(stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:3], *aside)
+            aside = after.x_aside, after.w_aside, after.counters
+            self._launch(
+                stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:16], *aside
+            )
         else:
             self._launch(stream, maps, maps + 128, out, *after[:14])
 

@@ -194,13 +194,12 @@ def met(variant: Any, w: int, w_feature: int, w_column: int, absmax_at: int, K: 
 
 
 def product(item: SimpleNamespace, matrices: Any) -> None:
-    after, met_by = [*item.values[4:8], 0, *item.values[8:10]], item.values[10:16]
-    codes, _, x_aside, w_aside, counters = item.values[16:21]
-    M, N, room, K = item.values[25:]
+    after, met_by = item.values[4:11], item.values[11:17]
+    codes, _, x_aside, w_aside, counters = item.values[17:22]
+    M, N, room, K = item.values[26:]
     rows, columns = -(-M // 128), -(-N // item.variant.block_n)
-    assert item.values[21:25] == [rows * columns, rows, columns, -(-K // 128)]
-    beside = item.variant.beside
-    assert bool(after[-1]) == beside
+    assert item.values[22:26] == [rows * columns, rows, columns, -(-K // 128)]
+    beside = item.variant.beside and after[-1]
     if beside:
         assert matrices[0][0] == codes
         assert [(address, row, pitch) for address, _, row, pitch in matrices[2:]] == [
@@ -209,7 +208,8 @@ def product(item: SimpleNamespace, matrices: Any) -> None:
         assert at(counters, (3,), np.int32).tolist() == [0, 0, 0]
         for address, count in ((x_aside, M), (w_aside, N)):  # all of it can be written
             at(address, (count, 3 * room), np.uint8)[...] = GARBAGE
-    finish(item, matrices[:2], (M, N, K), after, [], met_by, beside)
+    asides = [(address, pitch // 2) for address, _, _, pitch in matrices[2:]]
+    finish(item, matrices[:2], (M, N, K), after, asides, met_by, beside)
 
 
 def narrow(item: SimpleNamespace, matrices: Any) -> None:

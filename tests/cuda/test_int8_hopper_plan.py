@@ -59,25 +59,25 @@ def test_a_large_layer_is_two_kernels(launched: list[SimpleNamespace], kept: boo
     assert (quantize.blocks, quantize.variant.aside, quantize.variant.aligned) == (T, "cells", True)
     x, x_row, x_codes, pitch, absmax, marks, width, limit = quantize.values
     assert (x, x_row, pitch, width, limit) == (X, 2 * K, K, K, 0x4600)
-    indices = product.values[8]
-    x_aside, w_aside, counters = product.values[18:21]
+    number, indices = product.values[8:10]
+    x_aside, w_aside, counters = product.values[19:22]
     if kept:
         aside = launched[1]
-        assert aside.values[:2] == [marks, indices]
+        assert aside.values[:3] == [marks, indices, number]
         assert aside.values[3:8] == [X, 2 * K, 2, x_codes, K]
         assert aside.values[12:14] == [x_aside, w_aside]
         assert aside.values[14:] == [T, K, 0, 1024], "codes become 0, nothing else"
     assert counters - marks == 4096, "both are 0 between calls"
     assert product.values[:4] == [MAPS, MAPS + 128, MAPS + 256, MAPS + 384]
-    assert product.values[4:10] == [OUT, absmax, ABSMAX, BIAS, indices, marks]
-    assert product.values[10:18] == [X, 2 * K, 2, CODES, 1, K, x_codes, K]
+    assert product.values[4:11] == [OUT, absmax, ABSMAX, BIAS, number, indices, marks]
+    assert product.values[11:19] == [X, 2 * K, 2, CODES, 1, K, x_codes, K]
     rows, columns = 3, -(-N // product.variant.block_n)
-    assert product.values[21:] == [rows * columns, rows, columns, K // 128, T, N, 1024, K]
+    assert product.values[22:] == [rows * columns, rows, columns, K // 128, T, N, 1024, K]
     assert product.blocks == rows * columns
     assert product.threads == product.variant.threads
     assert product.shared == product.variant.shared_bytes <= 232_448
     assert marks >> 40 == 1
-    assert indices >> 41 == x_aside >> 41 == w_aside >> 41 == 1
+    assert number >> 41 == indices >> 41 == x_aside >> 41 == w_aside >> 41 == 1
     if kept:
         assert (x_codes, absmax) == (KEPT, KEPT + T * K)
     else:
@@ -96,17 +96,14 @@ def test_what_lies_in_memory_does_not_overlap(
     )  # fmt: skip
     plan.run(X, CODES, ABSMAX, 0, 0, OUT)
     quantize, product = launched[0], launched[-1]
-    narrow = bytes_aside == 2
-    indices = product.values[7] if narrow else product.values[8]
-    x_aside, w_aside = product.values[9:11] if narrow else product.values[18:20]
+    number, indices = product.values[6:8] if bytes_aside == 2 else product.values[8:10]
+    x_aside, w_aside = product.values[9:11] if bytes_aside == 2 else product.values[19:21]
     parts = {
-        quantize.values[2]: T * 112, quantize.values[4]: 4 * T, indices: 4 * K,
+        quantize.values[2]: T * 112, quantize.values[4]: 4 * T, indices: 4 * K, number: 4,
         x_aside: T * bytes_aside * 128, w_aside: N * bytes_aside * 128,
     }  # fmt: skip
-    if narrow:
-        parts[product.values[6]] = 4
     places = sorted(parts)
-    assert len(places) == 5 + narrow
+    assert len(places) == 6
     for place, following in itertools.pairwise(places):
         assert place + parts[place] <= following
         assert place % 256 == 0
@@ -133,7 +130,7 @@ def test_without_a_threshold_nothing_is_set_aside(launched: list[SimpleNamespace
     plan.run(X, CODES, ABSMAX, 0, 0, OUT)
     assert [item.name for item in launched] == ["quantize", "product"]
     assert launched[0].variant.aside == ""
-    assert launched[1].values[8:13] == [0] * 5
+    assert launched[1].values[8:14] == [0] * 6
 
 
 @pytest.mark.parametrize(
