@@ -14,7 +14,7 @@ FULL = 0.96  # of the last wave of blocks
 LINE = 128  # bytes of the L2 cache
 
 # Keys of a step, warps, least stages, for one block of a multiprocessor: the first that there is room for.
-# The first of each was the fastest on an H200 for D = Dv = 128, see docs/performance.md; the rest is unmeasured.
+# The first of each was the fastest on an H200 for D = Dv = 128 (docs/performance.md), the rest is unmeasured.
 SMALLER = ((16, 4, 3), (16, 4, 2), (16, 2, 2), (16, 1, 2))
 WHOLE, PAGED = ((32, 4, 3), *SMALLER), ((16, 8, 3), *SMALLER)
 MOST_STAGES = 6

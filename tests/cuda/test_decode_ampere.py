@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -253,8 +254,8 @@ def test_auto_takes_what_the_kernel_is_for(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("widths", [(16, 16), (64, 64), (96, 80), (128, 128), (192, 128), (256, 256)])
 def test_shared_memory_suffices(memory: str, widths: tuple[int, int]) -> None:
     """Everything fits as often as it is to run on a multiprocessor, and a stage is under way at least."""
-    for rows in (1, 4, 16):
-        found = choose("f16", *widths, rows, False, LIMITS[memory])
+    for rows, in_pages in itertools.product((1, 4, 16), (False, True)):
+        found = choose("f16", *widths, rows, in_pages, LIMITS[memory])
         assert found.blocks * (found.shared_bytes + 1024) <= LIMITS[memory] + 1024
         assert found.stages >= 2
         assert all(pitch // 16 % 2 for pitch in found.pitches)  # eight rows in all banks
