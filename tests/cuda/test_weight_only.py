@@ -199,6 +199,34 @@ def test_clear_refusals() -> None:
         prepared.prepare_int8_groups(quantize_groups(np.zeros((128, 4))))
 
 
+def _on_gpu(array: Any, dtype: str | None = None) -> Any:
+    """Return what says of itself that it is PyTorch's tensor on a GPU, and has no numbers."""
+    said = {"shape": array.shape, "dtype": f"torch.{dtype or array.dtype}", "is_cuda": True}
+    return type("Tensor", (), {"__module__": "torch", **said})()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_scales_on_a_gpu_are_float32(dtype: str) -> None:
+    """A kernel would read others as float32 and return NaN, or numbers that look right."""
+    x = _on_gpu(np.zeros((1, 256), np.float16))
+    codes, scale = quantize_groups(np.ones((256, 4), np.float32))
+    int8 = Int8Groups(_on_gpu(codes), _on_gpu(scale, dtype))
+    nf4 = nf4_quantize(np.ones((256, 4), np.float32))
+    parts = {name: _on_gpu(getattr(nf4, name)) for name in ("codes", "absmax_codes", "scale", "offset")}
+    nf4 = nf4._replace(**parts | {"scale": _on_gpu(nf4.scale, dtype)})
+    absmax, product = _on_gpu(np.zeros(4), dtype), _on_gpu(np.zeros((4, 4), np.int32))
+    for refused in (
+        lambda: prepared.prepare_int8_groups(int8),
+        lambda: prepared.prepare_nf4(nf4),
+        lambda: cuda_backend.int8_weight_linear(x, int8),
+        lambda: cuda_backend.nf4_linear(x, nf4),
+        lambda: cuda_backend.llm_int8_linear(x, quant.Int8Columns(int8.codes, absmax)),
+        lambda: cuda_backend.dequantize_product(product, absmax, absmax, dtype=np.float16),
+    ):
+        with pytest.raises(DTypeError, match=f"(scale|absmax): expected float32, got {dtype}"):
+            refused()
+
+
 def test_shared_memory_suffices() -> None:
     """Every layer of usual models fits, with its activations if they are few."""
     for weight in ("int8", "nf4"):

@@ -15,7 +15,7 @@ import cuda_backend
 from cuda_backend.weight_only import plan
 from refimpl import quant
 from refimpl.attention import scaled_dot_product_attention
-from refimpl.errors import UnsupportedError
+from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.numerics import round_to, widen
 from refimpl.quant import nf4_quantize, quantize_groups
 from tests.cuda.int8_attention_judge import case_of as attention_case
@@ -87,7 +87,8 @@ def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def prepared() -> Any:
-        values = torch.randn(K, K, device="cuda", generator=generator).cpu().numpy() / np.sqrt(K)
+        values = torch.randn(K, K, device="cuda", generator=generator).cpu().numpy()
+        values /= np.float32(np.sqrt(K))  # outputs stay of size 1 (and float32: scales are of this dtype)
         if weight == "int8":
             return cuda_backend.prepare_int8_groups(moved(quantize_groups(values), on_torch))
         return cuda_backend.prepare_nf4(moved(nf4_quantize(values), on_torch))
@@ -104,6 +105,9 @@ def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
 
     inputs = [torch.randn(M, K, device="cuda", generator=generator).half() for _ in range(3)]
     expected = [chain(x, wait=True) for x in inputs]
+    for wanted in expected:
+        assert torch.isfinite(wanted).all()
+        assert 0.5 < float(wanted.float().std()) < 2
     for _ in range(20):
         for x, wanted in zip(inputs, expected, strict=True):
             assert torch.equal(chain(x), wanted)
@@ -116,6 +120,19 @@ def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
             given.copy_(x)
             graph.replay()
             assert torch.equal(out, wanted)
+
+
+def test_scales_of_another_format_are_refused() -> None:
+    x, values = on_torch(np.zeros((1, 256), np.float16)), np.ones((256, 16))
+    int8, nf4 = (moved(f(values), on_torch) for f in (quantize_groups, nf4_quantize))
+    for call in (
+        lambda: cuda_backend.prepare_int8_groups(int8),
+        lambda: cuda_backend.prepare_nf4(nf4),
+        lambda: cuda_backend.int8_weight_linear(x, int8),
+        lambda: cuda_backend.nf4_linear(x, nf4),
+    ):
+        with pytest.raises(DTypeError, match="scale: expected float32, got float64"):
+            call()
 
 
 def test_weights_are_not_prepared_under_capture() -> None:
