@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cuda_backend
-from cuda_backend.weight_only import plan
 from refimpl import quant
 from refimpl.attention import scaled_dot_product_attention
 from refimpl.errors import DTypeError, UnsupportedError
@@ -22,7 +21,7 @@ from tests.cuda.int8_attention_judge import case_of as attention_case
 from tests.cuda.int8_attention_judge import int8_difference
 from tests.cuda.judge import DTYPES
 from tests.cuda.test_device import on_torch
-from tests.cuda.weight_only_judge import KERNELS, case_of, decoding, decoding_difference, moved
+from tests.cuda.weight_only_judge import case_of, decoding, decoding_difference, moved, taking
 
 pytestmark = pytest.mark.cuda
 
@@ -56,18 +55,15 @@ def test_decoding_obeys_its_record(tokens: Sequence[int], weight: str, dtype: st
 
 
 @pytest.mark.parametrize("kernel", ["stream", "wide", "portable"])
-def test_every_kernel_of_nf4(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_of_nf4(kernel: str) -> None:
     """Whichever the rule takes for a layer, all that fit compute it."""
     _hopper()
     for M, K, N in ((1, 1280, 8500), (4, 512, 40), (8, 4096, 200), (16, 256, 33)):
         if kernel == "stream" and M > 8:
             continue
-        with monkeypatch.context() as patch:
-            patch.setattr(plan, *KERNELS[kernel])
-            plan.plan_of.cache_clear()
-            case = case_of("nf4", "float16", seed=M, M=M, K=K, N=N)
+        case = case_of("nf4", "float16", seed=M, M=M, K=K, N=N)
+        with taking(kernel):
             assert decoding_difference("nf4", case, "float16") is None, (M, K, N)
-        plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("weight", ["int8", "nf4"])
@@ -125,12 +121,13 @@ def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
 def test_scales_of_another_format_are_refused() -> None:
     x, values = on_torch(np.zeros((1, 256), np.float16)), np.ones((256, 16))
     int8, nf4 = (moved(f(values), on_torch) for f in (quantize_groups, nf4_quantize))
-    for call in (
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: cuda_backend.prepare_int8_groups(int8),
         lambda: cuda_backend.prepare_nf4(nf4),
         lambda: cuda_backend.int8_weight_linear(x, int8),
         lambda: cuda_backend.nf4_linear(x, nf4),
-    ):
+    )
+    for call in calls:
         with pytest.raises(DTypeError, match="scale: expected float32, got float64"):
             call()
 
