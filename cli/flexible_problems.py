@@ -83,7 +83,7 @@ def _operands(
     from cuda_backend import flexible_attention
 
     options = {name: f for name, f in form.options.items() if name != "score_mod_vjp"}
-    out, lse = flexible_attention(q, k, v, return_lse=True, aux=aux, **options)
+    out, lse = flexible_attention(q, k, v, return_lse=True, aux=aux, tier="auto", **options)
     return (q, k, v, out, lse, *do, aux), (q, k, v, *do, aux)
 
 

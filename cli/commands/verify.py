@@ -52,6 +52,7 @@ Examples:
   frugal verify attention.flash --axes Tq=65,D=80 --seed 7
   frugal verify attention.flash --with my.module:f --dtype float32
   frugal verify attention.dense --backend cudasim
+  frugal verify attention.flexible --mod mine.py:capped --backend cudasim
   frugal verify --model path/to/all-MiniLM-L6-v2""",
     short_help="Hold implementations to their definitions.",
 )
@@ -64,6 +65,12 @@ Examples:
     "with_",
     metavar="MODULE:FUNCTION",
     help="Check this function of yours instead; needs one NAME. The current directory is importable.",
+)
+@click.option(
+    "--mod",
+    "mod",
+    metavar="FILE:FUNCTION",
+    help="Of attention.flexible: check this mask or score of yours, and attention with it.",
 )
 @click.option(
     "--model",
@@ -87,6 +94,7 @@ def command(
     names: tuple[str, ...],
     backend: str,
     with_: str | None,
+    mod: str | None,
     model: str | None,
     dtypes: tuple[str, ...] | None,
     seed: int,
@@ -108,7 +116,16 @@ def command(
     With --model, twenty sentences go through the encoder: it is held to transformers (where installed), every
     registered attention to the definition on its queries, keys and values, and LLM.int8() to its error bound
     on its activations, with the outliers that it finds there.
+
+    With --mod, a score's gradient, the function with _vjp behind its name, is held to finite differences of
+    the score, and kernels with the functions, of a CUDA backend, to the definition.
     """
+    if mod is not None:
+        if names != ("attention.flexible",) or with_ is not None or model is not None or axes is not None:
+            raise click.UsageError(
+                "--mod needs the NAME attention.flexible alone, no --with, --model or --axes"
+            )
+        return _of_mod(mod, backend, dtypes, seed, examples, all_failures)
     if model is not None:
         if names or with_ is not None or axes is not None:
             raise click.UsageError("--model takes no NAME, no --with and no --axes: it has cases of its own")
@@ -130,6 +147,21 @@ def command(
         _run(jobs, rows, backend, seed, examples, fixed, dtypes, axes)
     result = _result(rows, techniques, jobs, backend, all_failures)
     return replace(result, silent=another_speaks(backend))
+
+
+def _of_mod(
+    mod: str, backend: str, dtypes: tuple[str, ...] | None, seed: int, examples: int, all_failures: bool
+) -> Result:
+    """Check a mask or a score of the user's."""
+    _open(backend)
+    from cli.flexible_verify import mod_outcomes
+    from refimpl import registry
+
+    registry.load()
+    technique = registry.get("attention.flexible")
+    with untrusted(mod, "--mod"):
+        outcomes = mod_outcomes(mod, backend, dtypes, seed, examples, lambda: _poisoned(backend))
+    return _result(_rows(outcomes), [technique], [Job(technique, mod, lambda: None)], backend, all_failures)
 
 
 def _run(

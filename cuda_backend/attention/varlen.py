@@ -67,7 +67,7 @@ def varlen_attention(
     -----
     What a query sees has no gap, so a mask of two numbers a query says it all (`mods.ranges`), and tiles
     between different sequences are dead.  Numbers and states of tiles are computed once for the same starts,
-    so all layers of a step share them.  Not yet run on a device.
+    so all layers of a step share them.
 
     References
     ----------
@@ -124,10 +124,6 @@ def varlen_attention_vjp(
     ------
     ShapeError, DTypeError, OptionError, UnsupportedError, BackendUnavailableError
         As `varlen_attention`.
-
-    Notes
-    -----
-    Not yet run on a device.
     """
     aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)

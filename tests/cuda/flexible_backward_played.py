@@ -11,8 +11,8 @@ import pytest
 
 from cuda_backend.attention.variant_backward_hopper import CONSUMERS
 from refimpl.attention.user_functions import modified_scores, where_allowed
-from tests.cuda.hopper_instructions import stored, words
 from tests.cuda.hopper_machine import Block, Machine, memory, one
+from tests.cuda.hopper_movements import stored, words
 from tests.cuda.int8_hopper_played import at as at_address
 
 BASE = 1024

@@ -25,7 +25,7 @@ from cuda_backend.attention.lists_hopper import ROWS, key_lists
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
 from refimpl.attention.block_mask import FULL, block_mask
-from refimpl.attention.user_functions import as_mod
+from refimpl.attention.user_functions import as_mod, where_allowed
 from tests.cuda.hopper_instructions import install
 from tests.cuda.hopper_machine import KINDS, Block, Machine, fragment, memory
 
@@ -115,18 +115,20 @@ def played(
 def words_of(mask: Any, partial: Any, Tq: int, Tk: int, block_n: int, aux: tuple[Any, ...]) -> Any:
     """Return what `mask_words` does."""
     row, column = fragment(block_n)  # [accumulator, thread]
+    place = np.arange(len(row))
+    bits = np.uint32(1) << (2 * (place // 4) + place % 2).astype(np.uint32)
     found = np.zeros((len(partial), 128, 2), np.uint32)
     for number, (b, h, rows, tile) in enumerate(partial.tolist()):
         if number == 0:
             continue
-        for place, thread in np.ndindex(row.shape):
-            i, j = (
-                min(64 * rows + int(row[place, thread]), Tq - 1),
-                block_n * tile + int(column[place, thread]),
-            )
-            if j < Tk and (mask is None or mask.call((), (b, h, i, j), aux)):
-                bit = 2 * (place // 4) + place % 2
-                found[number, thread, place % 4 // 2] |= np.uint32(1 << bit)
+        i, j = np.minimum(64 * rows + row, Tq - 1), block_n * tile + column
+        allowed = j < Tk
+        if mask is not None:
+            indices = np.array(b), np.array(h), i, np.minimum(j, Tk - 1)
+            allowed = allowed & where_allowed(mask, indices, aux)
+        for half in range(2):
+            here = place % 4 // 2 == half
+            found[number, :, half] = np.where(allowed[here], bits[here, None], 0).sum(0)
     return found
 
 

@@ -1,7 +1,7 @@
 """Block masks, packed sequences and models of transformers on the GPU at hand: checked, then timed.
 
 ``FRUGAL_TEST_GPU=1 python -m tests.cuda.forms_on_device [masks] [varlen] [models]``; each part says what is
-off and goes on.  Not yet run on a device.
+off and goes on.  On an H200 masks and varlen were right; models have not run there yet.
 """
 
 from __future__ import annotations

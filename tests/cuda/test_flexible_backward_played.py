@@ -131,7 +131,7 @@ def _mod(name: str, given: dict[str, Any], *leading: str) -> Any:
 NAMES = (
     "none", "sliding", "documents", "by head", "alibi", "softcap", "branching", "far", "blocky", "nothing"
 )  # fmt: skip
-SIZES = {64: (2, 200, 190, 2, 1, 64, 64), 128: (1, 150, 270, 2, 1, 128, 128)}
+SIZES = {64: (2, 100, 150, 2, 1, 64, 64), 128: (1, 100, 270, 2, 1, 128, 128)}
 
 
 @pytest.mark.parametrize("d", SIZES)

@@ -41,13 +41,9 @@ def _odd(b: Any, h: Any, i: Any, j: Any) -> bool:
     return bool(j <= i + 150 + 40 * h - 20 * b)
 
 
-def _uneven(_b: Any, _h: Any, i: Any, j: Any) -> bool:
+def _uneven(_b: Any, _h: Any, i: Any, j: Any) -> Any:
     """Warpgroups that see all, some, and, three blocks long, none; at last, keys with a hole."""
-    if i < 64:
-        return True
-    if i < 128:
-        return bool(j <= i and j != 41)
-    return bool(i >= 512 and j > 100 and j != 141)
+    return (i < 64) | (i < 128) & (j <= i) & (j != 41) | (i >= 512) & (j > 100) & (j != 141)
 
 
 SLOPES = np.array([0.5, 0.125], np.float32)
@@ -78,8 +74,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("words", [False, True])
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("late", "words"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("case", CASES)
 def test_outputs(case: str, late: bool, words: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, options, which = CASES[case]
