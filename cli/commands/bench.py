@@ -125,7 +125,7 @@ Examples:
     "--mod", "mods", multiple=True, metavar="FILE:FUNCTION", help="Of flexible: your own mask or score."
 )
 @click.option(
-    "--splits", type=click.IntRange(1), help="Of decode: parts of the cache.  [default: fill the GPU twice]"
+    "--splits", type=click.IntRange(1), help="Of decode: parts of the cache.  [default: what fills the GPU]"
 )
 @click.option("--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those beside it.  [default: float16]")
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")

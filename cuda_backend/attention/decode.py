@@ -47,8 +47,8 @@ def split_kv_attention(
         on the GPU are clamped to [0, Tk] rather than checked.
     splits : int, optional
         Parts of the cache, which blocks of the GPU take side by side.  Default: what fills the GPU in tier
-        "ampere", where each sequence is cut by its own length, in turns of 16 keys; 1 in tier "portable",
-        where parts are those of the reference.
+        "ampere", where each sequence is cut by its own length, in turns of 16 or 32 keys; 1 in tier
+        "portable", where parts are those of the reference.
     stream : int or stream object, optional
         As for `cuda_backend.flash_attention`.
     tier : {"auto", "ampere", "portable"}

@@ -10,14 +10,15 @@ __all__ = ["DecodeVariant", "choose", "parts"]
 KEYS = 16  # of one product
 MOST_PARTS = 256  # of a cache: their log-sum-exps meet in shared memory
 LEAST_KEYS = 256  # of a part, to be worth its beginning and its end
-RESERVED = 1024  # bytes of shared memory for each block, by the system
 FULL = 0.96  # of the last wave of blocks
 LINE = 128  # bytes of the L2 cache
 
-# Warps of a block, blocks of a multiprocessor, least stages: the first that the shared memory has room for.
-SHAPES = ((4, 2, 3), (4, 1, 3), (4, 1, 2), (2, 1, 2), (1, 1, 2))
+# Keys of a step, warps, least stages, for one block of a multiprocessor: the first that there is room for.
+# The first of each was the fastest on an H200 for D = Dv = 128 (docs/performance.md), the rest is unmeasured.
+SMALLER = ((16, 4, 3), (16, 4, 2), (16, 2, 2), (16, 1, 2))
+WHOLE, PAGED = ((32, 4, 3), *SMALLER), ((16, 8, 3), *SMALLER)
 MOST_STAGES = 6
-HINTED = 2  # steps of a warp, where launches begin early
+HINTED = 1  # steps of a warp, where launches begin early
 
 
 class DecodeVariant(NamedTuple):
@@ -112,23 +113,21 @@ def choose(
 
     Copies bring whole lines to the L2 cache where a row of K and V fills lines.
 
-    >>> found = choose("f16", 128, 128, 4, False, 232_448, True)
-    >>> found.rows, found.keys, found.warps, found.blocks, found.stages, found.ahead, found.early
-    (8, 16, 4, 2, 3, 128, True)
-    >>> choose("bf16", 256, 256, 4, True, 101_376)[-6:]
-    (2, 1, 2, 128, False, 0)
+    >>> choose("f16", 128, 128, 4, False, 232_448, True)[3:]
+    (8, False, 32, 4, 1, 3, 128, True, 1)
+    >>> choose("f16", 128, 128, 4, True, 232_448, True)[3:]
+    (8, True, 16, 8, 1, 3, 128, True, 0)
+    >>> choose("bf16", 256, 256, 4, True, 101_376)[3:]
+    (8, True, 16, 2, 1, 2, 128, False, 0)
     """
     tile = 16 if rows > 8 and max(D, Dv) <= 128 else 8  # wider rows would not leave sums in registers
     lines = all(2 * width % LINE == 0 for width in (D, Dv))
     hinted = HINTED if early and lines and not paged else 0
-    for warps, blocks, least in SHAPES:
-        one = DecodeVariant(
-            kind, D, Dv, tile, paged, KEYS, warps, blocks, 1, LINE if lines else 0, early, hinted
-        )
-        room = (limit + RESERVED) // blocks - RESERVED - 128
-        stages = min(MOST_STAGES, room // (warps * one.stage_bytes))
-        found = one._replace(stages=stages)
-        if stages >= least and found.shared_bytes <= room + 128:
+    room = limit - 128
+    for keys, warps, least in PAGED if paged else WHOLE:
+        one = DecodeVariant(kind, D, Dv, tile, paged, keys, warps, 1, 1, LINE if lines else 0, early, hinted)
+        found = one._replace(stages=min(MOST_STAGES, room // (warps * one.stage_bytes)))
+        if found.stages >= least and found.shared_bytes <= limit:
             return found
     raise ValueError(f"no room for {D} + {Dv} numbers in {limit} bytes")
 
@@ -138,8 +137,8 @@ def parts(units: int, keys: int, slots: int) -> int:
 
     The fewest whose last wave of blocks is as good as full, or else those whose last wave is the fullest.
 
-    >>> parts(8, 32768, 264), parts(128, 131072, 264), parts(1, 300, 264), parts(264, 4096, 264)
-    (32, 2, 2, 1)
+    >>> parts(8, 32768, 132), parts(128, 131072, 132), parts(1, 300, 132), parts(264, 4096, 132)
+    (16, 1, 2, 1)
     """
     most = max(1, min(MOST_PARTS, -(-keys // LEAST_KEYS)))
 

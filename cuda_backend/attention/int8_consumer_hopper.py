@@ -5,12 +5,16 @@ come as float32 of `wgmma.MIDDLE` plus the integer, which neither the mask nor t
 takes them to the exponent: ``exp2(s * c - (MIDDLE * c + max))``.  Its constant is rounded at the size of
 MIDDLE * c, which moves the weights of a row and tile by a factor of 1 + c / 2 at most; c is a 2**-21st of the
 largest score that the codes can express.
+
+A row's maximum stays as it is until it lags behind by more than `LAG`; where no row of a warp has moved its
+own, O is not rescaled.  The two warpgroups issue their products in turns, so that one is at its softmax while
+the other's run.  docs/performance.md has the kernels without either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +25,7 @@ from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import barrier, copy, grid, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["CODE_BYTES", "Tries", "build_consumer"]
+__all__ = ["CODE_BYTES", "build_consumer"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -31,23 +35,7 @@ LAG = 8.0  # binary orders that a maximum may lag behind: weights stay below 256
 TURNS = 2  # the number of the first warpgroup's turn
 
 
-class Tries(NamedTuple):
-    """What is tried beside the schedule of the fp16 kernel.
-
-    Attributes
-    ----------
-    lazy
-        A row's maximum stays as it is until it lags behind by more than `LAG`; where no row of a warp has
-        moved its own, O is not rescaled.
-    turns
-        The warpgroups issue their products in turns, so that one is at its softmax while the other's run.
-    """
-
-    lazy: bool = False
-    turns: bool = False
-
-
-def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callable[..., None]:
+def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     """Return ``consume(base, thread, out, scales, scale, problem)``, a device function for a whole warpgroup.
 
     ``scales`` are the addresses of the scales of q and k and how many of each a head has.
@@ -58,8 +46,7 @@ def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callab
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
     mask, _, pack_scores = build_softmax(variant)
-    LAZY, IN_TURNS = tries.lazy, tries.turns
-    softmax_row = build_softmax_row(variant, tries.lazy)
+    softmax_row = build_softmax_row(variant)
     rescale, row_total, store_row = build_output(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
@@ -108,7 +95,7 @@ def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callab
         group_index = registers.uniform(int32(thread >> 7) - 1)
         own_row = int32(64 * group_index + 16 * ((thread >> 5) & 3) + (lane >> 2))
         own_turn, other_turn = int32(TURNS + group_index), int32(TURNS + 1 - group_index)
-        if IN_TURNS and group_index == 1:
+        if group_index == 1:
             barrier.give_turn(other_turn)
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
@@ -143,9 +130,8 @@ def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callab
             place_of_q = uint64(4) * (uint64(head) * uint64(q_blocks) + uint64(block))
             q_factor = copy.load_float(q_scales + place_of_q) * scale
             while j >= own:  # what only other warpgroups need
-                if IN_TURNS:
-                    barrier.take_turn(own_turn)
-                    barrier.give_turn(other_turn)
+                barrier.take_turn(own_turn)
+                barrier.give_turn(other_turn)
                 barrier.wait(base + k_full + 8 * stage, parity)
                 barrier.wait(base + v_full + 8 * stage, parity)
                 if lane == 0:
@@ -156,12 +142,10 @@ def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callab
             if j >= 0:
                 k_factor = copy.load_float(of_keys + uint64(4) * uint64(j))
                 barrier.wait(base + k_full + 8 * stage, parity)
-                if IN_TURNS:
-                    barrier.take_turn(own_turn)
+                barrier.take_turn(own_turn)
                 qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
-                if IN_TURNS:
-                    barrier.give_turn(other_turn)
+                barrier.give_turn(other_turn)
                 scores_done(codes)
                 if lane == 0:
                     barrier.arrive(base + k_empty + 8 * stage)
@@ -187,14 +171,12 @@ def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callab
                     stage, parity = next_stage(stage, parity)
                     k_factor = copy.load_float(of_keys + uint64(4) * uint64(j))
                     barrier.wait(base + k_full + 8 * stage, parity)
-                    if IN_TURNS:
-                        barrier.take_turn(own_turn)
+                    barrier.take_turn(own_turn)
                     qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                     wgmma.commit()
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
-                    if IN_TURNS:
-                        barrier.give_turn(other_turn)
+                    barrier.give_turn(other_turn)
                     scores_first_done(codes)
                     if lane == 0:
                         barrier.arrive(base + k_empty + 8 * stage)
@@ -219,11 +201,8 @@ def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callab
                     if lane == 0:
                         barrier.arrive(base + v_empty + 8 * old_stage)
                     pack_scores(p, s)
-                    if LAZY:
-                        moved = int32(factor_low != float32(1.0)) | int32(factor_high != float32(1.0))
-                        if registers.any_lane(moved) != 0:
-                            rescale(o, factor_low, factor_high)
-                    else:
+                    moved = int32(factor_low != float32(1.0)) | int32(factor_high != float32(1.0))
+                    if registers.any_lane(moved) != 0:
                         rescale(o, factor_low, factor_high)
                     j = int32(j - 1)
                 if lane == 0:
@@ -252,11 +231,11 @@ def build_consumer(variant: Variant, schedule: Schedule, tries: Tries) -> Callab
     return consume
 
 
-def build_softmax_row(variant: Variant, lazy: bool) -> Callable[..., Any]:
+def build_softmax_row(variant: Variant) -> Callable[..., Any]:
     """Return ``softmax_row(s, first, factor, old_max, old_sum)`` for scores of MIDDLE plus an integer.
 
-    As that of `softmax_hopper.build_softmax`, but maxima are of the scores times ``factor``, which is above 0
-    and changes from tile to tile.
+    As that of `softmax_hopper.build_softmax`, but maxima lag behind and are of the scores times ``factor``,
+    which is above 0 and changes from tile to tile.
     """
     count, middle = variant.block_n // 2, wgmma.MIDDLE
 
@@ -269,8 +248,7 @@ def build_softmax_row(variant: Variant, lazy: bool) -> Callable[..., Any]:
         largest = registers.maximum(largest, registers.exchange_float(largest, 1))
         largest = registers.maximum(largest, registers.exchange_float(largest, 2))
         new_max = registers.maximum(old_max, (largest - float32(middle)) * factor)
-        if lazy:
-            new_max = old_max if new_max <= old_max + float32(LAG) else new_max
+        new_max = old_max if new_max <= old_max + float32(LAG) else new_max
         # A row without a key so far: exp2(-inf - 0) = 0, where exp2(-inf + inf) would be NaN.
         top = new_max if new_max != float32(NO_KEY) else float32(0.0)
         shrink = registers.exp2(old_max - top)

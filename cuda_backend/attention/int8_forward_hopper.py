@@ -14,7 +14,7 @@ from typing import Any
 
 from cuda_backend._numba import cuda
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
-from cuda_backend.attention.int8_consumer_hopper import Tries, build_consumer
+from cuda_backend.attention.int8_consumer_hopper import build_consumer
 from cuda_backend.attention.producer_hopper import build_producer
 from cuda_backend.attention.schedule_hopper import build_schedule
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
@@ -25,7 +25,6 @@ __all__ = ["KEYS", "QUERIES", "SIGNATURE", "WIDEST", "build", "choose"]
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
-USUAL = Tries()
 QUERIES, KEYS = 64, 128  # that share a scale: rows of a warpgroup, and of a key tile
 WIDEST = 128  # head: a row of codes
 
@@ -50,14 +49,14 @@ def choose(kind: str, value_width: int, causal: bool) -> Variant:
     return Variant(kind, SUBTILE, d_v, causal, consumers=2, block_n=KEYS, stages=3, q_stages=2)
 
 
-def build(variant: Variant, tries: Tries = USUAL) -> Callable[..., None]:
+def build(variant: Variant) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE` and launched as `forward_hopper`'s."""
     stages, q_stages, consumer_warps = variant.stages, variant.q_stages, 4 * variant.consumers
     places = variant.places
     q_full, q_empty = places.q_full, places.q_empty
     k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
     schedule = build_schedule(variant)
-    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule, tries)
+    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
 

@@ -8,7 +8,7 @@ from cuda_backend.int8.launches_hopper import Launch, function_of
 from cuda_backend.int8.memory_hopper import Arena, Shared, padded
 from cuda_backend.int8.product_hopper import MISALIGNED, Pack, next_number, to_pack
 from cuda_backend.int8.rows_hopper import in_vectors, sixteen_bit_limit
-from cuda_backend.int8.variant_hopper import STEP, Few, choose_few
+from cuda_backend.int8.variant_hopper import STEP, Few, choose_few, one_kernel_wins
 from refimpl.errors import UnsupportedError
 from refimpl.quant.absmax import Convention
 
@@ -71,10 +71,13 @@ def few_layer(
     device: int,
     processors: int,
 ) -> FewLayer | None:
-    """Return the layer if one kernel can be all of it: few rows that lie well, outliers but the paper's."""
+    """Return the layer if one kernel is faster: few rows that lie well, outliers but the paper's."""
+    (M, K), N = x.shape, codes.shape[0]
     if not in_vectors(x) or (threshold is not None and convention == "paper"):
         return None
-    variant = choose_few(x.dtype, x.shape[0], codes.shape[0], x.shape[1], processors)
+    if not one_kernel_wins(M, N, K):
+        return None
+    variant = choose_few(x.dtype, M, N, K, processors)
     if variant is None:
         return None
     limit = NO_LIMIT if threshold is None else sixteen_bit_limit(x.dtype, threshold, convention)

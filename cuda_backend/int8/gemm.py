@@ -10,6 +10,7 @@ from cuda_backend.arrays import View, absent, is_host, view
 from cuda_backend.int8 import gemm_portable
 from cuda_backend.int8.memory import allocated, transposed_view, words
 from cuda_backend.int8.operands import (
+    check_format,
     check_inner,
     codes_matrix,
     described,
@@ -18,7 +19,6 @@ from cuda_backend.int8.operands import (
 )
 from cuda_backend.int8.variant_portable import Variant, choose
 from cuda_backend.launch import launch, stream_of
-from refimpl.errors import DTypeError
 from refimpl.validation import bind_axes
 
 __all__ = ["dequantize_product", "int8_matmul", "multiplied"]
@@ -132,8 +132,7 @@ def dequantize_product(
     kind = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", dtype)).removeprefix("torch.")
     supported("dequantize_product", kind, size["T"], size["N"])
     for name, expected in (("product", "int32"), ("x_absmax", "float32"), ("weight_absmax", "float32")):
-        if found[name].dtype != expected:
-            raise DTypeError(f"{name}: expected {expected}, got {found[name].dtype}")
+        check_format(name, arrays[name], expected)
     on = stream_of(product, stream)
     like = np.empty(0, dtype) if is_host(product) else product
     out, result = allocated((size["T"], size["N"]), kind, like, on)

@@ -8,8 +8,11 @@ What follows the product happens in registers, in the reference's order::
     y = ((int32 * c_x) * c_w) / 127² + bias       each rounded to float32
     y += X[:, outliers] W[outliers]               tensor cores in float32, onto the same registers
 
-The outliers of X and of the weight were put side by side by an earlier kernel, padded with zeros to whole
-steps of 16; they arrive as further stages.  How many there are is read on the device.
+While the first tiles are multiplied, two warps of each block list the outliers and put those of X and of the
+weight side by side, padded with zeros to whole steps of 16 (`aside_hopper`); they arrive as further stages,
+and so do their codes, whose product is taken from the sums.  How many there are only the device knows.
+A product without that can take what an earlier kernel has set aside.  No layer asks for it any more, but the
+kernel is the one that was measured: without these branches ptxas spills 420 bytes of the plain product.
 
 Sources: PTX ISA 8.7, "Asynchronous Warpgroup Level Matrix Instructions", "Tensor copy"; Dettmers et al. 2022,
 arXiv:2208.07339, section 3.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cuda_backend.arrays import View, is_host, view
 from cuda_backend.int8.gemm import multiplied
 from cuda_backend.int8.memory import allocated, transposed_view
 from cuda_backend.int8.operands import (
+    check_format,
     check_inner,
     check_threshold,
     codes_matrix,
@@ -22,7 +21,6 @@ from cuda_backend.int8.operands import (
 from cuda_backend.int8.quantize import Rows, quantized, quantized_columns
 from cuda_backend.int8.variant_portable import Variant
 from cuda_backend.launch import stream_of
-from refimpl.errors import DTypeError
 from refimpl.quant import Int8Columns, Int8Linear
 from refimpl.quant.absmax import Convention
 from refimpl.quant.epilogue import linear_operands, stored_weight
@@ -216,8 +214,7 @@ def _call(
     given: Any = found.get("weight")
     if stored:
         codes, absmax = codes_matrix("weight codes", weight.codes), described("weight absmax", weight.absmax)
-        if absmax.dtype != np.float32:
-            raise DTypeError(f"weight absmax: expected float32, got {absmax.dtype}")
+        check_format("weight absmax", weight.absmax, "float32")
         given = stored_weight(Int8Columns(codes, absmax), convention, threshold)
     operands = linear_operands(found["x"], given, found.get("bias"))
     if is_host(x):

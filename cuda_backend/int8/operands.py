@@ -16,6 +16,7 @@ from refimpl.quant.integer_matmul import MAX_INNER
 from refimpl.validation import as_array
 
 __all__ = [
+    "check_format",
     "check_inner",
     "check_threshold",
     "codes_matrix",
@@ -40,6 +41,13 @@ def one_library(arrays: Mapping[str, Any]) -> None:
 def described(name: str, value: Any) -> Array:
     """Return `value` if it is on the host, or an array of its shape for the reference's checks."""
     return as_array(name, value) if is_host(value) else stub(name, value)
+
+
+def check_format(name: str, value: Any, expected: str) -> None:
+    """Raise `DTypeError` unless numbers are of this format; of a GPU array `described` does not tell."""
+    found = as_array(name, value).dtype.name if is_host(value) else dtype_name(name, value)
+    if found != expected:
+        raise DTypeError(f"{name}: expected {expected}, got {found}")
 
 
 def one_format(arrays: Mapping[str, Any]) -> str:

@@ -100,8 +100,8 @@ class LinearPlan(_Plan):
         convention: Convention,
         stream: int,
         device: int,
-        beside: bool,
-        passing: bool,
+        *,
+        in_steps: bool = False,
     ) -> None:
         super().__init__("llm_int8_linear_hopper", stream, device)
         found = reasons(x)
@@ -110,20 +110,16 @@ class LinearPlan(_Plan):
         _refuse(self.caller, found)
         (T, K), N = x.shape, codes.shape[0]
         self.shape, self.dtype = (T, N), x.dtype
-        self.few = None
-        if beside:
-            self.few = few_layer(x, codes, threshold, convention, **self.where)
+        self.few = None if in_steps else few_layer(x, codes, threshold, convention, **self.where)
         if self.few is not None:
             self._asked = x, codes, weight, threshold, convention, stream, device
             self.settle()
             return
         variant = choose(x.dtype, convention, T, N, K, self.where["processors"])
-        beside = beside and isinstance(variant, Wide) and threshold is not None
+        beside = isinstance(variant, Wide) and threshold is not None
         if isinstance(variant, Wide):
             variant = variant._replace(beside=beside)
-        self.rows = Rows(
-            x, threshold, convention, N, zeros=self.zeros, beside=beside, passing=passing, **self.where
-        )
+        self.rows = Rows(x, threshold, convention, N, zeros=self.zeros, beside=beside, **self.where)
         pitch = self.rows.pitch
         self._codes, self._absmax = self.scratch.reserve(T * pitch), self.scratch.reserve(4 * T)
         quantised = View((T, K), (pitch, 1), "int8", 0, None)
@@ -170,7 +166,7 @@ class LinearPlan(_Plan):
     @functools.cached_property
     def _in_steps(self) -> LinearPlan:
         """The same layer by kernels that leave codes in memory."""
-        return LinearPlan(*self._asked, beside=False, passing=False)
+        return LinearPlan(*self._asked, in_steps=True)
 
 
 def _turned(given: View) -> View:
@@ -210,8 +206,6 @@ def linear_plan(
     convention: Convention,
     stream: int,
     device: int,
-    beside: bool = True,
-    passing: bool = True,
 ) -> LinearPlan:
     """Return the plan of a linear layer whose weight has codes [K, N] of this layout.
 
@@ -241,4 +235,4 @@ def linear_plan(
             raise UnsupportedError(f"llm_int8_linear_hopper: {name} is not contiguous")
     stored = _turned(views["weight codes"])
     met = views.get("weight")
-    return LinearPlan(views["x"], stored, met, threshold, convention, stream, device, beside, passing)
+    return LinearPlan(views["x"], stored, met, threshold, convention, stream, device)

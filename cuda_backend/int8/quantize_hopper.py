@@ -67,8 +67,6 @@ class Variant(NamedTuple):
         Of a block, whole warps.
     vectors
         Of eight numbers that a thread holds; 0 if the row is too long, which is then read twice.
-    passing
-        Whether x, which is not read again, is the first to leave the L2 cache: room for codes.
     """
 
     kind: str
@@ -76,7 +74,6 @@ class Variant(NamedTuple):
     aligned: bool
     threads: int
     vectors: int
-    passing: bool = False
 
 
 def choose(kind: str, aside: str, aligned: bool, width: int) -> Variant:
@@ -105,7 +102,7 @@ def build(variant: Variant) -> Callable[..., None]:
         variant.aside == "mark",
     )
     unpack, coded = registers.unpack_low(kind_of(variant.kind)), build_coder(variant.kind)
-    load = _loader(variant.aligned, variant.passing)
+    load = _loader(variant.aligned)
     held = VECTORS > 0
 
     @device_function
@@ -253,15 +250,14 @@ def build_coder(kind: str) -> Callable[..., Any]:
     return coded
 
 
-def _loader(aligned: bool, passing: bool) -> Callable[..., Any]:
+def _loader(aligned: bool) -> Callable[..., Any]:
     """Return ``load(words, first, source, column, K)``: eight numbers of a row as four words, 0 beyond it."""
     if aligned:
-        load_16 = copy.load_16_passing if passing else copy.load_16
 
         @device_function
         def load(words: Any, first: Any, source: Any, column: Any, K: Any) -> None:
             if column < K:
-                load_16(words, first, source + uint64(2) * uint64(column))
+                copy.load_16(words, first, source + uint64(2) * uint64(column))
 
         return load
 

@@ -54,7 +54,6 @@ class Rows:
         device: int,
         processors: int,
         beside: bool = False,
-        passing: bool = True,
     ) -> None:
         T, K = x.shape
         self._beside = beside
@@ -70,8 +69,6 @@ class Rows:
         self._passes = []
         for what in passes:
             variant = quantize_hopper.choose(x.dtype, what, aligned, K)
-            if passing and what != "mark" and variant.vectors and aligned:
-                variant = variant._replace(passing=True)
             function = function_of("quantize", variant, device)
             self._passes.append(Launch(function, 6, [K, limit], blocks=T, threads=variant.threads))
         if threshold is None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 __all__ = [
     "CHUNK", "CONSUMERS", "LISTED", "STEP", "TAKEN_CHUNK", "Few", "Narrow", "Wide", "blocks_of_narrow",
-    "choose", "choose_few",
+    "choose", "choose_few", "one_kernel_wins",
 ]  # fmt: skip
 
 SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
@@ -16,6 +16,7 @@ TAKEN_CHUNK = 32  # outliers whose codes one product takes away
 LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
+LARGEST_FEW, ALWAYS_FEW, MUCH_WEIGHT = 16, 2, 1 << 26  # rows, rows, codes
 SMALL_TILE = 0.6
 HELD = 8  # vectors of x in the registers of a thread
 START = 4
@@ -137,7 +138,7 @@ class Few(NamedTuple):
     kind
         Format of x and of the output.
     rows
-        At most as many rows of x: a power of two up to 64.
+        At most as many rows of x: a power of two up to 16.
     blocks
         Of a cluster, which shares a tile of 128 outputs.
     room
@@ -199,21 +200,35 @@ def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None
 
     As many blocks share a tile as in `choose`, or more of them, so that their parts are small enough.
 
-    >>> choose_few("float16", 16, 4096, 4096, 132), choose_few("float16", 64, 8192, 8192, 132)
-    (Few(kind='float16', rows=16, blocks=4, room=8, alone=True), None)
+    >>> choose_few("float16", 1, 4096, 4096, 132), choose_few("float16", 16, 8192, 28672, 132)
+    (Few(kind='float16', rows=1, blocks=4, room=8, alone=True), None)
     """
-    if not 0 < M <= LARGEST_NARROW or not N or not K or K % 8:
+    if not 0 < M <= LARGEST_FEW or not N or not K or K % 8:
         return None
     steps, tiles = -(-K // STEP), -(-N // (64 * CONSUMERS))
     blocks = blocks_of_narrow(tiles, steps, processors)
     while blocks <= 8:
         room = max(2, 1 << (-(-steps // blocks) - 1).bit_length())
-        alone = tiles * blocks <= processors or M > 16  # their registers leave no room for a second block
+        alone = tiles * blocks <= processors
         variant = Few(kind, 1 << (M - 1).bit_length(), blocks, room, alone)
         if variant.vectors <= HELD and variant.stages >= 4:
             return variant
         blocks *= 2
     return None
+
+
+def one_kernel_wins(M: int, N: int, K: int) -> bool:
+    """Return whether a layer is faster as one kernel than as a quantiser, a kernel for outliers, a product.
+
+    Every cluster quantises x again, which costs more the more rows there are; the time of two launches is
+    saved.  Measured on an H200 in float16: of 4096 x 4096 codes 1 row takes 17.6 us in place of 19.6, but 16
+    rows 26.3 in place of 23.3, 32 rows 34.4 in place of 24.2; of 8192 x 8192 codes 1 row 24.5 in place of
+    33.1, 16 rows 43.7 in place of 51.0.  What is between those lines was not measured.
+
+    >>> [one_kernel_wins(M, N, N) for M, N in ((1, 4096), (16, 4096), (16, 8192), (32, 8192))]
+    [True, False, True, False]
+    """
+    return M <= ALWAYS_FEW or (M <= LARGEST_FEW and K * N >= MUCH_WEIGHT)
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:

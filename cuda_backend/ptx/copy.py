@@ -19,7 +19,6 @@ __all__ = [
     "fetch_increment",
     "load_8",
     "load_16",
-    "load_16_passing",
     "load_byte",
     "load_float",
     "load_half",
@@ -241,14 +240,6 @@ load_8 = _load_words("load_8", 2, "global", "l")
 load_16 = _load_words("load_16", 4, "global", "l")
 load_shared_8 = _load_words("load_shared_8", 2, "shared", "r")
 load_shared_16 = _load_words("load_shared_16", 4, "shared", "r")
-
-load_16_passing = words_loader(
-    "load_16_passing",
-    4,
-    "ld.global.cs.v4.b32 {$0, $1, $2, $3}, [$4];",
-    "l",
-    'Four words that are first to leave the caches.  PTX ISA, "Cache Operators", .cs.',
-)
 
 load_word_fresh = instruction(
     "load_word_fresh",

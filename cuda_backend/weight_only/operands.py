@@ -12,7 +12,7 @@ from cuda_backend._numba import SIMULATOR, cuda
 from cuda_backend.arrays import View, absent, is_host, view
 from cuda_backend.context import current_device
 from cuda_backend.int8.memory import allocated, transposed
-from cuda_backend.int8.operands import described, one_format, one_library, supported
+from cuda_backend.int8.operands import check_format, described, one_format, one_library, supported
 from cuda_backend.launch import launch, stream_of
 from cuda_backend.weight_only.product_portable import Variant, build
 from refimpl.errors import DTypeError, ShapeError, UnsupportedError
@@ -105,9 +105,8 @@ def checked_call(
         raise ShapeError(f"weight: expected (K, N) = {expected}, got {tuple(shape)}")
     supported(caller, dtype, size["M"], max(shape))
     for name, part in parts.items():
-        kind = described(name, part).dtype
-        if "codes" not in name and kind not in (np.float32, np.float64):
-            raise DTypeError(f"{name}: expected float32, got {kind}")
+        if "codes" not in name:
+            check_format(name, _single(part), "float32")
     on = stream_of(x, stream)
     views = {name: view(name, value, on) for name, value in floats.items()}
     return Call(views.pop("x"), views, views.get("bias"), floats["x"], dtype, (size["M"], shape[1]), on)

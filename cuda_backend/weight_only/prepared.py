@@ -15,11 +15,11 @@ from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import ITEMSIZE, View, contiguous, is_host, view
 from cuda_backend.context import checked, driver
 from cuda_backend.int8.memory import transposed_view
-from cuda_backend.int8.operands import codes_matrix, described, one_library
+from cuda_backend.int8.operands import check_format, codes_matrix, described, one_library
 from cuda_backend.launch import stream_of
 from cuda_backend.weight_only.pack import absmax_order, int8_order, moved, nf4_order, scale_order
 from cuda_backend.weight_only.variant import BLOCK, deep
-from refimpl.errors import DTypeError, ShapeError, UnsupportedError
+from refimpl.errors import ShapeError, UnsupportedError
 from refimpl.quant import Int8Groups, NF4Weight
 from refimpl.validation import bind_axes, whole
 
@@ -88,8 +88,7 @@ def prepare_int8_groups(weight: Int8Groups, /, *, group_size: int = 128, stream:
     groups = -(-K // group_size)
     if scale.shape != (groups, N):
         raise ShapeError(f"weight scale: expected shape {(groups, N)}, got {scale.shape}")
-    if scale.dtype != np.float32:
-        raise DTypeError(f"weight scale: expected float32, got {scale.dtype}")
+    check_format("weight scale", weight.scale, "float32")
     chunk = deep("int8")
     if K % chunk:
         raise UnsupportedError(f"prepare_int8_groups: K is {K}; the kernel takes multiples of {chunk}")
@@ -157,8 +156,7 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
         found = described(name, parts[name])
         if found.shape != (size,):
             raise ShapeError(f"{name}: expected shape ({size},) for a weight of {K} x {N}, got {found.shape}")
-        if found.dtype != np.dtype(dtype):
-            raise DTypeError(f"{name}: expected {dtype}, got {found.dtype}")
+        check_format(name, parts[name], dtype)
     on = stream_of(weight.codes, stream)
     _refuse_capture("prepare_nf4", on)
     lines = flat(view("codes", _whole(weight.codes), on), (N, K // 4), "uint16")

@@ -174,6 +174,23 @@ def test_sampled_heads_of_a_cache(dtype: str) -> None:
         assert problem.check(operands, wrong, keep) is not None
 
 
+def test_rivals_of_a_cache() -> None:
+    """SDPA computes the same, on the host; the copy reads as many bytes as it writes, together those read."""
+    torch = pytest.importorskip("torch")
+    problem = decode_problems((2, 4, 2, 130, 8), "float32")[0]
+    _, theirs = problem.operands(contest._draw_on_host, 0)
+    tensors, rivals = [torch.from_numpy(x) for x in theirs], problem.rivals()
+    assert tuple(rivals) == problem.rival_names
+    sdpa, copy = rivals.values()
+    out = sdpa.function(*sdpa.prepare(*tensors)).transpose(1, 2).numpy()
+    assert problem.check(theirs, out, keep) is None
+    source, target = copy.prepare(*tensors)
+    assert abs(2 * 4 * source.numel() - problem.compulsory_bytes) <= 2 * tensors[0].numel() * 4
+    target.zero_()
+    copy.function(source, target)
+    assert torch.equal(source, target)
+
+
 def test_parts_fill_the_gpu_and_bytes_are_those_of_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(

@@ -40,7 +40,7 @@ STEPS: tuple[tuple[str, tuple[Any, ...], tuple[int, int]], ...] = (
     ("32 keys, one block, hints for 1", (32, 4, 1, 3, 128, True, 1), (16, 1)),
     ("4 warps, 2 stages, hints for 2", (16, 4, 2, 2, 128, True, 2), (32, 2)),
 )
-PAGED = (0, 2, 3, 7)  # steps timed with pages too, without hints
+PAGED = (0, 2, 3, 7, 8)  # steps timed with pages too, without hints
 _broken: set[tuple[int, bool]] = set()
 
 

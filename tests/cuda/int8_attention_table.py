@@ -1,37 +1,24 @@
 """Attention in int8 on Hopper beside fp16, piece by piece: ``python -m tests.cuda.int8_attention_table``.
 
 Every line is printed when it is known, so that a kernel that never ends is seen by the line that is missing.
-The kernels of `Tries` take turns.  Codes are made inside the timing; "codes" are they alone.  Errors are rms,
-of sampled rows against float64.
+Codes are made inside the timing; "codes" are they alone.  Errors are rms, of sampled rows against float64.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from typing import Any
 
 from cuda_backend.attention import int8_call_hopper
-from cuda_backend.attention.int8_consumer_hopper import Tries
 from cuda_backend.attention.int8_forward_hopper import choose
 
 SHAPES = ((1, 16, 8192, 128), (1, 16, 16384, 128), (4, 16, 8192, 128))
 SMALL = ((1, 1, 1, 128), (1, 2, 200, 128), (2, 2, 700, 64), (1, 4, 2048, 128))
 BEGAN = time.perf_counter()
-
-
-TRIES = {
-    "int8": Tries(),
-    "lazy": Tries(lazy=True),
-    "in turns": Tries(turns=True),
-    "lazy, in turns": Tries(lazy=True, turns=True),
-}
-AT_64 = "int8", "lazy, in turns"
 
 
 def ready(task: tuple[str, int, bool]) -> float:
@@ -54,25 +41,15 @@ def ready(task: tuple[str, int, bool]) -> float:
         int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 64, False), device)
         int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 128, True), device)
     else:
-        int8_call_hopper._function(choose("f16", width, causal), TRIES[what], device)
+        int8_call_hopper._function(choose("f16", width, causal), device)
     return time.perf_counter() - start
-
-
-@contextmanager
-def trying(tries: Tries) -> Iterator[None]:
-    """Let calls take one of the kernels."""
-    usual, int8_call_hopper.TRIES = int8_call_hopper.TRIES, tries
-    try:
-        yield
-    finally:
-        int8_call_hopper.TRIES = usual
 
 
 def main() -> None:
     """Print what each piece takes."""
     both = False, True
-    tasks = [(what, 128, causal) for what in (*TRIES, "fp16") for causal in both]
-    tasks += [(what, 64, causal) for what in AT_64 for causal in both] + [("codes", 128, False)]
+    kernels = ("int8", 128), ("int8", 64), ("fp16", 128)
+    tasks = [(*kernel, causal) for kernel in kernels for causal in both] + [("codes", 128, False)]
     with ProcessPoolExecutor(len(tasks), mp_context=get_context("spawn")) as pool:
         for task, seconds in zip(tasks, pool.map(ready, tasks), strict=True):
             _say(f"{task}: compiled in {seconds:.1f} s")
@@ -94,14 +71,10 @@ def main() -> None:
         for causal in both:
             q, k, v = arrays(*shape)
             exact = _exact(q, k, v, causal)
-            for name in TRIES if shape[3] > 64 else AT_64:
-                sys.stdout.write(f"[{name}] ")  # a kernel that never ends is the last one named
-                sys.stdout.flush()
-                with trying(TRIES[name]):
-                    outs = [int8_attention_hopper(q, k, v, causal=causal) for _ in range(3)]
-                torch.cuda.synchronize()
-                same = all(torch.equal(outs[0], out) for out in outs)
-                _say(f"{shape} {causal} error {_error(outs[0], exact):.1e}, repeats: {same}")
+            outs = [int8_attention_hopper(q, k, v, causal=causal) for _ in range(3)]
+            torch.cuda.synchronize()
+            same = all(torch.equal(outs[0], out) for out in outs)
+            _say(f"{shape} {causal} error {_error(outs[0], exact):.1e}, repeats: {same}")
     sdpa = torch.nn.functional.scaled_dot_product_attention
     for shape in SHAPES:
         for causal in both:
@@ -122,18 +95,14 @@ def main() -> None:
                 return sdpa(turned[0], turned[1], turned[2], is_causal=causal)
 
             functions: dict[str, Callable[[int], Any]] = {
-                **dict.fromkeys(TRIES, int8),
+                "int8": int8,
                 "codes": codes,
                 "fp16": fp16,
                 "torch": default,
             }
-            contexts = {name: functools.partial(trying, tries) for name, tries in TRIES.items()}
             exact = _exact(q, k, v, causal)
-            errors = {}
-            for name in (*TRIES, "fp16"):
-                with contexts.get(name, nullcontext)():
-                    errors[name] = f" (error {_error(functions[name](0), exact):.1e})"
-            found = interleaved(functions, contexts=contexts, rounds=9)
+            errors = {name: f" (error {_error(functions[name](0), exact):.1e})" for name in ("int8", "fp16")}
+            found = interleaved(functions, rounds=9)
             base = found["fp16"].device_s
             texts = [
                 f"{name} {1e6 * t.device_s:.0f} us, {base / t.device_s:.3f} times{errors.get(name, '')}"

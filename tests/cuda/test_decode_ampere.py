@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -76,10 +77,11 @@ def unread(played: Any) -> Any:
     [
         ((1, 1, 90, 2, 1, 32, 32), {}, {"warps": 4}),  # more turns than stages, the last one ragged
         ((1, 1, 40, 4, 2, 32, 16), {"splits": 3}, {}),  # three parts of one turn
-        ((2, 2, 70, 4, 1, 16, 48), {"splits": 2, "k_lengths": np.array([33, 0])}, {"stages": 2}),
-        ((1, 3, 70, 4, 1, 32, 16), {"splits": 2, "k_lengths": np.array([61])}, {"rows": 16}),
+        ((2, 2, 70, 4, 1, 16, 48), {"splits": 2, "k_lengths": np.array([33, 0])}, {"keys": 32, "stages": 2}),
+        ((1, 3, 70, 4, 1, 32, 16), {"splits": 2, "k_lengths": np.array([61])}, {"rows": 16, "keys": 32}),
         ((1, 3, 130, 6, 1, 16, 16), {"scale": -0.5}, {"keys": 32, "stages": 4}),  # three tiles of rows
-        ((1, 1, 75, 2, 1, 64, 64), {"splits": 2}, {"early": True, "hinted": 2}),  # parts differ by a turn
+        # Parts that differ by a turn.
+        ((1, 1, 75, 2, 1, 64, 64), {"splits": 2}, {"keys": 32, "early": True, "hinted": 1}),
         ((1, 1, 16 * 34, 1, 1, 16, 16), {"splits": 34}, {"warps": 1}),  # more parts than a warp has lanes
         ((1, 5, 3, 2, 2, 16, 16), {"splits": 2}, {}),  # queries that see no key, parts without a turn
     ],
@@ -95,7 +97,7 @@ def test_whole_caches(
 @pytest.mark.parametrize(
     ("page", "lengths", "splits", "fields"),
     [
-        (16, [80, 3], 1, {}),
+        (16, [80, 3], 1, {"early": True}),
         (48, [95, 0], 2, {"keys": 32}),  # a turn lies in two pages
     ],
 )
@@ -153,11 +155,8 @@ class Device:
             (launches_hopper, "Launch", Launch),
             (decode_call_ampere, "SIMULATOR", False),
             (decode_call_ampere, "_capability", lambda _: (8, 6)),
-            (
-                decode_call_ampere,
-                "current_device",
-                lambda: -1,
-            ),  # where PyTorch says that the host's memory is
+            # -1 is where PyTorch says that the host's memory is.
+            (decode_call_ampere, "current_device", lambda: -1),
             (gpu_arrays, "current_device", lambda: -1),
             (decode_call_ampere, "torch_stream", lambda _: 7),
             (decode_call_ampere, "shared_memory_bytes", lambda: LIMITS["RTX 4090"]),
@@ -165,7 +164,7 @@ class Device:
             (decode_call_ampere, "_function", lambda variant, _: variant),
         ):
             monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(MULTIPROCESSOR_COUNT=2))
+        monkeypatch.setattr(cuda, "get_current_device", lambda: SimpleNamespace(MULTIPROCESSOR_COUNT=4))
         decode_call_ampere.make_plan.cache_clear()
 
 
@@ -255,12 +254,12 @@ def test_auto_takes_what_the_kernel_is_for(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("widths", [(16, 16), (64, 64), (96, 80), (128, 128), (192, 128), (256, 256)])
 def test_shared_memory_suffices(memory: str, widths: tuple[int, int]) -> None:
     """Everything fits as often as it is to run on a multiprocessor, and a stage is under way at least."""
-    for rows in (1, 4, 16):
-        found = choose("f16", *widths, rows, False, LIMITS[memory])
+    for rows, in_pages in itertools.product((1, 4, 16), (False, True)):
+        found = choose("f16", *widths, rows, in_pages, LIMITS[memory])
         assert found.blocks * (found.shared_bytes + 1024) <= LIMITS[memory] + 1024
         assert found.stages >= 2
         assert all(pitch // 16 % 2 for pitch in found.pitches)  # eight rows in all banks
-        # Littles law: 4.3 TB/s and a microsecond are 33 KB for each of 132 multiprocessors.
+        # Little's law: 4.3 TB/s and a microsecond are 33 KB for each of 132 multiprocessors.
         if memory == "H200" and widths[0] >= 64:
             flying = found.blocks * found.warps * (found.stages - 1) * found.keys * 2 * sum(widths)
             assert flying >= 64 << 10
@@ -268,11 +267,11 @@ def test_shared_memory_suffices(memory: str, widths: tuple[int, int]) -> None:
 
 def test_parts_fill_the_gpu() -> None:
     for units, keys in ((8, 32768), (128, 32768), (8, 131072), (1, 10_000), (7, 50_000), (300, 65536)):
-        count = parts(units, keys, 264)
+        count = parts(units, keys, 132)
         assert 1 <= count <= MOST_PARTS
         blocks = units * count
-        assert blocks / (-(-blocks // 264) * 264) >= 0.95 or count * 256 >= keys
-    assert parts(8, 100, 264) == 1
+        assert blocks / (-(-blocks // 132) * 132) >= 0.95 or count * 256 >= keys
+    assert parts(8, 100, 132) == 1
 
 
 # Mistakes: what stands in the source of the kernel, and what is put in its place.

@@ -49,7 +49,7 @@ import json, re, sys
 from cuda_backend import aot
 from cuda_backend._numba import cuda
 from cuda_backend.attention import decode_ampere
-from cuda_backend.attention.decode_variant_ampere import choose
+from cuda_backend.attention.decode_variant_ampere import KEYS, choose
 
 found = []
 for fields, memory, capability in json.loads(sys.argv[1]):
@@ -62,6 +62,7 @@ for fields, memory, capability in json.loads(sys.argv[1]):
         )
     found.append(aot.resources(ptx, capability)._asdict() | {
         "threads": variant.threads * variant.blocks,
+        "tiles": variant.keys // KEYS,
         "early": [ptx.count("griddepcontrol." + what) for what in ("launch_dependents", "wait")],
         "hints": len(re.findall(r"prefetch.global.L2", ptx)),
         "copies": len(re.findall(r"cp.async.cg.shared.global", ptx)),
@@ -92,12 +93,13 @@ def test_tensor_cores() -> None:
     for (fields, machine), used in zip(FIELDS, json.loads(run.stdout), strict=True):
         sys.stdout.write(f"{fields}: {used}\n")
         _, D, Dv, rows, paged = fields
-        blocks, columns = (D + Dv) // 16, 2 if rows > 8 else 1  # of 16 by 16 numbers, of 8 queries
+        blocks, columns = used["tiles"] * (D + Dv) // 16, 2 if rows > 8 else 1  # of 16 by 16, of 8 queries
         assert used["spill_bytes"] == used["local_bytes"] == 0
         assert used["registers"] * used["threads"] <= 65536
+        assert used["tiles"] == (2 if max(D, Dv) <= 128 and not paged else 1)
         assert used["fragments"] == blocks
         assert used["products"] == columns * blocks
-        assert used["turned"] == 2 * columns
+        assert used["turned"] == 2 * columns * used["tiles"]
         assert used["copies"] % blocks == 0
         assert used["early"] == ([1, 1] if machine is H200 else [0, 0])
         assert used["hints"] == (2 * (D + Dv) // 64 if machine is H200 and not paged and D % 64 == 0 else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from cuda_backend.attention import int8_consumer_hopper, int8_forward_hopper
-from cuda_backend.attention.int8_consumer_hopper import Tries
 from refimpl.attention import int8_attention
 from tests.cuda.int8_attention_played import attention
 
@@ -37,19 +35,17 @@ def _difference(found: Any, q: Any, k: Any, v: Any, causal: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "causal", "tries"),
+    ("sizes", "causal"),
     [
         # A second warpgroup with few rows, three key tiles, the last ragged.
-        ((70, 300, 1, 1, 128, 64), False, Tries()),
-        ((70, 300, 1, 1, 128, 64), False, Tries(lazy=True)),
+        ((70, 300, 1, 1, 128, 64), False),
         # Grouped heads, two row blocks, key tiles that are skipped.
-        ((150, 260, 2, 2, 72, 40), "bottom_right", Tries(lazy=True, turns=True)),
+        ((150, 260, 2, 2, 72, 40), "bottom_right"),
     ],
 )
-def test_outputs(sizes: Any, causal: Any, tries: Tries, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs(sizes: Any, causal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = _arrays(*sizes)
-    build = functools.partial(int8_forward_hopper.build, tries=tries)
-    found = attention(monkeypatch, build, q, k, v, causal)
+    found = attention(monkeypatch, int8_forward_hopper.build, q, k, v, causal)
     assert _difference(found, q, k, v, causal) <= 1
 
 
@@ -81,8 +77,7 @@ def test_maxima_that_rise_and_lag(monkeypatch: pytest.MonkeyPatch) -> None:
     q[:, ::2] *= 4
     k[:, :256] *= 4
     k[:, :128] *= 2
-    build = functools.partial(int8_forward_hopper.build, tries=Tries(lazy=True))
-    found = attention(monkeypatch, build, q, k, v, False)
+    found = attention(monkeypatch, int8_forward_hopper.build, q, k, v, False)
     assert _difference(found, q, k, v, False) <= 1
     text = inspect.getsource(int8_consumer_hopper)
     changed = text.replace("if registers.any_lane(moved) != 0", "if registers.any_lane(moved) > 1")
@@ -90,5 +85,5 @@ def test_maxima_that_rise_and_lag(monkeypatch: pytest.MonkeyPatch) -> None:
     space: dict[str, Any] = {"__name__": "changed"}
     exec(compile(changed, int8_consumer_hopper.__file__, "exec"), space)
     monkeypatch.setattr(int8_forward_hopper, "build_consumer", space["build_consumer"])
-    found = attention(monkeypatch, build, q, k, v, False)
+    found = attention(monkeypatch, int8_forward_hopper.build, q, k, v, False)
     assert _difference(found, q, k, v, False) > 1

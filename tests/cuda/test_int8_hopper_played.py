@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cuda_backend.int8 import product_hopper, rows_hopper
+from cuda_backend.int8 import product_hopper, rows_hopper, variant_hopper
 from cuda_backend.int8.call_hopper import int8_matmul_hopper, quantize_rows_hopper, scaled_int8_matmul
 from cuda_backend.int8.linear_hopper import llm_int8_linear_hopper, prepare_weight
 from refimpl import quant
@@ -87,6 +87,20 @@ def test_linear_layers(launched: list[SimpleNamespace], outliers: str, conventio
     ):
         case = case_of(seed, dtype, T=T, K=K, N=N, convention=convention, outliers=outliers)
         assert linear_difference(llm_int8_linear_hopper, FUSED, case, dtype) is None, (T, K, N)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("outliers", ["none", "some", "all", "zero_row"])
+def test_layers_in_one_kernel(
+    launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, outliers: str, dtype: str
+) -> None:
+    """Of more rows than two too, for which a weight would have to be large."""
+    monkeypatch.setattr(variant_hopper, "MUCH_WEIGHT", 0)
+    for seed, (T, K, N) in enumerate(((1, 8, 1), (2, 136, 130), (3, 64, 40), (9, 40, 7), (16, 520, 9))):
+        case = case_of(seed, dtype, T=T, K=K, N=N, convention="released", outliers=outliers)
+        assert linear_difference(llm_int8_linear_hopper, FUSED, case, dtype) is None, (T, K, N)
+        assert "layer_few" in [item.name for item in launched]
+        del launched[:]
 
 
 def test_more_outliers_than_find_room(
@@ -166,8 +180,9 @@ def test_mistakes_around_the_kernels_are_seen(
     launched: list[SimpleNamespace], wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, change = MISTAKES[wrong]
-    K = 34 if name == "narrow" else 32  # for 34 one kernel does not do
-    T, N = (130, 4300) if name == "product" else (5, 7)
+    K, (T, N) = 32, (130, 4300) if name == "product" else (5, 7)
+    if name == "layer_few":
+        monkeypatch.setattr(variant_hopper, "MUCH_WEIGHT", 0)
     x = np.clip(matrix(0, (T, K), "float16"), -2, 2).astype(DTYPES["float16"])
     x[2, 5], x[3, K - 1], x[4, 7] = 6.0, 9.0, -20.0
     case = case_of(1, "float16", T=T, K=K, N=N).replace(x, matrix(1, (K, N), "float16"))

@@ -5,24 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 import cuda_backend
-from cuda_backend.weight_only import plan
 from refimpl import quant
 from refimpl.attention import scaled_dot_product_attention
-from refimpl.errors import UnsupportedError
+from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.numerics import round_to, widen
 from refimpl.quant import nf4_quantize, quantize_groups
 from tests.cuda.int8_attention_judge import case_of as attention_case
 from tests.cuda.int8_attention_judge import int8_difference
 from tests.cuda.judge import DTYPES
 from tests.cuda.test_device import on_torch
-from tests.cuda.weight_only_judge import KERNELS, case_of, decoding, decoding_difference, moved
+from tests.cuda.weight_only_judge import case_of, decoding, decoding_difference, moved, taking
 
 pytestmark = pytest.mark.cuda
 
@@ -56,18 +55,15 @@ def test_decoding_obeys_its_record(tokens: Sequence[int], weight: str, dtype: st
 
 
 @pytest.mark.parametrize("kernel", ["stream", "wide", "portable"])
-def test_every_kernel_of_nf4(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_of_nf4(kernel: str) -> None:
     """Whichever the rule takes for a layer, all that fit compute it."""
     _hopper()
     for M, K, N in ((1, 1280, 8500), (4, 512, 40), (8, 4096, 200), (16, 256, 33)):
         if kernel == "stream" and M > 8:
             continue
-        with monkeypatch.context() as patch:
-            patch.setattr(plan, *KERNELS[kernel])
-            plan.plan_of.cache_clear()
-            case = case_of("nf4", "float16", seed=M, M=M, K=K, N=N)
+        case = case_of("nf4", "float16", seed=M, M=M, K=K, N=N)
+        with taking(kernel):
             assert decoding_difference("nf4", case, "float16") is None, (M, K, N)
-        plan.plan_of.cache_clear()
 
 
 @pytest.mark.parametrize("weight", ["int8", "nf4"])
@@ -87,7 +83,8 @@ def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
 
     def prepared() -> Any:
-        values = torch.randn(K, K, device="cuda", generator=generator).cpu().numpy() / np.sqrt(K)
+        values = torch.randn(K, K, device="cuda", generator=generator).cpu().numpy()
+        values /= np.float32(np.sqrt(K))  # outputs stay of size 1 (and float32: scales are of this dtype)
         if weight == "int8":
             return cuda_backend.prepare_int8_groups(moved(quantize_groups(values), on_torch))
         return cuda_backend.prepare_nf4(moved(nf4_quantize(values), on_torch))
@@ -104,6 +101,9 @@ def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
 
     inputs = [torch.randn(M, K, device="cuda", generator=generator).half() for _ in range(3)]
     expected = [chain(x, wait=True) for x in inputs]
+    for wanted in expected:
+        assert torch.isfinite(wanted).all()
+        assert 0.5 < float(wanted.float().std()) < 2
     for _ in range(20):
         for x, wanted in zip(inputs, expected, strict=True):
             assert torch.equal(chain(x), wanted)
@@ -116,6 +116,20 @@ def test_layers_in_a_row_and_in_a_graph(M: int, weight: str) -> None:
             given.copy_(x)
             graph.replay()
             assert torch.equal(out, wanted)
+
+
+def test_scales_of_another_format_are_refused() -> None:
+    x, values = on_torch(np.zeros((1, 256), np.float16)), np.ones((256, 16))
+    int8, nf4 = (moved(f(values), on_torch) for f in (quantize_groups, nf4_quantize))
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: cuda_backend.prepare_int8_groups(int8),
+        lambda: cuda_backend.prepare_nf4(nf4),
+        lambda: cuda_backend.int8_weight_linear(x, int8),
+        lambda: cuda_backend.nf4_linear(x, nf4),
+    )
+    for call in calls:
+        with pytest.raises(DTypeError, match="scale: expected float32, got float64"):
+            call()
 
 
 def test_weights_are_not_prepared_under_capture() -> None:

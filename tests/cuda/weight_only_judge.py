@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 import cuda_backend
+from cuda_backend.weight_only import plan
 from cuda_backend.weight_only.variant import Stream, Wide
 from refimpl.quant import nf4_quantize, quantize_groups
 from refimpl.quant.weight_only import sample_weight_only
@@ -24,6 +27,20 @@ KERNELS: dict[str, tuple[str, Any]] = {
     "wide": ("choose_nf4_hopper", lambda kind, M, *_: Wide(kind, 8 if M <= 8 else 16)),
     "portable": ("for_hopper", lambda: False),
 }
+
+
+@contextmanager
+def taking(kernel: str) -> Iterator[None]:
+    """Let layers in NF4 take a kernel of `KERNELS`."""
+    name, chosen = KERNELS[kernel]
+    usual = getattr(plan, name)
+    setattr(plan, name, chosen)
+    plan.plan_of.cache_clear()
+    try:
+        yield
+    finally:
+        setattr(plan, name, usual)
+        plan.plan_of.cache_clear()
 
 
 def moved(stored: Any, transfer: Any) -> Any:
