@@ -101,6 +101,18 @@ def attention(
     deterministic, tier
         As for `cuda_backend.flash_attention_vjp`; the tier of both passes.
 
+    Returns
+    -------
+    torch.Tensor
+        [B, Tq, Hq, Dv], in the format of `q`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, OptionError
+        As the reference.
+    UnsupportedError
+        With the reasons of the tier.
+
     Examples
     --------
     >>> if missing() is None:
@@ -146,10 +158,17 @@ def varlen_attention(
     causal : bool
         Aligned at the bottom right, as flash-attention does.
 
+    Returns
+    -------
+    torch.Tensor
+        [Tq, Hq, Dv], in the format of `q`; 0 behind the last sequence.
+
     Raises
     ------
+    ShapeError, DTypeError, OptionError
+        As the reference.
     UnsupportedError
-        If dropout is wanted.
+        If dropout is wanted, or with the reasons of the kernels.
 
     Examples
     --------
@@ -199,6 +218,25 @@ def masked_attention(
         With causal="top_left": keys that a query sees, the last at its own place.
     seed : int
         As for `attention`.
+
+    Returns
+    -------
+    torch.Tensor
+        [B, Tq, Hq, Dv], in the format of `q`.
+
+    Raises
+    ------
+    ShapeError, DTypeError, OptionError
+        As the reference.
+    UnsupportedError
+        With the reasons of the kernels, if the portable ones refuse too.
+
+    Examples
+    --------
+    >>> if missing() is None:
+    ...     import torch
+    ...     q = torch.ones(1, 3, 2, 8, device="cuda", requires_grad=True)
+    ...     masked_attention(q, q, q, causal="top_left", window=2).sum().backward()
     """
     import torch
 
@@ -259,7 +297,19 @@ def int8_linear(
 def replace_linear(model: Any, *, keep: tuple[str, ...] = ("lm_head",), **options: Any) -> int:
     """Put `int8_linear` in the place of every `torch.nn.Linear` of a model but those named in `keep`.
 
-    `options` are those of `int8_linear`; returns how many were replaced.
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Changed in place.
+    keep : tuple of str
+        Names of children, at any depth, that stay as they are, with all that is in them.
+    **options
+        Those of `int8_linear`.
+
+    Returns
+    -------
+    int
+        How many were replaced.
     """
     import torch
 

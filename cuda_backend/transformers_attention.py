@@ -24,10 +24,22 @@ UNKNOWN = (
 def register() -> str:
     """Make the name known to transformers, with boolean masks as for SDPA; return it.
 
+    Returns
+    -------
+    str
+        "frugal_attention", for ``attn_implementation=``.
+
     Raises
     ------
     BackendUnavailableError
         If transformers is not installed, or too old for attentions of others (before 4.53).
+
+    Examples
+    --------
+    >>> try:
+    ...     assert register() == NAME
+    ... except BackendUnavailableError:
+    ...     pass
     """
     try:
         attentions: Any = importlib.import_module("transformers").AttentionInterface
@@ -100,17 +112,22 @@ def frugal_attention(
     ShapeError
         If a mask has other lengths.
     UnsupportedError
-        If attention sinks or a mask of heads are wanted, or by the kernels, with their reasons.
+        If attention sinks, a mask of heads or the weights are wanted, or by the kernels, with their reasons.
 
     Notes
     -----
-    `cuda_backend.torch_ops.masked_attention` says which kernels run.  Not yet run on a device.
+    `cuda_backend.torch_ops.masked_attention` says which kernels run; tensors on the host go to the reference.
     """
     from cuda_backend.torch_ops import masked_attention
 
     unknown = [name for name in UNKNOWN if further.get(name) is not None]
     if unknown:
         raise UnsupportedError(f"frugal_attention: no {', '.join(unknown)}")
+    if further.get("output_attentions"):
+        raise UnsupportedError(
+            "frugal_attention: weights are never whole, so output_attentions has none to return; "
+            'attn_implementation="eager" returns them'
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options = options_of(query, key, attention_mask, position_bias, causal)
     options |= {"scale": scaling, "softcap": softcap}

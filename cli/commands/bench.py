@@ -135,7 +135,7 @@ Examples:
     type=click.Choice(tuple(DIRECTIONS)),
     help="Which pass of attention or flexible.  [default: fwd]",
 )
-@click.option("--tier", help="Time this tier of ours only: portable, hopper.  [default: all]")
+@click.option("--tier", help="Time this tier of ours only: portable, ampere, hopper.  [default: all]")
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
 @click.option("--rival", "chosen", multiple=True, help="Only those with this in their name; may be repeated.")
 @click.option(
@@ -231,6 +231,10 @@ def command(
     wanted = Wanted(shapes, dtypes, causal, direction, forms, mods, splits)
     problems = problems_of(what, backend, wanted)
     named = chosen or ("",) * rivals
+    known = dict.fromkeys(name for problem in problems for name in problem.rival_names)
+    for part in chosen:
+        if not any(part in name for name in known):
+            raise click.UsageError(f"--rival: none of {', '.join(known)} has {part!r} in its name")
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
         found = result_rows(
@@ -239,7 +243,7 @@ def command(
         rows += found
         if backend == "cuda":
             say(_finished(found))
-    return _result(rows, problems, backend, card)
+    return _result(rows, problems, backend, card, tier)
 
 
 def _finished(rows: Sequence[dict[str, Any]]) -> str:
@@ -294,7 +298,11 @@ def recognised(device: str, names: Sequence[str]) -> str | None:
 
 
 def _result(
-    rows: list[dict[str, Any]], problems: Sequence[Problem], backend: str, card: Hardware | None
+    rows: list[dict[str, Any]],
+    problems: Sequence[Problem],
+    backend: str,
+    card: Hardware | None,
+    tier: str | None,
 ) -> Result:
     unregistered = {problem.technique for problem in problems} - {
         problem.technique
@@ -303,7 +311,8 @@ def _result(
     }
     failed = [row for row in rows if row["status"] == "failed"]
     details = [f"{row['function']}, {_name(row['shape'])}: {row['detail']}" for row in rows if row["detail"]]
-    details += [f"{name}: nothing is registered for {backend}" for name in sorted(unregistered)]
+    sought = backend if tier is None else f"{backend} in tier {tier!r}"
+    details += [f"{name}: nothing is registered for {sought}" for name in sorted(unregistered)]
     if backend == "cudasim":
         details.append(SIMULATED)
     elif card is None:

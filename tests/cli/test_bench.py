@@ -244,6 +244,15 @@ def test_the_simulator_verifies_and_says_that_its_seconds_mean_nothing(run: Call
     assert result.stdout.count("missing") == 7
 
 
+@pytest.mark.cudasim
+def test_names_that_nothing_bears_are_said(run: Callable[..., Any]) -> None:
+    simulated = ("bench", "int8", "--backend", "cudasim", "--shape", "3,8,4")
+    refused = run(*simulated, "--rival", "cudnn", code=2).stderr
+    assert "_int_mm" in refused
+    assert "has 'cudnn' in its name" in refused
+    assert "for cudasim in tier 'fastest'" in run(*simulated, "--tier", "fastest", code=1).stdout
+
+
 def test_the_sampled_rows_of_a_product_are_exact() -> None:
     product, _, linear, _ = int8_problems((40, 12, 5))
     operands, _ = product.operands(contest._draw_on_host, 0)

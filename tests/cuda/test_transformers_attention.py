@@ -9,9 +9,8 @@ import pytest
 from cuda_backend.attention import attend as attending
 from cuda_backend.transformers_attention import register
 from refimpl import attention as reference
-from refimpl.attention import (
-    scaled_dot_product_attention,
-)
+from refimpl.attention import scaled_dot_product_attention
+from refimpl.errors import UnsupportedError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -211,6 +210,13 @@ def test_our_attention_was_the_one_that_ran(models: Any, monkeypatch: pytest.Mon
         models["llama"][1](torch.ones(1, 3, dtype=torch.long))
     assert len(calls) == 2
     assert all(options["causal"] == "top_left" for options in calls)
+
+
+def test_weights_are_refused_not_left_out(models: Any) -> None:
+    with pytest.raises(UnsupportedError, match=r"output_attentions.*eager"):
+        models["llama"][1](tokens(3), output_attentions=True)
+    with torch.no_grad():
+        models["llama"][1](tokens(3), output_attentions=False)
 
 
 def test_a_compiled_model_has_one_graph() -> None:
