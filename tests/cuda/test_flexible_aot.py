@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.aot
+FULL = pytest.mark.aot_full
 
 # Tests run with the simulator on, which compiles nothing: another process compiles.
 PROGRAM = """
@@ -70,9 +71,9 @@ def compiled(*arguments: Any, replaced: str = "{}", folder: Path | None = None) 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("documents", "alibi", "float16", 64),
+        pytest.param(("documents", "alibi", "float16", 64), marks=FULL),
         ("branching", "branching", "bfloat16", 128),
-        ("global", "softcap", "float32", 64),
+        pytest.param(("global", "softcap", "float32", 64), marks=FULL),
     ],
 )
 def test_functions_compile_and_nothing_spills(arguments: Any) -> None:
@@ -88,9 +89,14 @@ def test_functions_compile_and_nothing_spills(arguments: Any) -> None:
     "replaced",
     [
         "dict(mask_mod=samples.mods.ranges(), aux=(np.zeros(4, np.int32), np.zeros(4, np.int32)))",
-        "dict(mask_mod=samples.mods.both(samples.mods.causal, samples.mods.documents()),"
-        " aux=(np.zeros((1, 4), int),))",
-        "dict(mask_mod=samples.mods.given(True, False), aux=(np.ones((1, 1, 4, 4), bool),))",
+        pytest.param(
+            "dict(mask_mod=samples.mods.both(samples.mods.causal, samples.mods.documents()),"
+            " aux=(np.zeros((1, 4), int),))",
+            marks=FULL,
+        ),
+        pytest.param(
+            "dict(mask_mod=samples.mods.given(True, False), aux=(np.ones((1, 1, 4, 4), bool),))", marks=FULL
+        ),
     ],
 )
 def test_packed_sequences_and_given_masks_compile_and_nothing_spills(replaced: str) -> None:

@@ -118,9 +118,9 @@ READ = ("the bits of the first tile", "bits of another thread")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_seen(mistake: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong numbers, an error or a hang."""
-    other = {"rolled": READ, "short": (*ROLLED, *READ), "words": ASKED}[how]
-    if mistake in other:
-        pytest.skip("other code")
+    other = {"rolled": READ, "short": ROLLED, "words": ASKED}[how]
+    if mistake in other or (how == "short" and MISTAKES[mistake][0] != "modifiers"):
+        pytest.skip("other code, or code that another way has as well")
     monkeypatch.setattr(hopper_machine, "PATIENCE", 1.0)
     q, k, v = _arrays("f16", 1, 640, 300, 1, 1, 64, 64)
     options: dict[str, Any] = {"mask_mod": _uneven, "score_mod": lambda score, b, h, i, j: 2.0 * score}
