@@ -127,6 +127,15 @@ def varlen_attention_vjp(
     ------
     ShapeError, DTypeError, OptionError, UnsupportedError, BackendUnavailableError
         As `varlen_attention`.
+
+    Examples
+    --------
+    >>> import numpy as np, cuda_backend
+    >>> x, starts = np.ones((3, 1, 4), np.float32), np.array([0, 2, 3])
+    >>> if cuda_backend.availability("cudasim") is None:
+    ...     out, lse = varlen_attention(x, x, x, starts, starts, return_lse=True)
+    ...     found = varlen_attention_vjp(x, x, x, starts, starts, out, lse, x)
+    ...     assert np.allclose(found.dv, 1, atol=1e-6)
     """
     aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
