@@ -42,7 +42,7 @@ def varlen_attention(
     stream: Any = None,
     tier: Tier = "portable",
 ) -> Any:
-    """Return the attention within each of several sequences that lie one behind the other.
+    """Return attention within each of several sequences of variable length, packed one behind the other.
 
     Parameters
     ----------

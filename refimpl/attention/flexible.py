@@ -109,7 +109,7 @@ def flexible_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> FloatArray | AttentionOutput:
-    """Return ``softmax(score_mod(scale * q kᵀ)) v`` over the keys that `mask_mod` allows.
+    """Return ``softmax(score_mod(scale * q kᵀ)) v`` over the keys that `mask_mod` allows: windows, documents.
 
     Parameters
     ----------
