@@ -39,7 +39,7 @@ def untrusted(target: str, option: str | None) -> Iterator[None]:
             yield
     except SystemExit as stop:
         raise click.UsageError(f"{target} ended the program with exit code {stop.code!r}") from None
-    except (FrugalError, MemoryError):
+    except (FrugalError, MemoryError, click.ClickException):
         raise
     except Exception as error:
         if option is None:

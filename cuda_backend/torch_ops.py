@@ -142,8 +142,9 @@ def varlen_attention(
 ) -> Any:
     """Return attention over packed sequences, with a gradient: flash-attention's ``flash_attn_varlen_func``.
 
-    An operator of its own, ``torch.ops.frugal.varlen_attention``, also under `torch.compile`.  Tensors on the
-    host go to the simulator or to the reference.
+    An operator of its own, ``torch.ops.frugal.varlen_attention``, also under `torch.compile`.  Kernels, and
+    the warning where they are the slow ones, as for `masked_attention`: the gradient has portable kernels
+    only.  Tensors on the host go to the simulator or to the reference.
 
     Parameters
     ----------
@@ -206,8 +207,9 @@ def masked_attention(
 
     An operator of its own, ``torch.ops.frugal.masked_attention``, also under `torch.compile`.  On the GPU one
     query over a long cache is decoded, a mask or a softcap is a function of `cuda_backend.flexible_attention`
-    and the rest goes to `cuda_backend.flash_attention`, to the Hopper kernels if they take it; tensors on the
-    host go to the reference.
+    and the rest goes to `cuda_backend.flash_attention`.  In float16 and bfloat16 on a Hopper GPU the Hopper
+    kernels run; where they refuse a call the portable ones do, many times slower, and a
+    `refimpl.errors.SlowPathWarning` says why, once for each reason.  Tensors on the host go to the reference.
 
     Parameters
     ----------

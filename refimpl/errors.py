@@ -18,6 +18,7 @@ __all__ = [
     "LawViolation",
     "OptionError",
     "ShapeError",
+    "SlowPathWarning",
     "UnknownNameError",
     "UnsupportedError",
 ]
@@ -49,6 +50,10 @@ class BackendUnavailableError(FrugalError, RuntimeError):
 
 class UnsupportedError(FrugalError, NotImplementedError):
     """An implementation refuses a valid case, with its reasons; nothing falls back silently."""
+
+
+class SlowPathWarning(UserWarning):
+    """A call left the choice of kernels, the fast ones refused it, and slow ones run."""
 
 
 class LawViolation(FrugalError, AssertionError):  # noqa: N818 (it is a verdict on the function under test)

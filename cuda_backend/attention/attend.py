@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from refimpl.attention import mods
-from refimpl.errors import UnsupportedError
+from refimpl.errors import SlowPathWarning, UnsupportedError
 
 __all__ = [
     "as_functions",
@@ -117,15 +118,28 @@ def _spelled_out(q: Any, k: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def fastest(function: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Call a function with the Hopper kernels if they are there and take the call, else the portable ones."""
+    """Call a function with the Hopper kernels if they are there and take the call, else the portable ones.
+
+    On a Hopper GPU the portable ones are 20 to 50 times slower, so a `SlowPathWarning` says why they run,
+    once for each reason; ``warnings.simplefilter("error", SlowPathWarning)`` makes it an error.
+    """
     from cuda_backend.attention.forward import chosen_tier
 
-    if "tier" in inspect.signature(function).parameters and chosen_tier("auto", arrays[0]) == "hopper":
+    if chosen_tier("auto", arrays[0]) == "hopper":
+        if "tier" not in inspect.signature(function).parameters:
+            _warn_slow(f"{function.__name__}: there is no Hopper kernel of it")
+            return function(*arrays, **options)
         try:
             return function(*arrays, tier="hopper", **options)
-        except UnsupportedError:
-            pass
+        except UnsupportedError as error:
+            _warn_slow(str(error))
     return function(*arrays, **options)
+
+
+@functools.cache  # but not of a warning that was made an error
+def _warn_slow(reason: str) -> None:
+    message = f"{reason}; the portable kernels run, which are many times slower"
+    warnings.warn(message, SlowPathWarning, stacklevel=3)
 
 
 def forward_on_host(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:

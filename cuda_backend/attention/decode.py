@@ -124,6 +124,15 @@ def paged_attention(
     References
     ----------
     .. [1] Kwon et al., 2023, arXiv:2309.06180, section 4.1.
+
+    Examples
+    --------
+    >>> import numpy as np, cuda_backend
+    >>> q, pages = np.ones((1, 1, 2, 4), np.float32), np.ones((3, 2, 1, 4), np.float32)
+    >>> table, lengths = np.array([[2, 0]]), np.array([3])
+    >>> if cuda_backend.availability("cudasim") is None:
+    ...     out = paged_attention(q, pages, pages, table, k_lengths=lengths)
+    ...     assert out.ravel().tolist() == [1.0] * 8
     """
     return _attention(
         "paged_attention", q, k_pages, v_pages, page_table, k_lengths, splits, scale, return_lse, stream, tier

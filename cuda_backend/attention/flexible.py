@@ -19,7 +19,7 @@ from cuda_backend.attention.variant_portable import Features, Variant
 from cuda_backend.launch import stream_of
 from refimpl.attention import AttentionGradients
 from refimpl.attention.block_mask import BlockMask, checked_block_mask
-from refimpl.attention.user_functions import as_mod
+from refimpl.attention.user_functions import as_mod, check_reads
 from refimpl.errors import OptionError, UnsupportedError
 
 __all__ = ["flexible_attention", "flexible_attention_vjp"]
@@ -51,6 +51,8 @@ def flexible_attention(
     mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale, return_lse
         As for `refimpl.attention.flexible_attention`.  Floats that functions close over are float32 here, and
         so are floating arrays of `aux` on the host; on the GPU they are bool, int32, int64, uint8 or float32.
+        No kernel notices an index behind the end of such an array: it reads what lies there.  Where all of
+        them are on the host, each function is called there once before, at the last indices.
     block_sizes, stream, tier
         As for `cuda_backend.flash_attention`; the Hopper kernels choose their own block sizes.
 
@@ -198,12 +200,14 @@ def _mods(
     if given is not None:
         shape = call.rule.shape
         mask = checked_block_mask(given, mask, shape.B, shape.Hq, shape.Tq, shape.Tk)
-    return views, Mods(
-        mask,
-        None if score_mod is None else as_mod("score_mod", score_mod, ("score",)),
-        None if score_mod_vjp is None else as_mod("score_mod_vjp", score_mod_vjp, ("gradient", "score")),
-        tuple((array.dtype, len(array.shape)) for array in views),
-    )
+    score = None if score_mod is None else as_mod("score_mod", score_mod, ("score",))
+    vjp = None if score_mod_vjp is None else as_mod("score_mod_vjp", score_mod_vjp, ("gradient", "score"))
+    if all(map(is_host, aux)):
+        shape, arrays = call.rule.shape, tuple(map(np.asarray, aux))
+        for leading, mod in enumerate((mask, score, vjp)):
+            if mod is not None:
+                check_reads(mod, leading, (shape.B, shape.Hq, shape.Tq, shape.Tk), arrays)
+    return views, Mods(mask, score, vjp, tuple((array.dtype, len(array.shape)) for array in views))
 
 
 def _tile_sizes(given: BlockMask | None, default: Variant, asked: tuple[int, int] | None) -> tuple[int, int]:

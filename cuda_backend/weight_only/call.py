@@ -14,7 +14,7 @@ from cuda_backend.int8.memory import allocated
 from cuda_backend.int8.operands import described, one_format, one_library
 from cuda_backend.launch import stream_of, torch_stream, wait_for
 from cuda_backend.weight_only.plan import Plan, address_of, plan_of
-from cuda_backend.weight_only.prepared import PreparedInt8, PreparedNF4
+from cuda_backend.weight_only.prepared import PreparedInt8, PreparedNF4, check_kind
 from cuda_backend.weight_only.variant import MOST_TOKENS, deep
 from refimpl.errors import UnsupportedError
 from refimpl.validation import bind_axes, floating
@@ -72,6 +72,7 @@ def int8_linear_decode(x: Any, weight: PreparedInt8, /, *, bias: Any = None, str
     ...     x = np.arange(128, dtype=np.float16)[None]
     ...     assert np.abs(int8_linear_decode(x, weight) - x).max() < 0.07
     """
+    check_kind(weight, PreparedInt8)
     groups = -(-weight.shape[0] // weight.group_size)
     share = max(1, -(-weight.group_size // deep("int8")))
     return _decode("int8", x, weight.shape, [weight.codes, weight.scale], groups, share, bias, stream)
@@ -117,6 +118,7 @@ def nf4_linear_decode(x: Any, weight: PreparedNF4, /, *, bias: Any = None, strea
     ...     x = np.arange(256, dtype=np.float16)[None]
     ...     assert np.array_equal(nf4_linear_decode(x, weight), x)
     """
+    check_kind(weight, PreparedNF4)
     share = weight.scale_block_size.bit_length() - 1
     parts = [weight.codes, weight.absmax_codes, weight.scale, weight.offset]
     return _decode("nf4", x, weight.shape, parts, 0, share, bias, stream)

@@ -19,11 +19,11 @@ from cuda_backend.int8.operands import check_format, codes_matrix, described, on
 from cuda_backend.launch import stream_of
 from cuda_backend.weight_only.pack import absmax_order, int8_order, moved, nf4_order, scale_order
 from cuda_backend.weight_only.variant import BLOCK, deep
-from refimpl.errors import ShapeError, UnsupportedError
+from refimpl.errors import DTypeError, ShapeError, UnsupportedError
 from refimpl.quant import Int8Groups, NF4Weight
 from refimpl.validation import bind_axes, whole
 
-__all__ = ["PreparedInt8", "PreparedNF4", "flat", "prepare_int8_groups", "prepare_nf4"]
+__all__ = ["PreparedInt8", "PreparedNF4", "check_kind", "flat", "prepare_int8_groups", "prepare_nf4"]
 
 
 class PreparedInt8(NamedTuple):
@@ -47,6 +47,18 @@ class PreparedNF4(NamedTuple):
     offset: Any
     shape: tuple[int, int]
     scale_block_size: int
+
+
+def check_kind(weight: Any, kind: type) -> None:
+    """Check that a weight is stored in the way that a function reads.
+
+    Raises
+    ------
+    DTypeError
+        If it is of another type.
+    """
+    if not isinstance(weight, kind):
+        raise DTypeError(f"weight: expected {kind.__name__}, got {type(weight).__name__}")
 
 
 def prepare_int8_groups(weight: Int8Groups, /, *, group_size: int = 128, stream: Any = None) -> PreparedInt8:
@@ -81,6 +93,7 @@ def prepare_int8_groups(weight: Int8Groups, /, *, group_size: int = 128, stream:
     ...     stored = Int8Groups(np.ones((128, 3), np.int8), np.ones((1, 3), np.float32))
     ...     assert prepare_int8_groups(stored).codes.nbytes == 128 * 16
     """
+    check_kind(weight, Int8Groups)
     one_library({"weight codes": weight.codes, "weight scale": weight.scale})
     codes, scale = codes_matrix("weight codes", weight.codes), described("weight scale", weight.scale)
     whole("group_size", group_size)
@@ -138,6 +151,7 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
     ...     stored = nf4_quantize(np.ones((256, 16), np.float32))
     ...     assert prepare_nf4(stored).codes.nbytes == 256 * 16 // 2
     """
+    check_kind(weight, NF4Weight)
     parts = {name: getattr(weight, name) for name in ("codes", "absmax_codes", "scale", "offset")}
     one_library(parts)
     N, K = weight.shape

@@ -109,7 +109,7 @@ def flexible_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> FloatArray | AttentionOutput:
-    """Return ``softmax(score_mod(scale * q kᵀ)) v`` over the keys that `mask_mod` allows.
+    """Return ``softmax(score_mod(scale * q kᵀ)) v`` over the keys that `mask_mod` allows: windows, documents.
 
     Parameters
     ----------
@@ -129,7 +129,8 @@ def flexible_attention(
         dead tile is masked, a full one is not, and in a partial one `mask_mod` is asked, which may be left
         out, for the mask knows its function.
     aux : tuple of ndarray
-        Arrays of any shape for these functions; they get no gradient.
+        Arrays of any shape for these functions; they get no gradient.  An index behind the end of one is an
+        error here; kernels do not notice it.
     scale : float, optional
         Factor on q·k.  Default ``D ** -0.5``.
     return_lse : bool
@@ -143,7 +144,8 @@ def flexible_attention(
     Raises
     ------
     ShapeError, DTypeError, OptionError
-        If arrays do not fit each other, or a function is none or takes other arguments.
+        If arrays do not fit each other, a function is none or takes other arguments, or it reads more of
+        `aux` than there is.
 
     Notes
     -----

@@ -2,7 +2,7 @@
 
 Each is a function, or makes one, for `flexible_attention`: ``mask_mod(b, h, i, j)`` or
 ``score_mod(score, b, h, i, j, aux)``, with its ``_vjp``.  They are written as a user would write them; those
-with arrays take them from `aux`, so that new arrays need no new kernel.
+with arrays take them from `aux`, from index `slot` on, so that new arrays need no new kernel.
 """
 
 from __future__ import annotations
@@ -56,6 +56,18 @@ def documents(slot: int = 0) -> Mask:
 def sliding(radius: int) -> Mask:
     """Keys at most `radius` places away, as `sliding_window_attention`.
 
+    Parameters
+    ----------
+    radius : int
+        Places on each side.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If it is no whole number, or negative.
+
+    Examples
+    --------
     >>> sliding(1)(0, 0, 2, 3), sliding(1)(0, 0, 2, 4)
     (True, False)
     """
@@ -70,6 +82,20 @@ def sliding(radius: int) -> Mask:
 def dilated(radius: int, dilation: int) -> Mask:
     """Every `dilation`-th key, `radius` of them on each side, as `dilated_window_attention`.
 
+    Parameters
+    ----------
+    radius : int
+        Keys on each side.
+    dilation : int
+        Places from one to the next.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If `radius` is no whole number from 0 on, or `dilation` none from 1 on.
+
+    Examples
+    --------
     >>> [j for j in range(9) if dilated(1, 3)(0, 0, 4, j)]
     [1, 4, 7]
     """
@@ -86,6 +112,18 @@ def dilated(radius: int, dilation: int) -> Mask:
 def global_tokens(count: int) -> Mask:
     """The first `count` tokens see all and are seen by all; `either` joins it to a window.
 
+    Parameters
+    ----------
+    count : int
+        How many tokens.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If it is no whole number, or negative.
+
+    Examples
+    --------
     >>> [global_tokens(1)(0, 0, i, j) for i, j in ((0, 5), (5, 0), (5, 4))]
     [True, True, False]
     """
@@ -101,6 +139,18 @@ def bigbird(block_size: int, slot: int = 0) -> Mask:
     """Blocks of `block_size` tokens see the blocks that ``aux[slot]`` [Hq, blocks, blocks] says, bool.
 
     `refimpl.attention.bigbird_plan.bigbird_block_mask` makes it of a plan: window, global and random blocks.
+
+    Parameters
+    ----------
+    block_size : int
+        Tokens of a block.
+    slot : int
+        Where in `aux` the array is.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If `block_size` is no whole number from 1 on.
     """
     whole("block_size", block_size)
 
@@ -113,6 +163,22 @@ def bigbird(block_size: int, slot: int = 0) -> Mask:
 def shifted_groups(group_size: int, heads: int, length: int) -> Mask:
     """Groups of tokens, rolled by half a group for the second half of `heads`: `shifted_groups_attention`.
 
+    Parameters
+    ----------
+    group_size : int
+        Tokens of a group: even, a divisor of `length`.
+    heads : int
+        Hq, the heads of the query.
+    length : int
+        T, the tokens of a sequence.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If one is no whole number in its range, or groups do not fit.
+
+    Examples
+    --------
     >>> [shifted_groups(4, 2, 8)(0, h, 3, 4) for h in (0, 1)]
     [False, True]
     """
@@ -130,6 +196,18 @@ def shifted_groups(group_size: int, heads: int, length: int) -> Mask:
 def prefix_lm(prefix: int) -> Mask:
     """The first `prefix` keys are seen by all, the others causally.
 
+    Parameters
+    ----------
+    prefix : int
+        How many keys.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If it is no whole number, or negative.
+
+    Examples
+    --------
     >>> [prefix_lm(2)(0, 0, 0, j) for j in range(3)]
     [True, True, False]
     """
@@ -157,6 +235,15 @@ def ranges(slot: int = 0) -> Mask:
 def given(by_sequence: bool = True, by_head: bool = True, slot: int = 0) -> Mask:
     """What an array of truth values allows, ``aux[slot]`` [B or 1, Hq or 1, Tq, Tk].
 
+    Parameters
+    ----------
+    by_sequence, by_head : bool
+        Whether the array differs between sequences, and between heads.  Its first entry is for all else.
+    slot : int
+        Where in `aux` the array is.
+
+    Examples
+    --------
     >>> import numpy as np
     >>> [given(False, False)(3, 5, 1, j, (np.eye(2, dtype=bool)[None, None],)) for j in range(2)]
     [np.False_, np.True_]
@@ -262,6 +349,18 @@ def alibi_vjp(gradient: Any, _score: Any, _b: Any, _h: Any, _i: Any, _j: Any) ->
 def softcap(cap: float) -> Score:
     """``cap tanh(score / cap)``.
 
+    Parameters
+    ----------
+    cap : float
+        Above 0: no score leaves its size.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If it is no number above 0.
+
+    Examples
+    --------
     >>> round(softcap(2.0)(2.0, 0, 0, 0, 0), 4)
     1.5232
     """
@@ -274,7 +373,7 @@ def softcap(cap: float) -> Score:
 
 
 def softcap_vjp(cap: float) -> Score:
-    """Return the gradient of `softcap`: ``1 - tanh²`` of it.
+    """Return the gradient of `softcap`: ``1 - tanh²`` of it, `cap` as there.
 
     >>> float(softcap_vjp(2.0)(1.0, 0.0, 0, 0, 0, 0))
     1.0

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from refimpl.errors import DTypeError, OptionError
+from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.numerics import Array, BoolArray, FloatArray, IntArray
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Aux",
     "Mod",
     "as_mod",
+    "check_reads",
     "function_key",
     "modified_scores",
     "where_allowed",
@@ -187,6 +188,8 @@ def where_allowed(mod: Mod, indices: tuple[IntArray, ...], aux: Aux) -> BoolArra
 
     Raises
     ------
+    ShapeError
+        If it reads an array of `aux` that is not there, or one behind its end.
     DTypeError
         If it returns anything but truth values.
 
@@ -211,6 +214,8 @@ def modified_scores(
 
     Raises
     ------
+    ShapeError
+        As `where_allowed`.
     DTypeError
         If it returns anything but real numbers.
     """
@@ -232,7 +237,7 @@ def _everywhere(mod: Mod, leading: tuple[FloatArray, ...], indices: tuple[IntArr
     with np.errstate(all="ignore"):
         if arrays[0].size > 1:
             try:
-                at_once = np.asarray(mod.call(leading, indices, aux))
+                at_once = np.asarray(_called(mod, leading, indices, aux))
             except (TypeError, ValueError):
                 pass
             else:
@@ -240,6 +245,83 @@ def _everywhere(mod: Mod, leading: tuple[FloatArray, ...], indices: tuple[IntArr
         count = len(leading)
         flat = [array.ravel() for array in arrays]
         values = [
-            mod.call(entry[:count], tuple(map(int, entry[count:])), aux) for entry in zip(*flat, strict=True)
+            _called(mod, entry[:count], tuple(map(int, entry[count:])), aux)
+            for entry in zip(*flat, strict=True)
         ]
     return np.asarray(values).reshape(shape)
+
+
+def check_reads(mod: Mod, leading: int, sizes: tuple[int, ...], aux: Aux) -> None:
+    """Call a function at the last indices: kernels do not notice what it reads behind the end of `aux`.
+
+    Parameters
+    ----------
+    mod : Mod
+        The function.
+    leading : int
+        How many scores it takes before the indices.
+    sizes : tuple of int
+        (B, Hq, Tq, Tk).
+    aux : tuple of ndarray
+        Arrays of the host.
+
+    Raises
+    ------
+    ShapeError
+        If it reads an array that is not there, or one behind its end.  Other indices may do so unnoticed.
+
+    Examples
+    --------
+    >>> mod = as_mod("mask_mod", lambda b, h, i, j, aux: aux[0][i] > j)
+    >>> check_reads(mod, 0, (1, 1, 3, 3), (np.arange(3),))
+    """
+    if not mod.takes_aux or 0 in sizes:
+        return
+    with np.errstate(all="ignore"):
+        try:
+            _called(mod, (0.0,) * leading, tuple(size - 1 for size in sizes), aux)
+        except ShapeError:
+            raise
+        except Exception:  # what else is wrong with it, its compiler says
+            return
+
+
+class _Reading:
+    """An array of `aux` that knows its number, for errors."""
+
+    def __init__(self, number: int, array: Array) -> None:
+        self.number, self.array = number, array
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.array[index]
+        except IndexError as error:
+            raise ShapeError(f"aux[{self.number}]: {error}") from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.array, name)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+
+def _called(mod: Mod, leading: tuple[Any, ...], indices: tuple[Any, ...], aux: Aux) -> Any:
+    """Call a function; say which array of `aux` it reads behind the end, or that there are too few."""
+    try:
+        return mod.call(leading, indices, aux)
+    except IndexError as error:
+        if not mod.takes_aux:
+            raise
+        problem = f"aux: {error}"
+    named: Any = tuple(_Reading(number, array) for number, array in enumerate(aux))
+    try:
+        mod.call(leading, indices, named)
+    except ShapeError as error:
+        problem = str(error)
+    except Exception as error:
+        problem = f"aux: {error}"
+    shapes = ", ".join(str(array.shape) for array in aux) or "none"
+    name = mod.function.__name__
+    raise ShapeError(
+        f"{problem}; read by {name} in {_place(mod.function)}, given {len(aux)} arrays: {shapes}"
+    )

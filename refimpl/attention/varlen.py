@@ -104,7 +104,7 @@ def varlen_attention(
     return_lse: bool = False,
     memory: Memory | None = None,
 ) -> FloatArray | AttentionOutput:
-    """Return the attention within each of several sequences that lie one behind the other.
+    """Return attention within each of several sequences of variable length, packed one behind the other.
 
     Parameters
     ----------

@@ -12,8 +12,8 @@ import pytest
 from refimpl import attention, registry
 from refimpl.attention import mods
 from refimpl.attention.bigbird_plan import bigbird_block_mask, bigbird_plan
-from refimpl.attention.user_functions import as_mod, function_key
-from refimpl.errors import DTypeError, OptionError
+from refimpl.attention.user_functions import as_mod, check_reads, function_key
+from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.testing import check
 
 registry.load()
@@ -187,3 +187,34 @@ def pages_in_the_order_of_memory(q: Any, k: Any, v: Any, table: Any, /, **option
 def test_mutants_are_caught(name: str) -> None:
     technique, f = MUTANTS[name]
     assert check(technique, f, examples=12).failed
+
+
+@pytest.mark.parametrize(
+    ("aux", "message"),
+    [
+        ((), r"aux: tuple index out of range; read by reading in .*.py, line \d+, given 0 arrays: none"),
+        ((np.zeros(T - 1),), r"aux: tuple .* given 1 arrays: \(11,\)"),
+        ((np.arange(T), np.zeros(T - 1)), r"aux\[1\]: index 11 is out of bounds .* \(12,\), \(11,\)"),
+        ((np.arange(T) + 1, np.zeros(T)), r"aux\[1\]: index 12 is out of bounds"),
+        ((np.arange(T), np.array(1.0)), r"aux\[1\]: too many indices"),
+    ],
+)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_what_lies_behind_aux_is_an_error(aux: Any, message: str, one_by_one: bool) -> None:
+    """The array that is read is named, not the one that gave the index."""
+
+    def reading(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+        if one_by_one and i < 0:
+            return False
+        return aux[1][aux[0][j]] >= 0
+
+    with pytest.raises(ShapeError, match=message):
+        attention.flexible_attention(*draws(), mask_mod=reading, aux=aux)
+    with pytest.raises(ShapeError, match=message):
+        check_reads(as_mod("mask_mod", reading), 0, (1, H, T, T), aux)
+
+
+def test_an_index_error_that_is_not_of_aux_stays() -> None:
+    values = np.zeros(T - 1)
+    with pytest.raises(IndexError):
+        attention.flexible_attention(*draws(), mask_mod=lambda b, h, i, j: values[j] >= 0)

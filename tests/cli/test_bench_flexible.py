@@ -91,9 +91,18 @@ def test_a_users_file(tmp_path: Path, run: Callable[..., Any]) -> None:
         "def bent(score, b, h, i, j):\n    return 2.0 * math.tanh(score)\n"
         "def bent_vjp(gradient, score, b, h, i, j):\n    return gradient / math.cosh(score) ** 2 * 2\n"
         "def reading(b, h, i, j, aux):\n    return aux[0][i] == j\n"
+        "def other(s, b, h, i, j):\n    return s\n"
+        "def lacking(b, h, i, j):\n    import not_there_at_all\n    return j <= i\n"
+        "def unknown(score, b, h, i, j):\n    return not_named(score)\n"
     )
     assert set(users_form(f"{path}:bent").options) == {"score_mod", "score_mod_vjp"}
-    for name, said in (("reading", r"expected reading\(b, h, i, j\)"), ("none", "has no function 'none'")):
+    for name, said in (
+        ("reading", r"expected reading\(b, h, i, j\)"),
+        ("none", "has no function 'none'"),
+        ("other", r"other\(score, b, h, i, j\) of a score, its first argument so named, got other\(s, b, "),
+        ("lacking", "own.py, line 13: ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("unknown", "own.py, line 16: NameError: name 'not_named'"),
+    ):
         with pytest.raises(click.UsageError, match=said):
             users_form(f"{path}:{name}")
     with pytest.raises(click.UsageError, match="FILE:FUNCTION"):

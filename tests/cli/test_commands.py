@@ -31,6 +31,8 @@ def test_list_filters(rows):
     [
         (("mamba",), "ssm.mamba_block"),  # in the name
         (("Window", "attention"), "attention.sliding_window"),  # two words, capitals
+        (("variable", "length"), "attention.varlen"),  # in the summary
+        (("documents",), "attention.flexible"),
         (("25",), "ssm.selective_scan"),  # an entry's number
         (("linformer",), "attention.low_rank"),  # only somewhere in the description
     ],

@@ -12,7 +12,7 @@ from cuda_backend.attention import forward_portable
 from refimpl.attention import block_mask, flexible_attention, flexible_attention_vjp, mods
 from refimpl.attention.samples_flexible import MASKS, SCORES, sample_flexible
 from refimpl.attention.user_functions import as_mod
-from refimpl.errors import OptionError, UnsupportedError
+from refimpl.errors import OptionError, ShapeError, UnsupportedError
 from refimpl.registry import Case
 from refimpl.tolerances import cast
 
@@ -80,3 +80,18 @@ def test_states_of_tiles_agree_with_their_scores() -> None:
             for j in range(4 * c, min(4 * c + 4, 13))
         ]
         assert states[r, c] == (2 if all(inside) else 1 if any(inside) else 0)
+
+
+def test_short_arrays_of_the_host_are_noticed() -> None:
+    """In the score and in its gradient, whatever the mask allows, before a kernel runs."""
+    x = np.ones((1, 3, 1, 4), np.float32)
+    bent: dict[str, Any] = {"score_mod": lambda s, b, h, i, j, aux: s + aux[0][i], "aux": (np.zeros(2),)}
+    with pytest.raises(ShapeError, match=r"aux\[0\]: index 2 .* line \d+, given 1 arrays: \(2,\)"):
+        cuda_backend.flexible_attention(x, x, x, **bent)
+    gradient: dict[str, Any] = {
+        "score_mod": lambda s, b, h, i, j: s,
+        "score_mod_vjp": lambda g, s, b, h, i, j, aux: g * aux[1][i],
+    }
+    lse = np.zeros((1, 1, 3), np.float32)
+    with pytest.raises(ShapeError, match="tuple index out of range"):
+        cuda_backend.flexible_attention_vjp(x, x, x, x, lse, x, aux=(np.zeros(3),), **gradient)

@@ -16,7 +16,7 @@ from refimpl.attention import (
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
-from refimpl.errors import ShapeError, UnsupportedError
+from refimpl.errors import ShapeError, SlowPathWarning, UnsupportedError
 
 torch = pytest.importorskip("torch")
 
@@ -144,6 +144,30 @@ def test_the_way_through_the_kernels(
         assert (ours is None) == (expected is None)
         assert expected is None or np.abs(ours.numpy() - expected).max() < CLOSE
     assert calls == [ran, f"{ran}_vjp"]
+
+
+def test_slow_kernels_run_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each reason: what the Hopper kernels refuse, and what none of them computes."""
+    monkeypatch.setattr("cuda_backend.attention.forward.chosen_tier", lambda *_: "hopper")
+    attending._warn_slow.cache_clear()
+
+    def tiers(_q: Any, tier: str = "portable", head: int = 64) -> str:
+        if tier == "hopper" and head % 8:
+            raise UnsupportedError(f"tiers: D is {head}")
+        return tier
+
+    def portable(_q: Any) -> str:
+        return "portable"
+
+    assert attending.fastest(tiers, (0,), {}) == "hopper"
+    for function, options, reason in (
+        (tiers, {"head": 3}, "tiers: D is 3; the portable"),
+        (tiers, {"head": 5}, "tiers: D is 5"),
+        (portable, {}, "portable: there is no Hopper kernel"),
+    ):
+        with pytest.warns(SlowPathWarning, match=reason):
+            assert attending.fastest(function, (0,), options) == "portable"
+        assert attending.fastest(function, (0,), options) == "portable"  # a warning is an error here
 
 
 def test_the_operator_is_sound() -> None:

@@ -22,6 +22,14 @@ CLOSE = 2e-5  # float32, scores of size 1, as in test_flexible_simulated
 CAUSAL: tuple[Any, ...] = (False, "top_left", "bottom_right")
 
 
+def test_refusals_bear_its_name() -> None:
+    x, starts = np.ones((3, 1, 4)), np.array([0, 3])
+    with pytest.raises(UnsupportedError, match=r"^varlen_attention: inputs are float64"):
+        cuda_backend.varlen_attention(x, x, x, starts, starts)
+    with pytest.raises(UnsupportedError, match=r"^varlen_attention_vjp: inputs are float64"):
+        cuda_backend.varlen_attention_vjp(x, x, x, starts, starts, x, np.zeros((1, 3)), x)
+
+
 def case_of(causal: Any, seed: int = 3) -> tuple[Any, ...]:
     return sample_varlen(np.random.default_rng(seed), causal=causal, **SHAPE).args
 

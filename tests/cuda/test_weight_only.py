@@ -176,6 +176,16 @@ def test_clear_refusals() -> None:
         )
     with pytest.raises(DTypeError, match="weight scale: expected float32, got float64"):
         prepared.prepare_int8_groups(quantize_groups(np.zeros((128, 4))))
+    other: Any = x
+    for function, given, expected in (
+        (prepared.prepare_nf4, (other,), "NF4Weight, got ndarray"),
+        (prepared.prepare_int8_groups, (weight,), "Int8Groups, got PreparedNF4"),
+        (call.nf4_linear_decode, (x, other), "PreparedNF4, got ndarray"),
+        (call.int8_linear_decode, (x, weight), "PreparedInt8, got PreparedNF4"),
+    ):
+        wrong: Any = function
+        with pytest.raises(DTypeError, match=f"weight: expected {expected}"):
+            wrong(*given)
 
 
 def _on_gpu(array: Any, dtype: str | None = None) -> Any:
