@@ -87,6 +87,7 @@ def llm_int8_linear_fused(
     Examples
     --------
     >>> import cuda_backend
+    >>> import numpy as np
     >>> x, weight = np.array([[0.02, 60.0]], np.float32), np.eye(2, dtype=np.float32)
     >>> if cuda_backend.availability("cudasim") is None:
     ...     assert llm_int8_linear_fused(x, weight).round(4).tolist() == x.round(4).tolist()
@@ -151,6 +152,7 @@ def llm_int8_linear(
     Examples
     --------
     >>> import cuda_backend
+    >>> import numpy as np
     >>> x, weight = np.array([[0.02, 60.0]], np.float32), np.eye(2, dtype=np.float32)
     >>> if cuda_backend.availability("cudasim") is None:
     ...     assert llm_int8_linear(x, weight, threshold=None).round(4).tolist() == [[0.0, 60.0]]

@@ -2,7 +2,7 @@
 
 >>> rows = traffic_rows()
 >>> rows[0].id, rows[0].published, round(rows[0].predicted, 1)
-('traffic.h200.flash2_forward.64x16x1024x64.cold.dram', '538.0', 532.1)
+('traffic.h200.flash2_forward.64x16x1024x64.cold.dram', '538.0', 529.4)
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from tests.cuda.test_backward_hopper_played import LIMITS, difference
 MUTANTS = {
     "dO before it has arrived": (
         "consumer",
-        "barrier.wait(base + do_full + 8 * stage, parity)",
-        "pass",
+        "                    if not modified:\n"
+        "                        barrier.wait(base + do_full + 8 * stage, parity)",
+        "                    if not modified:",
     ),
     "Q before it has arrived": (
         "consumer",
@@ -100,8 +101,8 @@ MUTANTS = {
     ),
     "K released early": (
         "consumer",
-        "            begin = first_block(key_block, blocks, tq, offset)\n",
-        "            begin = first_block(key_block, blocks, tq, offset)\n"
+        "            begin, end, members = first_block(key_block, blocks, tq, offset), blocks, group\n",
+        "            begin, end, members = first_block(key_block, blocks, tq, offset), blocks, group\n"
         "            barrier.arrive_warp(base + kv_empty, lane)\n",
     ),
     "parity of dQ": (
