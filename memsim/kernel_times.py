@@ -16,7 +16,7 @@ before and after that, at the least all that they move, and a start each.
 >>> sizes = {"B": 4, "H": 16, "N": 4096, "D": 128}
 >>> parts = kernel_parts("attention", sizes, hardware("h200"))
 >>> [round(1e6 * seconds, 1) for seconds in parts[:3]]  # microseconds
-[429.8, 28.0, 55.9]
+[429.7, 28.0, 55.9]
 """
 
 from __future__ import annotations
