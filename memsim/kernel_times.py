@@ -178,8 +178,8 @@ _FUSED = {
 def of_kernels(chain: Iterable[Definition]) -> Iterator[Definition]:
     """Yield a chain of formulas whose operators take the times of kernels; it needs S, R_e and σ besides.
 
-    Experts are not in waves: a layer's are two grouped products.  Unfused attention's products reach the share
-    of other products.
+    Experts are not in waves: a layer's are two grouped products.  Products of unfused attention reach the
+    share of other products.
     """
     for definition in in_waves(chain):
         way, _, name = definition.name.partition("_")
