@@ -46,7 +46,7 @@ def test_gradcheck_of_the_portable_kernels() -> None:
 def test_a_gradient_is_not_lost_in_silence() -> None:
     """What reads a tensor's memory records nothing: it refuses while PyTorch records."""
     leaf = torch.ones(2, requires_grad=True)
-    with pytest.raises(UnsupportedError, match="requires a gradient.*torch_ops"):
+    with pytest.raises(UnsupportedError, match=r"requires a gradient.*torch_ops"):
         torch_layout(leaf)
     with torch.no_grad():
         assert torch_layout(leaf)[0] == (2,)
