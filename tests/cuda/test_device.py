@@ -9,7 +9,7 @@ import pytest
 
 import cuda_backend
 from refimpl.attention.samples import EXTRAS, sample_attention
-from refimpl.errors import CapacityError, DTypeError
+from refimpl.errors import CapacityError, DTypeError, UnsupportedError
 from refimpl.numerics import widen
 from refimpl.registry import Case
 from refimpl.tolerances import cast
