@@ -24,6 +24,7 @@ from cuda_backend.attention.variant_backward_hopper import choose_backward
 from cuda_backend.context import current_device
 from tests.cuda.flexible_backward_forms import FORMS, Form, form_of, functions, our_blocks, their_blocks
 from tests.cuda.hopper_table import EXPECTED_RATE, GRAPH_S, MOST_CALLS, seconds
+from tests.cuda.need_gpu import need_gpu
 
 SECONDS = 92.0
 SHORT = (2, 4, 2, 700)  # B, Hq, Hkv, N
@@ -211,4 +212,5 @@ def compile_all(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     (compile_all if "compile" in sys.argv else main)(sys.argv[1:])

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pytest
 
 from cuda_backend.arrays import poisoned_outputs, view
 from cuda_backend.attention import mask_words, plan_flexible_hopper, remembered
@@ -33,6 +32,7 @@ from cuda_backend.attention.variant_flexible_hopper import candidates
 from refimpl.attention.user_functions import as_mod
 from tests.cuda.flexible_hopper_forms import Form, forms, our_blocks, their_blocks
 from tests.cuda.hopper_table import EXPECTED_RATE, GRAPH_S, MOST_CALLS, seconds
+from tests.cuda.need_gpu import need_gpu
 
 SECONDS, PREPARED = 85.0, 45.0
 ROWS = 24  # of a head, compared with float64
@@ -50,6 +50,8 @@ WAYS: dict[str, Way] = {
 
 def in_way(way: str, call: Callable[[], Any]) -> Callable[[], Any]:
     """Return a call that is made in one of `WAYS`, with a memory of its own."""
+    import pytest
+
     fits, most = WAYS[way]
     answers: OrderedDict[Any, Any] = OrderedDict()
     chosen: Any = lambda kind, D, Dv: [  # noqa: E731
@@ -260,4 +262,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu("pytest")
     main(sys.argv[1:])
