@@ -1,4 +1,4 @@
-"""What the commands of this folder need: said in one line where it is missing, as ``frugal bench`` says it."""
+"""What the commands of this folder need: said in a line where it is missing, as ``frugal bench`` says it."""
 
 from __future__ import annotations
 

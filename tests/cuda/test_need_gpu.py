@@ -35,7 +35,8 @@ def test_without_a_gpu(
     monkeypatch.setattr(cuda_backend.torch_ops, "missing", lambda: "torch finds no GPU")
     monkeypatch.setitem(sys.modules, "pytest", None)  # no command imports it before it says what it needs
     assert ended(name, monkeypatch, *ARGUMENTS.get(name, [])) == 3
-    assert capsys.readouterr().err == "Error: this command needs a GPU and PyTorch on it: torch finds no GPU\n"
+    said = "Error: this command needs a GPU and PyTorch on it: torch finds no GPU\n"
+    assert capsys.readouterr().err == said
 
 
 def test_without_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
