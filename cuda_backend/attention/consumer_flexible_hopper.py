@@ -37,6 +37,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         variant.masked,
         bool(variant.mods.score),
     )
+    folded = variant.folded
     s_count, o_count, p_count = block_n // 2, tiles.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
@@ -69,13 +70,13 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     @device_function
     def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
         """Turn products of a step into weights; return maxima, sums and factors of what was before."""
-        scale, factor, _, _ = numbers
+        scales, factor, _, _ = numbers
         b, h, row, last, column, tk, aux = place
         max_low, sum_low, max_high, sum_high = old
         tile, seen, low, high = step
         where = b, h, row, last, int32(tile * block_n + column), tk, aux
         if modified:
-            modify(s, scale, where)
+            modify(s, scales, where)
         if masked and seen >= 0:
             mask(s, low, high, where)
         max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
@@ -94,7 +95,8 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         lane = int32(thread & 31)
         quad_lane = int32(lane & 3)
         group_index = registers.uniform(int32(thread >> 7) - 1)
-        numbers = scale, factor, group_index, masks + uint64(WORD_BYTES) * uint64(thread & 127)
+        inverse = float32(1.0) / scale if folded else scale
+        numbers = (scale, inverse), factor, group_index, masks + uint64(WORD_BYTES) * uint64(thread & 127)
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)

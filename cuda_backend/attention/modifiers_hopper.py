@@ -41,7 +41,7 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
     columns = 2 if variant.tiles.consumers == 3 else 4  # of a row asked at once: where registers are few, 2
-    allows, changed = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux)
+    allows, changed = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux, variant.folded)
 
     @device_function
     def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
@@ -50,12 +50,11 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
         x_low, x_high = float32(i_low), float32(i_high)
         for e in range(2):
             j = int32(first + 8 * i + e)
-            y = float32(float32(first) + float32(8 * i + e))
+            y, c = float32(first), float32(8 * i + e)  # of keys of padding, too, which are masked
             if ragged:
                 j = min(j, int32(tk - 1))
-                y = min(y, float32(tk - 1))
-            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, x_low, y, aux)
-            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, x_high, y, aux)
+            s[4 * i + e] = changed(s[4 * i + e], scale, b, h, i_low, j, x_low, y, c, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scale, b, h, i_high, j, x_high, y, c, aux)
 
     modify_all = _repeated(modify_four, count // 4)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, device_function
+from cuda_backend.attention import traced_values
 from cuda_backend.attention.traced_values import (
     LONGEST,
     Array,
@@ -33,6 +34,7 @@ __all__ = ["is_short", "source_of", "traced_mask", "traced_score"]
 PATHS, SHORT = 32, 20
 LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
 NAMES = "b", "h", "i", "j"
+BASE, APPROX = True, False
 Arrays = tuple[tuple[str, int], ...]
 float32 = types.float32
 
@@ -43,6 +45,17 @@ reciprocal = instruction(
     "rcp.approx.ftz.f32 $0, $1;",
     "=f,f",
     '1 / x within one unit in the last place.  PTX ISA, "rcp".',
+    pure=True,
+)
+
+
+tanh_approx = instruction(
+    "tanh_approx",
+    types.float32,
+    {"x": types.float32},
+    "tanh.approx.f32 $0, $1;",
+    "=f,f",
+    'The hyperbolic tangent, relative error 2**-11.  PTX ISA, "tanh".',
     pure=True,
 )
 
@@ -66,16 +79,23 @@ def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
     return mask_on_device(mod) if source is None else _compiled(source)
 
 
-def traced_score(mod: Mod | None, arrays: Arrays) -> Any:
-    """Return ``f(score, b, h, i, j, x, y, aux)`` for kernels, as `score_on_device`; x, y: i, j in float.
+def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> Any:
+    """Return ``f(product, scales, b, h, i, j, x, y, c, aux)`` for kernels; x, y + c: i, j in float.
 
     Turning an integer into a float costs as much as several products do, adding to a float does not.
     """
-    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "float")
+    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "folded" if folded else "float")
     if source is not None:
         return _compiled(source)
     given = score_on_device(mod)
-    return device_function(lambda score, b, h, i, j, _x, _y, aux: given(score, b, h, i, j, aux))
+    return device_function(
+        lambda product, scales, b, h, i, j, _x, _y, _c, aux: given(product * scales[0], b, h, i, j, aux)
+    )
+
+
+def folds(mod: Mod | None, arrays: Arrays) -> bool:
+    """Return whether a score is itself, and what does not depend on it is added."""
+    return mod is not None and not SIMULATOR and source_of(mod, arrays, "folded") is not None
 
 
 def is_short(mod: Mod | None, arrays: Arrays) -> bool:
@@ -88,6 +108,7 @@ def _compiled(source: str) -> Any:
     scope = {
         "int32": types.int32, "uint32": types.uint32, "float32": types.float32,
         "infinity": np.float32(np.inf), "tanh": tanh, "exp": exp, "math": math,
+        "exp2": registers.exp2, "reciprocal": reciprocal, "tanh_approx": tanh_approx,
     }  # fmt: skip
     exec(source, scope)
     return device_function(scope["traced"])
@@ -116,9 +137,15 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         t4 = bool(t1 & t3)
         return t4
     """
-    leading = ("score",) if result == "float" else ()
-    floats = {"i": "x", "j": "y"} if leading else {}
-    lines = [f"def traced({', '.join((*leading, *NAMES, *floats.values()))}, aux):"]
+    leading = ("score",) if result != "bool" else ()
+    floats = {"i": ("x", 0), "j": ("y", 1) if BASE else ("float32(y + c)", 0)} if leading else {}
+    lines = [f"def traced({', '.join(NAMES)}, aux):"]
+    if leading:
+        lines = [
+            f"def traced(product, scales, {', '.join(NAMES)}, x, y, c, aux):",
+            "    scale, inverse = scales",
+            "    score = float32(product * scale)",
+        ]
     left = PATHS
 
     def follow(decisions: tuple[bool, ...], indent: str) -> None:
@@ -130,6 +157,12 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         trace = Trace(decisions)
         trace.floats |= floats
         given: list[Any] = [Value(trace, name, "float") for name in leading]
+        if leading:
+            trace.needs |= {name: frozenset((name,)) for name in ("score", "i", "j")}
+            trace.needs |= {"product": trace.needs["score"], "x": trace.needs["i"], "y": trace.needs["j"]}
+            trace.needs["c"] = trace.needs["j"]
+            scale, product = Value(trace, "scale", "float"), Value(trace, "product", "float")
+            trace.products["score"] = scale, product, None
         given += [Value(trace, name, "int", 0, LONGEST) for name in NAMES]
         if mod.takes_aux:
             given.append(tuple(Array(trace, f"aux[{n}]", *kind) for n, kind in enumerate(arrays)))
@@ -145,6 +178,8 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
             return
         if result == "float":
             found = found.as_float()
+        elif result == "folded":
+            found = _folded(found.as_float(), trace)
         elif found.kind != "bool":
             raise UntraceableError("a mask that is no truth value")
         lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
@@ -155,6 +190,19 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
     except Exception:  # whatever is wrong with the function, Numba says it with the line
         return None
     return "\n".join(lines)
+
+
+def _folded(value: Value, trace: Trace) -> Value:
+    """Return a score over the scale: the product, where it is a term."""
+    if value.code == "score":
+        return Value(trace, "product", "float")
+    if "score" not in trace.depends(value.code):
+        return value * Value(trace, "inverse", "float")
+    if value.code not in trace.sums:
+        raise UntraceableError("more than a sum with a score")
+    sign, x, y = trace.sums[value.code]
+    x, y = _folded(x, trace), _folded(y, trace)
+    return x + y if sign == "+" else x - y
 
 
 def _truth(value: Value) -> str:
@@ -214,6 +262,15 @@ class _Module:
 
     def tanh(self, x: Any) -> Any:
         """Return the tangent."""
+        trace, x = self._trace, self._trace.of(x).as_float()
+        if traced_values.GROUP and APPROX:
+            return self._called("tanh_approx", x)
+        if traced_values.GROUP:
+            grown = x * (2.0 * LOG2_E)
+            r = trace.named(f"reciprocal(float32(exp2({grown.code}) + float32(1.0)))", "float")
+            made = trace.named(f"float32(float32(1.0) - float32(2.0) * {r.code})", "float")
+            trace.products[made.code] = trace.of(-2.0), r, trace.of(1.0)
+            return made
         return self._called("tanh", x)
 
     def exp(self, x: Any) -> Any:

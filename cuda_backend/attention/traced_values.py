@@ -7,6 +7,7 @@ an integer fits 32 bits, so does the code here; floats are float32, as they are 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ __all__ = ["LONGEST", "Array", "Trace", "UndecidedError", "UntraceableError", "V
 
 LONGEST = 1 << 24  # of an axis: float32 still counts so far
 _INT32 = 1 << 31
+GROUP = True
 _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 
 
@@ -38,14 +40,22 @@ class Trace:
 
     def __init__(self, decisions: tuple[bool, ...]) -> None:
         self.decisions, self.asked, self.lines = decisions, 0, [""]
-        self.floats: dict[str, str] = {}  # integers that there are in float32, too, exactly: their codes
+        self.floats: dict[str, tuple[str, int]] = {}  # of integers that there are in float32: base, columns
+        self.needs: dict[str, frozenset[str]] = {}  # of a name: on what of a score it depends
+        self.products: dict[str, tuple[Value, Value, Value | None]] = {}  # factor alike for all, other, addend
+        self.sums: dict[str, tuple[str, Value, Value]] = {}
         self.fresh = 0  # lines that belong before the last decision
 
     def named(self, code: str, kind: str, low: int = 0, high: int = 0) -> Value:
         """Return the value of an expression, which gets a name."""
         name = f"t{len(self.lines)}"
         self.lines.append(f"{name} = {code}")
+        self.needs[name] = self.depends(code)
         return Value(self, name, kind, low, high)
+
+    def depends(self, code: str) -> frozenset[str]:
+        """Return on what of a score a piece of code depends."""
+        return frozenset().union(*(self.needs.get(word, ()) for word in re.findall(r"[a-z_]\w*", code)))
 
     def integer(self, code: str, low: int, high: int) -> Value:
         """Return an integer of a range, in 32 bits if it fits."""
@@ -81,6 +91,14 @@ def _narrow(low: int, high: int) -> bool:
     return low >= -_INT32 and high < _INT32
 
 
+def _in_float(base: str, columns: int) -> str:
+    """Return the code of an integer in float32: `c`, a column of a tile, is a number where it is compiled."""
+    if not columns:
+        return base
+    column = "c" if abs(columns) == 1 else f"float32({abs(columns)}) * c"
+    return f"float32({base} {'+' if columns > 0 else '-'} {column})"
+
+
 class Value:
     """A number: "int" with a range, "bool", or "float" for float32."""
 
@@ -104,7 +122,7 @@ class Value:
         if max(abs(number.low), abs(number.high)) > LONGEST:
             raise UntraceableError("an integer that float32 cannot hold")
         if number.code in self.trace.floats:
-            return self.trace.named(self.trace.floats[number.code], "float")
+            return self.trace.named(_in_float(*self.trace.floats[number.code]), "float")
         return self.trace.named(f"float32({number.code})", "float")
 
     def index(self) -> str:
@@ -125,7 +143,7 @@ class Value:
         least = 0 if number.low <= 0 <= number.high else min(ends)
         made = self.trace.integer(f"abs({number.code})", least, max(ends))
         if number.code in self.trace.floats:
-            self.trace.floats[made.code] = f"float32(abs({self.trace.floats[number.code]}))"
+            self.trace.floats[made.code] = f"float32(abs({_in_float(*self.trace.floats[number.code])}))", 0
         return made
 
     def __neg__(self) -> Value:
@@ -174,15 +192,42 @@ def _arithmetic(sign: str, reach: Callable[..., int]) -> Callable[[Value, Value]
 
     def apply(x: Value, y: Value) -> Value:
         if "float" in (x.kind, y.kind):
-            return x.trace.named(f"float32({x.as_float().code} {sign} {y.as_float().code})", "float")
+            x, y = x.as_float(), y.as_float()
+            if sign == "*":
+                return _product(x, y)
+            made = x.trace.named(f"float32({x.code} {sign} {y.code})", "float")
+            x.trace.sums[made.code] = sign, x, y
+            return made
         x, y = x.as_int(), y.as_int()
         ends = [reach(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
         made, known = x.trace.integer(f"{x.code} {sign} {y.code}", min(ends), max(ends)), x.trace.floats
         if sign in "+-" and x.code in known and y.code in known and max(map(abs, ends)) <= LONGEST:
-            known[made.code] = f"float32({known[x.code]} {sign} {known[y.code]})"
+            (left, m), (right, n) = known[x.code], known[y.code]
+            known[made.code] = f"float32({left} {sign} {right})", m + n if sign == "+" else m - n
         return made
 
     return apply
+
+
+def _product(x: Value, y: Value) -> Value:
+    """Return a product of floats: what is alike for all scores is multiplied first, which is done once."""
+    trace = x.trace
+    if not GROUP:
+        return trace.named(f"float32({x.code} * {y.code})", "float")
+    if trace.depends(x.code):
+        x, y = y, x
+    if trace.depends(x.code):
+        return trace.named(f"float32({x.code} * {y.code})", "float")
+    factor, other, addend = trace.products.get(y.code, (None, y, None))
+    if addend is not None:
+        addend = trace.named(f"float32({addend.code} * {x.code})", "float")
+    if factor is not None:
+        x = trace.named(f"float32({factor.code} * {x.code})", "float")
+    y = other
+    code = f"{x.code} * {y.code}" + (f" + {addend.code}" if addend is not None else "")
+    made = trace.named(f"float32({code})", "float")
+    trace.products[made.code] = x, y, addend
+    return made
 
 
 def _divided(sign: str) -> Callable[[Value, Value], Value]:
@@ -209,7 +254,7 @@ def _quotient(x: Value, y: Value) -> Value:
         raise UntraceableError("a quotient of integers is a double")
     code = y.code.removeprefix("float32(").removesuffix(")")
     if y.code.startswith("float32(") and float(code) != 0.0:
-        return x.trace.named(f"float32({x.as_float().code} * float32({1.0 / float(code)!r}))", "float")
+        return _product(x.as_float(), x.trace.of(1.0 / float(code)))
     return x.trace.named(f"float32({x.as_float().code} / {y.as_float().code})", "float")
 
 

@@ -32,6 +32,7 @@ class FlexibleVariant(NamedTuple):
     mods: Mods
     ragged: bool
     words: bool = False
+    folded: bool = False
 
     @property
     def work_slot(self) -> int:
