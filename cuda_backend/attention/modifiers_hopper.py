@@ -47,14 +47,15 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
         b, h, row, last, first, tk, aux = where
         i_low, i_high = min(row, last), min(int32(row + 8), last)
-        x_low, x_high = float32(i_low), float32(i_high)
+        # Floats are of padding, too, of which nothing is stored.
+        x, y, low, high = float32(row), float32(first), float32(0.0), float32(8.0)
         for e in range(2):
             j = int32(first + 8 * i + e)
-            y, c = float32(first), float32(8 * i + e)  # of keys of padding, too, which are masked
+            c = float32(8 * i + e)
             if ragged:
                 j = min(j, int32(tk - 1))
-            s[4 * i + e] = changed(s[4 * i + e], scale, b, h, i_low, j, x_low, y, c, aux)
-            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scale, b, h, i_high, j, x_high, y, c, aux)
+            s[4 * i + e] = changed(s[4 * i + e], scale, b, h, i_low, j, x, y, low, c, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scale, b, h, i_high, j, x, y, high, c, aux)
 
     modify_all = _repeated(modify_four, count // 4)
 

@@ -34,7 +34,7 @@ __all__ = ["is_short", "source_of", "traced_mask", "traced_score"]
 PATHS, SHORT = 32, 20
 LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
 NAMES = "b", "h", "i", "j"
-BASE, APPROX = True, False
+BASE, APPROX = 2, False
 Arrays = tuple[tuple[str, int], ...]
 float32 = types.float32
 
@@ -80,7 +80,7 @@ def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
 
 
 def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> Any:
-    """Return ``f(product, scales, b, h, i, j, x, y, c, aux)`` for kernels; x, y + c: i, j in float.
+    """Return ``f(product, scales, b, h, i, j, x, y, r, c, aux)`` for kernels; x + r, y + c: i, j in float.
 
     Turning an integer into a float costs as much as several products do, adding to a float does not.
     """
@@ -89,7 +89,7 @@ def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> Any:
         return _compiled(source)
     given = score_on_device(mod)
     return device_function(
-        lambda product, scales, b, h, i, j, _x, _y, _c, aux: given(product * scales[0], b, h, i, j, aux)
+        lambda product, scales, b, h, i, j, _x, _y, _r, _c, aux: given(product * scales[0], b, h, i, j, aux)
     )
 
 
@@ -138,11 +138,11 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         return t4
     """
     leading = ("score",) if result != "bool" else ()
-    floats = {"i": ("x", 0), "j": ("y", 1) if BASE else ("float32(y + c)", 0)} if leading else {}
+    floats = {"i": ("x", 1, 0) if BASE > 1 else ("float32(x + r)", 0, 0), "j": ("y", 0, 1) if BASE else ("float32(y + c)", 0, 0)} if leading else {}
     lines = [f"def traced({', '.join(NAMES)}, aux):"]
     if leading:
         lines = [
-            f"def traced(product, scales, {', '.join(NAMES)}, x, y, c, aux):",
+            f"def traced(product, scales, {', '.join(NAMES)}, x, y, r, c, aux):",
             "    scale, inverse = scales",
             "    score = float32(product * scale)",
         ]
@@ -160,6 +160,7 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         if leading:
             trace.needs |= {name: frozenset((name,)) for name in ("score", "i", "j")}
             trace.needs |= {"product": trace.needs["score"], "x": trace.needs["i"], "y": trace.needs["j"]}
+            trace.needs["r"] = trace.needs["i"]
             trace.needs["c"] = trace.needs["j"]
             scale, product = Value(trace, "scale", "float"), Value(trace, "product", "float")
             trace.products["score"] = scale, product, None

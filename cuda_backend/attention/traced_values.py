@@ -40,7 +40,7 @@ class Trace:
 
     def __init__(self, decisions: tuple[bool, ...]) -> None:
         self.decisions, self.asked, self.lines = decisions, 0, [""]
-        self.floats: dict[str, tuple[str, int]] = {}  # of integers that there are in float32: base, columns
+        self.floats: dict[str, tuple[str, int, int]] = {}  # of integers that there are in float32: `_in_float`
         self.needs: dict[str, frozenset[str]] = {}  # of a name: on what of a score it depends
         self.products: dict[str, tuple[Value, Value, Value | None]] = {}  # factor alike for all, other, addend
         self.sums: dict[str, tuple[str, Value, Value]] = {}
@@ -91,12 +91,15 @@ def _narrow(low: int, high: int) -> bool:
     return low >= -_INT32 and high < _INT32
 
 
-def _in_float(base: str, columns: int) -> str:
-    """Return the code of an integer in float32: `c`, a column of a tile, is a number where it is compiled."""
-    if not columns:
+def _in_float(base: str, rows: int, columns: int) -> str:
+    """Return the code of an integer in float32: `base`, then as often `r` and `c`.
+
+    A row and a column within a tile are numbers when it is compiled, and so is their sum.
+    """
+    if not rows and not columns:
         return base
-    column = "c" if abs(columns) == 1 else f"float32({abs(columns)}) * c"
-    return f"float32({base} {'+' if columns > 0 else '-'} {column})"
+    terms = [f"{'-' * (n < 0)}{name}" if abs(n) == 1 else f"float32({n}) * {name}" for n, name in ((rows, "r"), (columns, "c")) if n]
+    return f"float32({base} + float32({' + '.join(terms)}))"
 
 
 class Value:
@@ -143,7 +146,7 @@ class Value:
         least = 0 if number.low <= 0 <= number.high else min(ends)
         made = self.trace.integer(f"abs({number.code})", least, max(ends))
         if number.code in self.trace.floats:
-            self.trace.floats[made.code] = f"float32(abs({_in_float(*self.trace.floats[number.code])}))", 0
+            self.trace.floats[made.code] = f"float32(abs({_in_float(*self.trace.floats[number.code])}))", 0, 0
         return made
 
     def __neg__(self) -> Value:
@@ -202,8 +205,9 @@ def _arithmetic(sign: str, reach: Callable[..., int]) -> Callable[[Value, Value]
         ends = [reach(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
         made, known = x.trace.integer(f"{x.code} {sign} {y.code}", min(ends), max(ends)), x.trace.floats
         if sign in "+-" and x.code in known and y.code in known and max(map(abs, ends)) <= LONGEST:
-            (left, m), (right, n) = known[x.code], known[y.code]
-            known[made.code] = f"float32({left} {sign} {right})", m + n if sign == "+" else m - n
+            (left, *m), (right, *n) = known[x.code], known[y.code]
+            rows, columns = (reach(a, b) for a, b in zip(m, n, strict=True))
+            known[made.code] = f"float32({left} {sign} {right})", rows, columns
         return made
 
     return apply
