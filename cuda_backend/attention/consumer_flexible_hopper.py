@@ -42,7 +42,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
     next_stage, next_q_stage = ring(tiles.stages), ring(tiles.q_stages)
-    (modify, mask), words = build_modifiers(variant), variant.words
+    (read, modify, mask), words = build_modifiers(variant), variant.words
     _, softmax_row, pack_scores = build_softmax(tiles)
     (rescale, _, _), finish = build_output(tiles), build_finish(tiles)
     pin_scores = registers.pin(s_count)
@@ -71,12 +71,12 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
         """Turn products of a step into weights; return maxima, sums and factors of what was before."""
         scales, factor, _, _ = numbers
-        b, h, row, last, column, tk, aux = place
+        b, h, row, last, column, tk, aux, known = place
         max_low, sum_low, max_high, sum_high = old
         tile, seen, low, high = step
         where = b, h, row, last, int32(tile * block_n + column), tk, aux
         if modified:
-            modify(s, scales, where)
+            modify(s, (scales, known), where)
         if masked and seen >= 0:
             mask(s, low, high, where)
         max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
@@ -112,7 +112,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
             own = registers.fresh(thread)  # again for each tile, rather than kept in a register
             row = int32(row_block * block_m + 64 * group_index + 16 * ((own >> 5) & 3) + ((own >> 2) & 7))
-            place = batch, q_head, row, int32(tq - 1), int32(2 * quad_lane), tk, aux
+            place = batch, q_head, row, int32(tq - 1), int32(2 * quad_lane), tk, aux, read(batch, q_head, aux)
             for i in range(o_count):
                 o[i] = float32(0.0)
             rows = float32(NO_KEY), float32(0.0), float32(NO_KEY), float32(0.0)

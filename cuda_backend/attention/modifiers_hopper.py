@@ -41,10 +41,11 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
     columns = 2 if variant.tiles.consumers == 3 else 4  # of a row asked at once: where registers are few, 2
-    allows, changed = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux, variant.folded)
+    allows, (read, changed) = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux, variant.folded)
 
     @device_function
-    def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
+    def modify_four(i: Any, s: Any, given: Any, where: Any) -> None:
+        scales, known = given
         b, h, row, last, first, tk, aux = where
         i_low, i_high = min(row, last), min(int32(row + 8), last)
         # Floats are of padding, too, of which nothing is stored.
@@ -54,14 +55,14 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
             c = float32(8 * i + e)
             if ragged:
                 j = min(j, int32(tk - 1))
-            s[4 * i + e] = changed(s[4 * i + e], scale, b, h, i_low, j, x, y, low, c, aux)
-            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scale, b, h, i_high, j, x, y, high, c, aux)
+            s[4 * i + e] = changed(s[4 * i + e], scales, known, b, h, i_low, j, x, y, low, c, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scales, known, b, h, i_high, j, x, y, high, c, aux)
 
     modify_all = _repeated(modify_four, count // 4)
 
     @device_function
-    def modify(s: Any, scale: Any, where: Any) -> None:
-        modify_all(int32(0), s, scale, where)
+    def modify(s: Any, given: Any, where: Any) -> None:
+        modify_all(int32(0), s, given, where)
 
     @device_function
     def pick(s: Any, low: Any, high: Any, _where: Any) -> None:
@@ -125,9 +126,9 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
         mask_all(int32(0), s, float32(0.0), where)
 
     if variant.words:
-        return modify, pick
+        return read, modify, pick
     short = not masked or is_short(mods.mask, mods.aux)
-    return modify, mask_at_once if short else mask
+    return read, modify, mask_at_once if short else mask
 
 
 def _repeated(function: Callable[..., None], count: int) -> Callable[..., None]:

@@ -34,7 +34,7 @@ __all__ = ["is_short", "source_of", "traced_mask", "traced_score"]
 PATHS, SHORT = 32, 20
 LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
 NAMES = "b", "h", "i", "j"
-BASE, APPROX = 2, False
+BASE, APPROX, LOAD = 2, False, True
 Arrays = tuple[tuple[str, int], ...]
 float32 = types.float32
 
@@ -79,18 +79,24 @@ def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
     return mask_on_device(mod) if source is None else _compiled(source)
 
 
-def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> Any:
-    """Return ``f(product, scales, b, h, i, j, x, y, r, c, aux)`` for kernels; x + r, y + c: i, j in float.
+def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> tuple[Any, Any]:
+    """Return ``read(b, h, aux)``, what is alike for all scores, and a function of one score for kernels.
 
-    Turning an integer into a float costs as much as several products do, adding to a float does not.
+    ``f(product, scales, known, b, h, i, j, x, y, r, c, aux)`` gets what was read, and x + r, y + c: i, j in
+    float.  Turning an integer into a float costs as much as several products do, adding to a float does not.
     """
     source = None if mod is None or SIMULATOR else source_of(mod, arrays, "folded" if folded else "float")
     if source is not None:
-        return _compiled(source)
+        return _compiled(source, "read"), _compiled(source)
     given = score_on_device(mod)
-    return device_function(
-        lambda product, scales, b, h, i, j, _x, _y, _r, _c, aux: given(product * scales[0], b, h, i, j, aux)
-    )
+
+    def asked(
+        product: Any, scales: Any, _known: Any, b: Any, h: Any, i: Any, j: Any,
+        _x: Any, _y: Any, _r: Any, _c: Any, aux: Any,
+    ) -> Any:  # fmt: skip
+        return given(product * scales[0], b, h, i, j, aux)
+
+    return device_function(lambda _b, _h, _aux: (0,)), device_function(asked)
 
 
 def folds(mod: Mod | None, arrays: Arrays) -> bool:
@@ -104,14 +110,14 @@ def is_short(mod: Mod | None, arrays: Arrays) -> bool:
     return source is not None and "aux[" not in source and source.count("\n") <= SHORT and "if " not in source
 
 
-def _compiled(source: str) -> Any:
+def _compiled(source: str, name: str = "traced") -> Any:
     scope = {
         "int32": types.int32, "uint32": types.uint32, "float32": types.float32,
         "infinity": np.float32(np.inf), "tanh": tanh, "exp": exp, "math": math,
         "exp2": registers.exp2, "reciprocal": reciprocal, "tanh_approx": tanh_approx,
     }  # fmt: skip
     exec(source, scope)
-    return device_function(scope["traced"])
+    return device_function(scope[name])
 
 
 def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
@@ -139,18 +145,13 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
     """
     leading = ("score",) if result != "bool" else ()
     floats = {"i": ("x", 1, 0) if BASE > 1 else ("float32(x + r)", 0, 0), "j": ("y", 0, 1) if BASE else ("float32(y + c)", 0, 0)} if leading else {}
-    lines = [f"def traced({', '.join(NAMES)}, aux):"]
-    if leading:
-        lines = [
-            f"def traced(product, scales, {', '.join(NAMES)}, x, y, r, c, aux):",
-            "    scale, inverse = scales",
-            "    score = float32(product * scale)",
-        ]
+    lines: list[str] = []
+    alike: list[str] = []
     left = PATHS
 
     def follow(decisions: tuple[bool, ...], indent: str) -> None:
         """Write what happens after the last of some decisions."""
-        nonlocal left
+        nonlocal left, alike
         left -= 1
         if left < 0:
             raise UntraceableError("too many paths")
@@ -158,7 +159,7 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         trace.floats |= floats
         given: list[Any] = [Value(trace, name, "float") for name in leading]
         if leading:
-            trace.needs |= {name: frozenset((name,)) for name in ("score", "i", "j")}
+            trace.needs |= {name: frozenset((name,)) for name in ("score", "i", "j", "scale", "inverse")}
             trace.needs |= {"product": trace.needs["score"], "x": trace.needs["i"], "y": trace.needs["j"]}
             trace.needs["r"] = trace.needs["i"]
             trace.needs["c"] = trace.needs["j"]
@@ -170,6 +171,7 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         try:
             found = trace.of(_with_stand_ins(mod.function, trace)(*given))
         except UndecidedError as question:
+            alike = alike if decisions else trace.alike()
             condition = _truth(question.value)
             lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
             lines.append(f"{indent}if {condition}:")
@@ -183,6 +185,7 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
             found = _folded(found.as_float(), trace)
         elif found.kind != "bool":
             raise UntraceableError("a mask that is no truth value")
+        alike = alike if decisions else trace.alike()
         lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
         lines.append(f"{indent}return {found.code}")
 
@@ -190,7 +193,25 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         follow((), "    ")
     except Exception:  # whatever is wrong with the function, Numba says it with the line
         return None
-    return "\n".join(lines)
+    if not leading:
+        return "\n".join([f"def traced({', '.join(NAMES)}, aux):", *lines])
+    return "\n".join(_with_reading(lines, alike))
+
+
+def _with_reading(lines: list[str], alike: list[str]) -> list[str]:
+    """Return the lines of a score function, and before it those of what reads what all scores have alike."""
+    read = [line for line in alike if "aux[" in line] if LOAD else []
+    known = ", ".join([line.split()[0] for line in read] + ["0"])
+    return [
+        "def read(b, h, aux):",
+        *(f"    {line}" for line in alike if read),
+        f"    return ({known},)",
+        f"def traced(product, scales, known, {', '.join(NAMES)}, x, y, r, c, aux):",
+        "    scale, inverse = scales",
+        *([f"    {known[:-3]}, _ = known"] if read else []),
+        "    score = float32(product * scale)",
+        *(line for line in lines if line.removeprefix("    ") not in read),
+    ]
 
 
 def _folded(value: Value, trace: Trace) -> Value:

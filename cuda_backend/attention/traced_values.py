@@ -18,6 +18,7 @@ __all__ = ["LONGEST", "Array", "Trace", "UndecidedError", "UntraceableError", "V
 LONGEST = 1 << 24  # of an axis: float32 still counts so far
 _INT32 = 1 << 31
 GROUP = True
+SCALES = frozenset(("scale", "inverse"))
 _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 
 
@@ -56,6 +57,14 @@ class Trace:
     def depends(self, code: str) -> frozenset[str]:
         """Return on what of a score a piece of code depends."""
         return frozenset().union(*(self.needs.get(word, ()) for word in re.findall(r"[a-z_]\w*", code)))
+
+    def alike(self) -> list[str]:
+        """Return the lines so far that hold for all scores of a head, whatever their scale."""
+        return [line for line in self.lines[1:] if not self.depends(line)]
+
+    def same(self, value: Value) -> bool:
+        """Return whether a value is that of all scores of a head."""
+        return self.depends(value.code) <= SCALES
 
     def integer(self, code: str, low: int, high: int) -> Value:
         """Return an integer of a range, in 32 bits if it fits."""
@@ -218,9 +227,9 @@ def _product(x: Value, y: Value) -> Value:
     trace = x.trace
     if not GROUP:
         return trace.named(f"float32({x.code} * {y.code})", "float")
-    if trace.depends(x.code):
+    if trace.same(y):
         x, y = y, x
-    if trace.depends(x.code):
+    if not trace.same(x):
         return trace.named(f"float32({x.code} * {y.code})", "float")
     factor, other, addend = trace.products.get(y.code, (None, y, None))
     if addend is not None:
