@@ -60,6 +60,10 @@ tanh_approx = instruction(
 )
 
 
+def trial() -> tuple[Any, ...]:
+    return BASE, APPROX, LOAD, traced_values.GROUP
+
+
 @device_function
 def tanh(x: Any) -> Any:
     """Return the hyperbolic tangent within 2**-22: as exact as a score, for two special functions."""
@@ -297,6 +301,9 @@ class _Module:
 
     def exp(self, x: Any) -> Any:
         """Return e**x."""
+        if traced_values.GROUP:
+            grown = self._trace.of(x).as_float() * LOG2_E
+            return self._trace.named(f"exp2({grown.code})", "float")
         return self._called("exp", x)
 
     def float32(self, x: Any) -> Any:
