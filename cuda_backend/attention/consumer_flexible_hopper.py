@@ -28,16 +28,17 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     """Return ``consume(base, thread, out, lse, masks, scale, factor, aux, problem)``, for a whole warpgroup.
 
     `masks` is the address of `mask_words`; `scale` is that of the scores, for the user's function; `factor`
-    is what the softmax multiplies them by: log2(e), times the scale if there is no such function.
+    is what the softmax multiplies them by: log2(e), times the scale if they come over the scale: without
+    such a function, or if the variant is `folded`.
     """
     tiles, work_slot, step_slot = variant.tiles, variant.work_slot, variant.step_slot
-    block_m, block_n, masked, modified = (
+    block_m, block_n, masked, modified, folded = (
         tiles.block_m,
         tiles.block_n,
         variant.masked,
         bool(variant.mods.score),
+        variant.folded,
     )
-    folded = variant.folded
     s_count, o_count, p_count = block_n // 2, tiles.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places

@@ -30,25 +30,29 @@ rolled = instruction(
 )
 
 
-def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return ``modify(s, scale, where)`` and ``mask(s, low, high, where)`` for a tile of scores.
+def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., Any], ...]:
+    """Return ``read(b, h, aux)``, ``modify(s, given, where)`` and ``mask(s, low, high, where)``.
 
+    The first is for a tile of query rows, the others for a tile of scores.
     `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
     are, and `aux`.
-    ``modify`` makes products into scores; ``mask`` makes scores -inf that the mask forbids, or that are those
-    of no key: it asks, unless the variant has the answers as bits `low` and `high` (`mask_words`).
+    ``modify`` makes products into scores, or scores over the scale if the variant is `folded`; it is `given`
+    the scale and 1 over it in a pair, and what ``read`` returned.  ``mask`` makes scores -inf that the mask
+    forbids, or that are those of no key: it asks, unless the variant has the answers as bits `low` and `high`
+    (`mask_words`).
     """
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
     columns = 2 if variant.tiles.consumers == 3 else 4  # of a row asked at once: where registers are few, 2
-    allows, (read, changed) = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux, variant.folded)
+    allows = traced_mask(mods.mask, mods.aux)
+    read, changed = traced_score(mods.score, mods.aux, variant.folded)
 
     @device_function
     def modify_four(i: Any, s: Any, given: Any, where: Any) -> None:
         scales, known = given
         b, h, row, last, first, tk, aux = where
         i_low, i_high = min(row, last), min(int32(row + 8), last)
-        # Floats are of padding, too, of which nothing is stored.
+        # Floats go on behind the last query and key, whose scores are nobody's.
         x, y, low, high = float32(row), float32(first), float32(0.0), float32(8.0)
         for e in range(2):
             j = int32(first + 8 * i + e)

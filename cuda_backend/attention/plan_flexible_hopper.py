@@ -36,7 +36,7 @@ __all__ = ["FlexiblePlan", "Lists", "enqueue", "make_flexible_plan", "make_lists
 MAPS_BYTES = 3 * DESCRIPTOR_BYTES
 ADDRESSES, SETTLED = struct.Struct("6Q"), struct.Struct("2f6i")
 ARRAY_WORDS = 5  # of an array, before its shape and strides
-FOLDED = 2.0**-16, 2.0**16  # scales by which what is added to a score may be divided
+FOLDED = 2.0**-16, 2.0**16  # scales by which terms beside a score are divided: what overflows is no score
 
 
 class Lists(NamedTuple):

@@ -18,6 +18,7 @@ from cuda_backend._numba import SIMULATOR, device_function
 from cuda_backend.attention import traced_values
 from cuda_backend.attention.traced_values import (
     LONGEST,
+    SCALES,
     Array,
     Trace,
     UndecidedError,
@@ -84,10 +85,13 @@ def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
 
 
 def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> tuple[Any, Any]:
-    """Return ``read(b, h, aux)``, what is alike for all scores, and a function of one score for kernels.
+    """Return ``read(b, h, aux)`` and ``f(product, scales, known, b, h, i, j, x, y, r, c, aux)`` for kernels.
 
-    ``f(product, scales, known, b, h, i, j, x, y, r, c, aux)`` gets what was read, and x + r, y + c: i, j in
-    float.  Turning an integer into a float costs as much as several products do, adding to a float does not.
+    `known` is what was read: what all scores of a head have alike.  `scales` are the scale and 1 over it; the
+    score of a product is returned, or `folded` that score over the scale.  x + r and y + c are i and j in
+    float, r and c numbers when it is compiled: turning an integer into a float costs as much as several
+    products do, adding to a float does not, and where i - j is wanted, what differs by rows and columns
+    alone is found once.
     """
     source = None if mod is None or SIMULATOR else source_of(mod, arrays, "folded" if folded else "float")
     if source is not None:
@@ -104,7 +108,7 @@ def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> tuple
 
 
 def folds(mod: Mod | None, arrays: Arrays) -> bool:
-    """Return whether a score is itself, and what does not depend on it is added."""
+    """Return whether the scale may go into factors of what is added to a score."""
     return mod is not None and not SIMULATOR and source_of(mod, arrays, "folded") is not None
 
 
@@ -134,7 +138,8 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
     arrays : tuple
         Dtype and axes of each array of `aux`.
     result : str
-        ``"bool"`` for a mask, ``"float"`` for a score.
+        ``"bool"`` for a mask, ``"float"`` for a score, ``"folded"`` for a score over the scale, if that
+        saves a product: it goes into the factors of what is added to the score.
 
     Examples
     --------
@@ -148,27 +153,18 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         return t4
     """
     leading = ("score",) if result != "bool" else ()
-    floats = {"i": ("x", 1, 0) if BASE > 1 else ("float32(x + r)", 0, 0), "j": ("y", 0, 1) if BASE else ("float32(y + c)", 0, 0)} if leading else {}
     lines: list[str] = []
-    alike: list[str] = []
-    left = PATHS
+    alike: list[str] = []  # those that all scores of a head have alike, before the first decision
+    left, gains = PATHS, False
 
     def follow(decisions: tuple[bool, ...], indent: str) -> None:
         """Write what happens after the last of some decisions."""
-        nonlocal left, alike
+        nonlocal left, alike, gains
         left -= 1
         if left < 0:
             raise UntraceableError("too many paths")
         trace = Trace(decisions)
-        trace.floats |= floats
-        given: list[Any] = [Value(trace, name, "float") for name in leading]
-        if leading:
-            trace.needs |= {name: frozenset((name,)) for name in ("score", "i", "j", "scale", "inverse")}
-            trace.needs |= {"product": trace.needs["score"], "x": trace.needs["i"], "y": trace.needs["j"]}
-            trace.needs["r"] = trace.needs["i"]
-            trace.needs["c"] = trace.needs["j"]
-            scale, product = Value(trace, "scale", "float"), Value(trace, "product", "float")
-            trace.products["score"] = scale, product, None
+        given: list[Any] = [_score(trace) for _ in leading]
         given += [Value(trace, name, "int", 0, LONGEST) for name in NAMES]
         if mod.takes_aux:
             given.append(tuple(Array(trace, f"aux[{n}]", *kind) for n, kind in enumerate(arrays)))
@@ -186,6 +182,7 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         if result == "float":
             found = found.as_float()
         elif result == "folded":
+            gains = gains or _gains(found.as_float(), trace)
             found = _folded(found.as_float(), trace)
         elif found.kind != "bool":
             raise UntraceableError("a mask that is no truth value")
@@ -197,13 +194,26 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         follow((), "    ")
     except Exception:  # whatever is wrong with the function, Numba says it with the line
         return None
+    if result == "folded" and not gains:
+        return None
     if not leading:
         return "\n".join([f"def traced({', '.join(NAMES)}, aux):", *lines])
     return "\n".join(_with_reading(lines, alike))
 
 
+def _score(trace: Trace) -> Value:
+    """Return the score, of which a trace gets to know what it is, and its indices in float."""
+    for names, what in (("score product", "score"), ("i x r", "i"), ("j y c", "j")):
+        trace.needs |= {name: frozenset((what,)) for name in names.split()}
+    trace.needs |= {name: frozenset((name,)) for name in SCALES}
+    trace.floats["i"] = ("x", 1, 0) if BASE > 1 else ("float32(x + r)", 0, 0)
+    trace.floats["j"] = ("y", 0, 1) if BASE else ("float32(y + c)", 0, 0)
+    trace.products["score"] = Value(trace, "scale", "float"), Value(trace, "product", "float"), None
+    return Value(trace, "score", "float")
+
+
 def _with_reading(lines: list[str], alike: list[str]) -> list[str]:
-    """Return the lines of a score function, and before it those of what reads what all scores have alike."""
+    """Return the lines of a function of a score, and before them those of what reads what they have alike."""
     read = [line for line in alike if "aux[" in line] if LOAD else []
     known = ", ".join([line.split()[0] for line in read] + ["0"])
     return [
@@ -218,17 +228,24 @@ def _with_reading(lines: list[str], alike: list[str]) -> list[str]:
     ]
 
 
-def _folded(value: Value, trace: Trace) -> Value:
-    """Return a score over the scale: the product, where it is a term."""
+def _folded(value: Any, trace: Trace) -> Any:
+    """Return a score over the scale, of the product itself, if it is a sum with the score."""
     if value.code == "score":
         return Value(trace, "product", "float")
     if "score" not in trace.depends(value.code):
         return value * Value(trace, "inverse", "float")
     if value.code not in trace.sums:
-        raise UntraceableError("more than a sum with a score")
+        raise UntraceableError("more than a sum with the score")
     sign, x, y = trace.sums[value.code]
     x, y = _folded(x, trace), _folded(y, trace)
     return x + y if sign == "+" else x - y
+
+
+def _gains(value: Any, trace: Trace) -> bool:
+    """Return whether a term of a sum is a product whose factor the scale may go into."""
+    if "score" not in trace.depends(value.code):
+        return value.code in trace.products
+    return value.code in trace.sums and any(_gains(x, trace) for x in trace.sums[value.code][1:])
 
 
 def _truth(value: Value) -> str:
@@ -287,8 +304,9 @@ class _Module:
         return self._trace.named(f"{code}({self._trace.of(x).as_float().code})", "float")
 
     def tanh(self, x: Any) -> Any:
-        """Return the tangent."""
-        trace, x = self._trace, self._trace.of(x).as_float()
+        """Return the tangent, 1 - 2 / (exp(2 x) + 1), within 2**-22: as exact as a score."""
+        trace: Trace = self._trace
+        x = trace.of(x).as_float()
         if traced_values.GROUP and APPROX:
             return self._called("tanh_approx", x)
         if traced_values.GROUP:

@@ -41,10 +41,13 @@ class Trace:
 
     def __init__(self, decisions: tuple[bool, ...]) -> None:
         self.decisions, self.asked, self.lines = decisions, 0, [""]
-        self.floats: dict[str, tuple[str, int, int]] = {}  # of integers that there are in float32: `_in_float`
-        self.needs: dict[str, frozenset[str]] = {}  # of a name: on what of a score it depends
-        self.products: dict[str, tuple[Value, Value, Value | None]] = {}  # factor alike for all, other, addend
-        self.sums: dict[str, tuple[str, Value, Value]] = {}
+        self.floats: dict[
+            str, tuple[str, int, int]
+        ] = {}  # of integers that there are in float32: `_in_float`
+        self.needs: dict[str, frozenset[str]] = {}  # of a name: what, of a score, it depends on
+        # Of floats: a factor that all scores of a head have alike, the other, what is added, also alike.
+        self.products: dict[str, tuple[Value, Value, Value | None]] = {}
+        self.sums: dict[str, tuple[str, Value, Value]] = {}  # of floats: the sign and both terms
         self.fresh = 0  # lines that belong before the last decision
 
     def named(self, code: str, kind: str, low: int = 0, high: int = 0) -> Value:
@@ -55,7 +58,7 @@ class Trace:
         return Value(self, name, kind, low, high)
 
     def depends(self, code: str) -> frozenset[str]:
-        """Return on what of a score a piece of code depends."""
+        """Return what, of a score, a piece of code depends on."""
         return frozenset().union(*(self.needs.get(word, ()) for word in re.findall(r"[a-z_]\w*", code)))
 
     def alike(self) -> list[str]:
@@ -101,13 +104,15 @@ def _narrow(low: int, high: int) -> bool:
 
 
 def _in_float(base: str, rows: int, columns: int) -> str:
-    """Return the code of an integer in float32: `base`, then as often `r` and `c`.
+    """Return the code of an integer in float32: `base`, and so many times `r` and `c`, all of it exact.
 
-    A row and a column within a tile are numbers when it is compiled, and so is their sum.
+    Row and column within a tile are numbers when it is compiled: so is what is made of both, which may be
+    the same for several scores.
     """
-    if not rows and not columns:
+    counted = [(n, name) for n, name in ((rows, "r"), (columns, "c")) if n]
+    if not counted:
         return base
-    terms = [f"{'-' * (n < 0)}{name}" if abs(n) == 1 else f"float32({n}) * {name}" for n, name in ((rows, "r"), (columns, "c")) if n]
+    terms = [f"{'-' * (n < 0)}{name}" if abs(n) == 1 else f"float32({n}) * {name}" for n, name in counted]
     return f"float32({base} + float32({' + '.join(terms)}))"
 
 
@@ -223,7 +228,11 @@ def _arithmetic(sign: str, reach: Callable[..., int]) -> Callable[[Value, Value]
 
 
 def _product(x: Value, y: Value) -> Value:
-    """Return a product of floats: what is alike for all scores is multiplied first, which is done once."""
+    """Return a product of floats: what all scores of a head have alike is multiplied first, once for all.
+
+    A rounding differs from the order in which the user multiplies, and no other: sums are left as they are,
+    but for those of `products`, where a number is added.
+    """
     trace = x.trace
     if not GROUP:
         return trace.named(f"float32({x.code} * {y.code})", "float")

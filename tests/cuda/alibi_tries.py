@@ -83,7 +83,7 @@ def form_of(name: str) -> Form:
     def bent(score: Any, _b: Any, _h: Any, _i: Any, _j: Any) -> Any:
         return cap * torch.tanh(score / cap)
 
-    if name == "ALiBi":
+    if name.startswith("ALiBi"):
         return Form(name, 4, 16, 4096, mods.causal, mods.alibi(), (slopes,), mods.causal, alibi)
     if name == "causal":
         return Form(name, 4, 16, 4096, mods.causal, None, (), mods.causal, None)
@@ -115,7 +115,8 @@ def prepare(name: str, D: int, way: str) -> None:
     form = form_of(name)
     stream: Any = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        in_way(way, call_of(form, *arrays(name, form, D), our_blocks(form), stream.cuda_stream))()
+        q, k, v = arrays(name, form, D)
+        in_way(way, call_of(form, q, k, v, our_blocks(form), stream.cuda_stream))()
         torch.cuda.synchronize()
 
 

@@ -59,8 +59,8 @@ def played(
     """Return the output and the log-sum-exps that the kernel makes, in float32.
 
     `which` is that of the candidates for tiles; `short` says that the mask stands in the kernel for each
-    score, `words` that what it allows is read, `folded` that scores stay over the scale; `mutant` names one of `MODULES`, a part of it, and what
-    stands there instead.
+    score, `words` that what it allows is read, `folded` that scores stay over the scale; `mutant` names one
+    of `MODULES`, a part of it, and what stands there instead.
     """
     (B, Tq, H, D), (_, Tk, kv_heads, Dv) = q.shape, v.shape
     kind = "f16" if q.dtype == np.float16 else "bf16"

@@ -81,7 +81,13 @@ def test_outputs(case: str, late: bool, words: bool, monkeypatch: pytest.MonkeyP
     sizes, options, which = CASES[case]
     kind = "bf16" if case == "both" else "f16"
     q, k, v = _arrays(kind, *sizes)
-    how = {"which": which, "late": late, "short": late, "words": words, "folded": case == "score folded"}
+    how: dict[str, Any] = {
+        "which": which,
+        "late": late,
+        "short": late,
+        "words": words,
+        "folded": case == "score folded",
+    }
     found = played(monkeypatch, q, k, v, **how, **options)
     assert _difference(found, q, k, v, options) <= 1
 

@@ -36,7 +36,7 @@ def float32(x: Any) -> Any:
 def run(
     function: Any, aux: tuple[Any, ...], result: str, entries: Any, scale: float = 0.25
 ) -> list[tuple[Any, Any]]:
-    """Return what the traced and what the given function say of each entry; a score "folded", over the scale."""
+    """Return what the traced and what the given function say of each entry."""
     mod = as_mod("given", function, () if result == "bool" else ("score",))
     arrays = tuple(("float32" if x.dtype.kind == "f" else x.dtype.name, x.ndim) for x in aux)
     source = source_of(mod, arrays, result)
@@ -135,7 +135,8 @@ ARRAYS = RNG.standard_normal((4, 11)), RNG.standard_normal(2), np.array([1, 0, 2
 @pytest.mark.parametrize("result", ["float", "folded"])
 @pytest.mark.parametrize("scale", [0.125, 3.0])
 def test_scores_with_terms(result: str, scale: float) -> None:
-    entries = [(np.float32(score), *entry) for score, entry in zip(RNG.standard_normal(300), indices(), strict=True)]
+    scores = RNG.standard_normal(300).astype(np.float32)
+    entries = [(score, *entry) for score, entry in zip(scores, indices(), strict=True)]
     for found, wanted in run(biased, ARRAYS, result, entries, scale):
         assert found == wanted or abs(found - wanted) <= 4e-6 * (1 + abs(wanted))
     if result == "float":
@@ -144,16 +145,16 @@ def test_scores_with_terms(result: str, scale: float) -> None:
 
 
 def test_what_folds() -> None:
-    """A score that is a term; not one that is bent, or multiplied."""
+    """A score with products beside it; not one that is bent or multiplied, nor where nothing is saved."""
     named = {name: as_mod("score_mod", mod, ("score",)) for name, mod in {
         "alibi": mods.alibi(), "biased": biased, "softcap": mods.softcap(2.0), "bent": bent,
         "twice": lambda score, b, h, i, j: 2 * score - j, "itself": lambda score, b, h, i, j: score,
-        "less": lambda score, b, h, i, j: j - score, "both": lambda score, b, h, i, j: score + score,
+        "less": lambda score, b, h, i, j: 0.5 * j - score, "both": lambda score, b, h, i, j: score + score,
     }.items()}  # fmt: skip
     arrays = (("float32", 1),)
     kinds = {"biased": (("float32", 2), ("float32", 1), ("int64", 1))}
     found = {name for name, mod in named.items() if source_of(mod, kinds.get(name, arrays), "folded")}
-    assert found == {"alibi", "biased", "itself", "less", "both"}
+    assert found == {"alibi", "biased", "less"}
 
 
 def test_what_is_alike_is_read_before() -> None:
@@ -164,7 +165,7 @@ def test_what_is_alike_is_read_before() -> None:
 
     before = {}
     for name, mod in {"alibi": mods.alibi(), "guarded": guarded}.items():
-        source = source_of(as_mod("score_mod", mod, ("score",)), (("float32", 1),) * 2, "folded")
+        source = source_of(as_mod("score_mod", mod, ("score",)), (("float32", 1),) * 2, "float")
         assert source is not None
         read, _, traced = source.partition("def traced")
         before[name] = read.count("aux["), traced.count("aux[")
