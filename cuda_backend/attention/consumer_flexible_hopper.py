@@ -55,9 +55,13 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     output_done = wgmma.wait(0, o_count)
 
     @device_function
-    def look(base: Any, stage: Any, numbers: Any) -> Any:
-        """Return the key tile of a step, and what this warpgroup, and thread, may see of it."""
+    def look(base: Any, stage: Any, numbers: Any, place: Any) -> Any:
+        """Return the key tile of a step, what this warpgroup, and thread, may see of it, what scores share.
+
+        Read again for each step, it needs no registers all along; products that run meanwhile take longer.
+        """
         _, _, group_index, masks = numbers
+        b, h, _, _, _, _, aux = place
         slot = base + step_slot + STEP_BYTES * stage
         step, seen = registers.uniform(copy.load_shared_word(slot)), int32(0)
         bits = cuda.local.array(2, uint32)
@@ -66,15 +70,15 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         if words:
             at = masks + uint64(128 * WORD_BYTES) * uint64(max(seen, int32(0)))
             copy.load_8(bits, int32(0), at)
-        return step, seen, bits[0], bits[1]
+        return step, seen, bits[0], bits[1], read(b, h, aux)
 
     @device_function
     def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
         """Turn products of a step into weights; return maxima, sums and factors of what was before."""
         scales, factor, _, _ = numbers
-        b, h, row, last, column, tk, aux, known = place
+        b, h, row, last, column, tk, aux = place
         max_low, sum_low, max_high, sum_high = old
-        tile, seen, low, high = step
+        tile, seen, low, high, known = step
         where = b, h, row, last, int32(tile * block_n + column), tk, aux
         if modified:
             modify(s, (scales, known), where)
@@ -113,7 +117,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
             own = registers.fresh(thread)  # again for each tile, rather than kept in a register
             row = int32(row_block * block_m + 64 * group_index + 16 * ((own >> 5) & 3) + ((own >> 2) & 7))
-            place = batch, q_head, row, int32(tq - 1), int32(2 * quad_lane), tk, aux, read(batch, q_head, aux)
+            place = batch, q_head, row, int32(tq - 1), int32(2 * quad_lane), tk, aux
             for i in range(o_count):
                 o[i] = float32(0.0)
             rows = float32(NO_KEY), float32(0.0), float32(NO_KEY), float32(0.0)
@@ -122,7 +126,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                 wgmma.fence()
                 qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
-                step = look(base, stage, numbers)
+                step = look(base, stage, numbers, place)
                 scores_done(s)
                 barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                 rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)
@@ -138,7 +142,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                     wgmma.commit()
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
-                    step = look(base, stage, numbers)
+                    step = look(base, stage, numbers, place)
                     scores_first_done(s)
                     barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                     rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)

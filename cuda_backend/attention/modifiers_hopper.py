@@ -33,7 +33,7 @@ rolled = instruction(
 def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., Any], ...]:
     """Return ``read(b, h, aux)``, ``modify(s, given, where)`` and ``mask(s, low, high, where)``.
 
-    The first is for a tile of query rows, the others for a tile of scores.
+    The first reads what all scores of a head have alike.
     `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
     are, and `aux`.
     ``modify`` makes products into scores, or scores over the scale if the variant is `folded`; it is `given`

@@ -306,11 +306,11 @@ class _Module:
     def tanh(self, x: Any) -> Any:
         """Return the tangent, 1 - 2 / (exp(2 x) + 1), within 2**-22: as exact as a score."""
         trace: Trace = self._trace
-        x = trace.of(x).as_float()
+        half: Any = trace.of(x).as_float()
         if traced_values.GROUP and APPROX:
-            return self._called("tanh_approx", x)
+            return self._called("tanh_approx", half)
         if traced_values.GROUP:
-            grown = x * (2.0 * LOG2_E)
+            grown = half * (2.0 * LOG2_E)
             r = trace.named(f"reciprocal(float32(exp2({grown.code}) + float32(1.0)))", "float")
             made = trace.named(f"float32(float32(1.0) - float32(2.0) * {r.code})", "float")
             trace.products[made.code] = trace.of(-2.0), r, trace.of(1.0)
@@ -320,7 +320,8 @@ class _Module:
     def exp(self, x: Any) -> Any:
         """Return e**x."""
         if traced_values.GROUP:
-            grown = self._trace.of(x).as_float() * LOG2_E
+            given: Any = self._trace.of(x).as_float()
+            grown = given * LOG2_E
             return self._trace.named(f"exp2({grown.code})", "float")
         return self._called("exp", x)
 

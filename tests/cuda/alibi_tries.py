@@ -55,8 +55,8 @@ SPREAD = {"softcap 50": 4.0}  # queries times this: scores of up to 25, which a 
 
 def in_way(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
     way = WAYS[name]
-    plan = functools.lru_cache(maxsize=None)(plan_flexible_hopper.make_flexible_plan.__wrapped__)
-    function = functools.cache(plan_flexible_hopper._function.__wrapped__)
+    plan = functools.lru_cache(maxsize=None)(vars(plan_flexible_hopper.make_flexible_plan)["__wrapped__"])
+    function = functools.cache(vars(plan_flexible_hopper._function)["__wrapped__"])
 
     def made() -> Any:
         with pytest.MonkeyPatch.context() as patch:

@@ -107,8 +107,10 @@ MISTAKES: dict[str, Mutant] = {
     "columns of the mask": ("modifiers", "e // 2) + e % 2", "e // 2)"),
     "a bit of the other row": ("modifiers", "int32(high & bit)", "int32(low & bit)"),
     "keys of padding": ("modifiers", "inside = j < tk", "inside = j <= tk"),
-    "score not scaled": ("modifiers", "scales, known = given", "(_, known), scales = given, (1.0, 1.0)"),
+    "score not scaled": ("modifiers", "scales, known = given", "(scales, known), scales = given, (1, given[0][1])"),
     "columns of the score": ("modifiers", "c = float32(8 * i + e)", "c = float32(8 * i)"),
+    "not over the scale": ("consumer", "float32(1.0) / scale", "scale"),
+    "what another head has": ("consumer", "read(b, h, aux)", "read(b, h + 1, aux)"),
     "the first row's score": ("modifiers", "float32(8.0)", "float32(0.0)"),
     "the list of the first tile": ("producer", "uint64(words[2])", "uint64(0)"),
     "a list one longer": ("producer", "int32(words[3])", "int32(words[3] + 1)"),
@@ -119,10 +121,9 @@ MISTAKES: dict[str, Mutant] = {
 }  # fmt: skip
 
 
-SCORED = ("score not scaled", "columns of the score", "the first row's score")
 ASKED = ("the other row's mask", "columns of the mask", "keys of padding", "first column")
 ROLLED = ("columns of the mask", "a bit of the other row")
-READ = ("the bits of the first tile", "bits of another thread")
+READ = ("the bits of the first tile", "bits of another thread", "not over the scale")
 
 
 @pytest.mark.parametrize("how", ["rolled", "short", "words"])
@@ -145,6 +146,7 @@ def test_mistakes_are_seen(mistake: str, how: str, monkeypatch: pytest.MonkeyPat
             blocks=1,
             short=how == "short",
             words=how == "words",
+            folded=how == "words",
             mutant=MISTAKES[mistake],
             **options,
         )
