@@ -43,7 +43,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
     next_stage, next_q_stage = ring(tiles.stages), ring(tiles.q_stages)
-    (read, modify, mask), words = build_modifiers(variant), variant.words
+    (modify, mask), words = build_modifiers(variant), variant.words
     _, softmax_row, pack_scores = build_softmax(tiles)
     (rescale, _, _), finish = build_output(tiles), build_finish(tiles)
     pin_scores = registers.pin(s_count)
@@ -55,13 +55,9 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     output_done = wgmma.wait(0, o_count)
 
     @device_function
-    def look(base: Any, stage: Any, numbers: Any, place: Any) -> Any:
-        """Return the key tile of a step, what this warpgroup, and thread, may see of it, what scores share.
-
-        Read again for each step, it needs no registers all along; products that run meanwhile take longer.
-        """
+    def look(base: Any, stage: Any, numbers: Any) -> Any:
+        """Return the key tile of a step, and what this warpgroup, and thread, may see of it."""
         _, _, group_index, masks = numbers
-        b, h, _, _, _, _, aux = place
         slot = base + step_slot + STEP_BYTES * stage
         step, seen = registers.uniform(copy.load_shared_word(slot)), int32(0)
         bits = cuda.local.array(2, uint32)
@@ -70,7 +66,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         if words:
             at = masks + uint64(128 * WORD_BYTES) * uint64(max(seen, int32(0)))
             copy.load_8(bits, int32(0), at)
-        return step, seen, bits[0], bits[1], read(b, h, aux)
+        return step, seen, bits[0], bits[1]
 
     @device_function
     def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
@@ -78,10 +74,10 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         scales, factor, _, _ = numbers
         b, h, row, last, column, tk, aux = place
         max_low, sum_low, max_high, sum_high = old
-        tile, seen, low, high, known = step
+        tile, seen, low, high = step
         where = b, h, row, last, int32(tile * block_n + column), tk, aux
         if modified:
-            modify(s, (scales, known), where)
+            modify(s, scales, where)
         if masked and seen >= 0:
             mask(s, low, high, where)
         max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
@@ -126,7 +122,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                 wgmma.fence()
                 qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
-                step = look(base, stage, numbers, place)
+                step = look(base, stage, numbers)
                 scores_done(s)
                 barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                 rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)
@@ -142,7 +138,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                     wgmma.commit()
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
-                    step = look(base, stage, numbers, place)
+                    step = look(base, stage, numbers)
                     scores_first_done(s)
                     barrier.arrive_warp(base + k_empty + 8 * stage, lane)
                     rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)

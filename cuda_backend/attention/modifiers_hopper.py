@@ -30,26 +30,23 @@ rolled = instruction(
 )
 
 
-def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., Any], ...]:
-    """Return ``read(b, h, aux)``, ``modify(s, given, where)`` and ``mask(s, low, high, where)``.
+def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return ``modify(s, scales, where)`` and ``mask(s, low, high, where)`` for a tile of scores.
 
-    The first reads what all scores of a head have alike.
     `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
     are, and `aux`.
-    ``modify`` makes products into scores, or scores over the scale if the variant is `folded`; it is `given`
-    the scale and 1 over it in a pair, and what ``read`` returned.  ``mask`` makes scores -inf that the mask
-    forbids, or that are those of no key: it asks, unless the variant has the answers as bits `low` and `high`
-    (`mask_words`).
+    ``modify`` makes products into scores, or scores over the scale if the variant is `folded`; `scales` are
+    the scale and 1 over it.  ``mask`` makes scores -inf that the mask forbids, or that are those of no key:
+    it asks, unless the variant has the answers as bits `low` and `high` (`mask_words`).
     """
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
     columns = 2 if variant.tiles.consumers == 3 else 4  # of a row asked at once: where registers are few, 2
     allows = traced_mask(mods.mask, mods.aux)
-    read, changed = traced_score(mods.score, mods.aux, variant.folded)
+    changed = traced_score(mods.score, mods.aux, variant.folded)
 
     @device_function
-    def modify_four(i: Any, s: Any, given: Any, where: Any) -> None:
-        scales, known = given
+    def modify_four(i: Any, s: Any, scales: Any, where: Any) -> None:
         b, h, row, last, first, tk, aux = where
         i_low, i_high = min(row, last), min(int32(row + 8), last)
         # Floats go on behind the last query and key, whose scores are nobody's.
@@ -59,14 +56,14 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., Any], ...]:
             c = float32(8 * i + e)
             if ragged:
                 j = min(j, int32(tk - 1))
-            s[4 * i + e] = changed(s[4 * i + e], scales, known, b, h, i_low, j, x, y, low, c, aux)
-            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scales, known, b, h, i_high, j, x, y, high, c, aux)
+            s[4 * i + e] = changed(s[4 * i + e], scales, b, h, i_low, j, x, y, low, c, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scales, b, h, i_high, j, x, y, high, c, aux)
 
     modify_all = _repeated(modify_four, count // 4)
 
     @device_function
-    def modify(s: Any, given: Any, where: Any) -> None:
-        modify_all(int32(0), s, given, where)
+    def modify(s: Any, scales: Any, where: Any) -> None:
+        modify_all(int32(0), s, scales, where)
 
     @device_function
     def pick(s: Any, low: Any, high: Any, _where: Any) -> None:
@@ -130,9 +127,9 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., Any], ...]:
         mask_all(int32(0), s, float32(0.0), where)
 
     if variant.words:
-        return read, modify, pick
+        return modify, pick
     short = not masked or is_short(mods.mask, mods.aux)
-    return read, modify, mask_at_once if short else mask
+    return modify, mask_at_once if short else mask
 
 
 def _repeated(function: Callable[..., None], count: int) -> Callable[..., None]:

@@ -15,7 +15,6 @@ import numpy as np
 
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import ITEMSIZE, Layout, View, laid_out, view
-from cuda_backend.attention import traced
 from cuda_backend.attention.counters import TileCounters, tile_counters
 from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, encode_together, encoder
 from cuda_backend.attention.lists_hopper import key_lists, live_tiles
@@ -211,7 +210,7 @@ def _function(variant: FlexibleVariant, device: int) -> Any:
     mods = variant.mods
     keys = [None if mod is None else mod.key for mod in (mods.mask, mods.score)]
     with blamed(mods):
-        name: tuple[object, ...] = (*variant._replace(mods=None)[:], mods.aux, *keys, traced.trial())  # type: ignore[arg-type]
+        name: tuple[object, ...] = (*variant._replace(mods=Mods()), mods.aux, *keys)
         if " object at 0x" in repr(keys):
             name = *name, uuid4()  # a function reads what has no name that another process would know
         function = load("attention_flexible_hopper", name, device, make)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, device_function
-from cuda_backend.attention import traced_values
 from cuda_backend.attention.traced_values import (
     LONGEST,
     SCALES,
@@ -30,12 +29,11 @@ from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import instruction, types
 from refimpl.attention.user_functions import Mod
 
-__all__ = ["is_short", "source_of", "traced_mask", "traced_score"]
+__all__ = ["folds", "is_short", "source_of", "traced_mask", "traced_score"]
 
 PATHS, SHORT = 32, 20
 LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
 NAMES = "b", "h", "i", "j"
-BASE, APPROX, LOAD = 2, False, True
 Arrays = tuple[tuple[str, int], ...]
 float32 = types.float32
 
@@ -50,61 +48,32 @@ reciprocal = instruction(
 )
 
 
-tanh_approx = instruction(
-    "tanh_approx",
-    types.float32,
-    {"x": types.float32},
-    "tanh.approx.f32 $0, $1;",
-    "=f,f",
-    'The hyperbolic tangent, relative error 2**-11.  PTX ISA, "tanh".',
-    pure=True,
-)
-
-
-def trial() -> tuple[Any, ...]:
-    return BASE, APPROX, LOAD, traced_values.GROUP
-
-
-@device_function
-def tanh(x: Any) -> Any:
-    """Return the hyperbolic tangent within 2**-22: as exact as a score, for two special functions."""
-    grown = registers.exp2(float32(x * float32(2.0 * LOG2_E)))
-    return float32(1.0) - float32(2.0) * reciprocal(grown + float32(1.0))
-
-
-@device_function
-def exp(x: Any) -> Any:
-    """Return e**x, with a relative error that grows with x as that of x * log2(e) in float32."""
-    return registers.exp2(float32(x * float32(LOG2_E)))
-
-
 def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
     """Return ``f(b, h, i, j, aux)`` for kernels, as `mask_on_device` does."""
     source = None if mod is None or SIMULATOR else source_of(mod, arrays, "bool")
     return mask_on_device(mod) if source is None else _compiled(source)
 
 
-def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> tuple[Any, Any]:
-    """Return ``read(b, h, aux)`` and ``f(product, scales, known, b, h, i, j, x, y, r, c, aux)`` for kernels.
+def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> Any:
+    """Return ``f(product, scales, b, h, i, j, x, y, r, c, aux)`` for kernels.
 
-    `known` is what was read: what all scores of a head have alike.  `scales` are the scale and 1 over it; the
-    score of a product is returned, or `folded` that score over the scale.  x + r and y + c are i and j in
-    float, r and c numbers when it is compiled: turning an integer into a float costs as much as several
-    products do, adding to a float does not, and where i - j is wanted, what differs by rows and columns
-    alone is found once.
+    `scales` are the scale and 1 over it; the score of a product is returned, or `folded` that score over the
+    scale.  x + r and y + c are i and j in float, r and c numbers when it is compiled: turning an integer into
+    a float costs as much as several products do, adding to a float does not, and where i - j is wanted, what
+    differs by rows and columns alone is found once.
     """
     source = None if mod is None or SIMULATOR else source_of(mod, arrays, "folded" if folded else "float")
     if source is not None:
-        return _compiled(source, "read"), _compiled(source)
+        return _compiled(source)
     given = score_on_device(mod)
 
     def asked(
-        product: Any, scales: Any, _known: Any, b: Any, h: Any, i: Any, j: Any,
+        product: Any, scales: Any, b: Any, h: Any, i: Any, j: Any,
         _x: Any, _y: Any, _r: Any, _c: Any, aux: Any,
     ) -> Any:  # fmt: skip
         return given(product * scales[0], b, h, i, j, aux)
 
-    return device_function(lambda _b, _h, _aux: (0,)), device_function(asked)
+    return device_function(asked)
 
 
 def folds(mod: Mod | None, arrays: Arrays) -> bool:
@@ -118,14 +87,13 @@ def is_short(mod: Mod | None, arrays: Arrays) -> bool:
     return source is not None and "aux[" not in source and source.count("\n") <= SHORT and "if " not in source
 
 
-def _compiled(source: str, name: str = "traced") -> Any:
+def _compiled(source: str) -> Any:
     scope = {
         "int32": types.int32, "uint32": types.uint32, "float32": types.float32,
-        "infinity": np.float32(np.inf), "tanh": tanh, "exp": exp, "math": math,
-        "exp2": registers.exp2, "reciprocal": reciprocal, "tanh_approx": tanh_approx,
+        "infinity": np.float32(np.inf), "math": math, "exp2": registers.exp2, "reciprocal": reciprocal,
     }  # fmt: skip
     exec(source, scope)
-    return device_function(scope[name])
+    return device_function(scope["traced"])
 
 
 def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
@@ -154,12 +122,11 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
     """
     leading = ("score",) if result != "bool" else ()
     lines: list[str] = []
-    alike: list[str] = []  # those that all scores of a head have alike, before the first decision
     left, gains = PATHS, False
 
     def follow(decisions: tuple[bool, ...], indent: str) -> None:
         """Write what happens after the last of some decisions."""
-        nonlocal left, alike, gains
+        nonlocal left, gains
         left -= 1
         if left < 0:
             raise UntraceableError("too many paths")
@@ -171,7 +138,6 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         try:
             found = trace.of(_with_stand_ins(mod.function, trace)(*given))
         except UndecidedError as question:
-            alike = alike if decisions else trace.alike()
             condition = _truth(question.value)
             lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
             lines.append(f"{indent}if {condition}:")
@@ -186,7 +152,6 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
             found = _folded(found.as_float(), trace)
         elif found.kind != "bool":
             raise UntraceableError("a mask that is no truth value")
-        alike = alike if decisions else trace.alike()
         lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
         lines.append(f"{indent}return {found.code}")
 
@@ -196,9 +161,11 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         return None
     if result == "folded" and not gains:
         return None
+    names = ", ".join(NAMES)
     if not leading:
-        return "\n".join([f"def traced({', '.join(NAMES)}, aux):", *lines])
-    return "\n".join(_with_reading(lines, alike))
+        return "\n".join([f"def traced({names}, aux):", *lines])
+    head = f"def traced(product, scales, {names}, x, y, r, c, aux):"
+    return "\n".join([head, "    scale, inverse = scales", "    score = float32(product * scale)", *lines])
 
 
 def _score(trace: Trace) -> Value:
@@ -206,26 +173,10 @@ def _score(trace: Trace) -> Value:
     for names, what in (("score product", "score"), ("i x r", "i"), ("j y c", "j")):
         trace.needs |= {name: frozenset((what,)) for name in names.split()}
     trace.needs |= {name: frozenset((name,)) for name in SCALES}
-    trace.floats["i"] = ("x", 1, 0) if BASE > 1 else ("float32(x + r)", 0, 0)
-    trace.floats["j"] = ("y", 0, 1) if BASE else ("float32(y + c)", 0, 0)
+    trace.floats["i"] = "x", 1, 0
+    trace.floats["j"] = "y", 0, 1
     trace.products["score"] = Value(trace, "scale", "float"), Value(trace, "product", "float"), None
     return Value(trace, "score", "float")
-
-
-def _with_reading(lines: list[str], alike: list[str]) -> list[str]:
-    """Return the lines of a function of a score, and before them those of what reads what they have alike."""
-    read = [line for line in alike if "aux[" in line] if LOAD else []
-    known = ", ".join([line.split()[0] for line in read] + ["0"])
-    return [
-        "def read(b, h, aux):",
-        *(f"    {line}" for line in alike if read),
-        f"    return ({known},)",
-        f"def traced(product, scales, known, {', '.join(NAMES)}, x, y, r, c, aux):",
-        "    scale, inverse = scales",
-        *([f"    {known[:-3]}, _ = known"] if read else []),
-        "    score = float32(product * scale)",
-        *(line for line in lines if line.removeprefix("    ") not in read),
-    ]
 
 
 def _folded(value: Any, trace: Trace) -> Any:
@@ -300,30 +251,20 @@ class _Module:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
 
-    def _called(self, code: str, x: Any) -> Any:
-        return self._trace.named(f"{code}({self._trace.of(x).as_float().code})", "float")
-
     def tanh(self, x: Any) -> Any:
         """Return the tangent, 1 - 2 / (exp(2 x) + 1), within 2**-22: as exact as a score."""
         trace: Trace = self._trace
         half: Any = trace.of(x).as_float()
-        if traced_values.GROUP and APPROX:
-            return self._called("tanh_approx", half)
-        if traced_values.GROUP:
-            grown = half * (2.0 * LOG2_E)
-            r = trace.named(f"reciprocal(float32(exp2({grown.code}) + float32(1.0)))", "float")
-            made = trace.named(f"float32(float32(1.0) - float32(2.0) * {r.code})", "float")
-            trace.products[made.code] = trace.of(-2.0), r, trace.of(1.0)
-            return made
-        return self._called("tanh", x)
+        grown = half * (2.0 * LOG2_E)
+        r = trace.named(f"reciprocal(float32(exp2({grown.code}) + float32(1.0)))", "float")
+        made = trace.named(f"float32(float32(1.0) - float32(2.0) * {r.code})", "float")
+        trace.products[made.code] = trace.of(-2.0), r, trace.of(1.0)
+        return made
 
     def exp(self, x: Any) -> Any:
-        """Return e**x."""
-        if traced_values.GROUP:
-            given: Any = self._trace.of(x).as_float()
-            grown = given * LOG2_E
-            return self._trace.named(f"exp2({grown.code})", "float")
-        return self._called("exp", x)
+        """Return e**x, with a relative error that grows with x as that of x * log2(e) in float32."""
+        given: Any = self._trace.of(x).as_float()
+        return self._trace.named(f"exp2({(given * LOG2_E).code})", "float")
 
     def float32(self, x: Any) -> Any:
         """Return the number in float32."""

@@ -17,7 +17,6 @@ __all__ = ["LONGEST", "Array", "Trace", "UndecidedError", "UntraceableError", "V
 
 LONGEST = 1 << 24  # of an axis: float32 still counts so far
 _INT32 = 1 << 31
-GROUP = True
 SCALES = frozenset(("scale", "inverse"))
 _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 
@@ -41,9 +40,8 @@ class Trace:
 
     def __init__(self, decisions: tuple[bool, ...]) -> None:
         self.decisions, self.asked, self.lines = decisions, 0, [""]
-        self.floats: dict[
-            str, tuple[str, int, int]
-        ] = {}  # of integers that there are in float32: `_in_float`
+        # Of integers that there are in float32, too, exactly: what `_in_float` makes code of.
+        self.floats: dict[str, tuple[str, int, int]] = {}
         self.needs: dict[str, frozenset[str]] = {}  # of a name: what, of a score, it depends on
         # Of floats: a factor that all scores of a head have alike, the other, what is added, also alike.
         self.products: dict[str, tuple[Value, Value, Value | None]] = {}
@@ -60,14 +58,6 @@ class Trace:
     def depends(self, code: str) -> frozenset[str]:
         """Return what, of a score, a piece of code depends on."""
         return frozenset().union(*(self.needs.get(word, ()) for word in re.findall(r"[a-z_]\w*", code)))
-
-    def alike(self) -> list[str]:
-        """Return the lines so far that hold for all scores of a head, whatever their scale."""
-        return [line for line in self.lines[1:] if not self.depends(line)]
-
-    def same(self, value: Value) -> bool:
-        """Return whether a value is that of all scores of a head."""
-        return self.depends(value.code) <= SCALES
 
     def integer(self, code: str, low: int, high: int) -> Value:
         """Return an integer of a range, in 32 bits if it fits."""
@@ -109,11 +99,8 @@ def _in_float(base: str, rows: int, columns: int) -> str:
     Row and column within a tile are numbers when it is compiled: so is what is made of both, which may be
     the same for several scores.
     """
-    counted = [(n, name) for n, name in ((rows, "r"), (columns, "c")) if n]
-    if not counted:
-        return base
-    terms = [f"{'-' * (n < 0)}{name}" if abs(n) == 1 else f"float32({n}) * {name}" for n, name in counted]
-    return f"float32({base} + float32({' + '.join(terms)}))"
+    terms = [f"float32({n}) * {name}" for n, name in ((rows, "r"), (columns, "c")) if n]
+    return f"float32({base} + float32({' + '.join(terms)}))" if terms else base
 
 
 class Value:
@@ -145,9 +132,8 @@ class Value:
     def index(self) -> str:
         """Return the code of an index; unsigned where it is not negative, so that nobody asks."""
         number = self.as_int()
-        return (
-            f"uint32({number.code})" if number.low >= 0 and _narrow(number.low, number.high) else number.code
-        )
+        fits = number.low >= 0 and _narrow(number.low, number.high)
+        return f"uint32({number.code})" if fits else number.code
 
     def __bool__(self) -> bool:
         return self.trace.choose(self)
@@ -198,9 +184,8 @@ class Array(NamedTuple):
             return self.trace.named(code, "bool", 0, 1)
         limits = np.iinfo(self.dtype)
         if limits.max >= 1 << 62:
-            return self.trace.named(
-                code, "int", -(1 << 61), 1 << 61
-            )  # a number that is compared, or an index
+            # A number that is compared, or an index.
+            return self.trace.named(code, "int", -(1 << 61), 1 << 61)
         return self.trace.integer(code, int(limits.min), int(limits.max))
 
 
@@ -234,18 +219,15 @@ def _product(x: Value, y: Value) -> Value:
     but for those of `products`, where a number is added.
     """
     trace = x.trace
-    if not GROUP:
-        return trace.named(f"float32({x.code} * {y.code})", "float")
-    if trace.same(y):
+    if trace.depends(y.code) <= SCALES:
         x, y = y, x
-    if not trace.same(x):
+    if not trace.depends(x.code) <= SCALES:
         return trace.named(f"float32({x.code} * {y.code})", "float")
-    factor, other, addend = trace.products.get(y.code, (None, y, None))
+    factor, y, addend = trace.products.get(y.code, (None, y, None))
     if addend is not None:
         addend = trace.named(f"float32({addend.code} * {x.code})", "float")
     if factor is not None:
         x = trace.named(f"float32({factor.code} * {x.code})", "float")
-    y = other
     code = f"{x.code} * {y.code}" + (f" + {addend.code}" if addend is not None else "")
     made = trace.named(f"float32({code})", "float")
     trace.products[made.code] = x, y, addend

@@ -220,20 +220,19 @@ def stand_in(
         return asked
 
     def each_score(mod: Any, _arrays: Any, folded: bool) -> Any:
-        """Return what is alike, and a function of a score, which holds the floats to the indices."""
+        """Return a function of a score, which holds the floats to the indices."""
 
         def asked(
-            product: Any, scales: Any, known: Any, b: Any, h: Any, i: Any, j: Any,
+            product: Any, scales: Any, b: Any, h: Any, i: Any, j: Any,
             x: Any, y: Any, r: Any, c: Any, aux: Any,
         ) -> Any:  # fmt: skip
-            assert known == (int(b), int(h))
             assert np.all(np.minimum(x + r, out.shape[1] - 1) == i)
             assert np.all(np.minimum(y + c, tk - 1) == j)
             scale, inverse = scales
             found = np.array(of_lanes(mod, (product * scale,), (b, h, i, j), aux), np.float32)
             return found * inverse if folded else found
 
-        return lambda b, h, _aux: (int(b), int(h)), asked
+        return asked
 
     def load_8(array: Any, _first: Any, address: Any) -> None:
         array[:2] = np.stack([memory(int(place), 8).view(array.dtype) for place in address], 1)

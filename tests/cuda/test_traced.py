@@ -48,15 +48,13 @@ def run(
     exec(source, scope)
     narrow = tuple(x.astype(np.float32) if x.dtype.kind == "f" else x for x in aux)
     traced: Any = scope["traced"]
-    read: Any = scope.get("read")
     factor = np.float32(scale)
 
     def asked(score: Any, b: int, h: int, i: int, j: int) -> Any:
         """Ask of the place of a score in tiles of rows and columns of four."""
         parts = (i - i % 4, j - j % 4, i % 4, j % 4)
         scales = factor, np.float32(1) / factor
-        known = read(b, h, narrow)
-        found = traced(score / factor, scales, known, b, h, i, j, *map(np.float32, parts), narrow)
+        found = traced(score / factor, scales, b, h, i, j, *map(np.float32, parts), narrow)
         return found * factor if result == "folded" else found
 
     return [
@@ -155,21 +153,6 @@ def test_what_folds() -> None:
     kinds = {"biased": (("float32", 2), ("float32", 1), ("int64", 1))}
     found = {name for name, mod in named.items() if source_of(mod, kinds.get(name, arrays), "folded")}
     assert found == {"alibi", "biased", "less"}
-
-
-def test_what_is_alike_is_read_before() -> None:
-    """But not what is read in a branch: nobody knows whether it may be read in others."""
-
-    def guarded(score: Any, _b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
-        return score + aux[1][h] if i > j else score - aux[1][h + 4]
-
-    before = {}
-    for name, mod in {"alibi": mods.alibi(), "guarded": guarded}.items():
-        source = source_of(as_mod("score_mod", mod, ("score",)), (("float32", 1),) * 2, "float")
-        assert source is not None
-        read, _, traced = source.partition("def traced")
-        before[name] = read.count("aux["), traced.count("aux[")
-    assert before == {"alibi": (1, 0), "guarded": (0, 2)}
 
 
 @pytest.mark.parametrize(
