@@ -148,11 +148,12 @@ def test_what_folds() -> None:
         "alibi": mods.alibi(), "biased": biased, "softcap": mods.softcap(2.0), "bent": bent,
         "twice": lambda score, b, h, i, j: 2 * score - j, "itself": lambda score, b, h, i, j: score,
         "less": lambda score, b, h, i, j: 0.5 * j - score, "both": lambda score, b, h, i, j: score + score,
+        "near": lambda score, b, h, i, j: score - 0.5 * j if i > j else score,
     }.items()}  # fmt: skip
     arrays = (("float32", 1),)
     kinds = {"biased": (("float32", 2), ("float32", 1), ("int64", 1))}
     found = {name for name, mod in named.items() if source_of(mod, kinds.get(name, arrays), "folded")}
-    assert found == {"alibi", "biased", "less"}
+    assert found == {"alibi", "biased", "less", "near"}
 
 
 @pytest.mark.parametrize(
