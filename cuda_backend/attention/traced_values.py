@@ -216,12 +216,12 @@ def _product(x: Value, y: Value) -> Value:
     """Return a product of floats: what all scores of a head have alike is multiplied first, once for all.
 
     A rounding differs from the order in which the user multiplies, and no other: sums are left as they are,
-    but for those of `products`, where a number is added.
+    but for those of `products`, where a number is added.  A mask is left as it is: its roundings decide.
     """
     trace = x.trace
     if trace.depends(y.code) <= SCALES:
         x, y = y, x
-    if not trace.depends(x.code) <= SCALES:
+    if "score" not in trace.products or not trace.depends(x.code) <= SCALES:
         return trace.named(f"float32({x.code} * {y.code})", "float")
     factor, y, addend = trace.products.get(y.code, (None, y, None))
     if addend is not None:

@@ -105,6 +105,16 @@ def test_logic_and_large_numbers() -> None:
             assert bool(found) == bool(wanted)
 
 
+def test_a_mask_rounds_as_the_user_does() -> None:
+    def within(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return np.float32(0.1) * i * np.float32(10.0) <= i
+
+    entries = [(0, 0, i, 0) for i in range(1000)]
+    found = run(within, (), "bool", entries)
+    assert len({bool(wanted) for _, wanted in found}) == 2
+    assert all(bool(x) == bool(wanted) for x, wanted in found)
+
+
 def test_floats_of_indices() -> None:
     def score(score: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
         far = max(float(i - j), 0.0) / 7.0
