@@ -34,7 +34,8 @@ def compiler_says(target: str) -> str | None:
     lines = run.stderr.strip().splitlines() or [""]
     if run.returncode == WRONG:
         return lines[-1]
-    raise UnsupportedError(f"not compiled for a GPU: {lines[-1]}")
+    hint = "pip install 'frugal-lm[cuda13]'"
+    raise UnsupportedError(f"not compiled for a GPU ({hint}): {lines[-1]}")
 
 
 def _compile(target: str) -> int:
