@@ -10,7 +10,7 @@ from refimpl.errors import UnsupportedError
 
 __all__ = ["compiler_says"]
 
-WRONG, MISSING = 1, 3
+WRONG, MISSING = 4, 3  # an interpreter that fails for another reason ends with 1
 
 
 def compiler_says(target: str) -> str | None:
