@@ -34,6 +34,7 @@ from cuda_backend.attention import (
     remembered,
     schedule_backward_hopper,
     schedule_hopper,
+    stages_backward_hopper,
     values_wide_backward_hopper,
     wide_backward_hopper,
 )
@@ -51,7 +52,8 @@ MODULES = {
     "around": around_backward_hopper, "consumer": consumer_backward_hopper, "gradient": gradient_hopper,
     "values": values_wide_backward_hopper, "keys": keys_wide_backward_hopper,
     "exchange": exchange_wide_backward_hopper, "wide": wide_backward_hopper,
-    "producer": producer_backward_hopper, "schedule": schedule_backward_hopper, "place": schedule_hopper,
+    "producer": producer_backward_hopper, "stages": stages_backward_hopper,
+    "schedule": schedule_backward_hopper, "place": schedule_hopper,
 }  # fmt: skip
 BASE = 1024
 TYPES: dict[str, Any] = {"uint64": ctypes.c_uint64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
@@ -78,24 +80,10 @@ def played(
     modules = dict(MODULES)
     if mutant is not None:
         modules[mutant[0]] = mutated(*mutant)
-        for user, name in itertools.product(
-            modules.values(),
-            (
-                "build_gradient",
-                "build_stores",
-                "build_words",
-                "build_queries",
-                "build_receiver",
-                "build_sender",
-                "build_mods",
-            ),
-        ):
-            if (
-                mutant[0] in ("gradient", "dropout", "exchange", "mods")
-                and hasattr(user, name)
-                and hasattr(modules[mutant[0]], name)
-            ):
-                monkeypatch.setattr(user, name, getattr(modules[mutant[0]], name))
+        changed = modules[mutant[0]]
+        for user, name in itertools.product(modules.values(), vars(changed)["__all__"]):
+            if hasattr(user, name):
+                monkeypatch.setattr(user, name, getattr(changed, name))
     install(monkeypatch, machine, list(modules.values()))
     install_functions(monkeypatch, machine, modules["mods"], modules["consumer"])
     counter = np.zeros(2, np.int32)
