@@ -31,6 +31,7 @@ from cuda_backend.attention import (
     plan_backward_hopper,
     plan_hopper,
     producer_backward_hopper,
+    producer_hopper,
     remembered,
     schedule_backward_hopper,
     schedule_hopper,
@@ -53,6 +54,7 @@ MODULES = {
     "values": values_wide_backward_hopper, "keys": keys_wide_backward_hopper,
     "exchange": exchange_wide_backward_hopper, "wide": wide_backward_hopper,
     "producer": producer_backward_hopper, "stages": stages_backward_hopper,
+    "loads": producer_hopper,
     "schedule": schedule_backward_hopper, "place": schedule_hopper,
 }  # fmt: skip
 BASE = 1024
