@@ -34,6 +34,7 @@ MODULES = {
     "consumer": consumer_flexible_hopper,
     "modifiers": modifiers_hopper,
     "producer": producer_flexible_hopper,
+    "start": producer_hopper,
 }
 BASE = 1024
 Mutant = tuple[str, str, str]
@@ -85,14 +86,14 @@ def played(
     if mutant is not None:
         modules[mutant[0]] = mutated(*mutant)
     out, lse = np.full((B, Tq, H, Dv), np.nan, np.float32), np.full((B, H, Tq), np.nan, np.float32)
-    install(monkeypatch, machine, [*modules.values(), producer_hopper, softmax_hopper, schedule_hopper])
+    install(monkeypatch, machine, [*modules.values(), softmax_hopper, schedule_hopper])
     stand_in(monkeypatch, modules, out, lse, KINDS[kind])
     monkeypatch.setattr(modules["modifiers"], "is_short", lambda *_: short)
     counter = np.zeros(2, np.int32)
     problem = tuple(map(np.int32, (len(work), H, H // kv_heads, Tq, Tk, Dv)))
     factor = D**-0.5 if scale is None else scale
     numbers = np.float32(factor), np.float32(np.log2(np.e) * (factor if score_mod is None else 1))
-    start = producer_hopper.build_start(tiles)
+    start = modules["start"].build_start(tiles)
     produce = modules["producer"].build_flexible_producer(variant)
     consume = modules["consumer"].build_flexible_consumer(variant)
     lists = np.uint64(counter.ctypes.data), np.uint64(work.ctypes.data), np.uint64(steps.ctypes.data)
