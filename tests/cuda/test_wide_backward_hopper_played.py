@@ -64,6 +64,7 @@ def test_dropout(monkeypatch: pytest.MonkeyPatch, widths: tuple[int, int], kind:
     assert difference(kind, (2, 70, 150, 4, 2, *widths), "bottom_right", **dropped) < LIMITS[kind]
 
 
-def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys of 200 queries are added to by four blocks."""
-    assert repeats(monkeypatch, 200, 192)
+@pytest.mark.parametrize("causal", [False, True])
+def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    """Sums of 200 queries are added to by four blocks of keys."""
+    assert repeats(monkeypatch, 200, 192, causal, processors=4)
