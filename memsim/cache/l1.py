@@ -108,7 +108,7 @@ def read_from_l2(program: Program, number: int, l1: L1, *, chart: int = 0) -> in
     return int(
         _compiled()(
             *(kernel.first, kernel.stop, kernel.needs, kernel.blocks, kernel.workers),
-            *(widths, l1.size, l1.size // max(1, int(widths.min(initial=1 << 30))) + 1),
+            *(widths, l1.size, l1.size // max(1, int(widths.min(initial=1 << 30))) + 2),
             *(l1.near, l1.far, l1.farthest, away[: l1.processors], away[l1.processors :]),
         )
     )
@@ -180,6 +180,7 @@ def _run(
                 in_l2[x] = now + width * (farthest - far)
             arrival = max(now, in_l2[x]) + width * (far + away[here] + beyond[x])
             now = arrival
+            held[here, slot + 1] = -1  # behind the first one that did not fit none is kept
         for older in range(slot, 0, -1):
             held[here, older], arrives[here, older] = held[here, older - 1], arrives[here, older - 1]
         held[here, 0], arrives[here, 0] = x, arrival
