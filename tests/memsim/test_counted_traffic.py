@@ -171,7 +171,11 @@ def test_what_a_block_shares_stands_beside_its_tiles() -> None:
     # Of what was measured, as many blocks were on a multiprocessor as share its memory.
     (latest,) = [document for document in of_kind("traffic") if document["date"] == "2026-11-29"]
     sharing = [case for case in latest["case"] if "shared" in case]
-    assert {case["function"] for case in sharing} == {"portable_forward", "portable_backward", "flash1_forward"}
+    assert {case["function"] for case in sharing} == {
+        "portable_forward",
+        "portable_backward",
+        "flash1_forward",
+    }
     for case in sharing:
         together = hardware("h200").shared_memory_per_sm.value // (case["shared"] + 1024)
         assert case["tiles"]["workers"] == together * hardware("h200").sms.value
