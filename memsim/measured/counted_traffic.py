@@ -26,7 +26,7 @@ from memsim.measured.measured_files import of_kind
 from refimpl.errors import OptionError, UnknownNameError
 
 __all__ = [
-    "COUNTERS", "SCHEDULES", "attempts", "predicted_traffic", "schedule_of", "spared_by_l1",
+    "COUNTERS", "SCHEDULES", "attempts", "l1_of", "predicted_traffic", "schedule_of", "spared_by_l1",
     "traffic_ids", "traffic_rows",
 ]  # fmt: skip
 
@@ -84,25 +84,35 @@ def predicted_traffic(case: Mapping[str, Any], cache: int | Cache) -> list[Traff
     return play(program, [*every, *every], cache)[len(every) :]
 
 
-def spared_by_l1(case: Mapping[str, Any], card: str) -> tuple[int, ...]:
-    """Return for each kernel of a case the bytes that its loads find in the L1 of their multiprocessor.
+def l1_of(case: Mapping[str, Any], card: str) -> L1:
+    """Return the L1 that loads go through, of a case that says what memory its blocks share.
 
-    There are none, unless the case says what memory a block shares: it does if loads go through the L1.
+    It is what shared memory leaves of a multiprocessor's memory, and none where a case does not say.
     """
-    key = _key(case)
-    return _spared(key, case["shared"], card) if "shared" in case else (0,) * len(_program(key).kernels)
+    stated, chip = data_files.read("l1", "validation"), hardware(card)
+    near, far, farthest = (stated["cycles"][place] for place in ("l1", "l2", "hbm"))
+    l1 = L1(0, chip.sms.value, near, far, farthest, stated["spread"]["value"])
+    if "shared" not in case:
+        return l1
+    together = case["tiles"]["workers"] // chip.sms.value
+    steps, reserved = (stated[name]["value"] for name in ("carve_outs", "reserved"))
+    carved = carve_out(case["shared"], together, steps=steps, reserved=reserved)
+    return l1._replace(size=chip.sram_per_sm.value - carved)
+
+
+def spared_by_l1(case: Mapping[str, Any], l1: L1) -> tuple[int, ...]:
+    """Return for each kernel of a case the bytes that its loads find in the L1: the mean over some charts."""
+    return _spared(_key(case), l1)
 
 
 @lru_cache(maxsize=64)  # cold and warm alike
-def _spared(key: str, shared: int, card: str) -> tuple[int, ...]:
-    program, stated, chip = _program(key), data_files.read("l1", "validation"), hardware(card)
-    together = max(kernel.workers for kernel in program.kernels) // chip.sms.value
-    steps, reserved = (stated[name]["value"] for name in ("carve_outs", "reserved"))
-    size = chip.sram_per_sm.value - carve_out(shared, together, steps=steps, reserved=reserved)
-    near, far, farthest = (stated["cycles"][place] for place in ("l1", "l2", "hbm"))
-    l1 = L1(size, chip.sms.value, near, far, farthest, stated["spread"]["value"])
+def _spared(key: str, l1: L1) -> tuple[int, ...]:
+    program = _program(key)
+    if not l1.size:
+        return (0,) * len(program.kernels)
     # A block that is alone finds what it has read itself, whenever it does.
-    charts = range(stated["charts"]["value"] if together > 1 else 1)
+    alone = all(kernel.workers <= l1.processors for kernel in program.kernels)
+    charts = range(1 if alone else data_files.read("l1", "validation")["charts"]["value"])
     return tuple(
         round(mean(kernel.l2_read - read_from_l2(program, number, l1, chart=chart) for chart in charts))
         for number, kernel in enumerate(program.kernels)
@@ -157,7 +167,7 @@ def _predictions(ways: Sequence[int | None], wanted: set[Key] | None = None) -> 
     found: list[Predictions] = [{} for _ in ways]
     for key in sorted(cases if wanted is None else wanted):
         size = hardware(key[0]).l2.value
-        spared = spared_by_l1(cases[key], key[0])
+        spared = spared_by_l1(cases[key], l1_of(cases[key], key[0]))
         for number, predictions in zip(ways, found, strict=True):
             moved = predicted_traffic(cases[key], Cache(size, halves, number))
             predictions[key] = [

@@ -20,7 +20,7 @@ from memsim.cache.l1 import L1, carve_out, read_from_l2
 from memsim.cache.replay import Access, Block, Kernel, Program, traced
 from memsim.cache.tile_schedules import AttentionShape, portable_forward
 from memsim.hardware import hardware
-from memsim.measured.counted_traffic import spared_by_l1
+from memsim.measured.counted_traffic import l1_of, spared_by_l1
 from refimpl.errors import OptionError
 from tests.memsim.test_cache import scattered
 from tests.memsim.test_replay import programs
@@ -253,8 +253,10 @@ def test_only_kernels_that_say_so_load_through_it() -> None:
         "schedule": "portable_forward", "shape": {"B": 1, "H": 2, "N": 64 * 200, "D": 64},
         "tiles": {"rows": 64, "columns": 64, "workers": 264},
     }  # fmt: skip
-    assert spared_by_l1(case, "h200") == (0,)
-    (spared,) = spared_by_l1({**case, "shared": 51968}, "h200")
+    assert spared_by_l1(case, l1_of(case, "h200")) == (0,)
+    l1 = l1_of({**case, "shared": 100872}, "h200")
+    assert l1 == (28 << 10, 132, 40, 281, 690, 58)
+    (spared,) = spared_by_l1(case, l1)
     tile = 64 * 64 * 2
     assert 0 < spared < 2 * 200 * 200 * 2 * tile / 2
 
