@@ -87,8 +87,8 @@ is to the L1, the L2 or HBM. Two things decide how much is found. Blocks in step
 one waits for the L2 and the next one does not. And the blocks of a head run together over the whole card, for
 the first one that reads a tile waits for HBM and the others do not; so they end together, and the next head
 takes their places, which lie on different multiprocessors unless a head has more blocks than there are. Over
-16384 keys it has, and nearly all of its blocks share: half of what they ask for was counted. Tiles that blocks
-of a multiprocessor read in the same turn, counted once, were tried first: that row came out 43 % high.
+16384 keys it has, and nearly all of its blocks share: half of what they ask for was counted. First it was
+tried to count tiles once that blocks of a multiprocessor read in the same turn: that row came out 43 % high.
 
 Nothing of this is fitted (`l1.toml`). Cycles are those of a GH200; how much they differ among multiprocessors
 was measured on an L40; the size of an L1 is what the blocks' shared memory leaves of 256 KB. Errors of the

@@ -104,11 +104,12 @@ def read_from_l2(program: Program, number: int, l1: L1, *, chart: int = 0) -> in
     if not l1.near <= l1.far - 2 * l1.spread <= l1.far <= l1.farthest:
         raise OptionError(f"l1: expected near <= far - 2 spread and far <= farthest; got {l1}")
     kernel, widths = program.kernels[number], program.widths
+    fit = min(len(widths), l1.size // int(widths.min(initial=1 << 30)))
     away = _drawn(l1.processors + len(widths), chart, l1.spread)
     return int(
         _compiled()(
             *(kernel.first, kernel.stop, kernel.needs, kernel.blocks, kernel.workers),
-            *(widths, l1.size, l1.size // max(1, int(widths.min(initial=1 << 30))) + 2),
+            *(widths, l1.size, fit + 2),  # room for the first that does not fit, and for an end
             *(l1.near, l1.far, l1.farthest, away[: l1.processors], away[l1.processors :]),
         )
     )
