@@ -98,11 +98,11 @@ rows where anything is shared, in per cent, with what was tried; four more rows 
 
 Which multiprocessor is how far away differs from die to die, so a row is the mean over four charts drawn at
 random. Of sixteen charts single ones were up to 26 % wrong, and each four of them 14 % at most. That there is
-a spread matters, and that HBM is farther. Half or twice of it is as good, a quarter is not; the size of the
-L1 hardly matters. These rows are held out of any fit, but the model was built with them in view.
-Rows of 1024 tokens still come out 10 to 13 % high, and forward over 4096 with four blocks to a multiprocessor
-13 % low. Before there were charts every load was late at random: that row came out 20 to 36 % low. Time for
-stores put rows of 1024 tokens 15 to 20 % high. What blocks compute is left out.
+a spread matters, and that HBM is farther. Half or twice the spread is as good, a quarter is not; the size of
+the L1 hardly matters. These rows are held out of any fit, but the model was built with them in view. With two
+blocks to a multiprocessor, rows of 1024 tokens still come out 10 to 13 % high; with four, forward over 4096
+comes out 13 % low. Before there were charts every load was late at random: that row came out 20 to 36 % low.
+Time for stores put the rows of 1024 tokens 15 to 20 % high. What blocks compute is left out.
 
 Peaks are what PyTorch's allocator gave out at most; what it reserved stands beside it without a bar. On the
 host, where there is no cuBLAS, the same steps are held to PyTorch's tracker
