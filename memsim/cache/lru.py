@@ -13,13 +13,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from memsim.cache.compiled import compiled
 from refimpl.errors import OptionError
 from refimpl.numerics import IntArray
 from refimpl.validation import whole
 
-__all__ = ["READ", "WRITE", "Cache", "State", "compiled_loop", "empty"]
+__all__ = ["LOAD", "READ", "WRITE", "Cache", "State", "compiled_loop", "empty", "scattered"]
 
-READ, WRITE = 1, 2  # what an access needs of a line, and does to it; both are possible
+# What an access needs of a line, and does to it; and whether the line goes to the multiprocessor.
+READ, WRITE, LOAD = 1, 2, 4
 
 
 class Cache(NamedTuple):
@@ -76,10 +78,10 @@ def empty(cache: Cache, widths: IntArray) -> State:
     sets = 1
     if cache.ways is not None:
         sets = max(1, half // (whole("ways", cache.ways) * max(1, int(widths.max(initial=1)))))
-    scattered = _scattered(lines)
-    places = (scattered >> np.uint64(1)) % np.uint64(sets)
+    mixed = scattered(lines)
+    places = (mixed >> np.uint64(1)) % np.uint64(sets)
     every = np.concatenate([places.astype(np.int64) + part * sets for part in range(cache.halves)])
-    homes = np.arange(lines) + lines * (scattered % np.uint64(cache.halves)).astype(np.int64)
+    homes = np.arange(lines) + lines * (mixed % np.uint64(cache.halves)).astype(np.int64)
     entries, all_sets = cache.halves * lines, cache.halves * sets
     ring = np.arange(entries + all_sets)
     flags = np.zeros((2, entries), np.bool_)
@@ -89,7 +91,7 @@ def empty(cache: Cache, widths: IntArray) -> State:
     )
 
 
-def _scattered(count: int) -> Any:
+def scattered(count: int) -> Any:
     """Return for each number from 0 on one that looks random: the finalizer of SplitMix64."""
     x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -100,12 +102,7 @@ def _scattered(count: int) -> Any:
 @lru_cache(maxsize=1)
 def compiled_loop() -> Callable[..., Any]:
     """Return the loop, compiled if numba is there."""
-    try:
-        import numba
-    except ImportError:
-        return _loop(_touch)
-    compiled: Callable[..., Any] = numba.njit(_loop(numba.njit(_touch)))
-    return compiled
+    return compiled(_loop(compiled(_touch)))
 
 
 def _touch(state: Any, entry: Any, width: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from memsim.cache.lru import READ, WRITE, Cache, compiled_loop, empty
+from memsim.cache.lru import LOAD, READ, WRITE, Cache, compiled_loop, empty
 from refimpl.errors import OptionError
 from refimpl.numerics import IntArray
 from refimpl.validation import whole
@@ -29,7 +29,7 @@ __all__ = ["Access", "Block", "Cache", "Kernel", "Program", "Traffic", "play", "
 LINE = 1 << 13
 # What each kind of access needs of a line, and which kinds cross to the multiprocessor, and back.
 _KINDS = {"read": 0, "write": 1, "update": 2, "add": 3}
-_NEEDS = (READ, WRITE, READ | WRITE, READ | WRITE)
+_NEEDS = (READ | LOAD, WRITE, READ | WRITE | LOAD, READ | WRITE)
 _ASKS = ((0, 2), (1, 2, 3))
 
 

@@ -11,10 +11,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from statistics import mean
 from typing import Any, NamedTuple
 
 from memsim import data_files
 from memsim.cache import backward_schedules, pytorch_schedules, tile_schedules
+from memsim.cache.l1 import L1, carve_out, read_from_l2
 from memsim.cache.lru import Cache
 from memsim.cache.replay import Program, Traffic, play, total, traced
 from memsim.cache.tile_schedules import AttentionShape, Schedule
@@ -24,8 +26,8 @@ from memsim.measured.measured_files import of_kind
 from refimpl.errors import OptionError, UnknownNameError
 
 __all__ = [
-    "COUNTERS", "SCHEDULES", "attempts", "predicted_traffic", "schedule_of", "traffic_ids",
-    "traffic_rows",
+    "COUNTERS", "SCHEDULES", "attempts", "l1_of", "predicted_traffic", "schedule_of", "spared_by_l1",
+    "traffic_ids", "traffic_rows",
 ]  # fmt: skip
 
 SCHEDULES = {
@@ -82,6 +84,41 @@ def predicted_traffic(case: Mapping[str, Any], cache: int | Cache) -> list[Traff
     return play(program, [*every, *every], cache)[len(every) :]
 
 
+def l1_of(case: Mapping[str, Any], card: str) -> L1:
+    """Return the L1 that loads go through, of a case that says what memory its blocks share.
+
+    It is what shared memory leaves of a multiprocessor's memory, and none where a case does not say.
+    """
+    stated, chip = data_files.read("l1", "validation"), hardware(card)
+    near, far, farthest = (stated["cycles"][place] for place in ("l1", "l2", "hbm"))
+    l1 = L1(0, chip.sms.value, near, far, farthest, stated["spread"]["value"])
+    if "shared" not in case:
+        return l1
+    together = case["tiles"]["workers"] // chip.sms.value
+    steps, reserved = (stated[name]["value"] for name in ("carve_outs", "reserved"))
+    carved = carve_out(case["shared"], together, steps=steps, reserved=reserved)
+    return l1._replace(size=chip.sram_per_sm.value - carved)
+
+
+def spared_by_l1(case: Mapping[str, Any], l1: L1) -> tuple[int, ...]:
+    """Return for each kernel of a case the bytes that its loads find in the L1: the mean over some charts."""
+    return _spared(_key(case), l1)
+
+
+@lru_cache(maxsize=64)  # cold and warm alike
+def _spared(key: str, l1: L1) -> tuple[int, ...]:
+    program = _program(key)
+    if not l1.size:
+        return (0,) * len(program.kernels)
+    # A block that is alone finds what it has read itself, whenever it does.
+    alone = all(kernel.workers <= l1.processors for kernel in program.kernels)
+    charts = range(1 if alone else data_files.read("l1", "validation")["charts"]["value"])
+    return tuple(
+        round(mean(kernel.l2_read - read_from_l2(program, number, l1, chart=chart) for chart in charts))
+        for number, kernel in enumerate(program.kernels)
+    )
+
+
 def _key(case: Mapping[str, Any]) -> str:
     return json.dumps([case[name] for name in ("schedule", "shape", "tiles")])
 
@@ -130,8 +167,12 @@ def _predictions(ways: Sequence[int | None], wanted: set[Key] | None = None) -> 
     found: list[Predictions] = [{} for _ in ways]
     for key in sorted(cases if wanted is None else wanted):
         size = hardware(key[0]).l2.value
+        spared = spared_by_l1(cases[key], l1_of(cases[key], key[0]))
         for number, predictions in zip(ways, found, strict=True):
-            predictions[key] = predicted_traffic(cases[key], Cache(size, halves, number))
+            moved = predicted_traffic(cases[key], Cache(size, halves, number))
+            predictions[key] = [
+                one._replace(l2_read=one.l2_read - in_l1) for one, in_l1 in zip(moved, spared, strict=True)
+            ]
     return found
 
 

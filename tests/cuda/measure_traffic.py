@@ -74,10 +74,9 @@ def _case(
     if rows == PYTORCH[1] and not function.startswith("cudnn_"):
         names = [f"pytorch_{name}" for name in names] + names
     schedule = next(name for name in names if name in SCHEDULES)
-    return {
-        "stack": stack, "set": rows, "function": function, "schedule": schedule, "shape": shape,
-        "tiles": tiles,
-    }  # fmt: skip
+    found = {"stack": stack, "set": rows, "function": function, "schedule": schedule, "shape": shape}
+    shared = {name: tiles[name] for name in tiles.keys() & {"shared"}}  # by a block that loads through the L1
+    return found | {"tiles": {name: tiles[name] for name in tiles if name not in shared}} | shared
 
 
 def _own(shape: dict[str, int], processors: int) -> Iterator[Named]:
@@ -120,9 +119,13 @@ def _own(shape: dict[str, int], processors: int) -> Iterator[Named]:
 
 
 def _resident(variant: Any, processors: int) -> dict[str, int]:
-    """Return the tiles, and how many blocks run at once: shared memory and threads allow so many."""
+    """Return the tiles, how many blocks run at once, and what memory each of them shares.
+
+    Shared memory and threads allow so many.  These kernels load through the L1, to which that memory is lost.
+    """
     together = max(1, min(SHARED // (variant.shared_bytes + RESERVED), THREADS // variant.threads))
-    return {"rows": variant.Br, "columns": variant.Bc, "workers": processors * together}
+    workers = processors * together
+    return {"rows": variant.Br, "columns": variant.Bc, "workers": workers, "shared": variant.shared_bytes}
 
 
 def _pytorch(shape: dict[str, int], processors: int) -> Iterator[Named]:
@@ -210,6 +213,7 @@ def _algorithm_1(shape: dict[str, int], processors: int) -> tuple[dict[str, Any]
     kernel = algorithm_1.build()
     together = SHARED // (algorithm_1.SHARED + RESERVED)
     tiles = {"rows": N, "columns": algorithm_1.KEYS, "workers": processors * together, "initialize": True}
+    tiles["shared"] = algorithm_1.SHARED
 
     def call() -> None:
         kernel[heads, algorithm_1.THREADS](q, k, v, o, *statistics, D**-0.5)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from memsim import data_files
 from memsim.cache.lru import Cache
 from memsim.cache.replay import replay
+from memsim.hardware import hardware
 from memsim.measured import counted_traffic
 from memsim.measured.counted_traffic import (
     attempts,
@@ -20,7 +21,7 @@ from memsim.measured.counted_traffic import (
     traffic_ids,
     traffic_rows,
 )
-from memsim.measured.measured_files import file_name, read_file, toml_text
+from memsim.measured.measured_files import file_name, of_kind, read_file, toml_text
 from memsim.measured.nsight import METRICS, between_markers, parse_report
 from refimpl.errors import OptionError, UnknownNameError
 
@@ -160,6 +161,24 @@ def test_caches() -> None:
     for cache in (64 << 10, Cache(128 << 10, 2, 4)):
         small = predicted_traffic({**case, "cache": "warm"}, cache)
         assert small == replay(kernels * 2, arrays, cache=cache)[3:]
+
+
+def test_what_a_block_shares_stands_beside_its_tiles() -> None:
+    tiles = {"rows": 64, "columns": 64, "workers": 2}
+    found = cuda._case("s", "own kernels", "portable_forward", SHAPE, {**tiles, "shared": 7})
+    assert (found["schedule"], found["tiles"], found["shared"]) == ("portable_forward", tiles, 7)
+    assert "shared" not in cuda._case("s", "own kernels", "hopper_forward", SHAPE, tiles)
+    # Of what was measured, as many blocks were on a multiprocessor as share its memory.
+    (latest,) = [document for document in of_kind("traffic") if document["date"] == "2026-11-29"]
+    sharing = [case for case in latest["case"] if "shared" in case]
+    assert {case["function"] for case in sharing} == {
+        "portable_forward",
+        "portable_backward",
+        "flash1_forward",
+    }
+    for case in sharing:
+        together = hardware("h200").shared_memory_per_sm.value // (case["shared"] + 1024)
+        assert case["tiles"]["workers"] == together * hardware("h200").sms.value
 
 
 def test_the_ways_are_those_that_calibrate_best() -> None:

@@ -53,11 +53,7 @@ def test_the_bars_that_are_met(rows: list[Checked]) -> None:
     ]  # fmt: skip
     assert own > 50
     assert pytorch > 200
-    # Blocks of one multiprocessor read the same tiles, and find some in an L1 that the replay has not.
-    assert [bar.name for bar in found.values() if not bar.met] == [
-        "L2, own kernels, several blocks a multiprocessor"
-    ]
-    assert min(row.error for row in rows if row.belongs.endswith("several blocks")) > -1e-3
+    assert all(bar.met for bar in found.values())
     assert l2 > 20
     assert found["L2, own kernels, one block a multiprocessor"].worst < 0.02
     assert not any(bar.infeasible for bar in found.values())
