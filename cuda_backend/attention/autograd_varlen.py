@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cuda_backend.attention.attend import fastest
-from cuda_backend.attention.autograd import as_array, as_tensor, simulated, statistic_of
+from cuda_backend.attention.autograd import alike, as_array, as_tensor, simulated, statistic_of
 
 __all__ = ["SCHEMA", "register"]
 
@@ -34,9 +33,9 @@ def register(torch: Any) -> Callable[..., Any]:
         from refimpl.attention import varlen_attention as reference
 
         chosen = _chosen(*options)
+        alike(q, k, v)
         if q.is_cuda:
-            tensors = q, k, v, starts, key_starts
-            found: Any = fastest(varlen_attention, tensors, {**chosen, "return_lse": True})
+            found: Any = varlen_attention(q, k, v, starts, key_starts, return_lse=True, tier="auto", **chosen)
             return found.out.contiguous(), found.lse.contiguous()
         arrays = [as_array(torch, x) for x in (q, k, v, starts, key_starts)]
         compute: Any = varlen_attention if simulated(q) else reference
@@ -53,7 +52,7 @@ def register(torch: Any) -> Callable[..., Any]:
         chosen, do = _chosen(*options), do.contiguous()
         if q.is_cuda:
             tensors = q, k, v, starts, key_starts, out, lse, do
-            found: Any = fastest(varlen_attention_vjp, tensors, chosen)
+            found: Any = varlen_attention_vjp(*tensors, tier="auto", **chosen)
             return tuple(x.contiguous() for x in found[:3])
         arrays: Any = [as_array(torch, x) for x in (q, k, v, starts, key_starts, do)]
         if simulated(q):

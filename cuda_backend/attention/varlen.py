@@ -11,9 +11,9 @@ import numpy as np
 from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import View, empty, is_host, library_of, stub, view
 from cuda_backend.attention.flexible import flexible_attention, flexible_attention_vjp
-from cuda_backend.attention.forward import Tier
 from cuda_backend.attention.ranges_portable import RangesVariant, build
 from cuda_backend.attention.remembered import remembered
+from cuda_backend.attention.tiers import Tier, known_tier
 from cuda_backend.launch import launch, stream_of
 from refimpl.attention import AttentionGradients, AttentionOutput, mods
 from refimpl.attention.scores import Causal
@@ -82,6 +82,7 @@ def varlen_attention(
     >>> if cuda_backend.availability("cudasim") is None:
     ...     assert varlen_attention(x, x, x, starts, starts, causal=True).shape == (3, 1, 4)
     """
+    known_tier(tier)
     aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
     options.pop("score_mod_vjp", None)
@@ -106,6 +107,8 @@ def varlen_attention_vjp(
     scale: float | None = None,
     block_sizes: tuple[int, int] | None = None,
     stream: Any = None,
+    tier: Tier = "portable",
+    deterministic: bool = False,
 ) -> AttentionGradients:
     """Return the gradients of `varlen_attention` from what it returned.
 
@@ -117,11 +120,13 @@ def varlen_attention_vjp(
         Output, log-sum-exp and gradient of the output.
     causal, softcap, scale, block_sizes, stream
         Those of the forward call.
+    tier, deterministic
+        As for `cuda_backend.flexible_attention_vjp`.
 
     Returns
     -------
     AttentionGradients
-        dq, dk and dv, repeating bit for bit.
+        dq, dk and dv, repeating bit for bit; of the Hopper kernels, dq only if it is asked for.
 
     Raises
     ------
@@ -137,10 +142,12 @@ def varlen_attention_vjp(
     ...     found = varlen_attention_vjp(x, x, x, starts, starts, out, lse, x)
     ...     assert np.allclose(found.dv, 1, atol=1e-6)
     """
+    known_tier(tier)
     aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
     with _own_name():
-        found = flexible_attention_vjp(*map(_one, (q, k, v, o, lse, do)), **options)
+        arrays = map(_one, (q, k, v, o, lse, do))
+        found = flexible_attention_vjp(*arrays, tier=tier, deterministic=deterministic, **options)
     return AttentionGradients(found.dq[0], found.dk[0], found.dv[0])
 
 
