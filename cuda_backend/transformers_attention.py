@@ -136,18 +136,14 @@ def frugal_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options = options_of(query, key, attention_mask, position_bias, causal)
     options |= {"scale": scaling, "softcap": softcap}
-    if sliding_window is not None and options.get("causal"):
-        options["window"] = sliding_window
-    elif (
-        sliding_window is not None
-        and not causal
-        and attention_mask is None
-        and key.shape[2] >= sliding_window
-    ):
-        raise UnsupportedError(
-            f"frugal_attention: sliding_window={sliding_window} of {key.shape[2]} keys that are not causal; "
-            "attention_mask says such a window"
-        )
+    if sliding_window is not None and attention_mask is None:
+        if options.get("causal"):
+            options["window"] = sliding_window
+        elif not causal and key.shape[2] >= sliding_window:
+            raise UnsupportedError(
+                f"frugal_attention: sliding_window={sliding_window} of {key.shape[2]} keys, not causal; "
+                "attention_mask says such a window"
+            )
     if dropout:
         options |= {"dropout_p": dropout, "seed": drawn_seed()}
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
