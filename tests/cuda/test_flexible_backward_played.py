@@ -235,8 +235,10 @@ def test_packed_sequences(
     )
     wide: list[Any] = [x.astype(np.float64) for x in (q, k, v)]
     given: dict[str, Any] = {"causal": causal, "softcap": softcap}
-    out, lse = varlen_attention(*wide, starts, key_starts, return_lse=True, **given)
-    truth = varlen_attention_vjp(*wide, starts, key_starts, do.astype(np.float64), **given)
+    exact_inputs: Any = (*wide, starts, key_starts)
+    out, lse = varlen_attention(*exact_inputs, return_lse=True, **given)
+    exact_inputs += (do.astype(np.float64),)
+    truth = varlen_attention_vjp(*exact_inputs, **given)
     found = cuda_backend.varlen_attention_vjp(
         q, k, v, starts, key_starts, out.astype(KINDS[kind]), lse.astype(np.float32), do,
         tier="hopper", deterministic=True, **given,

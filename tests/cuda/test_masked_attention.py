@@ -234,7 +234,8 @@ def test_formats_that_no_kernel_has() -> None:
     q, starts = draws(1, 4, 2, 4), torch.tensor([0, 4])
 
     def packed(*x: Any) -> Any:
-        return varlen_attention(*(y[0] for y in x), starts, starts)
+        q, k, v = (y[0] for y in x)
+        return varlen_attention(q, k, v, starts, starts)
 
     def in_a_model(*x: Any) -> Any:
         return frugal_attention(LAYER, *x)
