@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,15 @@ def test_the_operator_looks_at_its_tier_on_every_device(device: str) -> None:
     x, banana = torch.ones(1, 3, 2, 8, device=device), {"tier": "banana"}
     with pytest.raises(OptionError, match="tier: expected one of portable, hopper, auto, got 'banana'"):
         attention(x, x, x, **banana)
+
+
+def test_operators_choose_and_functions_are_told() -> None:
+    from cuda_backend import torch_ops
+
+    for function, default in (
+        (torch_ops.attention, "auto"), *((getattr(cuda_backend, name), "portable") for name in CALLS)
+    ):  # fmt: skip
+        assert inspect.signature(function).parameters["tier"].default == default
 
 
 @pytest.mark.cudasim
