@@ -67,7 +67,8 @@ def test_the_operator_looks_at_its_tier_on_every_device(device: str) -> None:
     torch = pytest.importorskip("torch")
     from cuda_backend.torch_ops import attention
 
-    x, banana = torch.ones(1, 3, 2, 8, device=device), {"tier": "banana"}
+    x = torch.ones(1, 3, 2, 8, device=device)
+    banana: dict[str, Any] = {"tier": "banana"}
     with pytest.raises(OptionError, match="tier: expected one of portable, hopper, auto, got 'banana'"):
         attention(x, x, x, **banana)
 
