@@ -142,7 +142,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    *,
+    window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
 ) -> Any:
     """Return attention over packed sequences, with a gradient: flash-attention's ``flash_attn_varlen_func``.
@@ -151,12 +151,11 @@ def varlen_attention(
     the warning where they are the slow ones, as for `masked_attention`.  Tensors on the host go to the
     simulator or to the reference.
 
-    Of its arguments there are no ``window_size``, ``alibi_slopes``, ``deterministic``, ``return_attn_probs``
-    and ``block_table``.  A window within each sequence and slopes are functions of
-    `cuda_backend.flexible_attention`, whose arrays say the sequence of each token (`refimpl.attention.mods`:
-    ``both(documents(), sliding(radius))``, `alibi`); `cuda_backend.varlen_attention_vjp` takes
-    `deterministic`, and `cuda_backend.varlen_attention` returns the log-sum-exp; pages are those of
-    `cuda_backend.paged_attention`.
+    Of its arguments there are no ``alibi_slopes``, ``deterministic``, ``return_attn_probs`` and
+    ``block_table``.  Slopes are a function of `cuda_backend.flexible_attention`, whose arrays say the
+    sequence of each token (`refimpl.attention.mods`: `documents`, `alibi`);
+    `cuda_backend.varlen_attention_vjp` takes `deterministic`, and `cuda_backend.varlen_attention` returns the
+    log-sum-exp; pages are those of `cuda_backend.paged_attention`.
 
     Parameters
     ----------
@@ -170,6 +169,8 @@ def varlen_attention(
         As for flash-attention: None and 0 are the defaults.
     causal : bool
         Aligned at the bottom right, as flash-attention does.
+    window_size : tuple of int
+        Keys on the left and on the right of a query's own place, counted from the ends; -1: all.
 
     Returns
     -------
@@ -196,7 +197,8 @@ def varlen_attention(
     if dropout_p:
         raise UnsupportedError(f"varlen_attention: no dropout, got dropout_p={dropout_p}")
     _registered()
-    options = "bottom_right" if causal else "", softcap or None, softmax_scale
+    left, right = window_size
+    options = "bottom_right" if causal else "", left, right, softcap or None, softmax_scale
     return torch.ops.frugal.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)[0]
 
 

@@ -12,7 +12,10 @@ from cuda_backend.attention.autograd import alike, as_array, as_tensor, simulate
 
 __all__ = ["SCHEMA", "register"]
 
-STARTS, OPTIONS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k", "str causal, float? softcap, float? scale"
+STARTS, OPTIONS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k",
+    ("str causal, int left, int right, float? softcap, float? scale"),
+)
 SCHEMA = f"(Tensor q, Tensor k, Tensor v, {STARTS}, {OPTIONS}) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
     f"(Tensor do, Tensor q, Tensor k, Tensor v, {STARTS}, Tensor out, Tensor lse, {OPTIONS})"
@@ -24,8 +27,8 @@ BACKWARD_SCHEMA = (
 def register(torch: Any) -> Callable[..., Any]:
     """Register ``frugal::varlen_attention`` and its backward operator; return the former.
 
-    The operator takes what `cuda_backend.varlen_attention` takes, `causal` as "" for no mask, and returns the
-    output and the log-sum-exp, which has no gradient.
+    The operator takes what `cuda_backend.varlen_attention` takes, `causal` as "" for no mask and the two
+    sides of the window, and returns the output and the log-sum-exp, which has no gradient.
     """
 
     def forward(q: Any, k: Any, v: Any, starts: Any, key_starts: Any, *options: Any) -> Any:
@@ -72,8 +75,7 @@ def register(torch: Any) -> Callable[..., Any]:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, causal, softcap, scale = inputs
-        ctx.options = causal, softcap, scale
+        tensors, ctx.options = inputs[:5], inputs[5:]
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
 
@@ -93,5 +95,5 @@ def register(torch: Any) -> Callable[..., Any]:
     return registered
 
 
-def _chosen(causal: str, softcap: float | None, scale: float | None) -> dict[str, Any]:
-    return {"causal": causal or False, "softcap": softcap, "scale": scale}
+def _chosen(causal: str, left: int, right: int, softcap: float | None, scale: float | None) -> dict[str, Any]:
+    return {"causal": causal or False, "window_size": (left, right), "softcap": softcap, "scale": scale}

@@ -17,7 +17,7 @@ from cuda_backend.attention.tiers import Tier, known_tier
 from cuda_backend.launch import launch, stream_of
 from refimpl.attention import AttentionGradients, AttentionOutput, mods
 from refimpl.attention.scores import Causal
-from refimpl.attention.varlen import key_ranges, packing
+from refimpl.attention.varlen import EVERYWHERE, checked_window, key_ranges, packing
 from refimpl.errors import ShapeError, UnsupportedError
 
 __all__ = ["queue_ranges", "varlen_attention", "varlen_attention_vjp"]
@@ -35,6 +35,7 @@ def varlen_attention(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -50,7 +51,7 @@ def varlen_attention(
         As for `refimpl.attention.varlen_attention`; formats and libraries as `cuda_backend.flash_attention`.
     cu_seqlens_q, cu_seqlens_k : array of int32 or int64
         On the host, or beside `q`, where they are taken unchecked: nothing waits for them.
-    causal, softcap, scale, return_lse
+    causal, window_size, softcap, scale, return_lse
         As for `refimpl.attention.varlen_attention`.
     block_sizes, stream, tier
         As for `cuda_backend.flexible_attention`.
@@ -83,7 +84,7 @@ def varlen_attention(
     ...     assert varlen_attention(x, x, x, starts, starts, causal=True).shape == (3, 1, 4)
     """
     known_tier(tier)
-    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
+    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
     options.pop("score_mod_vjp", None)
     with _own_name():
@@ -103,6 +104,7 @@ def varlen_attention_vjp(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
     block_sizes: tuple[int, int] | None = None,
@@ -118,7 +120,7 @@ def varlen_attention_vjp(
         As for `varlen_attention`.
     o, lse, do : array
         Output, log-sum-exp and gradient of the output.
-    causal, softcap, scale, block_sizes, stream
+    causal, window_size, softcap, scale, block_sizes, stream
         Those of the forward call.
     tier, deterministic
         As for `cuda_backend.flexible_attention_vjp`.
@@ -143,7 +145,7 @@ def varlen_attention_vjp(
     ...     assert np.allclose(found.dv, 1, atol=1e-6)
     """
     known_tier(tier)
-    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
+    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
     with _own_name():
         arrays = map(_one, (q, k, v, o, lse, do))
@@ -182,17 +184,18 @@ def _options(
 
 
 def _ranges(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, causal: Causal, stream: Any
-) -> tuple[Any, Any]:
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, causal: Causal,
+    window_size: tuple[int, int], stream: Any,
+) -> tuple[Any, Any]:  # fmt: skip
     """Check a call; return the first key that each query sees and the one behind the last, beside `q`."""
-    starts = cu_seqlens_q, cu_seqlens_k
+    starts, window = (cu_seqlens_q, cu_seqlens_k), checked_window(window_size)
     checked_q, checked_k, checked_v = (
         np.asarray(x) if is_host(x) else stub("q, k or v", x) for x in (q, k, v)
     )
     if is_host(starts[0]) and is_host(starts[1]):
         pack = packing(checked_q, checked_k, checked_v, cu_seqlens_q, cu_seqlens_k, causal=causal)
         if is_host(q):
-            first, behind = key_ranges(pack, causal)
+            first, behind = key_ranges(pack, causal, window)
             return first.astype(np.int32), behind.astype(np.int32)
     else:
         sizes = [tuple(np.shape(x)) for x in starts]
@@ -206,14 +209,17 @@ def _ranges(
     def make() -> tuple[Any, Any]:
         results = [empty((int(q.shape[0]),), "int32", q, on) for _ in range(2)]
         given = [view("cu_seqlens", x, on) for x in starts]
-        queue_ranges(given, [where for where, _ in results], aligned, on)
+        queue_ranges(given, [where for where, _ in results], aligned, on, window)
         return results[0][1](), results[1][1]()
 
-    found: tuple[Any, Any] = remembered(("ranges", library_of(q), int(q.shape[0]), aligned), starts, make)
+    question = "ranges", library_of(q), int(q.shape[0]), aligned, window
+    found: tuple[Any, Any] = remembered(question, starts, make)
     return found
 
 
-def queue_ranges(starts: list[View], outputs: list[View], causal: str, on: int) -> None:
+def queue_ranges(
+    starts: list[View], outputs: list[View], causal: str, on: int, window: tuple[int, int] = EVERYWHERE
+) -> None:
     """Queue the kernel that finds the range of keys of each query."""
     for given in starts:
         if given.dtype not in ("int32", "int64"):
@@ -222,4 +228,5 @@ def queue_ranges(starts: list[View], outputs: list[View], causal: str, on: int) 
     blocks = -(-outputs[0].shape[0] // threads)
     if blocks:
         variant = RangesVariant(causal, starts[0].dtype, starts[1].dtype, threads)
-        launch(build(variant), [*starts, *outputs], blocks=blocks, threads=threads, shared_bytes=0, stream=on)
+        arguments: list[Any] = [*starts, *outputs, np.int64(window[0]), np.int64(window[1])]
+        launch(build(variant), arguments, blocks=blocks, threads=threads, shared_bytes=0, stream=on)

@@ -210,17 +210,16 @@ def test_a_score_needs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "key_lengths", "causal", "softcap", "kind", "sizes"),
+    ("lengths", "key_lengths", "given", "kind", "sizes"),
     [
-        ((40, 0, 130, 1, 20), (40, 0, 130, 1, 20), True, None, "f16", (2, 1, 64, 64)),
-        ((70, 3, 90), (150, 0, 64), "bottom_right", None, "f16", (2, 2, 128, 128)),
-        ((100, 64), (64, 70), False, None, "bf16", (1, 1, 40, 24)),
-        ((33, 128, 20), (33, 128, 20), "top_left", 1.5, "f16", (4, 2, 64, 64)),
+        ((40, 0, 130, 1, 20), (40, 0, 130, 1, 20), {"causal": True}, "f16", (2, 1, 64, 64)),
+        ((70, 3, 90), (150, 0, 64), {"causal": "bottom_right"}, "f16", (2, 2, 128, 128)),
+        ((100, 64), (64, 70), {"window_size": (20, 30)}, "bf16", (1, 1, 40, 24)),
+        ((33, 128, 20), (33, 128, 20), {"causal": "top_left", "softcap": 1.5}, "f16", (4, 2, 64, 64)),
     ],
 )
 def test_packed_sequences(
-    monkeypatch: pytest.MonkeyPatch, lengths: Any, key_lengths: Any, causal: Any, softcap: Any, kind: str,
-    sizes: Any,
+    monkeypatch: pytest.MonkeyPatch, lengths: Any, key_lengths: Any, given: Any, kind: str, sizes: Any,
 ) -> None:  # fmt: skip
     """From the public call on, with a tail of padding; the truth is computed sequence by sequence."""
     launched = played(monkeypatch, late=True, processors=3)
@@ -234,7 +233,6 @@ def test_packed_sequences(
         rng.standard_normal(shape).astype(KINDS[kind]) for shape in (*shapes, (*shapes[0][:2], Dv))
     )
     wide: list[Any] = [x.astype(np.float64) for x in (q, k, v)]
-    given: dict[str, Any] = {"causal": causal, "softcap": softcap}
     exact_inputs: Any = (*wide, starts, key_starts)
     out, lse = varlen_attention(*exact_inputs, return_lse=True, **given)
     exact_inputs += (do.astype(np.float64),)

@@ -45,7 +45,9 @@ def draw(kind: str, D: int, Dv: int, lengths: Any, heads: Any, tail: int) -> lis
     return [x.to(getattr(torch, kind)) for x in made]
 
 
-def exact(given: list[Any], lengths: Any, causal: str, cap: float | None) -> tuple[Any, list[Any]]:
+def exact(
+    given: list[Any], lengths: Any, causal: str, cap: float | None, window: tuple[int, int] = (-1, -1)
+) -> tuple[Any, list[Any]]:
     """Return output and gradients in float64, sequence by sequence."""
     leaves = [x.double().requires_grad_() for x in given[:3]]
     group, outs = given[0].shape[1] // given[1].shape[1], []
@@ -56,9 +58,11 @@ def exact(given: list[Any], lengths: Any, causal: str, cap: float | None) -> tup
         score = q @ k.mT * q.shape[2] ** -0.5
         if cap is not None:
             score = cap * torch.tanh(score / cap)
-        if causal:
-            offset = d - c - (b - a) if causal == "bottom_right" else 0
-            score = score.masked_fill(~torch.ones_like(score).bool().tril(offset), -torch.inf)
+        offset = 0 if causal == "top_left" else d - c - (b - a)
+        seen = torch.ones_like(score).bool()
+        seen = seen if window[0] < 0 else seen.triu(offset - window[0])
+        seen = seen if window[1] < 0 and not causal else seen.tril(offset + (0 if causal else window[1]))
+        score = score.masked_fill(~seen, -torch.inf)
         most = score.detach().amax(2, keepdim=True).clamp(min=-1e30) if d > c else 0.0
         p = torch.exp(score - most)
         total = p.sum(2, keepdim=True)
@@ -71,23 +75,27 @@ def exact(given: list[Any], lengths: Any, causal: str, cap: float | None) -> tup
 
 @pytest.mark.parametrize("width", [(64, 64), (128, 128), (40, 72)])
 @pytest.mark.parametrize(
-    ("lengths", "causal", "cap"),
+    ("lengths", "causal", "cap", "window"),
     [
-        (LENGTHS, "bottom_right", None),
-        (OTHER_KEYS, "bottom_right", None),
-        (OTHER_KEYS, "top_left", 2.0),
-        (OTHER_KEYS, "", None),
+        (LENGTHS, "bottom_right", None, (-1, -1)),
+        (OTHER_KEYS, "bottom_right", None, (90, -1)),
+        (OTHER_KEYS, "top_left", 2.0, (-1, -1)),
+        (OTHER_KEYS, "", None, (-1, -1)),
+        (LENGTHS, "", None, (70, 33)),
     ],
 )
-def test_outputs_and_gradients(lengths: Any, causal: str, cap: float | None, width: tuple[int, int]) -> None:
+def test_outputs_and_gradients(
+    lengths: Any, causal: str, cap: float | None, window: tuple[int, int], width: tuple[int, int]
+) -> None:
     kind = "bfloat16" if width[0] == 128 else "float16"
     given = draw(kind, *width, lengths, (HQ, HKV), TAIL)
     q, k, v, do = given
     starts = [starts_of(each) for each in lengths]
-    options: dict[str, Any] = {"causal": causal or False, "softcap": cap, "tier": "hopper"}
+    options: dict[str, Any] = {"causal": causal or False, "softcap": cap, "window_size": window}
+    options["tier"] = "hopper"
     with poisoned_outputs():
         out, lse = cuda_backend.varlen_attention(q, k, v, *starts, return_lse=True, **options)
-    truth, wanted = exact(given, lengths, causal, cap)
+    truth, wanted = exact(given, lengths, causal, cap, window)
     assert (out.double() - truth).abs().max() <= 2 * UNIT[kind] * v.abs().max() + 1e-4
     for deterministic in (False, True):
         with poisoned_outputs():
