@@ -20,7 +20,7 @@ from refimpl.attention import (
     varlen_attention_vjp,
 )
 from refimpl.attention.user_functions import as_mod
-from refimpl.errors import OptionError
+from refimpl.errors import OptionError, UnsupportedError
 from tests.cuda.backward_hopper_played import played
 from tests.cuda.hopper_machine import KINDS
 from tests.cuda.int8_hopper_played import viewed
@@ -197,6 +197,17 @@ def test_block_masks_of_any_size(monkeypatch: pytest.MonkeyPatch, sizes: tuple[i
     played(monkeypatch)
     blocks = block_mask(options("sliding", shape)["mask_mod"], 1, 2, 150, 270, block_sizes=sizes)
     assert difference("f16", shape, "sliding", blocks=blocks) < LIMITS["f16"]
+
+
+@pytest.mark.parametrize(
+    ("D", "Dv", "said"), [(192, 64, "^.*: D is 192; .* up to 128$"), (64, 136, "Dv is 136")]
+)
+def test_wider_heads_are_refused(monkeypatch: pytest.MonkeyPatch, D: int, Dv: int, said: str) -> None:
+    """They would want more shared memory than there is; `tier="auto"` takes other kernels then."""
+    launched = played(monkeypatch)
+    with pytest.raises(UnsupportedError, match=said):
+        gradients("f16", (1, 70, 70, 1, 1, D, Dv), "sliding")
+    assert not launched
 
 
 def test_a_score_needs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
