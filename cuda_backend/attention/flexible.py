@@ -143,8 +143,8 @@ def flexible_attention_vjp(
     mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale, block_sizes, stream
         Those of the forward call; `score_mod_vjp` is needed if there is a `score_mod`.
     tier
-        As for `flexible_attention`.  The Hopper kernels want D and Dv up to 128, and a `score_mod_vjp` linear in
-        the gradient.
+        As for `flexible_attention`.  The Hopper kernels want D and Dv up to 128, and a `score_mod_vjp`
+        linear in the gradient.
     deterministic : bool
         Whether dq repeats bit for bit with the Hopper kernels, too.
 
