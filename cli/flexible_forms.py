@@ -135,8 +135,7 @@ def users_form(target: str) -> Form:
     Raises
     ------
     click.UsageError
-        If the file does not import, or has no such function, or it reads arrays, of which there are none, or
-        names or modules that are not there.
+        If the file does not import, or has no such function, or it reads arrays, of which there are none.
     """
     import inspect
     import runpy
@@ -158,31 +157,9 @@ def users_form(target: str) -> Form:
             f"{name}(b, h, i, j) of a mask, {name}(score, b, h, i, j) of a score, its first argument so named"
         )
         raise click.UsageError(f"--mod: expected {wanted}, got {name}({', '.join(parameters)})")
-    _try(target, function, is_score)
     if not is_score:
         return Form(name, {"mask_mod": function})
     gradient = scope.get(f"{name}_vjp")
     if gradient is None:
         return Form(name, {"score_mod": function})
-    _try(f"{target}_vjp", gradient, 2)
     return Form(name, {"score_mod": function, "score_mod_vjp": gradient})
-
-
-def _try(target: str, function: Callable[..., Any], leading: int) -> None:
-    """Call a function once: what it lacks would else look like a backend that is missing."""
-    import traceback
-
-    from cli.foreign import untrusted
-
-    try:
-        with untrusted(target, None):
-            function(*(0.0,) * leading, 0, 0, 0, 0)
-    except (ImportError, NameError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if target.startswith(frame.filename)]  # not those of importlib
-        place = (own or frames[:2])[-1]
-        raise click.UsageError(
-            f"--mod: {place.filename}, line {place.lineno}: {type(error).__name__}: {error}"
-        ) from None
-    except Exception:
-        return  # a verdict on what it computes comes later

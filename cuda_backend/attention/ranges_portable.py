@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from cuda_backend._numba import cuda, kernel, types
 from cuda_backend.attention.arguments import array_type
+from cuda_backend.attention.tiles_portable import INDEX
 
 __all__ = ["RangesVariant", "build", "signature", "source"]
-
-_INDEX = 0x7FFFFFFF
 
 
 class RangesVariant(NamedTuple):
@@ -44,7 +43,7 @@ def source(variant: RangesVariant) -> Any:
     CAUSAL, TOP_LEFT = variant.causal != "", variant.causal == "top_left"
 
     def key_ranges(starts: Any, key_starts: Any, first: Any, behind: Any, left: Any, right: Any) -> None:
-        i = (cuda.blockIdx.x & _INDEX) * THREADS + (cuda.threadIdx.x & (THREADS - 1))
+        i = (cuda.blockIdx.x & INDEX) * THREADS + (cuda.threadIdx.x & (THREADS - 1))
         if i >= first.shape[0]:
             return
         # The last sequence that starts at i or before: empty ones at the same place come before it.
