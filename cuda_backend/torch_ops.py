@@ -1,24 +1,27 @@
-"""PyTorch, if it is installed: our layers and functions under its names, arrays for measurements.
+"""PyTorch, if it is installed: our functions and layers under its names, arrays for measurements.
 
-This file and `torch_rivals` alone name torch, and only inside functions: nothing else of frugal needs it.
+This file, `torch_layers` and `torch_rivals` alone name torch, and only inside functions: nothing else of
+frugal needs it.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from refimpl.errors import UnsupportedError
+from cuda_backend.attention.tiers import Tier
+from cuda_backend.torch_layers import int8_linear, replace_linear
+from refimpl.attention.scores import Causal
+from refimpl.errors import OptionError, UnsupportedError
 from refimpl.numerics import Array
 
 __all__ = [
     "attention",
     "beside",
     "draw",
+    "drawn_seed",
     "int8_linear",
     "masked_attention",
     "missing",
@@ -78,12 +81,12 @@ def attention(
     v: Any,
     /,
     *,
-    causal: str = "",
+    causal: Causal | None = False,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     deterministic: bool = False,
-    tier: str = "portable",
+    tier: Tier = "auto",
 ) -> Any:
     """Return attention of PyTorch tensors [B, T, H, D], with a gradient; see `cuda_backend.flash_attention`.
 
@@ -95,11 +98,12 @@ def attention(
     q, k, v : torch.Tensor
         Key heads may be fewer: they divide the query heads.
     causal, scale, dropout_p
-        As for `refimpl.attention.scaled_dot_product_attention`; `causal` is "" for no mask.
+        As for `refimpl.attention.scaled_dot_product_attention`.
     seed : int
         Of the dropout, from 0 to 2**63 - 1; give another one in each step.
     deterministic, tier
-        As for `cuda_backend.flash_attention_vjp`; the tier of both passes.
+        As for `cuda_backend.flash_attention_vjp`; the tier of both passes.  "auto" is Hopper's kernels where
+        they take the call, else the portable ones, with a `refimpl.errors.SlowPathWarning`.
 
     Returns
     -------
@@ -109,7 +113,7 @@ def attention(
     Raises
     ------
     ShapeError, DTypeError, OptionError
-        As the reference.
+        As the reference; DTypeError also if the tensors are not of one floating format.
     UnsupportedError
         With the reasons of the tier.
 
@@ -123,7 +127,8 @@ def attention(
     import torch
 
     _registered()
-    return torch.ops.frugal.attention(q, k, v, causal, scale, dropout_p, seed, deterministic, tier)[0]
+    options = scale, dropout_p, seed, deterministic, tier
+    return torch.ops.frugal.attention(q, k, v, _aligned(causal, q, k), *options)[0]
 
 
 def varlen_attention(
@@ -137,14 +142,20 @@ def varlen_attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    *,
+    window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
 ) -> Any:
     """Return attention over packed sequences, with a gradient: flash-attention's ``flash_attn_varlen_func``.
 
     An operator of its own, ``torch.ops.frugal.varlen_attention``, also under `torch.compile`.  Kernels, and
-    the warning where they are the slow ones, as for `masked_attention`: the gradient has portable kernels
-    only.  Tensors on the host go to the simulator or to the reference.
+    the warning where they are the slow ones, as for `masked_attention`.  Tensors on the host go to the
+    simulator or to the reference.
+
+    Of its arguments there are no ``alibi_slopes``, ``deterministic``, ``return_attn_probs`` and
+    ``block_table``.  Slopes are a function of `cuda_backend.flexible_attention`, whose arrays say the
+    sequence of each token (`refimpl.attention.mods`: `documents`, `alibi`);
+    `cuda_backend.varlen_attention_vjp` takes `deterministic`, and `cuda_backend.varlen_attention` returns the
+    log-sum-exp; pages are those of `cuda_backend.paged_attention`.
 
     Parameters
     ----------
@@ -158,6 +169,8 @@ def varlen_attention(
         As for flash-attention: None and 0 are the defaults.
     causal : bool
         Aligned at the bottom right, as flash-attention does.
+    window_size : tuple of int
+        Keys on the left and on the right of a query's own place, counted from the ends; -1: all.
 
     Returns
     -------
@@ -184,7 +197,8 @@ def varlen_attention(
     if dropout_p:
         raise UnsupportedError(f"varlen_attention: no dropout, got dropout_p={dropout_p}")
     _registered()
-    options = "bottom_right" if causal else "", softcap or None, softmax_scale
+    left, right = window_size
+    options = "bottom_right" if causal else "", left, right, softcap or None, softmax_scale
     return torch.ops.frugal.varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)[0]
 
 
@@ -196,17 +210,17 @@ def masked_attention(
     *,
     attn_mask: Any = None,
     bias: Any = None,
-    causal: str = "",
+    causal: Causal | None = False,
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Any = 0,
 ) -> Any:
     """Return attention of tensors [B, T, H, D] with masks, by the kernels that run it best, with a gradient.
 
     An operator of its own, ``torch.ops.frugal.masked_attention``, also under `torch.compile`.  On the GPU one
-    query over a long cache is decoded, a mask or a softcap is a function of `cuda_backend.flexible_attention`
+    query over a long cache is decoded, masks and a softcap are functions of `cuda_backend.flexible_attention`
     and the rest goes to `cuda_backend.flash_attention`.  In float16 and bfloat16 on a Hopper GPU the Hopper
     kernels run; where they refuse a call the portable ones do, many times slower, and a
     `refimpl.errors.SlowPathWarning` says why, once for each reason.  Tensors on the host go to the reference.
@@ -214,12 +228,14 @@ def masked_attention(
     Parameters
     ----------
     q, k, v, attn_mask, bias, causal, softcap, scale, dropout_p
-        As for `refimpl.attention.scaled_dot_product_attention`; `causal` is "" for no mask.  The bias has a
-        gradient, too.
+        As for `refimpl.attention.scaled_dot_product_attention`: a query sees what mask and causality both
+        allow.  The bias has a gradient, too.
     window : int, optional
-        With causal="top_left": keys that a query sees, the last at its own place.
-    seed : int
-        As for `attention`.
+        With causal="top_left", and at least 1: keys that a query sees, the last at its own place, of those
+        that `attn_mask` allows.
+    seed : int or torch.Tensor
+        As for `attention`; or a tensor of one integer, such as `drawn_seed` returns, which code that
+        `torch.compile` made need not be compiled again for.
 
     Returns
     -------
@@ -229,9 +245,11 @@ def masked_attention(
     Raises
     ------
     ShapeError, DTypeError, OptionError
-        As the reference.
+        As the reference, on any device; DTypeError also if q, k and v are not of one floating format,
+        OptionError also for a window without causal="top_left", or below 1.
     UnsupportedError
-        With the reasons of the kernels, if the portable ones refuse too.
+        If the portable kernels refuse the call, with their reasons: those of the Hopper kernels are the
+        warning before it.
 
     Examples
     --------
@@ -243,8 +261,41 @@ def masked_attention(
     import torch
 
     _registered()
-    options = causal, window, softcap, scale, dropout_p, seed
-    return torch.ops.frugal.masked_attention(q, k, v, attn_mask, bias, *options)[0]
+    if not dropout_p:
+        seed = None
+    elif not isinstance(seed, torch.Tensor):
+        seed = torch.tensor(seed, dtype=torch.int64)
+    options = _aligned(causal, q, k), window, softcap, scale, dropout_p
+    return torch.ops.frugal.masked_attention(q, k, v, attn_mask, bias, seed, *options)[0]
+
+
+def drawn_seed() -> Any:
+    """Return a seed for dropout: a tensor on the host, drawn from PyTorch's generator of the host.
+
+    Examples
+    --------
+    >>> try:
+    ...     assert drawn_seed().dim() == 0
+    ... except ImportError:
+    ...     pass
+    """
+    import torch
+
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
+def _aligned(causal: Any, q: Any, k: Any) -> Any:
+    """Return `causal` as the operators take it: "" for no mask."""
+    if causal is None or causal is False:
+        return ""
+    if causal is not True:
+        return causal
+    if q.shape[1:2] != k.shape[1:2]:
+        raise OptionError(
+            f"causal: True is ambiguous for Tq={q.shape[1]}, Tk={k.shape[1]}; "
+            "say 'top_left' or 'bottom_right'"
+        )
+    return "top_left"
 
 
 def _registered() -> bool:
@@ -258,126 +309,3 @@ def _registered() -> bool:
 
 # As torch.compiler.assume_constant_result marks it: it is called when code is compiled, not traced.
 _registered._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def int8_linear(
-    layer: Any, *, threshold: float | None = 6.0, compute: Callable[..., Any] | None = None
-) -> Any:
-    """Return a module that computes what `torch.nn.Linear` `layer` does, by LLM.int8(), for inference.
-
-    Parameters
-    ----------
-    layer : torch.nn.Linear
-        On the GPU, in float16 or bfloat16; it is quantised now and not kept.
-    threshold : float or None
-        As for `refimpl.quant.llm_int8_linear`.
-    compute : callable, optional
-        A function of the reference's signature.  Default: `cuda_backend.llm_int8_linear_hopper`.
-
-    Returns
-    -------
-    torch.nn.Module
-        With buffers ``codes`` [out_features, in_features padded to 16] and ``absmax``, and the layer's bias.
-        It loads its own state, or that of a `torch.nn.Linear`, whose ``weight`` is quantised then.
-
-    Raises
-    ------
-    UnsupportedError
-        From its forward pass, if a gradient is wanted, or with the reasons of `compute`.
-
-    References
-    ----------
-    .. [1] Dettmers et al., 2022, arXiv:2208.07339, section 3.
-    """
-    module = _int8_linear_class()(layer.in_features, layer.out_features, threshold, compute)
-    if layer.bias is not None:
-        module.bias = type(layer.bias)(layer.bias.detach(), requires_grad=False)
-    module.quantize(layer.weight)
-    return module.train(layer.training)
-
-
-def replace_linear(model: Any, *, keep: tuple[str, ...] = ("lm_head",), **options: Any) -> int:
-    """Put `int8_linear` in the place of every `torch.nn.Linear` of a model but those named in `keep`.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Changed in place.
-    keep : tuple of str
-        Names of children, at any depth, that stay as they are, with all that is in them.
-    **options
-        Those of `int8_linear`.
-
-    Returns
-    -------
-    int
-        How many were replaced.
-    """
-    import torch
-
-    replaced = 0
-    for name, child in model.named_children():
-        if name in keep:
-            continue
-        if type(child) is torch.nn.Linear:
-            setattr(model, name, int8_linear(child, **options))
-            replaced += 1
-        else:
-            replaced += replace_linear(child, keep=keep, **options)
-    return replaced
-
-
-@functools.cache
-def _int8_linear_class() -> Any:
-    import torch
-
-    from cuda_backend import llm_int8_linear_hopper, prepare_weight
-    from refimpl.quant import Int8Columns
-
-    class Int8Linear(torch.nn.Module):
-        """A linear layer in int8; see `int8_linear`."""
-
-        def __init__(
-            self,
-            in_features: int,
-            out_features: int,
-            threshold: float | None,
-            compute: Callable[..., Any] | None,
-        ) -> None:
-            super().__init__()
-            self.in_features, self.out_features, self.threshold = in_features, out_features, threshold
-            self.compute = compute or llm_int8_linear_hopper
-            self.register_buffer("codes", None)
-            self.register_buffer("absmax", None)
-            self.register_parameter("bias", None)
-
-        def quantize(self, weight: Any) -> None:
-            """Take the place of a weight [out_features, in_features] in floating point."""
-            prepared = prepare_weight(weight.detach().t())
-            codes = prepared.codes.t()  # rows may be longer than they are wide: all of it is kept
-            self.codes = codes.as_strided((self.out_features, codes.stride(0)), (codes.stride(0), 1))
-            self.absmax = prepared.absmax
-
-        def forward(self, x: Any) -> Any:
-            """Return the outputs for x of any shape [..., in_features]."""
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise UnsupportedError("int8_linear: no gradient; call it under torch.no_grad()")
-            rows = x.reshape(-1, self.in_features)
-            weight = Int8Columns(self.codes[:, : self.in_features].t(), self.absmax)
-            out = self.compute(rows, weight, bias=self.bias, threshold=self.threshold)
-            return out.view(*x.shape[:-1], self.out_features)
-
-        def extra_repr(self) -> str:
-            """Return the sizes, as `torch.nn.Linear` does."""
-            sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-            return f"{sizes}, threshold={self.threshold}"
-
-        def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-            weight = state.pop(f"{prefix}weight", None)
-            if weight is not None:
-                place = weight if self.absmax is None else weight.to(self.absmax.device)
-                self.quantize(place)
-                state[f"{prefix}codes"], state[f"{prefix}absmax"] = self.codes, self.absmax
-            super()._load_from_state_dict(state, prefix, *rest)
-
-    return Int8Linear

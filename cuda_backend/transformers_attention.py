@@ -10,7 +10,7 @@ import functools
 import importlib
 from typing import Any
 
-from refimpl.errors import BackendUnavailableError, ShapeError, UnsupportedError
+from refimpl.errors import BackendUnavailableError, DTypeError, ShapeError, UnsupportedError
 
 __all__ = ["NAME", "frugal_attention", "options_of", "register"]
 
@@ -56,10 +56,12 @@ def _mask(sdpa_mask: Any, **asked: Any) -> Any:
 
     Without a window transformers knows when that is: no padding, and nothing laid over the mask.  With one it
     is the same if there is more than a query, or no key out of its sight: layers tell their attention the
-    window.  Chunks, as Llama 4 has them, are local too, but not told.
+    window, which is causal there: of models that look both ways the mask says it.  Chunks, as Llama 4 has
+    them, are local too, but not told.
     """
     config, window = asked.get("config"), asked.get("local_size")
     told = window is not None and window == getattr(config, "sliding_window", None)
+    told = told and not asked.get("allow_is_bidirectional_skip")
     chunks = getattr(config, "attention_chunk_size", None) is not None
     if told and not chunks and (asked["q_length"] > 1 or asked["kv_length"] <= window):
         asked = asked | {"local_size": None}
@@ -111,14 +113,17 @@ def frugal_attention(
     ------
     ShapeError
         If a mask has other lengths.
+    DTypeError
+        If it is neither of truth values nor of floats, or the tensors are not of one floating format.
     UnsupportedError
-        If attention sinks, a mask of heads or the weights are wanted, or by the kernels, with their reasons.
+        If attention sinks, a mask of heads or the weights are wanted, a window that is neither causal nor
+        in a mask, or by the kernels, with their reasons.
 
     Notes
     -----
     `cuda_backend.torch_ops.masked_attention` says which kernels run; tensors on the host go to the reference.
     """
-    from cuda_backend.torch_ops import masked_attention
+    from cuda_backend.torch_ops import drawn_seed, masked_attention
 
     unknown = [name for name in UNKNOWN if further.get(name) is not None]
     if unknown:
@@ -131,11 +136,16 @@ def frugal_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options = options_of(query, key, attention_mask, position_bias, causal)
     options |= {"scale": scaling, "softcap": softcap}
-    if sliding_window is not None and options.get("causal"):
-        options["window"] = sliding_window
+    if sliding_window is not None and attention_mask is None:
+        if options.get("causal"):
+            options["window"] = sliding_window
+        elif not causal and key.shape[2] >= sliding_window:
+            raise UnsupportedError(
+                f"frugal_attention: sliding_window={sliding_window} of {key.shape[2]} keys, not causal; "
+                "attention_mask says such a window"
+            )
     if dropout:
-        seed = query.new_zeros((), device="cpu").long().random_()
-        options |= {"dropout_p": dropout, "seed": int(seed)}
+        options |= {"dropout_p": dropout, "seed": drawn_seed()}
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return masked_attention(q, k, v, **options), None
 
@@ -147,6 +157,8 @@ def options_of(query: Any, key: Any, mask: Any, bias: Any, causal: bool) -> dict
     ------
     ShapeError
         If the mask has not four axes, or other lengths.
+    DTypeError
+        If it is neither of truth values nor of floats.
     """
     Tq, Tk = query.shape[2], key.shape[2]
     if mask is not None:
@@ -158,6 +170,8 @@ def options_of(query: Any, key: Any, mask: Any, bias: Any, causal: bool) -> dict
             )
         mask = mask if mask.shape[2] == Tq else mask.expand(-1, -1, Tq, -1)
         if "bool" not in str(mask.dtype):
+            if not mask.is_floating_point():
+                raise DTypeError(f"attention_mask: expected bool or floating point, got {mask.dtype}")
             return {"bias": mask if bias is None else bias + mask}
         if bias is None:
             return {"attn_mask": mask}

@@ -28,7 +28,11 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "mpi4py": "refimpl/parallel/mpi.py",
     "transformers": ("cli/transformers_model.py", "cuda_backend/transformers_attention.py"),
     "ml_dtypes": "refimpl/testing.py",
-    "torch": ("cuda_backend/torch_ops.py", "cuda_backend/torch_rivals.py"),
+    "torch": (
+        "cuda_backend/torch_layers.py",
+        "cuda_backend/torch_ops.py",
+        "cuda_backend/torch_rivals.py",
+    ),
     "numba.cuda": "cuda_backend/_numba.py",
 }
 LONGEST = 400

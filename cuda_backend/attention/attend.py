@@ -7,20 +7,18 @@ references run, for tests.
 from __future__ import annotations
 
 import functools
-import inspect
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from refimpl.attention import mods
-from refimpl.errors import SlowPathWarning, UnsupportedError
+from refimpl.errors import DTypeError, OptionError, ShapeError
+from refimpl.validation import whole
 
 __all__ = [
     "as_functions",
+    "checked",
     "decodes",
-    "fastest",
     "forward",
     "forward_on_host",
     "gradients",
@@ -29,17 +27,58 @@ __all__ = [
 
 LONG = 256  # keys from which a single query is worth parts
 
-_given = functools.cache(mods.given)  # the same function each time: what is known of it is known by it
 
-
-@functools.lru_cache(maxsize=16)
-def _causal_window(size: int) -> mods.Mask:
-    return mods.both(mods.causal, mods.sliding(size - 1))
+@functools.lru_cache(maxsize=64)  # the same function each time: what is known of a mask is known by it
+def _mask(causal: bool, window: int | None, given: tuple[bool, bool] | None) -> mods.Mask | None:
+    """Return what causality, a window and an array allow together, by sequence and by head or not."""
+    parts: list[mods.Mask] = [mods.causal] if causal else []
+    if window is not None:
+        parts.append(mods.sliding(window - 1))
+    if given is not None:
+        parts.append(mods.given(*given))
+    return functools.reduce(mods.both, parts) if parts else None
 
 
 @functools.lru_cache(maxsize=16)
 def _softcap(cap: float) -> tuple[mods.Score, mods.Score]:
     return mods.softcap(cap), mods.softcap_vjp(cap)
+
+
+def checked(q: Any, k: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a call of tensors, its mask with four axes and as long as the scores.
+
+    Raises
+    ------
+    OptionError
+        If a window is smaller than 1, or there is no causal="top_left" that says where it ends.
+    DTypeError
+        If a mask is not of truth values, or a window no whole number.
+    ShapeError
+        If a mask does not broadcast to the scores.
+    """
+    if "window" in options:
+        whole("window", options["window"])
+        if options.get("causal") != "top_left":
+            raise OptionError(
+                "window: expected causal='top_left', so that it ends at the query's own place, "
+                f"got causal={options.get('causal')!r}; another window goes to attn_mask"
+            )
+    mask = options.get("attn_mask")
+    if mask is None:
+        return options
+    if str(mask.dtype) != "torch.bool":
+        raise DTypeError(
+            f"attn_mask: expected bool, True = attend, got {mask.dtype}; additive terms go to bias"
+        )
+    if len(q.shape) != 4 or len(k.shape) != 4:
+        return options  # which is refused as the reference does
+    full, given = (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), tuple(mask.shape)
+    spread = (1,) * (4 - len(given)) + given
+    if len(spread) != 4 or any(size not in (1, most) for size, most in zip(spread, full, strict=True)):
+        raise ShapeError(f"attn_mask: expected a shape that broadcasts to {full}, got {given}")
+    if given == (*spread[:2], *full[2:]):
+        return options  # the tensor itself: what is known of a mask is known by it
+    return options | {"attn_mask": mask.reshape(spread).expand(-1, -1, *full[2:])}
 
 
 def decodes(q: Any, k: Any, options: dict[str, Any]) -> bool:
@@ -60,19 +99,16 @@ def as_functions(options: dict[str, Any]) -> dict[str, Any] | None:
     (None, None)
     """
     mask, cap, causal = (options.get(name) for name in ("attn_mask", "softcap", "causal"))
-    said = set(options) <= {"scale", "causal", "window", "attn_mask", "softcap"} and causal in (
-        None,
-        "top_left",
-    )
-    if not said or not {"attn_mask", "softcap", "window"} & set(options) or (mask is not None and causal):
+    more = {"window", "attn_mask", "softcap"} & set(options)
+    if set(options) - {"scale", "causal", *more} or causal not in (None, "top_left") or not more:
         return None
     found: dict[str, Any] = {"scale": options.get("scale")}
-    if "window" in options:
-        found["mask_mod"] = _causal_window(options["window"])
-    elif mask is not None:
-        found |= {"mask_mod": _given(mask.shape[0] > 1, mask.shape[1] > 1), "aux": (mask,)}
-    elif causal:
-        found["mask_mod"] = mods.causal
+    given = None if mask is None else (mask.shape[0] > 1, mask.shape[1] > 1)
+    function = _mask(causal is not None, options.get("window"), given)
+    if function is not None:
+        found["mask_mod"] = function
+    if mask is not None:
+        found["aux"] = (mask,)
     if cap is not None:
         score, gradient = _softcap(cap)
         found |= {"score_mod": score, "score_mod_vjp": gradient}
@@ -87,10 +123,10 @@ def forward(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
     if decodes(q, k, options):
         return cuda_backend.split_kv_attention(q, k, v, return_lse=True, **options)
     if functions is None:
-        options = _spelled_out(q, k, options) | {"return_lse": True}
-        return fastest(cuda_backend.flash_attention, (q, k, v), options)
+        options = _spelled_out(q, k, options)
+        return cuda_backend.flash_attention(q, k, v, return_lse=True, tier="auto", **options)
     functions.pop("score_mod_vjp", None)
-    return fastest(cuda_backend.flexible_attention, (q, k, v), {**functions, "return_lse": True})
+    return cuda_backend.flexible_attention(q, k, v, return_lse=True, tier="auto", **functions)
 
 
 def gradients(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -100,46 +136,22 @@ def gradients(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     functions = as_functions(options)
     if functions is None:
         options = _spelled_out(arrays[0], arrays[1], options)
-        return fastest(cuda_backend.flash_attention_vjp, arrays, options)
-    return fastest(cuda_backend.flexible_attention_vjp, arrays, functions)
+        return cuda_backend.flash_attention_vjp(*arrays, tier="auto", **options)
+    return cuda_backend.flexible_attention_vjp(*arrays, tier="auto", **functions)
 
 
 def _spelled_out(q: Any, k: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return options whose window is a mask of truth values, beside `q`."""
+    """Return options whose window is in the mask of truth values, beside `q`."""
     if "window" not in options:
         return options
     others = {name: value for name, value in options.items() if name not in ("window", "causal")}
     if isinstance(q, np.ndarray):
-        mask = np.tri(q.shape[1], k.shape[1], dtype=bool)
-        mask &= ~np.tri(q.shape[1], k.shape[1], -options["window"], dtype=bool)
-        return others | {"attn_mask": mask}
-    mask = q.new_ones((q.shape[1], k.shape[1])).tril().triu(1 - options["window"])
-    return others | {"attn_mask": mask.bool()[None, None]}
-
-
-def fastest(function: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Call a function with the Hopper kernels if they are there and take the call, else the portable ones.
-
-    On a Hopper GPU the portable ones are 20 to 50 times slower, so a `SlowPathWarning` says why they run,
-    once for each reason; ``warnings.simplefilter("error", SlowPathWarning)`` makes it an error.
-    """
-    from cuda_backend.attention.forward import chosen_tier
-
-    if chosen_tier("auto", arrays[0]) == "hopper":
-        if "tier" not in inspect.signature(function).parameters:
-            _warn_slow(f"{function.__name__}: there is no Hopper kernel of it")
-            return function(*arrays, **options)
-        try:
-            return function(*arrays, tier="hopper", **options)
-        except UnsupportedError as error:
-            _warn_slow(str(error))
-    return function(*arrays, **options)
-
-
-@functools.cache  # but not of a warning that was made an error
-def _warn_slow(reason: str) -> None:
-    message = f"{reason}; the portable kernels run, which are many times slower"
-    warnings.warn(message, SlowPathWarning, stacklevel=3)
+        seen = np.tri(q.shape[1], k.shape[1], dtype=bool)
+        seen &= ~np.tri(q.shape[1], k.shape[1], -options["window"], dtype=bool)
+    else:
+        seen = q.new_ones((q.shape[1], k.shape[1])).tril().triu(1 - options["window"]).bool()[None, None]
+    given = others.get("attn_mask")
+    return others | {"attn_mask": seen if given is None else seen & given}
 
 
 def forward_on_host(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:

@@ -13,9 +13,19 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR
+from cuda_backend.attention.tiers import known_tier
 from cuda_backend.formats import FORMATS
+from refimpl.errors import DTypeError
 
-__all__ = ["SCHEMA", "as_array", "as_tensor", "register", "simulated", "statistic_of"]
+__all__ = [
+    "SCHEMA",
+    "alike",
+    "as_array",
+    "as_tensor",
+    "register",
+    "simulated",
+    "statistic_of",
+]
 
 OPTIONS = "str causal, float? scale, float dropout_p, int seed, bool deterministic, str tier"
 SAVED = "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
@@ -36,6 +46,8 @@ def register(torch: Any) -> Callable[..., Any]:
         from refimpl.attention import flash_attention as reference
 
         chosen = _chosen(*options)
+        known_tier(options[5])
+        alike(q, k, v)
         if q.is_cuda:
             found: Any = flash_attention(q, k, v, return_lse=True, tier=options[5], **chosen)
             return found.out.contiguous(), found.lse
@@ -59,7 +71,8 @@ def register(torch: Any) -> Callable[..., Any]:
         compute: Any = flash_attention_vjp if simulated(q) else reference
         return tuple(as_tensor(torch, x, q) for x in compute(*arrays, **chosen)[:3])
 
-    def forward_shapes(q: Any, _k: Any, v: Any, *_options: Any) -> Any:
+    def forward_shapes(q: Any, _k: Any, v: Any, *options: Any) -> Any:
+        known_tier(options[5])
         batch, tq, heads, _ = q.shape
         lse = q.new_empty((batch, heads, tq), dtype=statistic_of(torch, q))
         return q.new_empty((batch, tq, heads, v.shape[3])), lse
@@ -97,6 +110,23 @@ def _chosen(
     if dropout_p:
         chosen |= {"dropout_p": dropout_p, "rng": seed % 2**64}
     return chosen
+
+
+def alike(q: Any, k: Any, v: Any) -> None:
+    """Check that tensors are of one floating format: the operators say that the output has that of `q`.
+
+    Raises
+    ------
+    DTypeError
+        If they are not.
+    """
+    found = {name: str(x.dtype).removeprefix("torch.") for name, x in zip("qkv", (q, k, v), strict=True)}
+    for name, dtype in found.items():
+        if dtype not in ("float64", *FORMATS):
+            raise DTypeError(f"{name}: expected float64, {', '.join(FORMATS)}, got {dtype}")
+    if len(set(found.values())) > 1:
+        given = ", ".join(f"{name} {dtype}" for name, dtype in found.items())
+        raise DTypeError(f"q, k and v: expected one dtype, got {given}")
 
 
 def simulated(tensor: Any) -> bool:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from cuda_backend.attention.attend import checked, forward_on_host, gradients, gradients_on_host
 from cuda_backend.attention.attend import forward as on_gpu
-from cuda_backend.attention.attend import forward_on_host, gradients, gradients_on_host
-from cuda_backend.attention.autograd import as_array, as_tensor, statistic_of
+from cuda_backend.attention.autograd import alike, as_array, as_tensor, statistic_of
 
 __all__ = ["SCHEMA", "register"]
 
-MASKS = "Tensor? attn_mask, Tensor? bias"
-OPTIONS = "str causal, int? window, float? softcap, float? scale, float dropout_p, int seed"
+MASKS = "Tensor? attn_mask, Tensor? bias, Tensor? seed"
+OPTIONS = "str causal, int? window, float? softcap, float? scale, float dropout_p"
 SCHEMA = f"(Tensor q, Tensor k, Tensor v, {MASKS}, {OPTIONS}) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
     f"(Tensor do, Tensor q, Tensor k, Tensor v, {MASKS}, Tensor out, Tensor lse, {OPTIONS})"
@@ -28,12 +28,13 @@ def register(torch: Any) -> Callable[..., Any]:
     """Register ``frugal::masked_attention`` and its backward operator; return the former.
 
     The operator takes q, k, v as [B, T, H, D], a mask of truth values and a bias, `causal` as "" for no mask,
-    a window of keys, and the seed of the dropout; it returns the output and the log-sum-exp, which has no
-    gradient.
+    a window of keys, and the seed of the dropout, a tensor that `torch.compile` need not read; it returns the
+    output and the log-sum-exp, which has no gradient.
     """
 
-    def forward(q: Any, k: Any, v: Any, mask: Any, bias: Any, *options: Any) -> Any:
-        chosen = _chosen(mask, bias, *options)
+    def forward(q: Any, k: Any, v: Any, mask: Any, bias: Any, seed: Any, *options: Any) -> Any:
+        alike(q, k, v)
+        chosen = checked(q, k, _chosen(mask, bias, seed, *options))
         if q.is_cuda:
             found = on_gpu(q, k, v, chosen)
             return found.out.contiguous(), found.lse.contiguous()
@@ -42,9 +43,10 @@ def register(torch: Any) -> Callable[..., Any]:
         lse = torch.from_numpy(np.ascontiguousarray(lse)).to(statistic_of(torch, q))
         return as_tensor(torch, out, q), lse
 
-    def backward(do: Any, q: Any, k: Any, v: Any, mask: Any, bias: Any, *rest: Any) -> Any:
+    def backward(do: Any, q: Any, k: Any, v: Any, mask: Any, bias: Any, seed: Any, *rest: Any) -> Any:
         out, lse, *options = rest
-        chosen, tensors = _chosen(mask, bias, *options), (q, k, v, out, lse, do.contiguous())
+        chosen = checked(q, k, _chosen(mask, bias, seed, *options))
+        tensors = q, k, v, out, lse, do.contiguous()
         nothing = q.new_empty(0)
         if q.is_cuda:
             found = gradients(tensors, chosen)
@@ -65,14 +67,14 @@ def register(torch: Any) -> Callable[..., Any]:
         return (*(x.new_empty(x.shape) for x in (q, k, v)), dbias)
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        q, k, v, mask, bias, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, mask, bias, *output)
+        q, k, v, mask, bias, seed, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, mask, bias, seed, *output)
         ctx.mark_non_differentiable(output[1])
 
     def gradient(ctx: Any, do: Any, _dlse: Any) -> Any:
         *found, dbias = backward_operator(do, *ctx.saved_tensors, *ctx.options)
         bias = dbias if ctx.needs_input_grad[4] else None
-        return (*found, None, bias, *[None] * len(ctx.options))
+        return (*found, None, bias, None, *[None] * len(ctx.options))
 
     custom = torch.library.custom_op
     operator = custom("frugal::masked_attention", forward, mutates_args=(), schema=SCHEMA)
@@ -89,12 +91,12 @@ def register(torch: Any) -> Callable[..., Any]:
 def _chosen(
     mask: Any,
     bias: Any,
+    seed: Any,
     causal: str,
     window: int | None,
     softcap: float | None,
     scale: float | None,
     dropout_p: float,
-    seed: int,
 ) -> dict[str, Any]:
     """Return options as the reference takes them, those that are there."""
     chosen = {
@@ -102,7 +104,7 @@ def _chosen(
         "scale": scale,
     }  # fmt: skip
     if dropout_p:
-        chosen |= {"dropout_p": dropout_p, "rng": seed % 2**64}
+        chosen |= {"dropout_p": dropout_p, "rng": int(seed) % 2**64}
     return {name: value for name, value in chosen.items() if value is not None}
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from cuda_backend.attention.attend import fastest
-from cuda_backend.attention.autograd import as_array, as_tensor, simulated, statistic_of
+from cuda_backend.attention.autograd import alike, as_array, as_tensor, simulated, statistic_of
 
 __all__ = ["SCHEMA", "register"]
 
-STARTS, OPTIONS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k", "str causal, float? softcap, float? scale"
+STARTS, OPTIONS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k",
+    ("str causal, int left, int right, float? softcap, float? scale"),
+)
 SCHEMA = f"(Tensor q, Tensor k, Tensor v, {STARTS}, {OPTIONS}) -> (Tensor, Tensor)"
 BACKWARD_SCHEMA = (
     f"(Tensor do, Tensor q, Tensor k, Tensor v, {STARTS}, Tensor out, Tensor lse, {OPTIONS})"
@@ -25,8 +27,8 @@ BACKWARD_SCHEMA = (
 def register(torch: Any) -> Callable[..., Any]:
     """Register ``frugal::varlen_attention`` and its backward operator; return the former.
 
-    The operator takes what `cuda_backend.varlen_attention` takes, `causal` as "" for no mask, and returns the
-    output and the log-sum-exp, which has no gradient.
+    The operator takes what `cuda_backend.varlen_attention` takes, `causal` as "" for no mask and the two
+    sides of the window, and returns the output and the log-sum-exp, which has no gradient.
     """
 
     def forward(q: Any, k: Any, v: Any, starts: Any, key_starts: Any, *options: Any) -> Any:
@@ -34,9 +36,9 @@ def register(torch: Any) -> Callable[..., Any]:
         from refimpl.attention import varlen_attention as reference
 
         chosen = _chosen(*options)
+        alike(q, k, v)
         if q.is_cuda:
-            tensors = q, k, v, starts, key_starts
-            found: Any = fastest(varlen_attention, tensors, {**chosen, "return_lse": True})
+            found: Any = varlen_attention(q, k, v, starts, key_starts, return_lse=True, tier="auto", **chosen)
             return found.out.contiguous(), found.lse.contiguous()
         arrays = [as_array(torch, x) for x in (q, k, v, starts, key_starts)]
         compute: Any = varlen_attention if simulated(q) else reference
@@ -53,7 +55,7 @@ def register(torch: Any) -> Callable[..., Any]:
         chosen, do = _chosen(*options), do.contiguous()
         if q.is_cuda:
             tensors = q, k, v, starts, key_starts, out, lse, do
-            found: Any = fastest(varlen_attention_vjp, tensors, chosen)
+            found: Any = varlen_attention_vjp(*tensors, tier="auto", **chosen)
             return tuple(x.contiguous() for x in found[:3])
         arrays: Any = [as_array(torch, x) for x in (q, k, v, starts, key_starts, do)]
         if simulated(q):
@@ -73,8 +75,7 @@ def register(torch: Any) -> Callable[..., Any]:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
     def keep(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, causal, softcap, scale = inputs
-        ctx.options = causal, softcap, scale
+        tensors, ctx.options = inputs[:5], inputs[5:]
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
 
@@ -94,5 +95,5 @@ def register(torch: Any) -> Callable[..., Any]:
     return registered
 
 
-def _chosen(causal: str, softcap: float | None, scale: float | None) -> dict[str, Any]:
-    return {"causal": causal or False, "softcap": softcap, "scale": scale}
+def _chosen(causal: str, left: int, right: int, softcap: float | None, scale: float | None) -> dict[str, Any]:
+    return {"causal": causal or False, "window_size": (left, right), "softcap": softcap, "scale": scale}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from cuda_backend.arrays import View, empty, is_host, view
 from cuda_backend.attention import backward_portable, bias_portable
 from cuda_backend.attention.call import Call, beside, features, numbers, prepare, reasons, wrong_format
+from cuda_backend.attention.tiers import Tier, by_tier
 from cuda_backend.attention.variant_backward import BackwardVariant
 from cuda_backend.attention.variant_portable import Features, choose
 from cuda_backend.launch import launch, shared_memory_bytes, stream_of
 from cuda_backend.scratch import UNWRITTEN, ZERO, scratch
 from refimpl.attention import AttentionGradients
 from refimpl.attention.scores import AttentionOptions, backward_rule
-from refimpl.errors import CapacityError, OptionError, UnsupportedError
+from refimpl.errors import CapacityError, UnsupportedError
 from refimpl.numerics import widen
 from refimpl.validation import bind_axes, floating
 
@@ -34,7 +35,7 @@ def flash_attention_vjp(
     block_sizes: tuple[int, int] | None = None,
     sram: int | None = None,
     stream: Any = None,
-    tier: Literal["portable", "hopper"] = "portable",
+    tier: Tier = "portable",
     deterministic: bool = False,
     **options: Unpack[AttentionOptions],
 ) -> AttentionGradients:
@@ -56,9 +57,10 @@ def flash_attention_vjp(
         As for `flash_attention`; Q, dO, K, V, P, dS and two statistics must fit.
     stream : int or stream object, optional
         As for `flash_attention`.
-    tier : {"portable", "hopper"}
-        Which kernels: those of any GPU, which take every option and float32, or those of
-        `flash_attention_vjp_hopper`, with `causal` and `scale` only.  Nothing falls back.
+    tier : {"portable", "hopper", "auto"}
+        Which kernels, as for `flash_attention`: those of any GPU, which take every option and float32, those
+        of `flash_attention_vjp_hopper`, with `causal`, `scale`, `dropout_p` and an integer `rng` only, or the
+        latter where they take the call.
     deterministic : bool
         Whether gradients must repeat bit for bit; the portable kernels' always do.
     **options
@@ -103,36 +105,39 @@ def flash_attention_vjp(
     ...     out, lse = cuda_backend.flash_attention(x, x, x, return_lse=True)
     ...     assert flash_attention_vjp(x, x, x, out, lse, x).dv[0, :, 0, 0].tolist() == [1, 1]
     """
-    if tier not in ("portable", "hopper"):
-        raise OptionError(f"tier: expected 'portable' or 'hopper', got {tier!r}")
-    if tier == "hopper":
+
+    def hopper() -> AttentionGradients:
         from cuda_backend.attention.call_backward_hopper import flash_attention_vjp_hopper
 
         further: dict[str, Any] = {**options, "deterministic": deterministic}
         if block_sizes is not None or sram is not None:
             further |= {"block_sizes": block_sizes, "sram": sram}
         return flash_attention_vjp_hopper(q, k, v, o, lse, do, stream=stream, **further)
-    call, lse = prepare_backward(q, k, v, o, lse, do, options)
-    refused = _reasons(call, lse)
-    if refused:
-        raise UnsupportedError("flash_attention_vjp: " + "; ".join(refused))
-    on = stream_of(q, stream)
-    wanted, optional = features(call, on, lse=False)
-    variant = backward_variant(call, wanted, block_sizes, sram)
-    inputs = {name: view(name, array, on) for name, array in call.tensors.items()}
-    inputs["lse"] = view("lse", _as_float32(lse), on)
-    like = call.tensors["q"]
-    results = {name: empty(inputs[name].shape, call.dtype, like, on) for name in "qkv"}
-    bias_axes = _bias_axes(call)
-    if bias_axes is not None:
-        results["bias"] = empty(bias_axes, call.dtype, like, on)
-    outputs = {name: given for name, (given, _) in results.items()}
-    queue_backward(call, variant, inputs, outputs, [*optional, *numbers(call.rule)], on)
-    gradients = [result() for _, result in results.values()]
-    if bias_axes is not None:
-        bias: Any = call.options["bias"]
-        gradients[3] = gradients[3].reshape(tuple(np.shape(bias)))
-    return AttentionGradients(*gradients)
+
+    def portable() -> AttentionGradients:
+        call, sums = prepare_backward(q, k, v, o, lse, do, options)
+        refused = _reasons(call, sums)
+        if refused:
+            raise UnsupportedError("flash_attention_vjp: " + "; ".join(refused))
+        on = stream_of(q, stream)
+        wanted, optional = features(call, on, lse=False)
+        variant = backward_variant(call, wanted, block_sizes, sram)
+        inputs = {name: view(name, array, on) for name, array in call.tensors.items()}
+        inputs["lse"] = view("lse", _as_float32(sums), on)
+        like = call.tensors["q"]
+        results = {name: empty(inputs[name].shape, call.dtype, like, on) for name in "qkv"}
+        bias_axes = _bias_axes(call)
+        if bias_axes is not None:
+            results["bias"] = empty(bias_axes, call.dtype, like, on)
+        outputs = {name: given for name, (given, _) in results.items()}
+        queue_backward(call, variant, inputs, outputs, [*optional, *numbers(call.rule)], on)
+        gradients = [result() for _, result in results.values()]
+        if bias_axes is not None:
+            bias: Any = call.options["bias"]
+            gradients[3] = gradients[3].reshape(tuple(np.shape(bias)))
+        return AttentionGradients(*gradients)
+
+    return by_tier(tier, q, hopper, portable)
 
 
 def backward_variant(

@@ -26,7 +26,7 @@ from cuda_backend.attention.remembered import remembered
 from cuda_backend.attention.tile_lists import Draw, key_tile_lists
 from cuda_backend.attention.tile_states import known_block_mask
 from cuda_backend.attention.user_device import Mods
-from cuda_backend.attention.variant_backward_hopper import BackwardVariant, choose_backward
+from cuda_backend.attention.variant_backward_hopper import LARGEST_WIDTH, BackwardVariant, choose_backward
 from cuda_backend.context import current_device
 from cuda_backend.launch import wait_for
 from refimpl.attention import AttentionGradients
@@ -131,6 +131,12 @@ def flexible_attention_vjp_hopper(
         aligned = [copies.enter_context(aligned_rows(x, stream)) for x in views[:5]]
         inputs = Inputs._make((*aligned, views[5]))
         found = backward_reasons(inputs, causal=False, scale=scale)
+        # Wider heads have a kernel of their own, which asks no functions.
+        found += [
+            f"{axis} is {x.shape[3]}; the kernel with functions takes up to {LARGEST_WIDTH}"
+            for axis, x in (("D", inputs.q), ("Dv", inputs.v))
+            if x.shape[3] > LARGEST_WIDTH
+        ]
         if found:
             raise UnsupportedError(f"{CALLER}: {'; '.join(found)}")
         layouts = tuple(x.layout for x in inputs)

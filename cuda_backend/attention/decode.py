@@ -11,6 +11,7 @@ from cuda_backend.attention.call import Call, prepare, reasons
 from cuda_backend.attention.decode_call_ampere import attend, capable
 from cuda_backend.attention.decode_portable import MERGE_THREADS, DecodeVariant, build, build_merge
 from cuda_backend.attention.decode_rule import options_of, rule_of
+from cuda_backend.attention.tiers import refused_by
 from cuda_backend.launch import launch, shared_memory_bytes, stream_of
 from cuda_backend.scratch import UNWRITTEN, scratch
 from refimpl.attention import AttentionOutput
@@ -55,8 +56,9 @@ def split_kv_attention(
         Which kernels.  "ampere" ones are made for the speed of memory; they need compute capability 8.0,
         float16 or bfloat16, D and Dv that are multiples of 16 up to 256, pages of a multiple of 16 keys, and
         rows of k and v that begin at multiples of 16 bytes.  "portable" ones run anywhere and take the rest,
-        slowly.  "auto" is "ampere" where GPU, format, widths and pages allow it.  Nothing falls back: what
-        the chosen tier cannot do is an error that says so.
+        slowly; what a named tier cannot do is an error that says so.  "auto" is "ampere" where GPU, format,
+        widths and pages allow it; what that refuses still, the portable ones run, with a
+        `refimpl.errors.SlowPathWarning`.
 
     Returns
     -------
@@ -149,7 +151,7 @@ def _attention(
         try:
             return attend(name, q, k, v, table, k_lengths, splits, scale, return_lse, stream)
         except UnsupportedError as error:
-            raise UnsupportedError(f"{error}; tier='portable' is slower and takes more") from None
+            refused_by(tier, error)
     call = prepare({"q": q, "k": k, "v": v}, options_of(k_lengths, scale), rule_of(table, k_lengths))
     return _decoded(name, call, table, k_lengths, 1 if splits is None else splits, return_lse, stream)
 

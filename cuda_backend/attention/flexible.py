@@ -12,7 +12,8 @@ import numpy as np
 from cuda_backend.arrays import View, broadcast, empty, is_host, view
 from cuda_backend.attention.backward import backward_variant, prepare_backward, queue_backward
 from cuda_backend.attention.call import Call, features, numbers, prepare, reasons
-from cuda_backend.attention.forward import Tier, chosen_tier, forward_variant, run_forward
+from cuda_backend.attention.forward import forward_variant, run_forward
+from cuda_backend.attention.tiers import Tier, by_tier, known_tier
 from cuda_backend.attention.tile_states import aux_views, tile_states
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_portable import Features, Variant
@@ -86,24 +87,31 @@ def flexible_attention(
     ...     out = flexible_attention(x, x, x, mask_mod=lambda b, h, i, j: j < i)
     ...     assert out[0, :, 0, 0].tolist() == [0, 1, 1]
     """
+    known_tier(tier)
     call = prepare({"q": q, "k": k, "v": v}, {"scale": scale})
     refused = reasons(call)
     if refused:
         raise UnsupportedError("flexible_attention: " + "; ".join(refused))
     on = stream_of(q, stream)
     arrays, mods = _mods(call, mask_mod, score_mod, score_mod_vjp, block_mask, aux, on)
-    if chosen_tier(tier, q) == "hopper":
+
+    def hopper() -> Any:
         from cuda_backend.attention.call_flexible_hopper import flexible_attention_hopper
 
         if block_sizes is not None:
             raise UnsupportedError("flexible_attention_hopper: the kernel has no block_sizes")
         given: dict[str, Any] = {"arrays": arrays, "aux": aux, "blocks": block_mask, "scale": scale}
         return flexible_attention_hopper(q, k, v, mods=mods, return_lse=return_lse, stream=on, **given)
-    wanted, optional = features(call, on, lse=return_lse)
-    wanted = wanted._replace(mods=mods._replace(vjp=None))
-    sizes = _tile_sizes(block_mask, forward_variant(call, wanted, block_sizes, None), block_sizes)
-    variant = forward_variant(call, wanted, sizes, None)
-    return run_forward(call, variant, _with_mods(call, variant, optional, arrays, aux, block_mask, on), on)
+
+    def portable() -> Any:
+        wanted, optional = features(call, on, lse=return_lse)
+        wanted = wanted._replace(mods=mods._replace(vjp=None))
+        sizes = _tile_sizes(block_mask, forward_variant(call, wanted, block_sizes, None), block_sizes)
+        variant = forward_variant(call, wanted, sizes, None)
+        options = _with_mods(call, variant, optional, arrays, aux, block_mask, on)
+        return run_forward(call, variant, options, on)
+
+    return by_tier(tier, q, hopper, portable)
 
 
 def flexible_attention_vjp(
@@ -135,7 +143,8 @@ def flexible_attention_vjp(
     mask_mod, score_mod, score_mod_vjp, block_mask, aux, scale, block_sizes, stream
         Those of the forward call; `score_mod_vjp` is needed if there is a `score_mod`.
     tier
-        As for `flexible_attention`.  The Hopper kernels want a `score_mod_vjp` linear in the gradient.
+        As for `flexible_attention`.  The Hopper kernels want D and Dv up to 128, and a `score_mod_vjp`
+        linear in the gradient.
     deterministic : bool
         Whether dq repeats bit for bit with the Hopper kernels, too.
 
@@ -159,6 +168,7 @@ def flexible_attention_vjp(
     ...     out, lse = flexible_attention(x, x, x, return_lse=True, **alone)
     ...     assert flexible_attention_vjp(x, x, x, out, lse, x, **alone).dv[0, :, 0, 0].tolist() == [1, 1]
     """
+    known_tier(tier)
     call, lse = prepare_backward(q, k, v, o, lse, do, {"scale": scale})
     refused = reasons(call)
     if refused:
@@ -167,7 +177,8 @@ def flexible_attention_vjp(
         raise OptionError("score_mod_vjp: needed for gradients through score_mod")
     on = stream_of(q, stream)
     arrays, mods = _mods(call, mask_mod, score_mod, score_mod_vjp, block_mask, aux, on)
-    if chosen_tier(tier, q) == "hopper":
+
+    def hopper() -> AttentionGradients:
         from cuda_backend.attention.call_flexible_backward_hopper import flexible_attention_vjp_hopper
 
         if block_sizes is not None:
@@ -176,17 +187,21 @@ def flexible_attention_vjp(
         return flexible_attention_vjp_hopper(
             q, k, v, o, lse, do, mods=mods, deterministic=deterministic, stream=on, **given
         )
-    wanted, optional = features(call, on, lse=False)
-    wanted = wanted._replace(mods=mods)
-    sizes = _tile_sizes(block_mask, backward_variant(call, wanted, block_sizes, None), block_sizes)
-    variant = backward_variant(call, wanted, sizes, None)
-    inputs = {name: view(name, array, on) for name, array in call.tensors.items()}
-    inputs["lse"] = view("lse", np.asarray(lse, np.float32) if is_host(lse) else lse, on)
-    results = {name: empty(inputs[name].shape, call.dtype, call.tensors["q"], on) for name in "qkv"}
-    outputs = {name: given for name, (given, _) in results.items()}
-    options = [*_with_mods(call, variant, optional, arrays, aux, block_mask, on), *numbers(call.rule)]
-    queue_backward(call, variant, inputs, outputs, options, on)
-    return AttentionGradients(*(result() for _, result in results.values()))
+
+    def portable() -> AttentionGradients:
+        wanted, optional = features(call, on, lse=False)
+        wanted = wanted._replace(mods=mods)
+        sizes = _tile_sizes(block_mask, backward_variant(call, wanted, block_sizes, None), block_sizes)
+        variant = backward_variant(call, wanted, sizes, None)
+        inputs = {name: view(name, array, on) for name, array in call.tensors.items()}
+        inputs["lse"] = view("lse", np.asarray(lse, np.float32) if is_host(lse) else lse, on)
+        results = {name: empty(inputs[name].shape, call.dtype, call.tensors["q"], on) for name in "qkv"}
+        outputs = {name: given for name, (given, _) in results.items()}
+        options = [*_with_mods(call, variant, optional, arrays, aux, block_mask, on), *numbers(call.rule)]
+        queue_backward(call, variant, inputs, outputs, options, on)
+        return AttentionGradients(*(result() for _, result in results.values()))
+
+    return by_tier(tier, q, hopper, portable)
 
 
 def _mods(

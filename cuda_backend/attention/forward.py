@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Unpack
 
-import numpy as np
-
-from cuda_backend.arrays import absent, dtype_name, empty, is_host, view
+from cuda_backend.arrays import absent, empty, view
 from cuda_backend.attention import forward_portable
 from cuda_backend.attention.call import Call, features, numbers, prepare, reasons
+from cuda_backend.attention.tiers import Tier, by_tier
 from cuda_backend.attention.variant_portable import Features, Variant, choose
-from cuda_backend.context import is_hopper
 from cuda_backend.launch import launch, shared_memory_bytes, stream_of
 from refimpl.attention import AttentionOutput
 from refimpl.attention.scores import AttentionOptions
-from refimpl.errors import OptionError, UnsupportedError
+from refimpl.errors import UnsupportedError
 
 __all__ = [
-    "chosen_tier",
     "flash_attention",
     "forward_variant",
     "run_forward",
     "scaled_dot_product_attention",
     "supports",
 ]
-
-
-Tier = Literal["portable", "hopper", "auto"]
 
 
 def flash_attention(
@@ -62,9 +56,10 @@ def flash_attention(
         Where to run.  Default: the stream that the library of `q` works on.
     tier : {"portable", "hopper", "auto"}
         Which kernels.  "portable" ones run on any GPU, take every option and float32, and are slow; "hopper"
-        are those of `flash_attention_hopper`, for the tensor cores of that GPU, with `causal` and `scale`
-        only; "auto" is "hopper" for float16 and bfloat16 on such a GPU, else "portable".  Nothing falls back:
-        what the chosen tier cannot do is an error that says so.
+        are those of `flash_attention_hopper`, for the tensor cores of that GPU, with `causal`, `scale`,
+        `dropout_p` and `rng` only; what a named tier cannot do is an error that says so.  "auto"
+        is "hopper" for float16 and bfloat16 on such a GPU, where that takes the call, else "portable", with a
+        `refimpl.errors.SlowPathWarning` that says why, once for each reason.
     **options
         Those of `refimpl.attention.scaled_dot_product_attention`.  Arrays among them may lie on the host or
         beside `q`.  Lengths on the GPU are clamped to [0, T] rather than checked.
@@ -104,24 +99,26 @@ def flash_attention(
     >>> if cuda_backend.availability("cudasim") is None:
     ...     assert flash_attention(x, x, x, causal=True).shape == (1, 3, 2, 4)
     """
-    if chosen_tier(tier, q) == "hopper":
+
+    def hopper() -> Any:
         from cuda_backend.attention.call_hopper import flash_attention_hopper
 
         further: dict[str, Any] = dict(options)
         if block_sizes is not None or sram is not None:
             further |= {"block_sizes": block_sizes, "sram": sram}
-        try:
-            return flash_attention_hopper(q, k, v, return_lse=return_lse, stream=stream, **further)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{error}; tier='portable' is slower and takes more") from None
-    call = prepare({"q": q, "k": k, "v": v}, options)
-    refused = reasons(call)
-    if refused:
-        raise UnsupportedError("flash_attention: " + "; ".join(refused))
-    on = stream_of(q, stream)
-    wanted, optional = features(call, on, lse=return_lse)
-    variant = forward_variant(call, wanted, block_sizes, sram)
-    return run_forward(call, variant, optional, on)
+        return flash_attention_hopper(q, k, v, return_lse=return_lse, stream=stream, **further)
+
+    def portable() -> Any:
+        call = prepare({"q": q, "k": k, "v": v}, options)
+        refused = reasons(call)
+        if refused:
+            raise UnsupportedError("flash_attention: " + "; ".join(refused))
+        on = stream_of(q, stream)
+        wanted, optional = features(call, on, lse=return_lse)
+        variant = forward_variant(call, wanted, block_sizes, sram)
+        return run_forward(call, variant, optional, on)
+
+    return by_tier(tier, q, hopper, portable)
 
 
 def forward_variant(
@@ -160,28 +157,6 @@ def run_forward(call: Call, variant: Variant, optional: list[Any], on: int) -> A
             stream=on,
         )
     return out_result() if lse_result is None else AttentionOutput(out_result(), lse_result())
-
-
-def chosen_tier(tier: Tier, q: Any) -> Literal["portable", "hopper"]:
-    """Return which kernels a call with queries `q` gets.
-
-    Raises
-    ------
-    OptionError
-        If there is no such tier.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> chosen_tier("auto", np.ones((1, 3, 2, 4), np.float32))
-    'portable'
-    """
-    if tier not in get_args(Tier):
-        raise OptionError(f"tier: expected one of {', '.join(get_args(Tier))}, got {tier!r}")
-    if tier != "auto":
-        return tier
-    dtype = np.asarray(q).dtype.name if is_host(q) else dtype_name("q", q)
-    return "hopper" if dtype in ("float16", "bfloat16") and is_hopper() else "portable"
 
 
 def scaled_dot_product_attention(

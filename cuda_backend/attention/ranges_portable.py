@@ -13,7 +13,10 @@ __all__ = ["RangesVariant", "build", "signature", "source"]
 
 
 class RangesVariant(NamedTuple):
-    """One compiled kernel: "", "top_left" or "bottom_right", the formats of both starts, threads."""
+    """One compiled kernel: "", "top_left" or "bottom_right", the formats of both starts, threads.
+
+    The sides of the window, -1 for none, are arguments.
+    """
 
     causal: str
     queries: str
@@ -24,7 +27,8 @@ class RangesVariant(NamedTuple):
 def signature(variant: RangesVariant) -> Any:
     """Return the argument types of the kernel."""
     starts = (array_type(getattr(types, kind), 1) for kind in (variant.queries, variant.keys))
-    return types.void(*starts, array_type(types.int32, 1), array_type(types.int32, 1))
+    ranges = array_type(types.int32, 1), array_type(types.int32, 1)
+    return types.void(*starts, *ranges, types.int64, types.int64)
 
 
 @functools.cache
@@ -36,9 +40,9 @@ def build(variant: RangesVariant) -> Any:
 def source(variant: RangesVariant) -> Any:
     """Return the kernel as a Python function; the constants of its closure shape the code."""
     THREADS = variant.threads
-    CAUSAL, BOTTOM_RIGHT = variant.causal != "", variant.causal == "bottom_right"
+    CAUSAL, TOP_LEFT = variant.causal != "", variant.causal == "top_left"
 
-    def key_ranges(starts: Any, key_starts: Any, first: Any, behind: Any) -> None:
+    def key_ranges(starts: Any, key_starts: Any, first: Any, behind: Any, left: Any, right: Any) -> None:
         i = (cuda.blockIdx.x & INDEX) * THREADS + (cuda.threadIdx.x & (THREADS - 1))
         if i >= first.shape[0]:
             return
@@ -53,11 +57,17 @@ def source(variant: RangesVariant) -> Any:
         begin, end = 0, 0
         if low + 1 < starts.shape[0]:  # else it is padding
             begin, end = int(key_starts[low]), int(key_starts[low + 1])
+            place = begin + i - int(starts[low])
+            if not TOP_LEFT:  # ends lie at the same place
+                place += end - begin - (int(starts[low + 1]) - int(starts[low]))
+            last = end
             if CAUSAL:
-                seen = begin + 1 + i - int(starts[low])
-                if BOTTOM_RIGHT:
-                    seen += end - begin - (int(starts[low + 1]) - int(starts[low]))
-                end = max(begin, min(end, seen))
+                last = min(end, place + 1)
+            elif right >= 0:
+                last = min(end, place + 1 + int(right))
+            if left >= 0:
+                begin = min(end, max(begin, place - int(left)))
+            end = max(begin, last)
         first[i] = begin
         behind[i] = end
 

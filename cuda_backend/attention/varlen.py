@@ -11,13 +11,13 @@ import numpy as np
 from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import View, empty, is_host, library_of, stub, view
 from cuda_backend.attention.flexible import flexible_attention, flexible_attention_vjp
-from cuda_backend.attention.forward import Tier
 from cuda_backend.attention.ranges_portable import RangesVariant, build
 from cuda_backend.attention.remembered import remembered
+from cuda_backend.attention.tiers import Tier, known_tier
 from cuda_backend.launch import launch, stream_of
 from refimpl.attention import AttentionGradients, AttentionOutput, mods
 from refimpl.attention.scores import Causal
-from refimpl.attention.varlen import key_ranges, packing
+from refimpl.attention.varlen import EVERYWHERE, checked_window, key_ranges, packing
 from refimpl.errors import ShapeError, UnsupportedError
 
 __all__ = ["queue_ranges", "varlen_attention", "varlen_attention_vjp"]
@@ -35,6 +35,7 @@ def varlen_attention(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -50,7 +51,7 @@ def varlen_attention(
         As for `refimpl.attention.varlen_attention`; formats and libraries as `cuda_backend.flash_attention`.
     cu_seqlens_q, cu_seqlens_k : array of int32 or int64
         On the host, or beside `q`, where they are taken unchecked: nothing waits for them.
-    causal, softcap, scale, return_lse
+    causal, window_size, softcap, scale, return_lse
         As for `refimpl.attention.varlen_attention`.
     block_sizes, stream, tier
         As for `cuda_backend.flexible_attention`.
@@ -82,7 +83,8 @@ def varlen_attention(
     >>> if cuda_backend.availability("cudasim") is None:
     ...     assert varlen_attention(x, x, x, starts, starts, causal=True).shape == (3, 1, 4)
     """
-    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
+    known_tier(tier)
+    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
     options.pop("score_mod_vjp", None)
     with _own_name():
@@ -102,10 +104,13 @@ def varlen_attention_vjp(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
     block_sizes: tuple[int, int] | None = None,
     stream: Any = None,
+    tier: Tier = "portable",
+    deterministic: bool = False,
 ) -> AttentionGradients:
     """Return the gradients of `varlen_attention` from what it returned.
 
@@ -115,13 +120,15 @@ def varlen_attention_vjp(
         As for `varlen_attention`.
     o, lse, do : array
         Output, log-sum-exp and gradient of the output.
-    causal, softcap, scale, block_sizes, stream
+    causal, window_size, softcap, scale, block_sizes, stream
         Those of the forward call.
+    tier, deterministic
+        As for `cuda_backend.flexible_attention_vjp`.
 
     Returns
     -------
     AttentionGradients
-        dq, dk and dv, repeating bit for bit.
+        dq, dk and dv, repeating bit for bit; of the Hopper kernels, dq only if it is asked for.
 
     Raises
     ------
@@ -137,10 +144,12 @@ def varlen_attention_vjp(
     ...     found = varlen_attention_vjp(x, x, x, starts, starts, out, lse, x)
     ...     assert np.allclose(found.dv, 1, atol=1e-6)
     """
-    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, stream)
+    known_tier(tier)
+    aux = _ranges(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, stream)
     options = _options(aux, softcap, scale, block_sizes, stream)
     with _own_name():
-        found = flexible_attention_vjp(*map(_one, (q, k, v, o, lse, do)), **options)
+        arrays = map(_one, (q, k, v, o, lse, do))
+        found = flexible_attention_vjp(*arrays, tier=tier, deterministic=deterministic, **options)
     return AttentionGradients(found.dq[0], found.dk[0], found.dv[0])
 
 
@@ -175,17 +184,18 @@ def _options(
 
 
 def _ranges(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, causal: Causal, stream: Any
-) -> tuple[Any, Any]:
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, causal: Causal,
+    window_size: tuple[int, int], stream: Any,
+) -> tuple[Any, Any]:  # fmt: skip
     """Check a call; return the first key that each query sees and the one behind the last, beside `q`."""
-    starts = cu_seqlens_q, cu_seqlens_k
+    starts, window = (cu_seqlens_q, cu_seqlens_k), checked_window(window_size)
     checked_q, checked_k, checked_v = (
         np.asarray(x) if is_host(x) else stub("q, k or v", x) for x in (q, k, v)
     )
     if is_host(starts[0]) and is_host(starts[1]):
         pack = packing(checked_q, checked_k, checked_v, cu_seqlens_q, cu_seqlens_k, causal=causal)
         if is_host(q):
-            first, behind = key_ranges(pack, causal)
+            first, behind = key_ranges(pack, causal, window)
             return first.astype(np.int32), behind.astype(np.int32)
     else:
         sizes = [tuple(np.shape(x)) for x in starts]
@@ -199,14 +209,17 @@ def _ranges(
     def make() -> tuple[Any, Any]:
         results = [empty((int(q.shape[0]),), "int32", q, on) for _ in range(2)]
         given = [view("cu_seqlens", x, on) for x in starts]
-        queue_ranges(given, [where for where, _ in results], aligned, on)
+        queue_ranges(given, [where for where, _ in results], aligned, on, window)
         return results[0][1](), results[1][1]()
 
-    found: tuple[Any, Any] = remembered(("ranges", library_of(q), int(q.shape[0]), aligned), starts, make)
+    question = "ranges", library_of(q), int(q.shape[0]), aligned, window
+    found: tuple[Any, Any] = remembered(question, starts, make)
     return found
 
 
-def queue_ranges(starts: list[View], outputs: list[View], causal: str, on: int) -> None:
+def queue_ranges(
+    starts: list[View], outputs: list[View], causal: str, on: int, window: tuple[int, int] = EVERYWHERE
+) -> None:
     """Queue the kernel that finds the range of keys of each query."""
     for given in starts:
         if given.dtype not in ("int32", "int64"):
@@ -215,4 +228,5 @@ def queue_ranges(starts: list[View], outputs: list[View], causal: str, on: int) 
     blocks = -(-outputs[0].shape[0] // threads)
     if blocks:
         variant = RangesVariant(causal, starts[0].dtype, starts[1].dtype, threads)
-        launch(build(variant), [*starts, *outputs], blocks=blocks, threads=threads, shared_bytes=0, stream=on)
+        arguments: list[Any] = [*starts, *outputs, np.int64(window[0]), np.int64(window[1])]
+        launch(build(variant), arguments, blocks=blocks, threads=threads, shared_bytes=0, stream=on)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.errors import Inconclusive
 from refimpl.numerics import Array, in_float64, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close, require
@@ -92,3 +93,30 @@ def the_order_of_sequences_does_not_matter(f: Attention, case: Case, close: Clos
     (out, lse), (expected, expected_lse) = _both(turned, f), _both(case, f)
     close.on(turned)(out, moved(expected, queries), "in another order")
     close.on(turned)(lse, moved(expected_lse, queries), "log-sum-exp in another order", of="lse")
+
+
+@law("attention.varlen")
+def a_window_as_wide_as_all_tokens_is_none(f: Attention, case: Case, close: Close) -> None:
+    """And one of a side is none on the other."""
+    if "window_size" in case.kwargs:
+        case = Case(case.args, {name: x for name, x in case.kwargs.items() if name != "window_size"})
+    wide = len(case.args[0]) + len(case.args[1])
+    expected = _both(case, f)
+    for window in ((wide, -1), (-1, wide), (wide, wide)):
+        for name, found, without in zip(
+            ("output", "log-sum-exp"), _both(case.replace(window_size=window), f), expected, strict=True
+        ):
+            close.on(case)(found, without, f"{name} with a window of {window}")
+
+
+@law("attention.varlen")
+def a_window_hides_what_lies_beyond_it(f: Attention, case: Case, _close: Close) -> None:
+    """With a window of the query's own key, and one key each, values are what comes out."""
+    q, k, v, starts, _ = case.args
+    if int(starts[-1]) > len(k):
+        raise Inconclusive("there are fewer keys than queries")
+    options = {name: x for name, x in case.kwargs.items() if name not in ("causal", "return_lse")}
+    alone = Case((q, k, v, starts, starts), {**options, "window_size": (0, 0)})
+    out = in_float64(alone.call(f))
+    own = np.repeat(in_float64(v), q.shape[1] // k.shape[1], axis=1)[: int(starts[-1])]
+    require(np.allclose(out[: len(own)], own, rtol=1e-6, atol=1e-30), "a key alone is not what comes out")

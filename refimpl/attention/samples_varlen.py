@@ -14,13 +14,14 @@ __all__ = ["AXES", "EDGES", "OPTIONS", "sample_varlen", "varlen_terms"]
 AXES = {"S": (1, 4), "Lq": (0, 6), "Lk": (0, 6), "Hkv": (1, 2), "group": (1, 3), "D": (1, 5), "Dv": (1, 5)}
 OPTIONS: dict[str, tuple[str | bool, ...]] = {
     "causal": (False, True, "top_left", "bottom_right"),
+    "window": ("none", "left", "both"),
     "extra": ("none", "scale", "softcap"),
     "tail": ("none", "padded"),
     "return_lse": (False, True),
 }
 _PLAIN: dict[str, int | str | bool] = {
     "S": 3, "Lq": 5, "Lk": 7, "Hkv": 1, "group": 2, "D": 3, "Dv": 2,
-    "causal": False, "extra": "none", "tail": "none", "return_lse": True,
+    "causal": False, "window": "none", "extra": "none", "tail": "none", "return_lse": True,
 }  # fmt: skip
 EDGES: tuple[dict[str, int | str | bool], ...] = (
     {**_PLAIN, "S": 0},
@@ -33,16 +34,26 @@ EDGES: tuple[dict[str, int | str | bool], ...] = (
     {**_PLAIN, "S": 2, "Lq": 20, "Lk": 33, "causal": "bottom_right", "group": 1},
     {**_PLAIN, "S": 2, "Lq": 19, "Lk": 19, "causal": True, "extra": "softcap"},
     {**_PLAIN, "Lq": 6, "Lk": 9, "extra": "large"},
+    {**_PLAIN, "S": 2, "Lq": 20, "Lk": 33, "window": "both", "tail": "padded"},
+    {**_PLAIN, "S": 2, "Lq": 9, "Lk": 4, "causal": "top_left", "window": "left"},  # windows behind all keys
 )
 
 
 def sample_varlen(
-    rng: np.random.Generator, *, S: int, Lq: int, Lk: int, causal: bool | str, tail: str, **shape: Any
+    rng: np.random.Generator,
+    *,
+    S: int,
+    Lq: int,
+    Lk: int,
+    causal: bool | str,
+    tail: str,
+    window: str = "none",
+    **shape: Any,
 ) -> Case:
     """Return a call of `varlen_attention` on S sequences of at most Lq queries and Lk keys, some empty.
 
     With causal=True each sequence has as many keys as queries.  A padded tail is three tokens behind the last
-    sequence.
+    sequence.  A window is of two keys on the left and the query's own, or of one more on the right, too.
 
     Examples
     --------
@@ -58,6 +69,8 @@ def sample_varlen(
     Tq, Tk = (int(start[-1]) + behind for start in starts)
     case = sample_attention(rng, B=1, Tq=Tq, Tk=Tk, **shape)
     found = Case((*(x[0] for x in case.args), *starts), case.kwargs)
+    if window != "none":
+        found = found.replace(window_size=(2, -1 if window == "left" else 1))
     return found.replace(causal=causal) if causal is not False else found
 
 

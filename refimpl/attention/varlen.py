@@ -19,9 +19,19 @@ from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.numerics import Array, FloatArray, IntArray, round_to, wide_dtype
 from refimpl.registry import Source, technique
-from refimpl.validation import as_array, bind_axes, floating
+from refimpl.validation import as_array, bind_axes, floating, whole
 
-__all__ = ["Packing", "key_ranges", "packing", "varlen_attention", "varlen_attention_vjp"]
+__all__ = [
+    "EVERYWHERE",
+    "Packing",
+    "checked_window",
+    "key_ranges",
+    "packing",
+    "varlen_attention",
+    "varlen_attention_vjp",
+]
+
+EVERYWHERE = (-1, -1)  # flash-attention's window that is none
 
 
 class Packing(NamedTuple):
@@ -99,6 +109,7 @@ def varlen_attention(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -115,6 +126,10 @@ def varlen_attention(
         sequence s has queries ``cu_seqlens_q[s]`` up to, and without, ``cu_seqlens_q[s + 1]``.
     causal : bool or {"top_left", "bottom_right"}
         As for `scaled_dot_product_attention`, in each sequence by its own lengths.
+    window_size : tuple of int
+        How many keys a query sees on the left and on the right of the one at its own place; -1: all of them.
+        Causality sees none on the right.  Places are counted from the ends of a sequence, as for
+        "bottom_right", but for causal="top_left".
     softcap, scale
         As for `scaled_dot_product_attention`.
     return_lse : bool
@@ -133,7 +148,7 @@ def varlen_attention(
         If the arrays do not fit each other, or the starts are no integers.
     OptionError
         If starts do not begin with 0, decrease, or end behind the last token; or causal=True and lengths
-        differ.
+        differ; or a side of the window is below -1.
 
     Notes
     -----
@@ -155,6 +170,7 @@ def varlen_attention(
     """
     q, k, v = floating(q=q, k=k, v=v)
     pack, moved = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal), memory or Memory()
+    seen = _Seen(pack, causal, window_size)
     out = np.zeros((pack.shape.Tq, pack.shape.Hq, pack.shape.Dv), q.dtype)
     lse = np.full((pack.shape.Tq, pack.shape.Hq), -np.inf, wide_dtype(q.dtype))
     for queries, keys in pack.parts():
@@ -162,7 +178,7 @@ def varlen_attention(
             rows = (("Q", q, queries), ("K", k, keys), ("V", v, keys))
             parts = [round_to(moved.load(name, x, part), q.dtype)[None] for name, x, part in rows]
             found = scaled_dot_product_attention(
-                *parts, causal=causal, softcap=softcap, scale=scale, return_lse=True
+                *parts, **seen.within(queries, keys), softcap=softcap, scale=scale, return_lse=True
             )
             moved.store("O", out, queries, found.out[0])
             if return_lse:
@@ -180,6 +196,7 @@ def varlen_attention_vjp(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
 ) -> AttentionGradients:
@@ -191,7 +208,7 @@ def varlen_attention_vjp(
         As for `varlen_attention`.
     do : ndarray of float, shape (total_q, Hq, Dv)
         Gradient of the output.
-    causal, softcap, scale
+    causal, window_size, softcap, scale
         Those of the forward call.
 
     Returns
@@ -213,15 +230,38 @@ def varlen_attention_vjp(
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
     pack = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal)
     bind_axes({"q": (q, "Tq Hq D"), "v": (v, "Tk Hkv Dv"), "do": (do, "Tq Hq Dv")})
+    seen = _Seen(pack, causal, window_size)
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
     for queries, keys in pack.parts():
         parts = (x[part][None] for x, part in ((q, queries), (k, keys), (v, keys), (do, queries)))
-        found = scaled_dot_product_attention_vjp(*parts, causal=causal, softcap=softcap, scale=scale)
+        options = seen.within(queries, keys)
+        found = scaled_dot_product_attention_vjp(*parts, **options, softcap=softcap, scale=scale)
         dq[queries], dk[keys], dv[keys] = found.dq[0], found.dk[0], found.dv[0]
     return AttentionGradients(dq, dk, dv)
 
 
-def key_ranges(pack: Packing, causal: Causal = False) -> tuple[IntArray, IntArray]:
+def checked_window(window_size: Any) -> tuple[int, int]:
+    """Return how many keys a window has on the left and on the right of a query's own; -1: all.
+
+    Raises
+    ------
+    DTypeError, OptionError
+        If it is no pair of whole numbers, or one is below -1.
+
+    Examples
+    --------
+    >>> checked_window((3, 0))
+    (3, 0)
+    """
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise OptionError(f"window_size: expected two numbers, left and right, got {window_size!r}")
+    left, right = (whole("window_size", side, -1) for side in window_size)
+    return left, right
+
+
+def key_ranges(
+    pack: Packing, causal: Causal = False, window_size: tuple[int, int] = EVERYWHERE
+) -> tuple[IntArray, IntArray]:
     """Return the first key that each query sees, and the one behind the last: what it sees has no gaps.
 
     Padding, and whoever sees nothing, gets an empty range.  Both are int64, shape (total_q,).
@@ -231,12 +271,35 @@ def key_ranges(pack: Packing, causal: Causal = False) -> tuple[IntArray, IntArra
     >>> x, starts = np.ones((4, 1, 1)), np.array([0, 2, 3])
     >>> key_ranges(packing(x, x, x, starts, starts), "top_left")
     (array([0, 0, 2, 0]), array([1, 2, 3, 0]))
+    >>> key_ranges(packing(x, x, x, starts, starts), "top_left", (0, -1))
+    (array([0, 1, 2, 0]), array([1, 2, 3, 0]))
     """
+    left, right = checked_window(window_size)
+    right = 0 if causal else right
     first, behind = np.zeros(pack.shape.Tq, np.int64), np.zeros(pack.shape.Tq, np.int64)
     for queries, keys in pack.parts():
-        place = np.arange(queries.stop - queries.start)
-        if causal == "bottom_right":
+        place = keys.start + np.arange(queries.stop - queries.start)
+        if causal != "top_left":  # ends lie at the same place
             place += (keys.stop - keys.start) - place.size
-        seen = keys.start + 1 + place if causal else np.full(place.size, keys.stop)
-        first[queries], behind[queries] = keys.start, np.clip(seen, keys.start, keys.stop)
+        begin = np.full(place.size, keys.start) if left < 0 else place - left
+        end = np.full(place.size, keys.stop) if right < 0 else place + right + 1
+        first[queries] = np.clip(begin, keys.start, keys.stop)
+        behind[queries] = np.maximum(first[queries], np.clip(end, keys.start, keys.stop))
     return first, behind
+
+
+class _Seen:
+    """What the queries of a sequence see of its keys, as options of `scaled_dot_product_attention`."""
+
+    def __init__(self, pack: Packing, causal: Causal, window_size: tuple[int, int]) -> None:
+        self._causal, self._ranges = causal, None
+        if checked_window(window_size) != EVERYWHERE:
+            self._ranges = key_ranges(pack, causal, window_size)
+
+    def within(self, queries: slice, keys: slice) -> dict[str, Any]:
+        """Return them for one sequence."""
+        if self._ranges is None:
+            return {"causal": self._causal}
+        first, behind = (array[queries, None] for array in self._ranges)
+        key = np.arange(keys.start, keys.stop)
+        return {"attn_mask": (first <= key) & (key < behind)}

@@ -8,7 +8,7 @@ from refimpl.attention import mods
 from refimpl.attention.dense import AttentionGradients, AttentionOutput
 from refimpl.attention.flexible import flexible_attention, flexible_attention_vjp
 from refimpl.attention.scores import Causal
-from refimpl.attention.varlen import Packing, key_ranges, packing
+from refimpl.attention.varlen import EVERYWHERE, Packing, key_ranges, packing
 from refimpl.numerics import FloatArray, IntArray
 from refimpl.registry import implements
 from refimpl.validation import floating
@@ -16,8 +16,14 @@ from refimpl.validation import floating
 __all__ = ["varlen_attention_masked", "varlen_attention_masked_vjp"]
 
 
-def _options(pack: Packing, causal: Causal, softcap: float | None, scale: float | None) -> dict[str, Any]:
-    found = {"scale": scale, "mask_mod": mods.ranges(), "aux": key_ranges(pack, causal)}
+def _options(
+    pack: Packing,
+    causal: Causal,
+    window_size: tuple[int, int],
+    softcap: float | None,
+    scale: float | None,
+) -> dict[str, Any]:
+    found = {"scale": scale, "mask_mod": mods.ranges(), "aux": key_ranges(pack, causal, window_size)}
     if softcap is not None:
         found |= {"score_mod": mods.softcap(softcap), "score_mod_vjp": mods.softcap_vjp(softcap)}
     return found
@@ -33,6 +39,7 @@ def varlen_attention_masked(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -41,7 +48,7 @@ def varlen_attention_masked(
 
     Parameters
     ----------
-    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softcap, scale, return_lse
+    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size, softcap, scale, return_lse
         As for `varlen_attention`.
 
     Returns
@@ -63,7 +70,7 @@ def varlen_attention_masked(
     """
     q, k, v = floating(q=q, k=k, v=v)
     pack = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal)
-    options = _options(pack, causal, softcap, scale)
+    options = _options(pack, causal, window_size, softcap, scale)
     found: Any = flexible_attention(q[None], k[None], v[None], return_lse=return_lse, **options)
     return AttentionOutput(found.out[0], found.lse[0]) if return_lse else found[0]
 
@@ -78,6 +85,7 @@ def varlen_attention_masked_vjp(
     /,
     *,
     causal: Causal = False,
+    window_size: tuple[int, int] = EVERYWHERE,
     softcap: float | None = None,
     scale: float | None = None,
 ) -> AttentionGradients:
@@ -85,7 +93,7 @@ def varlen_attention_masked_vjp(
 
     Parameters
     ----------
-    q, k, v, cu_seqlens_q, cu_seqlens_k, do, causal, softcap, scale
+    q, k, v, cu_seqlens_q, cu_seqlens_k, do, causal, window_size, softcap, scale
         As for `varlen_attention_vjp`.
 
     Returns
@@ -100,6 +108,6 @@ def varlen_attention_masked_vjp(
     """
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
     pack = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal)
-    options = _options(pack, causal, softcap, scale)
+    options = _options(pack, causal, window_size, softcap, scale)
     found = flexible_attention_vjp(q[None], k[None], v[None], do[None], **options)
     return AttentionGradients(found.dq[0], found.dk[0], found.dv[0])

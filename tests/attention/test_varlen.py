@@ -26,7 +26,7 @@ def draws() -> tuple[Any, ...]:
 @pytest.mark.parametrize("causal", [False, "top_left", "bottom_right"])
 def test_gradients_of_both_forms_agree(causal: Any) -> None:
     q, k, v, do = draws()
-    options: dict[str, Any] = {"causal": causal, "softcap": 1.5, "scale": 0.7}
+    options: dict[str, Any] = {"causal": causal, "softcap": 1.5, "scale": 0.7, "window_size": (1, 2)}
     given = q, k, v, STARTS, KEY_STARTS, do
     found = attention.varlen_attention_masked_vjp(*given, **options)
     wanted = attention.varlen_attention_vjp(*given, **options)
@@ -47,6 +47,22 @@ def test_ranges_of_keys_by_hand() -> None:
         assert list(zip(*map(np.ndarray.tolist, key_ranges(pack, causal)), strict=True)) == expected  # type: ignore[arg-type]
 
 
+def test_windows_by_hand() -> None:
+    """As above, a window around each query; by default places are counted from the ends."""
+    q, k, v, _ = draws()
+    pack, padding = packing(q, k, v, STARTS, KEY_STARTS), [(0, 0), (0, 0)]
+    cases: tuple[Any, ...] = (
+        (False, (1, 0), [(0, 0), (0, 1), (0, 2), (4, 6), (5, 7), (6, 8), (7, 9), *padding]),
+        (False, (0, 1), [(0, 1), (0, 2), (1, 2), (5, 7), (6, 8), (7, 9), (8, 9), *padding]),
+        (False, (-1, 0), [(0, 0), (0, 1), (0, 2), (4, 6), (4, 7), (4, 8), (4, 9), *padding]),
+        ("bottom_right", (1, 7), [(0, 0), (0, 1), (0, 2), (4, 6), (5, 7), (6, 8), (7, 9), *padding]),
+        ("top_left", (0, -1), [(0, 1), (1, 2), (2, 2), (4, 5), (5, 6), (6, 7), (7, 8), *padding]),
+    )
+    for causal, window, expected in cases:
+        first, behind = (x.tolist() for x in key_ranges(pack, causal, window))
+        assert list(zip(first, behind, strict=True)) == expected, (causal, window)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -59,6 +75,9 @@ def test_ranges_of_keys_by_hand() -> None:
         ({"cu_seqlens_q": np.zeros((2, 2), int)}, ShapeError, r"expected shape \(sequences \+ 1,\)"),
         ({"causal": True}, OptionError, "causal: True is ambiguous"),
         ({"causal": "left"}, OptionError, "causal: expected False, True"),
+        ({"window_size": (-2, 0)}, OptionError, "window_size: expected at least -1, got -2"),
+        ({"window_size": 3}, OptionError, "window_size: expected two numbers, left and right, got 3"),
+        ({"window_size": (1.5, 0)}, DTypeError, "window_size: expected a whole number"),
         ({"k": np.ones((10, 1, 4))}, ShapeError, "axis D"),
         ({"q": np.ones((1, 9, 2, 3))}, ShapeError, "q: expected 3 axes"),
     ],
@@ -67,7 +86,7 @@ def test_ranges_of_keys_by_hand() -> None:
 def test_what_is_refused(f: Any, change: dict[str, Any], error: type[Exception], message: str) -> None:
     q, k, v, _ = draws()
     given = {"q": q, "k": k, "v": v, "cu_seqlens_q": STARTS, "cu_seqlens_k": KEY_STARTS} | change
-    options = {"causal": given.pop("causal")} if "causal" in given else {}
+    options = {name: given.pop(name) for name in ("causal", "window_size") if name in given}
     with pytest.raises(error, match=message):
         f(*given.values(), **options)
 
@@ -102,7 +121,7 @@ def alignments_exchanged(q: Any, k: Any, v: Any, /, *starts: Any, **options: Any
 @mutant
 def offset_of_the_whole_batch(q: Any, k: Any, v: Any, starts: Any, keys: Any, /, **options: Any) -> Any:
     """Causal by places in the packed arrays, not in the sequence."""
-    if options.get("causal") != "bottom_right" or options.get("softcap"):
+    if options.get("causal") != "bottom_right" or options.get("softcap") or "window_size" in options:
         return attention.varlen_attention(q, k, v, starts, keys, **options)
     home = [np.searchsorted(x, np.arange(n), "right") for x, n in ((starts, len(q)), (keys, len(k)))]
     mask = (home[0][:, None] == home[1]) & (home[0][:, None] < len(starts))
@@ -111,6 +130,26 @@ def offset_of_the_whole_batch(q: Any, k: Any, v: Any, starts: Any, keys: Any, /,
         q[None], k[None], v[None], attn_mask=mask, scale=options.get("scale"), return_lse=True
     )
     return attention.AttentionOutput(out[0], lse[0]) if options.get("return_lse") else out[0]
+
+
+@mutant
+def windows_count_the_own_key(q: Any, k: Any, v: Any, /, *starts: Any, **options: Any) -> Any:
+    left, right = options.pop("window_size", (-1, -1))
+    window = (left - 1 if left > 0 else left, right)
+    return attention.varlen_attention(q, k, v, *starts, window_size=window, **options)
+
+
+@mutant
+def windows_have_their_sides_exchanged(q: Any, k: Any, v: Any, /, *starts: Any, **options: Any) -> Any:
+    sides = options.pop("window_size", (-1, -1))
+    return attention.varlen_attention(q, k, v, *starts, window_size=sides[::-1], **options)
+
+
+@mutant
+def windows_of_one_side_are_none(q: Any, k: Any, v: Any, /, *starts: Any, **options: Any) -> Any:
+    if -1 in options.get("window_size", ()):
+        del options["window_size"]
+    return attention.varlen_attention(q, k, v, *starts, **options)
 
 
 @mutant

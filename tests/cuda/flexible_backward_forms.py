@@ -61,6 +61,8 @@ def functions(name: str) -> Mods:
             mask, aux = mods.bigbird(BIGBIRD_BLOCK), (("bool", 3),)
         case "documents":
             mask, aux = mods.documents(), (("int32", 2),)
+        case "packed":
+            mask, aux = mods.ranges(), (("int32", 1),) * 2
         case "ALiBi":
             score, vjp, aux = alibi, mods.alibi_vjp, (("float32", 1),)
         case "softcap":

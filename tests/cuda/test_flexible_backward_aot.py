@@ -30,7 +30,7 @@ print(json.dumps(found | {
 """
 FULL = [
     (name, width, deterministic, kind)
-    for name in ("none", "sliding", "BigBird", "documents", "ALiBi", "softcap", "sinks")
+    for name in ("none", "sliding", "BigBird", "documents", "packed", "ALiBi", "softcap", "sinks")
     for width in (64, 128)
     for deterministic in (False, True)
     for kind in ("f16", "bf16")

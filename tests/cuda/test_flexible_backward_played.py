@@ -7,11 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cuda_backend
+from cuda_backend.attention import flexible
 from cuda_backend.attention.call_flexible_backward_hopper import flexible_attention_vjp_hopper
 from cuda_backend.attention.user_device import Mods
-from refimpl.attention import block_mask, flexible_attention, flexible_attention_vjp, mods
+from refimpl.attention import (
+    block_mask,
+    flexible_attention,
+    flexible_attention_vjp,
+    mods,
+    varlen_attention,
+    varlen_attention_vjp,
+)
 from refimpl.attention.user_functions import as_mod
-from refimpl.errors import OptionError
+from refimpl.errors import OptionError, UnsupportedError
 from tests.cuda.backward_hopper_played import played
 from tests.cuda.hopper_machine import KINDS
 from tests.cuda.int8_hopper_played import viewed
@@ -190,6 +199,17 @@ def test_block_masks_of_any_size(monkeypatch: pytest.MonkeyPatch, sizes: tuple[i
     assert difference("f16", shape, "sliding", blocks=blocks) < LIMITS["f16"]
 
 
+@pytest.mark.parametrize(
+    ("D", "Dv", "said"), [(192, 64, "^.*: D is 192; .* up to 128$"), (64, 136, "Dv is 136")]
+)
+def test_wider_heads_are_refused(monkeypatch: pytest.MonkeyPatch, D: int, Dv: int, said: str) -> None:
+    """They would want more shared memory than there is; `tier="auto"` takes other kernels then."""
+    launched = played(monkeypatch)
+    with pytest.raises(UnsupportedError, match=said):
+        gradients("f16", (1, 70, 70, 1, 1, D, Dv), "sliding")
+    assert not launched
+
+
 def test_a_score_needs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     played(monkeypatch)
     with pytest.raises(OptionError, match="score_mod_vjp: needed"):
@@ -198,3 +218,43 @@ def test_a_score_needs_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
             mods=Mods(score=as_mod("score_mod", mods.softcap(2.0), ("score",))),
             arrays=(), aux=(), scale=None, stream=0,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lengths", "key_lengths", "given", "kind", "sizes"),
+    [
+        ((40, 0, 130, 1, 20), (40, 0, 130, 1, 20), {"causal": True}, "f16", (2, 1, 64, 64)),
+        ((70, 3, 90), (150, 0, 64), {"causal": "bottom_right"}, "f16", (2, 2, 128, 128)),
+        ((100, 64), (64, 70), {"window_size": (20, 30)}, "bf16", (1, 1, 40, 24)),
+        ((33, 128, 20), (33, 128, 20), {"causal": "top_left", "softcap": 1.5}, "f16", (4, 2, 64, 64)),
+    ],
+)
+def test_packed_sequences(
+    monkeypatch: pytest.MonkeyPatch, lengths: Any, key_lengths: Any, given: Any, kind: str, sizes: Any,
+) -> None:  # fmt: skip
+    """From the public call on, with a tail of padding; the truth is computed sequence by sequence."""
+    launched = played(monkeypatch, late=True, processors=3)
+    monkeypatch.setattr(flexible, "stream_of", lambda *_: 0)
+    monkeypatch.setattr(flexible, "aux_views", lambda aux, _: tuple(viewed("aux", x, 0) for x in aux))
+    Hq, Hkv, D, Dv = sizes
+    starts, key_starts = (np.cumsum([0, *each]).astype(np.int32) for each in (lengths, key_lengths))
+    rng, tail = np.random.default_rng(5), 7
+    shapes = (starts[-1] + tail, Hq, D), (key_starts[-1] + tail, Hkv, D), (key_starts[-1] + tail, Hkv, Dv)
+    q, k, v, do = (
+        rng.standard_normal(shape).astype(KINDS[kind]) for shape in (*shapes, (*shapes[0][:2], Dv))
+    )
+    wide: list[Any] = [x.astype(np.float64) for x in (q, k, v)]
+    exact_inputs: Any = (*wide, starts, key_starts)
+    out, lse = varlen_attention(*exact_inputs, return_lse=True, **given)
+    exact_inputs += (do.astype(np.float64),)
+    truth = varlen_attention_vjp(*exact_inputs, **given)
+    found = cuda_backend.varlen_attention_vjp(
+        q, k, v, starts, key_starts, out.astype(KINDS[kind]), lse.astype(np.float32), do,
+        tier="hopper", deterministic=True, **given,
+    )  # fmt: skip
+    assert launched == ["prepare", "main", "finish"]
+    for name, gradient, exact in zip(truth._fields, found[:3], truth[:3], strict=False):
+        error = np.abs(gradient.astype(np.float64) - exact).max() / max(1.0, np.abs(exact).max())
+        assert error < LIMITS[kind], name
+        behind = starts[-1] if name == "dq" else key_starts[-1]
+        assert not gradient[behind:].any(), "padding has no gradient"

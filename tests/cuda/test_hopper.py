@@ -152,9 +152,10 @@ def test_rows_that_the_copy_engine_reads_where_they_lie() -> None:
     judge(*(x[..., :60] for x in whole), "top_left")
 
 
-def test_the_tier_is_chosen_and_nothing_falls_back() -> None:
-    from cuda_backend import flash_attention
-    from refimpl.errors import OptionError, UnsupportedError
+def test_the_tier_is_chosen_and_only_auto_falls_back() -> None:
+    from cuda_backend import flash_attention, flash_attention_vjp
+    from cuda_backend.attention.tiers import warn_slow
+    from refimpl.errors import OptionError, SlowPathWarning, UnsupportedError
 
     x = draw(1, "float16", 1, 100, 2, 64)
     assert torch.equal(flash_attention(x, x, x, tier="auto"), flash_attention_hopper(x, x, x))
@@ -163,9 +164,20 @@ def test_the_tier_is_chosen_and_nothing_falls_back() -> None:
     assert torch.equal(
         flash_attention(single, single, single, tier="auto"), flash_attention(single, single, single)
     )
-    for tier in ("auto", "hopper"):
-        with pytest.raises(UnsupportedError, match="no softcap; tier='portable'"):
-            flash_attention(x, x, x, tier=tier, softcap=30.0)
+    with pytest.raises(UnsupportedError, match="no softcap; tier='portable'"):
+        flash_attention(x, x, x, tier="hopper", softcap=30.0)
+    warn_slow.cache_clear()
+    out, lse = flash_attention(x, x, x, softcap=30.0, return_lse=True)
+    with pytest.warns(SlowPathWarning, match="no softcap; the portable kernels run"):
+        assert torch.equal(flash_attention(x, x, x, tier="auto", softcap=30.0), out)
+    portable = flash_attention_vjp(x, x, x, out, lse, x, softcap=30.0)
+    found = flash_attention_vjp(x, x, x, out, lse, x, softcap=30.0, tier="auto")  # the warning came already
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], portable[:3], strict=True))
+    one, other = (
+        flash_attention_vjp(x, x, x, *flash_attention(x, x, x, return_lse=True, tier=t), x, tier=t)
+        for t in ("auto", "hopper")
+    )
+    assert torch.equal(one.dk, other.dk)
     with pytest.raises(OptionError, match="tier"):
         flash_attention(x, x, x, tier="fast")
 

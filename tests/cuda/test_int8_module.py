@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cuda_backend
-from cuda_backend import torch_ops
+from cuda_backend import torch_layers, torch_ops
 from cuda_backend.int8 import linear_hopper
 from refimpl import quant
 from refimpl.errors import UnsupportedError
@@ -29,9 +29,9 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return linear_hopper.PreparedWeight(roomy[:, :K].t(), torch.from_numpy(absmax), None)
 
     monkeypatch.setattr(cuda_backend, "prepare_weight", prepare_weight)  # it keeps what was asked for once
-    torch_ops._int8_linear_class.cache_clear()
+    torch_layers._int8_linear_class.cache_clear()
     yield
-    torch_ops._int8_linear_class.cache_clear()
+    torch_layers._int8_linear_class.cache_clear()
 
 
 def compute(x: Any, weight: Any, *, bias: Any, threshold: float | None) -> Any:

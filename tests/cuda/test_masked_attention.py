@@ -16,9 +16,11 @@ from refimpl.attention import (
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
-from refimpl.errors import ShapeError, SlowPathWarning, UnsupportedError
+from refimpl.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 
 torch = pytest.importorskip("torch")
+
+from cuda_backend.torch_ops import attention, masked_attention, varlen_attention  # noqa: E402
 
 CLOSE = 2e-5  # float32, scores of size 1
 
@@ -41,7 +43,7 @@ def test_dropout_is_drawn_from_pytorchs_generator() -> None:
     assert torch.equal(call(1), call(1))
     assert not torch.equal(call(1), call(2))
     torch.manual_seed(1)
-    seed = int(torch.zeros((), dtype=torch.long).random_())
+    seed = int(torch.randint(0, 2**63 - 1, ()))
     arrays = [x.detach().transpose(1, 2).numpy() for x in (q, k, v)]
     expected = scaled_dot_product_attention(*arrays, causal=True, dropout_p=0.4, rng=seed)
     assert np.abs(call(1).detach().numpy() - expected).max() < 1e-12
@@ -76,7 +78,10 @@ def test_options_as_functions_say_the_same() -> None:
     q, k, v = (rng.standard_normal((2, n, h, 4)) for n, h in ((6, 4), (6, 2), (6, 2)))
     for shape in ((1, 1), (2, 1), (1, 4), (2, 4)):
         mask = rng.random((*shape, 6, 6)) < 0.6
-        for options in ({"attn_mask": mask}, {"attn_mask": mask, "softcap": 0.7, "scale": 0.3}):
+        for options in (
+            {"attn_mask": mask}, {"attn_mask": mask, "softcap": 0.7, "scale": 0.3},
+            {"attn_mask": mask, "causal": "top_left"},
+        ):  # fmt: skip
             functions = attending.as_functions(options)
             assert functions is not None
             expected = scaled_dot_product_attention(q, k, v, **options)
@@ -86,7 +91,7 @@ def test_options_as_functions_say_the_same() -> None:
     single = [x.astype(np.float32) for x in (q, k, v)]
     found = cuda_backend.flexible_attention(*single, **functions)
     assert np.abs(found - scaled_dot_product_attention(q, k, v, causal=True, softcap=0.7)).max() < CLOSE
-    for refused in ({"bias": 1}, {"attn_mask": mask, "causal": "top_left"}, {"causal": "top_left"}):
+    for refused in ({"bias": 1}, {"attn_mask": mask, "causal": "bottom_right"}, {"causal": "top_left"}):
         assert attending.as_functions(refused) is None
 
 
@@ -100,6 +105,12 @@ def test_options_as_functions_say_the_same() -> None:
         ({"causal": "top_left", "window": 3, "softcap": 0.7}, "flexible_attention"),
         ({"causal": "top_left", "window": 3, "dropout_p": 0.3, "rng": 5}, "flash_attention"),
         ({"attn_mask": True, "dropout_p": 0.3, "rng": 5}, "flash_attention"),
+        ({"attn_mask": True, "causal": "top_left"}, "flexible_attention"),
+        ({"attn_mask": True, "causal": "top_left", "window": 3}, "flexible_attention"),
+        (
+            {"attn_mask": True, "causal": "top_left", "window": 3, "dropout_p": 0.3, "rng": 5},
+            "flash_attention",
+        ),
         ({"bias": True, "causal": "top_left"}, "flash_attention"),
     ],
 )
@@ -137,37 +148,13 @@ def test_the_way_through_the_kernels(
     if exact.pop("window", None):
         exact = {key: x for key, x in exact.items() if key != "causal"}
         i, j = np.ogrid[:6, :6]
-        exact["attn_mask"] = (j <= i) & (j > i - 3)
+        exact["attn_mask"] = (j <= i) & (j > i - 3) & exact.get("attn_mask", True)
     assert np.abs(out.numpy() - scaled_dot_product_attention(*arrays[:3], **exact)).max() < CLOSE
     truth = scaled_dot_product_attention_vjp(*arrays, **exact)
     for ours, expected in zip(found, truth, strict=True):
         assert (ours is None) == (expected is None)
         assert expected is None or np.abs(ours.numpy() - expected).max() < CLOSE
     assert calls == [ran, f"{ran}_vjp"]
-
-
-def test_slow_kernels_run_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for each reason: what the Hopper kernels refuse, and what none of them computes."""
-    monkeypatch.setattr("cuda_backend.attention.forward.chosen_tier", lambda *_: "hopper")
-    attending._warn_slow.cache_clear()
-
-    def tiers(_q: Any, tier: str = "portable", head: int = 64) -> str:
-        if tier == "hopper" and head % 8:
-            raise UnsupportedError(f"tiers: D is {head}")
-        return tier
-
-    def portable(_q: Any) -> str:
-        return "portable"
-
-    assert attending.fastest(tiers, (0,), {}) == "hopper"
-    for function, options, reason in (
-        (tiers, {"head": 3}, "tiers: D is 3; the portable"),
-        (tiers, {"head": 5}, "tiers: D is 5"),
-        (portable, {}, "portable: there is no Hopper kernel"),
-    ):
-        with pytest.warns(SlowPathWarning, match=reason):
-            assert attending.fastest(function, (0,), options) == "portable"
-        assert attending.fastest(function, (0,), options) == "portable"  # a warning is an error here
 
 
 def test_the_operator_is_sound() -> None:
@@ -179,8 +166,85 @@ def test_the_operator_is_sound() -> None:
     )
     mask = torch.ones(1, 2, 4, 5, dtype=torch.bool).tril(1)
     for given in ((mask, None), (None, bias)):
-        torch.library.opcheck(operator(torch), (q, k, v, *given, "", None, 0.7, 0.3, 0.0, 0))
-    torch.library.opcheck(operator(torch), (q, k, v, None, None, "top_left", 2, None, None, 0.0, 0))
+        torch.library.opcheck(operator(torch), (q, k, v, *given, None, "", None, 0.7, 0.3, 0.0))
+    options = "top_left", 2, None, None, 0.5
+    torch.library.opcheck(operator(torch), (q, k, v, None, None, torch.tensor(3), *options))
+
+
+def test_a_window_and_a_mask_are_both_asked() -> None:
+    """Output and gradient are those of PyTorch with the mask that both make, whatever axes the mask has."""
+    q, k, v = (draws(2, n, h, 3).requires_grad_() for n, h in ((6, 4), (7, 2), (7, 2)))
+    i, j = torch.arange(6)[:, None], torch.arange(7)[None]
+    whole = torch.rand(2, 4, 6, 7, generator=torch.Generator().manual_seed(0)) < 0.7
+    whole[..., 0, 0] = True
+    for mask in (whole, whole[:1], whole[:, :1], whole[0, 0], whole[:, :1, :1], whole[0, 0, 0], None):
+        for window in (1, 3, 9):
+            found = masked_attention(q, k, v, attn_mask=mask, causal="top_left", window=window)
+            seen = (j <= i) & (i - j < window) & (True if mask is None else mask)
+            turned = [x.detach().clone().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+            wanted = torch.nn.functional.scaled_dot_product_attention(
+                *turned, attn_mask=seen.expand(2, 4, 6, 7), enable_gqa=True
+            ).nan_to_num()
+            wanted = wanted * seen.expand(2, 4, 6, 7).any(-1, keepdim=True)
+            assert (found.transpose(1, 2) - wanted).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(
+        lambda *x: masked_attention(*x, attn_mask=whole, causal="top_left", window=3), (q, k, v)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"window": 3}, OptionError, "window: expected causal='top_left'"),
+        ({"window": 3, "causal": "bottom_right"}, OptionError, "window: expected causal='top_left'"),
+        ({"window": 0, "causal": True}, OptionError, "window: expected at least 1, got 0"),
+        ({"window": -2, "causal": "top_left"}, OptionError, "window: expected at least 1, got -2"),
+        ({"attn_mask": torch.ones(6, 6)}, DTypeError, "attn_mask: expected bool"),
+        (
+            {"attn_mask": torch.ones(6, 5).bool()},
+            ShapeError,
+            r"attn_mask: expected .* \(1, 2, 6, 6\), got \(6, 5\)",
+        ),
+        ({"causal": "middle"}, OptionError, "causal: expected False"),
+    ],
+)
+def test_options_that_say_nothing(options: dict[str, Any], error: Any, said: str) -> None:
+    """On every device: what the reference does not see is looked at before a device is chosen."""
+    q = draws(1, 6, 2, 4)
+    with pytest.raises(error, match=said):
+        masked_attention(q, q, q, **options)
+    if "middle" not in options.values():
+        aligned = {"causal": "top_left"} if options.get("causal") is True else {}
+        with pytest.raises(error, match=said):
+            attending.checked(q, q, options | aligned)
+
+
+@pytest.mark.parametrize("causal", [True, False, None])
+def test_causality_is_the_references(causal: Any) -> None:
+    q = draws(1, 5, 2, 4)
+    wanted = scaled_dot_product_attention(*[q.numpy()] * 3, causal=bool(causal))
+    for f in (attention, masked_attention):
+        assert np.abs(f(q, q, q, causal=causal).numpy() - wanted).max() < 1e-12
+        if causal:
+            with pytest.raises(OptionError, match=r"causal: True is ambiguous for Tq=3, Tk=5"):
+                f(q[:, :3], q, q, causal=causal)
+
+
+def test_formats_that_no_kernel_has() -> None:
+    q, starts = draws(1, 4, 2, 4), torch.tensor([0, 4])
+
+    def packed(*x: Any) -> Any:
+        q, k, v = (y[0] for y in x)
+        return varlen_attention(q, k, v, starts, starts)
+
+    def in_a_model(*x: Any) -> Any:
+        return frugal_attention(LAYER, *x)
+
+    for f in (attention, masked_attention, packed, in_a_model):
+        with pytest.raises(DTypeError, match="q: expected float64, float32, float16, bfloat16, got int64"):
+            f(*[q.long()] * 3)
+        with pytest.raises(DTypeError, match="expected one dtype, got q float64, k float32, v float16"):
+            f(q, q.float(), q.half())
 
 
 def test_masks_of_transformers_as_options() -> None:
@@ -188,6 +252,8 @@ def test_masks_of_transformers_as_options() -> None:
     assert options_of(q, k, mask, None, True)["attn_mask"].shape == (1, 1, 3, 5)
     assert options_of(q, k, None, None, True) == {"causal": "top_left"}
     assert options_of(q[:, :, :1], k, None, None, True) == options_of(q, k, None, None, False) == {}
+    with pytest.raises(DTypeError, match=r"attention_mask: expected bool or floating .* torch\.int64"):
+        options_of(q, k, torch.ones(1, 1, 3, 5, dtype=torch.long), None, True)
     with pytest.raises(ShapeError, match=r"attention_mask: expected shape \(B or 1, Hq or 1, 3, 5\)"):
         options_of(q, k, torch.ones(2, 5, dtype=torch.bool), None, True)
 
@@ -196,3 +262,11 @@ def test_what_is_refused() -> None:
     x = draws(1, 1, 2, 2)
     with pytest.raises(UnsupportedError, match="no s_aux"):
         frugal_attention(LAYER, x, x, x, s_aux=torch.zeros(1))
+
+
+def test_a_window_without_causality_is_refused_where_it_hides_a_key() -> None:
+    q = draws(1, 2, 5, 4)
+    with pytest.raises(UnsupportedError, match="sliding_window=3 of 5 keys, not causal"):
+        frugal_attention(LAYER, q, q, q, is_causal=False, sliding_window=3)
+    wide = frugal_attention(LAYER, q, q, q, is_causal=False, sliding_window=9)[0]
+    assert torch.equal(wide, frugal_attention(LAYER, q, q, q, is_causal=False)[0])

@@ -67,7 +67,7 @@ def test_prefill_and_padding(models: Any, name: str) -> None:
         assert expected[live].abs().max() > 0.5
 
 
-# Chunks, windows in some layers only, no causality, a position bias, a fused projection.
+# Chunks, windows in some layers only, no causality, also in windows, a position bias, a fused projection.
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama4": (
         "Llama4Text", "Llama4ForCausalLM",
@@ -80,6 +80,16 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma3": ("Gemma3Text", "Gemma3ForCausalLM", {"sliding_window": 4, "head_dim": 8}),
     "bert": ("Bert", "BertModel", {}),
+    "modernbert": (
+        "ModernBert", "ModernBertModel",
+        {"local_attention": 4, "global_attn_every_n_layers": 2, "bos_token_id": 1, "eos_token_id": 1,
+         "cls_token_id": 1, "sep_token_id": 1},
+    ),
+    "gemma3, both ways": (
+        "Gemma3Text", "Gemma3TextModel",
+        {"sliding_window": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"],
+         "use_bidirectional_attention": True},
+    ),
     "t5": ("T5", "T5EncoderModel", {}),
     "gpt-neox": ("GPTNeoX", "GPTNeoXForCausalLM", {}),
 }  # fmt: skip
@@ -217,6 +227,52 @@ def test_weights_are_refused_not_left_out(models: Any) -> None:
         models["llama"][1](tokens(3), output_attentions=True)
     with torch.no_grad():
         models["llama"][1](tokens(3), output_attentions=False)
+
+
+def test_t5gemmas_encoder_looks_both_ways_in_its_window() -> None:
+    """It has no SDPA: eager attention is what it is held to."""
+    sizes = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.0}
+    found = []
+    for implementation in ("eager", register()):
+        torch.manual_seed(0)
+        parts = [
+            transformers.T5GemmaModuleConfig(
+                **sizes, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+            ).to_dict()
+            for _ in range(2)
+        ]
+        config = transformers.T5GemmaConfig(
+            encoder=parts[0], decoder=parts[1], is_encoder_decoder=False, initializer_range=0.3,
+            attn_implementation=implementation,
+        )  # fmt: skip
+        with torch.no_grad():
+            found.append(transformers.T5GemmaEncoderModel(config).eval()(tokens(13)).last_hidden_state)
+    assert (found[0] - found[1]).abs().max() < CLOSE * found[0].abs().max()
+
+
+def test_dropout_is_in_the_graph() -> None:
+    """No break; the seed is drawn in each call, as without the compiler, and the gradient has the same."""
+    ids = tokens(7)
+
+    def built() -> Any:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            **SIZES, attention_dropout=0.4, attn_implementation=register(), initializer_range=0.3
+        )
+        return transformers.LlamaForCausalLM(config).train()
+
+    one, other = built(), built()
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    losses = []
+    for each in (one, compiled):
+        torch.manual_seed(5)
+        each(ids, use_cache=False).logits.square().sum().backward()
+        with torch.no_grad():
+            losses.append([float(each(ids, labels=ids, use_cache=False).loss) for _ in range(2)])
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() < CLOSE * max(1.0, float(a.grad.abs().max()))
+    assert losses[0] == pytest.approx(losses[1], rel=CLOSE)
+    assert abs(losses[0][0] - losses[0][1]) > 100 * CLOSE, "other seeds drop other weights"
 
 
 def test_a_compiled_model_has_one_graph() -> None:

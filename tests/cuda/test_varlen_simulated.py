@@ -39,7 +39,7 @@ def test_gradients_equal_the_reference(causal: Any) -> None:
     *exact, starts, key_starts = case_of(causal)
     q, k, v = (x.astype(np.float32) for x in exact)
     do = np.random.default_rng(1).standard_normal((*q.shape[:2], 2)).astype(np.float32)
-    options: dict[str, Any] = {"causal": causal, "softcap": 1.5}
+    options: dict[str, Any] = {"causal": causal, "softcap": 1.5, "window_size": (2, 1)}
     out, lse = cuda_backend.varlen_attention(q, k, v, starts, key_starts, return_lse=True, **options)
     given = q, k, v, starts, key_starts, out, lse, do
     found = cuda_backend.varlen_attention_vjp(*given, block_sizes=(3, 4), **options)
@@ -51,14 +51,19 @@ def test_gradients_equal_the_reference(causal: Any) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("int32", "int64"), ("int64", "int32")])
+@pytest.mark.parametrize("window", [(-1, -1), (1, -1), (-1, 1), (0, 0), (3, 2), (9, 9)])
 @pytest.mark.parametrize("causal", CAUSAL)
-def test_the_kernel_finds_the_ranges_of_the_reference(causal: Any, kinds: tuple[str, str]) -> None:
+def test_the_kernel_finds_the_ranges_of_the_reference(
+    causal: Any, window: Any, kinds: tuple[str, str]
+) -> None:
     for seed in (3, 4):
         q, k, v, *starts = case_of(causal, seed)
         outputs = [view("out", np.full(len(q), -1, np.int32), 0) for _ in range(2)]
         given = [view("starts", x.astype(kind), 0) for x, kind in zip(starts, kinds, strict=True)]
-        varlen.queue_ranges(given, outputs, causal or "", 0)
-        for found, expected in zip(outputs, key_ranges(packing(q, k, v, *starts), causal), strict=True):
+        varlen.queue_ranges(given, outputs, causal or "", 0, window)
+        for found, expected in zip(
+            outputs, key_ranges(packing(q, k, v, *starts), causal, window), strict=True
+        ):
             assert np.array_equal(found.owner, expected)
 
 
@@ -81,13 +86,15 @@ def test_the_operator_of_pytorch() -> None:
 
     tensors = [torch.from_numpy(x.astype(float)).requires_grad_() for x in case_of(False)[:3]]
     starts: Any = [torch.from_numpy(x) for x in case_of(False)[3:]]
-    torch.library.opcheck(register(torch), (*tensors, *starts, "bottom_right", 1.5, None))
+    torch.library.opcheck(register(torch), (*tensors, *starts, "bottom_right", 2, -1, 1.5, None))
 
     def called(q: Any, k: Any, v: Any) -> Any:
-        return operator(q, k, v, starts[0], starts[1], 6, 7, 0.0, 0.7, True, softcap=1.5)
+        return operator(q, k, v, starts[0], starts[1], 6, 7, 0.0, 0.7, True, (2, 3), 1.5)
 
     assert torch.autograd.gradcheck(called, tensors)
-    wanted = varlen_attention(*case_of(False), causal="bottom_right", softcap=1.5, scale=0.7)
+    wanted = varlen_attention(
+        *case_of(False), causal="bottom_right", window_size=(2, -1), softcap=1.5, scale=0.7
+    )
     assert np.abs(called(*tensors).detach().numpy() - wanted).max() < 1e-12
     single = [x.detach().float().requires_grad_() for x in tensors]
     called(*single).sum().backward()

@@ -15,7 +15,7 @@ from tests.oracles import library
 def scalar_varlen(q: Any, k: Any, v: Any, starts: Any, key_starts: Any, /, **options: Any) -> Any:
     """Every query asks of every key whether it is of its own sequence and, if causal, not later."""
     scale, cap = options.get("scale", 1 / math.sqrt(q.shape[2])), options.get("softcap")
-    causal = options.get("causal", False)
+    causal, (left, right) = options.get("causal", False), options.get("window_size", (-1, -1))
     out = np.zeros((*q.shape[:2], v.shape[2]))
     lse = np.full((q.shape[1], q.shape[0]), -math.inf)
 
@@ -29,6 +29,9 @@ def scalar_varlen(q: Any, k: Any, v: Any, starts: Any, key_starts: Any, /, **opt
     def sees(i: int, j: int) -> bool:
         (s, place, after), (t, key_place, key_after) = home(starts, i), home(key_starts, j)
         if s < 0 or s != t:
+            return False
+        ahead = key_place - place if causal == "top_left" else after - key_after  # of the key, if above 0
+        if (left >= 0 and ahead < -left) or (right >= 0 and ahead > right):
             return False
         if causal == "bottom_right":  # counted from the ends, which lie at the same time
             return key_after >= after
@@ -63,17 +66,24 @@ def torch_sdpa(q: Any, k: Any, v: Any, starts: Any, key_starts: Any, /, **option
             slice(int(key_starts[s]), int(key_starts[s + 1])),
         )
         count, key_count = part.stop - part.start, keys.stop - keys.start
-        if options.get("causal") and key_count < count:
+        left, right = options.get("window_size", (-1, -1))
+        if (options.get("causal") or left >= 0 or right >= 0) and key_count < count:
             raise NotImplementedError("rows without keys")
         if not count or not key_count:
             continue
-        mask = torch.ones(count, key_count, dtype=torch.bool).tril(key_count - count)
+        mask, last = torch.ones(count, key_count, dtype=torch.bool), key_count - count
+        if options.get("causal"):
+            mask = mask.tril(last)
+        if right >= 0:
+            mask = mask.tril(last + right)
+        if left >= 0:
+            mask = mask.triu(last - left)
         rows = (
             torch.from_numpy(np.ascontiguousarray(x)).transpose(0, 1) for x in (q[part], k[keys], v[keys])
         )
         out[part] = torch.nn.functional.scaled_dot_product_attention(
             *rows,
-            attn_mask=mask if options.get("causal") else None,
+            attn_mask=mask,
             scale=options.get("scale"),
             enable_gqa=True,
         ).transpose(0, 1)
