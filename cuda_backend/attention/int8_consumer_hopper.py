@@ -9,6 +9,9 @@ largest score that the codes can express.
 A row's maximum stays as it is until it lags behind by more than `LAG`; where no row of a warp has moved its
 own, O is not rescaled.  The two warpgroups issue their products in turns, so that one is at its softmax while
 the other's run.  docs/performance.md has the kernels without either.
+
+A warpgroup's tile is a chain that is longer than its products: O is waited for before the last exponentials,
+beside which P is packed and the next sums are set to MIDDLE.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 CODE_BYTES = 128  # of a row of codes: a head of up to 128, filled with zeros
 STEPS = [0, 2, 4, 6]  # along a row of codes, 32 each, in units of 16 bytes
 LAG = 8.0  # binary orders that a maximum may lag behind: weights stay below 256
-EARLY = 10  # of 16: quarters of a thread's scores whose exponentials go beside the product before
+EARLY = 10  # of 16: quads of scores whose exponentials are taken before O is waited for
 TURNS = 2  # the number of the first warpgroup's turn
 
 
@@ -50,7 +53,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     mask, _, _ = build_softmax(variant)
     row_top, weights, pack_scores = build_softmax_parts(variant)
     rescale, row_total, store_row = build_output(variant)
-    pin_scores, pin_sums = registers.pin(s_count), registers.pin(2)
+    pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
     first_product = wgmma.product_codes_from_middle(block_n, STEPS)
     qk_product = wgmma.product_codes_behind_fence(block_n, STEPS)
@@ -82,7 +85,6 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         codes = cuda.local.array(s_count, int32)
         s = cuda.local.array(s_count, float32)
         o = cuda.local.array(o_count, float32)
-        sums = cuda.local.array(2, float32)
         p = cuda.local.array(p_count, uint32)
         lane = int32(thread & 31)
         quad_lane = int32(lane & 3)
@@ -91,7 +93,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         own_turn, other_turn = int32(TURNS + group_index), int32(TURNS + 1 - group_index)
         if group_index == 1:
             barrier.give_turn(other_turn)
-        zero = float32(min(tq, int32(0)))  # which the compiler does not know
+        zero = int32(min(tq, int32(0))).view(np.float32)  # which the compiler does not know
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
@@ -151,7 +153,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                 sum_low = weights(s, int32(0), factor, shift_low, 0, QUADS)
                 sum_high = weights(s, int32(2), factor, shift_high, 0, QUADS)
                 barrier.wait(base + v_full + 8 * stage, parity)
-                pack_scores(p, s, codes, zero, 0, QUADS)
+                pack_scores(p, s, codes, zero)
                 j = int32(j - 1)
                 while j >= 0:
                     old_stage = stage
@@ -171,19 +173,18 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     max_low, max_high, shift_low, shift_high, factor_low, factor_high = tops(
                         codes, s, factor, j, quad_lane, limit_low, limit_high, limit_group, max_low, max_high
                     )
-                    sums[0] = sum_low * factor_low + weights(s, int32(0), factor, shift_low, 0, EARLY)
-                    sums[1] = sum_high * factor_high + weights(s, int32(2), factor, shift_high, 0, EARLY)
-                    # Without the pins, they move behind the wait for O: no overlap.
+                    sum_low = sum_low * factor_low + weights(s, int32(0), factor, shift_low, 0, EARLY)
+                    sum_high = sum_high * factor_high + weights(s, int32(2), factor, shift_high, 0, EARLY)
+                    # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
-                    pin_sums(sums)
                     barrier.wait(base + v_full + 8 * stage, parity)
                     output_done(o)
                     if lane == 0:
                         barrier.arrive(base + v_empty + 8 * old_stage)
                     # P is free: what is packed and set back goes beside the last exponentials.
-                    sum_low = sums[0] + weights(s, int32(0), factor, shift_low, EARLY, QUADS)
-                    sum_high = sums[1] + weights(s, int32(2), factor, shift_high, EARLY, QUADS)
-                    pack_scores(p, s, codes, zero, 0, QUADS)
+                    sum_low += weights(s, int32(0), factor, shift_low, EARLY, QUADS)
+                    sum_high += weights(s, int32(2), factor, shift_high, EARLY, QUADS)
+                    pack_scores(p, s, codes, zero)
                     moved = int32(factor_low != float32(1.0)) | int32(factor_high != float32(1.0))
                     if registers.any_lane(moved) != 0:
                         rescale(o, factor_low, factor_high)
@@ -220,7 +221,7 @@ def build_softmax_parts(variant: Variant) -> tuple[Callable[..., Any], ...]:
     ``row_top(s, first, factor, old_max)`` is the new maximum of a row (``first`` 0 or 2), which lags behind
     and is of the scores times ``factor``; what is taken off; and the factor for what was summed before.
     ``weights(s, first, factor, shift, begin, end)`` turns a part of it into weights in place and returns
-    their sum.  ``pack_scores(p, s, codes, zero, begin, end)`` rounds to P and sets back to MIDDLE: as a
+    their sum.  ``pack_scores(p, s, codes, zero)`` rounds to P and sets back to MIDDLE: as a
     number times `zero` plus MIDDLE, since ptxas puts constants just in front of the product, which waits.
     """
     quads, middle, pack = variant.block_n // 8, wgmma.MIDDLE, registers.pack_pair(variant.kind)
@@ -251,10 +252,10 @@ def build_softmax_parts(variant: Variant) -> tuple[Callable[..., Any], ...]:
         return total
 
     @device_function
-    def pack_scores(p: Any, s: Any, codes: Any, zero: Any, begin: Any, end: Any) -> None:
-        for i in range(2 * begin, 2 * end):
+    def pack_scores(p: Any, s: Any, codes: Any, zero: Any) -> None:
+        for i in range(2 * quads):
             p[i] = pack(s[2 * i], s[2 * i + 1])
-        for i in range(4 * begin, 4 * end):
+        for i in range(4 * quads):
             codes[i] = registers.fused_multiply_add(s[i], zero, float32(middle)).view(np.int32)
 
     return row_top, weights, pack_scores

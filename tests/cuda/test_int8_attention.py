@@ -65,8 +65,8 @@ def _hopper_codes(
     q_items, numbers[10] = numbers[3], lines
     count, of_phases = int8_codes_call_hopper.phases(lines, blocks, k.shape[1], q_items, smooth)
     arrays = [q, k, sums, counters, codes[0], scales[0], codes[1], scales[1]]
-    values = [*(np.uint64(array.ctypes.data) for array in arrays)]
-    values += [*map(np.int32, (*of_phases, q.shape[3] // 8, *numbers))]
+    values: list[Any] = [np.uint64(array.ctypes.data) for array in arrays]
+    values += map(np.int32, (*of_phases, q.shape[3] // 8, *numbers))
     with simulation():
         cuda.jit(build(int8_codes_hopper.Variant(kind, smooth)))[count, int8_codes_hopper.THREADS](*values)
     assert not counters.any(), "counters are 0 for the next launch"
@@ -79,7 +79,8 @@ def _hopper_arrays(kind: str) -> tuple[Any, Any]:
     q, k = rng.standard_normal((1, 150, 2, 128)), rng.standard_normal((1, 200, 2, 128))
     k += 2 * rng.standard_normal((1, 1, 2, 128))
     q[:, :64, 1] = 0
-    return tuple(round_to(x, DTYPES[FORMATS[kind]]) for x in (q, k))
+    dtype = DTYPES[FORMATS[kind]]
+    return round_to(q, dtype), round_to(k, dtype)
 
 
 def _codes_difference(found: Any, x: Any, block: int, mean: Any) -> str | None:
