@@ -257,8 +257,8 @@ def _build_codes(kind: str, *, keys: bool, smooth: bool) -> Callable[..., None]:
         if thread & 31 == 0:
             told[uint32(thread) >> uint32(5)] = top
         cuda.syncthreads()
-        if SMOOTH and thread == 0:  # all warps have their mean
-            machine.take_number(counter, int32(2 * parts))
+        if SMOOTH and thread == 0:  # all warps have seen the mean
+            machine.fetch_increment(counter, int32(2 * parts))
         own = int32(thread >> SHIFT)
         top = uint32(0)
         for i in range(OWN):

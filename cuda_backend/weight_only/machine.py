@@ -21,6 +21,7 @@ __all__ = [
     "bulk_load",
     "exchange_float",
     "expect_bytes",
+    "fetch_increment",
     "from_lane",
     "initialise",
     "largest_pair",
@@ -362,6 +363,7 @@ low_bytes: Any = _low_bytes if SIMULATOR else registers.low_bytes
 store_float: Any = _store_float if SIMULATOR else copy.store_global_float
 store_8: Any = _store_8 if SIMULATOR else copy.store_global_8
 unpack_high: Any = _simulated_unpack_high if SIMULATOR else registers.unpack_high
+fetch_increment: Any = _take_number if SIMULATOR else copy.fetch_increment
 largest_pair: Any = _simulated_choice(np.maximum) if SIMULATOR else registers.largest_pair
 least_pair: Any = _simulated_choice(np.minimum) if SIMULATOR else registers.least_pair
 take_number: Any = _take_number if SIMULATOR else turns.take_number
