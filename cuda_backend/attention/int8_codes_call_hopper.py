@@ -22,7 +22,7 @@ __all__ = ["coded", "phases"]
 VECTOR = 16  # bytes that a thread loads at once
 LARGEST_STEP = 1 << 25  # bytes from a token to the next: those of a block are told by 32 bits
 # Keys of a phase in bytes.  Three phases, with the queries and codes of two, are to fit into the L2 cache.
-PHASE_BYTES = 4 << 20
+PHASE_BYTES = 8 << 20
 LEAST_COUNTERS = 1024  # bytes: calls of few heads share them
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
@@ -56,8 +56,8 @@ def phases(lines: int, blocks: int, tokens: int, q_items: int, smooth: bool) -> 
 
     Of `lines` heads of keys, each of `blocks` blocks and `tokens` tokens, and `q_items` blocks of queries.
 
-    >>> phases(16, 64, 8192, 1024, True)  # two heads at once, in 8 phases and one that only codes
-    (3330, [370, 2, 128, 114])
+    >>> phases(16, 64, 8192, 1024, True)  # four heads at once, in 4 phases and one that only codes
+    (3585, [717, 4, 256, 205])
     """
     most = min(lines, max(1, PHASE_BYTES // (2 * WIDTH * tokens)))
     number = -(-lines // most)

@@ -35,7 +35,7 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 CODE_BYTES = 128  # of a row of codes: a head of up to 128, filled with zeros
 STEPS = [0, 2, 4, 6]  # along a row of codes, 32 each, in units of 16 bytes
 LAG = 8.0  # binary orders that a maximum may lag behind: weights stay below 256
-EARLY = 10  # of 16: quads of scores whose exponentials are taken before O is waited for
+EARLY = 8  # of 16: quads of scores whose exponentials are taken before O is waited for
 TURNS = 2  # the number of the first warpgroup's turn
 
 
