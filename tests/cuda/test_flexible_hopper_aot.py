@@ -23,6 +23,7 @@ import numpy as np
 from cuda_backend import aot
 from cuda_backend._numba import cuda
 from cuda_backend.attention.forward_flexible_hopper import build, signature
+from cuda_backend.attention.traced import folds
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
 from numba.cuda.cudadrv.driver import _Linker
@@ -40,7 +41,7 @@ aux = tuple(("float32" if x.dtype.kind == "f" else x.dtype.name, x.ndim) for x i
 mods = Mods(mod("mask_mod"), mod("score_mod", "score"), None, aux)
 if words:
     mods = mods._replace(mask=None, aux=aux if score == "alibi" else ())
-variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged, words)
+variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged, words, folds(mods.score, mods.aux))
 how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.tiles.threads, 1))
 try:
     with aot.pretended(aot.HOPPER), blamed(mods):
@@ -75,6 +76,7 @@ WIDTHS = ((64, 64, 0), (64, 64, 1), (128, 128, 0))
 CASES = [
     ("f16", 64, 64, 1, "sliding", "none", False, True),
     ("f16", 64, 64, 1, "bigbird", "none", False, False),
+    ("f16", 64, 64, 1, "sliding", "alibi", False, True),
     ("f16", 128, 128, 0, "documents", "alibi", True, True),
     ("bf16", 128, 128, 0, "causal", "softcap", True, False),
 ]
