@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.finish_hopper import build_rows
 from cuda_backend.attention.schedule_hopper import Schedule
-from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
+from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax, build_tile
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import barrier, copy, grid, registers, wgmma
 from cuda_backend.ptx.assembly import types
@@ -44,15 +45,15 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
 
     ``scales`` are the addresses of the scales of q and k and how many of each a head has.
     """
-    block_m, block_n, causal = variant.block_m, variant.block_n, variant.causal
+    block_m, block_n = variant.block_m, variant.block_n
     s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
     QUADS = block_n // 8  # of two numbers of each of a thread's two rows
     q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
-    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
+    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
-    mask, _, _ = build_softmax(variant)
-    row_top, weights, pack_scores = build_softmax_parts(variant)
-    rescale, row_total, store_row = build_output(variant)
+    (row_top, weights, set_back), pack_scores = build_softmax_parts(variant), build_softmax(variant)[2]
+    tile_of, limits_of, mask_tile = build_tile(variant)
+    (rescale, row_total, _), (inverse, store_rows) = build_output(variant), build_rows(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
     first_product = wgmma.product_codes_from_middle(block_n, STEPS)
@@ -63,16 +64,12 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
 
     @device_function
     def tops(
-        codes: Any, s: Any, factor: Any, j: Any, quad_lane: Any, limit_low: Any, limit_high: Any,
-        limit_group: Any, max_low: Any, max_high: Any,
-    ) -> Any:  # fmt: skip
+        codes: Any, s: Any, factor: Any, j: Any, quad_lane: Any, limits: Any, max_low: Any, max_high: Any
+    ) -> Any:
         """Mask scores of key tile `j`; return maxima, what is taken off, and factors of what was before."""
         for i in range(s_count):
             s[i] = codes[i].view(np.float32)
-        start = j * block_n
-        if start + block_n > limit_group:
-            shift = start + 2 * quad_lane
-            mask(s, limit_low - shift, limit_high - shift)
+        mask_tile(s, j, quad_lane, limits)
         max_low, shift_low, factor_low = row_top(s, int32(0), factor, max_low)
         max_high, shift_high, factor_high = row_top(s, int32(2), factor, max_high)
         return max_low, max_high, shift_low, shift_high, factor_low, factor_high
@@ -97,21 +94,14 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
-            tile = int32(0)
-            if lane == 0:
-                tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
-            tile = registers.uniform(tile)
+            tile = tile_of(base, q_stage, lane)
             if tile < 0:
                 break
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * CODE_BYTES))
             row_block, head = place(tile, per_head, section, all_heads)
             row = int32(row_block * block_m + own_row)
             group_row = int32(row_block * block_m + 64 * group_index)
-            limit_low, limit_high, limit_group = tk, tk, tk
-            if causal:
-                limit_low = min(tk, row + offset + 1)
-                limit_high = min(tk, row + offset + 9)
-                limit_group = min(tk, group_row + offset + 1)
+            limits = limits_of(row, group_row, tk, offset)
             for i in range(o_count):
                 o[i] = float32(0.0)
             max_low, max_high = float32(NO_KEY), float32(NO_KEY)
@@ -148,12 +138,13 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     barrier.arrive(base + k_empty + 8 * stage)
                 factor = q_factor * k_factor
                 max_low, max_high, shift_low, shift_high, factor_low, factor_high = tops(
-                    codes, s, factor, j, quad_lane, limit_low, limit_high, limit_group, max_low, max_high
+                    codes, s, factor, j, quad_lane, limits, max_low, max_high
                 )
                 sum_low = weights(s, int32(0), factor, shift_low, 0, QUADS)
                 sum_high = weights(s, int32(2), factor, shift_high, 0, QUADS)
                 barrier.wait(base + v_full + 8 * stage, parity)
-                pack_scores(p, s, codes, zero)
+                pack_scores(p, s)
+                set_back(codes, s, zero)
                 j = int32(j - 1)
                 while j >= 0:
                     old_stage = stage
@@ -171,7 +162,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                         barrier.arrive(base + k_empty + 8 * stage)
                     factor = q_factor * k_factor
                     max_low, max_high, shift_low, shift_high, factor_low, factor_high = tops(
-                        codes, s, factor, j, quad_lane, limit_low, limit_high, limit_group, max_low, max_high
+                        codes, s, factor, j, quad_lane, limits, max_low, max_high
                     )
                     sum_low = sum_low * factor_low + weights(s, int32(0), factor, shift_low, 0, EARLY)
                     sum_high = sum_high * factor_high + weights(s, int32(2), factor, shift_high, 0, EARLY)
@@ -184,7 +175,8 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     # P is free: what is packed and set back goes beside the last exponentials.
                     sum_low += weights(s, int32(0), factor, shift_low, EARLY, QUADS)
                     sum_high += weights(s, int32(2), factor, shift_high, EARLY, QUADS)
-                    pack_scores(p, s, codes, zero)
+                    pack_scores(p, s)
+                    set_back(codes, s, zero)
                     moved = int32(factor_low != float32(1.0)) | int32(factor_high != float32(1.0))
                     if registers.any_lane(moved) != 0:
                         rescale(o, factor_low, factor_high)
@@ -203,28 +195,22 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
             q_stage, q_parity = next_q_stage(q_stage, q_parity)
 
             sum_low, sum_high = row_total(sum_low), row_total(sum_high)
-            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
-            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
-            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
-            row_bytes = uint64(2 * columns)
-            address = out + line * row_bytes
-            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
-            address += uint64(8 * heads) * row_bytes
-            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
+            factors = inverse(sum_low), inverse(sum_high)
+            store_rows(o, factors, out, row, head, batch, quad_lane, (heads, tq, columns))
 
     return consume
 
 
 def build_softmax_parts(variant: Variant) -> tuple[Callable[..., Any], ...]:
-    """Return ``row_top``, ``weights`` and ``pack_scores`` for scores of MIDDLE plus an integer.
+    """Return ``row_top``, ``weights`` and ``set_back`` for scores of MIDDLE plus an integer.
 
     ``row_top(s, first, factor, old_max)`` is the new maximum of a row (``first`` 0 or 2), which lags behind
     and is of the scores times ``factor``; what is taken off; and the factor for what was summed before.
     ``weights(s, first, factor, shift, begin, end)`` turns a part of it into weights in place and returns
-    their sum.  ``pack_scores(p, s, codes, zero)`` rounds to P and sets back to MIDDLE: as a
-    number times `zero` plus MIDDLE, since ptxas puts constants just in front of the product, which waits.
+    their sum.  ``set_back(codes, s, zero)`` makes accumulators MIDDLE again: as a number times
+    `zero` plus MIDDLE, since ptxas puts constants just in front of the product, which waits.
     """
-    quads, middle, pack = variant.block_n // 8, wgmma.MIDDLE, registers.pack_pair(variant.kind)
+    quads, middle = variant.block_n // 8, wgmma.MIDDLE
 
     @device_function
     def row_top(s: Any, first: Any, factor: Any, old_max: Any) -> Any:
@@ -252,10 +238,8 @@ def build_softmax_parts(variant: Variant) -> tuple[Callable[..., Any], ...]:
         return total
 
     @device_function
-    def pack_scores(p: Any, s: Any, codes: Any, zero: Any) -> None:
-        for i in range(2 * quads):
-            p[i] = pack(s[2 * i], s[2 * i + 1])
+    def set_back(codes: Any, s: Any, zero: Any) -> None:
         for i in range(4 * quads):
             codes[i] = registers.fused_multiply_add(s[i], zero, float32(middle)).view(np.int32)
 
-    return row_top, weights, pack_scores
+    return row_top, weights, set_back

@@ -31,9 +31,11 @@ from cuda_backend.attention import (
     plan_backward_hopper,
     plan_hopper,
     producer_backward_hopper,
+    producer_hopper,
     remembered,
     schedule_backward_hopper,
     schedule_hopper,
+    stages_backward_hopper,
     values_wide_backward_hopper,
     wide_backward_hopper,
 )
@@ -51,7 +53,9 @@ MODULES = {
     "around": around_backward_hopper, "consumer": consumer_backward_hopper, "gradient": gradient_hopper,
     "values": values_wide_backward_hopper, "keys": keys_wide_backward_hopper,
     "exchange": exchange_wide_backward_hopper, "wide": wide_backward_hopper,
-    "producer": producer_backward_hopper, "schedule": schedule_backward_hopper, "place": schedule_hopper,
+    "producer": producer_backward_hopper, "stages": stages_backward_hopper,
+    "loads": producer_hopper,
+    "schedule": schedule_backward_hopper, "place": schedule_hopper,
 }  # fmt: skip
 BASE = 1024
 TYPES: dict[str, Any] = {"uint64": ctypes.c_uint64, "int32": ctypes.c_int32, "float32": ctypes.c_float}
@@ -78,24 +82,11 @@ def played(
     modules = dict(MODULES)
     if mutant is not None:
         modules[mutant[0]] = mutated(*mutant)
-        for user, name in itertools.product(
-            modules.values(),
-            (
-                "build_gradient",
-                "build_stores",
-                "build_words",
-                "build_queries",
-                "build_receiver",
-                "build_sender",
-                "build_mods",
-            ),
-        ):
-            if (
-                mutant[0] in ("gradient", "dropout", "exchange", "mods")
-                and hasattr(user, name)
-                and hasattr(modules[mutant[0]], name)
-            ):
-                monkeypatch.setattr(user, name, getattr(modules[mutant[0]], name))
+        changed = vars(modules[mutant[0]])
+        for user, name in itertools.product(modules.values(), changed["__all__"]):
+            # Others have functions of the same name; of this module they may be the last mutant's.
+            if getattr(getattr(user, name, None), "__module__", None) == changed["__name__"]:
+                monkeypatch.setattr(user, name, changed[name])
     install(monkeypatch, machine, list(modules.values()))
     install_functions(monkeypatch, machine, modules["mods"], modules["consumer"])
     counter = np.zeros(2, np.int32)

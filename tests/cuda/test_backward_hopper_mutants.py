@@ -136,10 +136,9 @@ MUTANTS = {
         "int32(max(query + 2, int32(0)))",
     ),
     "bytes of the statistics": (
-        "producer",
-        "                    target = base + shift_places",
-        "                    barrier.expect_bytes(full, 16)\n"
-        "                    target = base + shift_places",
+        "stages",
+        "        load_shifts(base",
+        "        barrier.expect_bytes(full, 16)\n        load_shifts(base",
     ),
     "Q of the first head": (
         "producer",
@@ -147,19 +146,49 @@ MUTANTS = {
         "head = int32(own_head * group)",
     ),
     "half of dQ": (
-        "producer",
+        "stages",
         "base + dq_tile + w * share_bytes, share_bytes)",
         "base + dq_tile, share_bytes)",
     ),
     "dQ given back before it is read": (
-        "producer",
+        "stages",
         "bulk.wait_read()\n",
         "pass\n",
     ),
     "no turns": (
-        "producer",
+        "stages",
         "while turns.word_seen(word) != mine:",
         "while False:",
+    ),
+    "dO of the stage before": (
+        "stages",
+        "load_do(base + do_tiles + stage * do_bytes,",
+        "load_do(base + do_tiles + (1 - stage) * do_bytes,",
+    ),
+    "deltas of the stage before": (
+        "stages",
+        "load_deltas(base + delta_places + stage * stat_pitch,",
+        "load_deltas(base + delta_places + (1 - stage) * stat_pitch,",
+    ),
+    "Q written before it is given back": (
+        "stages",
+        "barrier.wait(base + q_empty + 8 * stage, parity)",
+        "pass",
+    ),
+    "the ring goes on": (
+        "stages",
+        "if (state & 15) == 2 * stages:",
+        "if False:",
+    ),
+    "the counter stays": (
+        "stages",
+        "copy.store_global_word(counter, 0)",
+        "pass",
+    ),
+    "columns of the first sub-tile": (
+        "loads",
+        "full, c * SUBTILE, row",
+        "full, 0 * SUBTILE, row",
     ),
     "dropout of another key": (
         "dropout",
@@ -217,8 +246,10 @@ SOUND = {
     "consumer": "dk_done(dk)",
     "dropout": "2 * (part >> 1))",
     "gradient": "(dp[at] * kept - delta)",
-    "producer": "bulk.wait_read()",
+    "loads": "full, c * SUBTILE, row",
+    "producer": "head = int32(own_head * group + member)",
     "schedule": "block_n) - 1 - key_block)",
+    "stages": "bulk.wait_read()",
 }
 
 

@@ -127,6 +127,18 @@ MUTANTS = {
         "head = int32(own_head * group)",
         "alibi",
     ),
+    "entry of the stage before": (
+        "stages",
+        "base + entry_places + 8 * stage, entry)",
+        "base + entry_places + 8 * (1 - stage), entry)",
+        "far",
+    ),
+    "head of the stage before": (
+        "stages",
+        "base + entry_places + 8 * stage + 4, head)",
+        "base + entry_places + 8 * (1 - stage) + 4, head)",
+        "alibi",
+    ),
     "sums of the next block": (
         "lists",
         "* blocks + entry_block(entry))",
@@ -162,7 +174,15 @@ def seen(monkeypatch: pytest.MonkeyPatch, mutant: Any, functions: str) -> bool:
     return not error < LIMITS["f16"]
 
 
-@pytest.mark.parametrize("module", ["consumer", "mods", "lists"])
+SOUND = {
+    "consumer": "scores_alone(s)",
+    "mods": "int32(high & bit)",
+    "lists": "state = int32(state - 32)",
+    "stages": "bulk.wait_read()",
+}
+
+
+@pytest.mark.parametrize("module", SOUND)
 def test_without_mistakes_nothing_is_seen(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    same = {"consumer": "scores_alone(s)", "mods": "int32(high & bit)", "lists": "bulk.wait_read()"}[module]
+    same = SOUND[module]
     assert not any(seen(monkeypatch, (module, same, same), functions) for functions in CASES)
