@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuda_backend import int8_attention_hopper
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import poisoned_outputs
 from cuda_backend.attention import int8_call, int8_codes_call_hopper, int8_codes_hopper, int8_portable
 from cuda_backend.launch import simulation
 from refimpl.attention import key_mean, quantize_token_blocks
-from refimpl.errors import OptionError, UnsupportedError
+from refimpl.errors import BackendUnavailableError, OptionError, UnsupportedError
 from refimpl.numerics import round_to, widen
 from refimpl.testing import check
 from tests.cuda.int8_attention_judge import case_of, int8_difference
@@ -166,6 +167,12 @@ def test_outputs(smooth: bool, causal: Any) -> None:
     for seed, dtype in enumerate(sorted(DTYPES)):
         case = case_of(dtype, seed, causal=causal, smooth=smooth, offset=smooth)
         assert int8_difference(int8_call.int8_attention, case, dtype) is None
+
+
+def test_the_hopper_kernel_refuses_the_simulator() -> None:
+    x = np.ones((1, 4, 2, 8), np.float16)
+    with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
+        int8_attention_hopper(x, x, x)
 
 
 def test_odd_shapes() -> None:
