@@ -88,3 +88,21 @@ def test_of_products() -> None:
     assert len(weights) == 3
     int8, nf4 = (mean([float(cells[column].strip("*")) for cells in weights]) for column in (4, 8))
     assert f"{nf4:.1f} and {int8:.1f} times PyTorch's fp16 product" in README
+
+
+def test_of_attention_in_int8() -> None:
+    bold = "*"
+    table = rows("### Attention in int8", "**The goal was")
+    said = next(cells for cells in table if cells[0] == "geometric mean")
+    measured = [cells for cells in table if re.match(r"\d", cells[0])]
+    assert len(measured) == 6
+    for column in (4, 7):
+        ratios = [float(cells[column].strip(bold)) for cells in measured]
+        assert f"{mean(ratios):.3f}" == said[column].strip(bold)
+        assert sum(ratio >= 1.1 for ratio in ratios) == (3 if column == 4 else 6)
+    tries = rows("Times fp16 in bursts, where codes", "Predictions held within")
+    tries = [cells for cells in tries if re.match(r"\d\.\d\d\d$", cells[1])]
+    assert len(tries) == 6
+    for cells in tries:
+        ratios = [float(cell) for cell in cells[1:7]]
+        assert abs(mean(ratios) - float(cells[7].strip(bold))) < 0.001

@@ -9,6 +9,9 @@ largest score that the codes can express.
 A row's maximum stays as it is until it lags behind by more than `LAG`; where no row of a warp has moved its
 own, O is not rescaled.  The two warpgroups issue their products in turns, so that one is at its softmax while
 the other's run.  docs/performance.md has the kernels without either.
+
+A warpgroup's tile is a chain that is longer than its products: O is waited for before the last exponentials,
+beside which P is packed and the next sums are set to MIDDLE.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 CODE_BYTES = 128  # of a row of codes: a head of up to 128, filled with zeros
 STEPS = [0, 2, 4, 6]  # along a row of codes, 32 each, in units of 16 bytes
 LAG = 8.0  # binary orders that a maximum may lag behind: weights stay below 256
+EARLY = 8  # of 16: quads of scores whose exponentials are taken before O is waited for
 TURNS = 2  # the number of the first warpgroup's turn
 
 
@@ -43,29 +47,32 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     """
     block_m, block_n = variant.block_m, variant.block_n
     s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
+    QUADS = block_n // 8  # of two numbers of each of a thread's two rows
     q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
-    pack_scores, softmax_row = build_softmax(variant)[2], build_softmax_row(variant)
+    (row_top, weights, set_back), pack_scores = build_softmax_parts(variant), build_softmax(variant)[2]
     tile_of, limits_of, mask_tile = build_tile(variant)
     (rescale, row_total, _), (inverse, store_rows) = build_output(variant), build_rows(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
-    qk_product = wgmma.product_codes_from_middle(block_n, STEPS)
+    first_product = wgmma.product_codes_from_middle(block_n, STEPS)
+    qk_product = wgmma.product_codes_behind_fence(block_n, STEPS)
     pv_product = wgmma.product_registers(variant.d_v, variant.kind, [128 * k for k in range(block_n // 16)])
     scores_done, scores_first_done = wgmma.wait(0, s_count), wgmma.wait(1, s_count)
     output_done = wgmma.wait(0, o_count)
 
     @device_function
-    def softmax(codes: Any, s: Any, factor: Any, j: Any, quad_lane: Any, limits: Any, rows: Any) -> Any:
-        """Turn scores of key tile `j` into weights; return maxima, sums and factors of what was before."""
-        max_low, sum_low, max_high, sum_high = rows
+    def tops(
+        codes: Any, s: Any, factor: Any, j: Any, quad_lane: Any, limits: Any, max_low: Any, max_high: Any
+    ) -> Any:
+        """Mask scores of key tile `j`; return maxima, what is taken off, and factors of what was before."""
         for i in range(s_count):
             s[i] = codes[i].view(np.float32)
         mask_tile(s, j, quad_lane, limits)
-        max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
-        max_high, sum_high, factor_high = softmax_row(s, int32(2), factor, max_high, sum_high)
-        return max_low, sum_low, max_high, sum_high, factor_low, factor_high
+        max_low, shift_low, factor_low = row_top(s, int32(0), factor, max_low)
+        max_high, shift_high, factor_high = row_top(s, int32(2), factor, max_high)
+        return max_low, max_high, shift_low, shift_high, factor_low, factor_high
 
     @device_function
     def consume(base: Any, thread: Any, out: Any, scales: Any, scale: Any, problem: Any) -> None:
@@ -83,6 +90,7 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         own_turn, other_turn = int32(TURNS + group_index), int32(TURNS + 1 - group_index)
         if group_index == 1:
             barrier.give_turn(other_turn)
+        zero = int32(min(tq, int32(0))).view(np.float32)  # which the compiler does not know
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
@@ -122,18 +130,21 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                 k_factor = copy.load_float(of_keys + uint64(4) * uint64(j))
                 barrier.wait(base + k_full + 8 * stage, parity)
                 barrier.take_turn(own_turn)
-                qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
+                first_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
                 barrier.give_turn(other_turn)
                 scores_done(codes)
                 if lane == 0:
                     barrier.arrive(base + k_empty + 8 * stage)
                 factor = q_factor * k_factor
-                max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
-                    codes, s, factor, j, quad_lane, limits, (max_low, sum_low, max_high, sum_high)
+                max_low, max_high, shift_low, shift_high, factor_low, factor_high = tops(
+                    codes, s, factor, j, quad_lane, limits, max_low, max_high
                 )
+                sum_low = weights(s, int32(0), factor, shift_low, 0, QUADS)
+                sum_high = weights(s, int32(2), factor, shift_high, 0, QUADS)
                 barrier.wait(base + v_full + 8 * stage, parity)
                 pack_scores(p, s)
+                set_back(codes, s, zero)
                 j = int32(j - 1)
                 while j >= 0:
                     old_stage = stage
@@ -150,16 +161,22 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     if lane == 0:
                         barrier.arrive(base + k_empty + 8 * stage)
                     factor = q_factor * k_factor
-                    max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
-                        codes, s, factor, j, quad_lane, limits, (max_low, sum_low, max_high, sum_high)
+                    max_low, max_high, shift_low, shift_high, factor_low, factor_high = tops(
+                        codes, s, factor, j, quad_lane, limits, max_low, max_high
                     )
+                    sum_low = sum_low * factor_low + weights(s, int32(0), factor, shift_low, 0, EARLY)
+                    sum_high = sum_high * factor_high + weights(s, int32(2), factor, shift_high, 0, EARLY)
                     # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
                     barrier.wait(base + v_full + 8 * stage, parity)
                     output_done(o)
                     if lane == 0:
                         barrier.arrive(base + v_empty + 8 * old_stage)
+                    # P is free: what is packed and set back goes beside the last exponentials.
+                    sum_low += weights(s, int32(0), factor, shift_low, EARLY, QUADS)
+                    sum_high += weights(s, int32(2), factor, shift_high, EARLY, QUADS)
                     pack_scores(p, s)
+                    set_back(codes, s, zero)
                     moved = int32(factor_low != float32(1.0)) | int32(factor_high != float32(1.0))
                     if registers.any_lane(moved) != 0:
                         rescale(o, factor_low, factor_high)
@@ -184,34 +201,45 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     return consume
 
 
-def build_softmax_row(variant: Variant) -> Callable[..., Any]:
-    """Return ``softmax_row(s, first, factor, old_max, old_sum)`` for scores of MIDDLE plus an integer.
+def build_softmax_parts(variant: Variant) -> tuple[Callable[..., Any], ...]:
+    """Return ``row_top``, ``weights`` and ``set_back`` for scores of MIDDLE plus an integer.
 
-    As that of `softmax_hopper.build_softmax`, but maxima lag behind and are of the scores times ``factor``,
-    which is above 0 and changes from tile to tile.
+    ``row_top(s, first, factor, old_max)`` is the new maximum of a row (``first`` 0 or 2), which lags behind
+    and is of the scores times ``factor``; what is taken off; and the factor for what was summed before.
+    ``weights(s, first, factor, shift, begin, end)`` turns a part of it into weights in place and returns
+    their sum.  ``set_back(codes, s, zero)`` makes accumulators MIDDLE again: as a number times
+    `zero` plus MIDDLE, since ptxas puts constants just in front of the product, which waits.
     """
-    count, middle = variant.block_n // 2, wgmma.MIDDLE
+    quads, middle = variant.block_n // 8, wgmma.MIDDLE
 
     @device_function
-    def softmax_row(s: Any, first: Any, factor: Any, old_max: Any, old_sum: Any) -> Any:
-        largest = float32(NO_KEY)
-        for i in range(count // 4):
-            largest = registers.maximum(largest, s[4 * i + first])
-            largest = registers.maximum(largest, s[4 * i + first + 1])
-        largest = registers.maximum(largest, registers.exchange_float(largest, 1))
-        largest = registers.maximum(largest, registers.exchange_float(largest, 2))
-        new_max = registers.maximum(old_max, (largest - float32(middle)) * factor)
+    def row_top(s: Any, first: Any, factor: Any, old_max: Any) -> Any:
+        largest = float32(NO_KEY).view(np.int32)  # integers: these float32 are ordered so, and three compare
+        for i in range(quads):
+            largest = max(largest, s[4 * i + first].view(np.int32), s[4 * i + first + 1].view(np.int32))
+        top_score = int32(largest).view(np.float32)
+        top_score = registers.maximum(top_score, registers.exchange_float(top_score, 1))
+        top_score = registers.maximum(top_score, registers.exchange_float(top_score, 2))
+        new_max = registers.maximum(old_max, (top_score - float32(middle)) * factor)
         new_max = old_max if new_max <= old_max + float32(LAG) else new_max
         # A row without a key so far: exp2(-inf - 0) = 0, where exp2(-inf + inf) would be NaN.
         top = new_max if new_max != float32(NO_KEY) else float32(0.0)
-        shrink = registers.exp2(old_max - top)
         shift = registers.fused_multiply_add(float32(middle), factor, top)
+        return new_max, shift, registers.exp2(old_max - top)
+
+    @device_function
+    def weights(s: Any, first: Any, factor: Any, shift: Any, begin: Any, end: Any) -> Any:
         total = float32(0.0)
-        for i in range(count // 4):
+        for i in range(begin, end):
             for e in range(2):
                 p = registers.exp2(registers.fused_multiply_add(s[4 * i + first + e], factor, -shift))
                 s[4 * i + first + e] = p
                 total += p
-        return new_max, old_sum * shrink + total, shrink
+        return total
 
-    return softmax_row
+    @device_function
+    def set_back(codes: Any, s: Any, zero: Any) -> None:
+        for i in range(4 * quads):
+            codes[i] = registers.fused_multiply_add(s[i], zero, float32(middle)).view(np.int32)
+
+    return row_top, weights, set_back

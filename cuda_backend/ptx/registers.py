@@ -6,6 +6,7 @@ Source: PTX ISA 8.7, "Miscellaneous Instructions: setmaxnreg", "Data Movement an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from cuda_backend.ptx.assembly import Intrinsic, Lowering, declare, instruction, passed, types
@@ -19,7 +20,9 @@ __all__ = [
     "from_lane",
     "fused_multiply_add",
     "give_registers",
+    "largest_pair",
     "largest_word",
+    "least_pair",
     "log2",
     "low_bytes",
     "maximum",
@@ -139,6 +142,20 @@ maximum_halves = instruction(
     'The larger of the low and of the high halves, as integers.  PTX ISA, "max".',
     pure=True,
 )
+
+
+def _of_pairs(name: str, mnemonic: str, doc: str) -> Callable[[str], Intrinsic]:
+    def made(kind: str) -> Intrinsic:
+        text = f"{mnemonic}.NaN.{kind}x2 $0, $1, $2;"
+        return instruction(f"{name}_{kind}", _word, {"x": _word, "y": _word}, text, "=r,r,r", doc, pure=True)
+
+    return made
+
+
+largest_pair = _of_pairs(
+    "largest_pair", "max", 'Of "f16" or "bf16" in both halves; NaN wins.  PTX ISA, "max".'
+)
+least_pair = _of_pairs("least_pair", "min", 'The least of them; NaN wins, too.  PTX ISA, "min".')
 
 largest_word = instruction(
     "largest_word",

@@ -38,6 +38,7 @@ __all__ = [
     "fence",
     "k_major_steps",
     "product_codes",
+    "product_codes_behind_fence",
     "product_codes_from_middle",
     "product_registers",
     "product_shared",
@@ -228,10 +229,19 @@ def product_codes(n: int, offsets: Sequence[int]) -> Intrinsic:
     Intrinsic
         ``product(accumulators[n // 2] of int32, descriptor of A, descriptor of B)``.
     """
+    return _product_codes(f"product_codes_{n}", n, offsets, "")
+
+
+def product_codes_behind_fence(n: int, offsets: Sequence[int]) -> Intrinsic:
+    """Return `product_codes` with `fence` in the same asm, behind what else moves the accumulators."""
+    return _product_codes(f"product_codes_behind_fence_{n}", n, offsets, "wgmma.fence.sync.aligned;")
+
+
+def _product_codes(name: str, n: int, offsets: Sequence[int], before: str) -> Intrinsic:
     count = n // 2
     first = 2 * count
     opcode = f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8"
-    lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;"]  # no immediate is taken here
+    lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;", before]  # no immediate is taken here
     for offset in offsets:
         lines.append(f"add.s64 a, ${first}, {offset}; add.s64 b, ${first + 1}, {offset};")
         lines.append(f"{opcode} {_registers(0, count)}, a, b, add;")
@@ -245,7 +255,7 @@ def product_codes(n: int, offsets: Sequence[int]) -> Intrinsic:
 
         return types.void(accumulators, types.uint64, types.uint64), codegen
 
-    return declare(f"product_codes_{n}", ("accumulators", "a", "b"), PRODUCT, lower)
+    return declare(name, ("accumulators", "a", "b"), PRODUCT, lower)
 
 
 def product_codes_from_middle(n: int, offsets: Sequence[int]) -> Intrinsic:

@@ -15,15 +15,18 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR
-from cuda_backend.ptx import barrier, bulk, copy, grid, mma, registers
+from cuda_backend.ptx import barrier, bulk, copy, grid, mma, registers, turns
 
 __all__ = [
     "bulk_load",
     "exchange_float",
     "expect_bytes",
+    "fetch_increment",
     "from_lane",
     "initialise",
+    "largest_pair",
     "largest_word",
+    "least_pair",
     "let_next_grid_start",
     "load_8",
     "load_16",
@@ -49,11 +52,13 @@ __all__ = [
     "store_shared_float",
     "store_shared_word",
     "subtract_pair",
+    "take_number",
     "uniform",
     "unpack_high",
     "unpack_low",
     "wait",
     "wait_for_earlier_grids",
+    "wait_for_turn",
 ]
 
 WARP = 32
@@ -214,6 +219,13 @@ def _simulated_subtract(kind: str) -> Pair:
     return subtract
 
 
+def _simulated_choice(choose: Any) -> Callable[[str], Pair]:
+    def of(kind: str) -> Pair:
+        return lambda x, y: _packed(kind, *choose(_numbers(kind, x), _numbers(kind, y)))
+
+    return of
+
+
 def _simulated_product(kind: str) -> Pair:
     """Return D = A B + C for one warp, from the layouts that the PTX ISA draws."""
 
@@ -292,6 +304,21 @@ def _simulated_unpack_high(kind: str) -> Pair:
     return lambda word: _numbers(kind, word)[1]
 
 
+def _take_number(address: Any, bound: Any) -> Any:
+    with _lock:
+        word = _at(address, 4).view(np.uint32)
+        old = int(word[0])
+        word[0] = 0 if old >= int(bound) else old + 1
+    return np.int32(old)
+
+
+def _wait_for_turn(address: Any, least: Any) -> None:
+    """Blocks of the simulator come one after the other: what has not been done before is never done."""
+    found = _at(address, 4).view(np.int32)[0]
+    if found < least:
+        raise RuntimeError(f"a block waits for turn {least}, and it is that of {found}")
+
+
 def _quotient(x: Any, y: Any) -> Any:
     return np.int32(int(x) // int(y))
 
@@ -336,3 +363,8 @@ low_bytes: Any = _low_bytes if SIMULATOR else registers.low_bytes
 store_float: Any = _store_float if SIMULATOR else copy.store_global_float
 store_8: Any = _store_8 if SIMULATOR else copy.store_global_8
 unpack_high: Any = _simulated_unpack_high if SIMULATOR else registers.unpack_high
+fetch_increment: Any = _take_number if SIMULATOR else copy.fetch_increment
+largest_pair: Any = _simulated_choice(np.maximum) if SIMULATOR else registers.largest_pair
+least_pair: Any = _simulated_choice(np.minimum) if SIMULATOR else registers.least_pair
+take_number: Any = _take_number if SIMULATOR else turns.take_number
+wait_for_turn: Any = _wait_for_turn if SIMULATOR else turns.wait_for_turn

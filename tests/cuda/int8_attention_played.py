@@ -118,9 +118,18 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             row, quad = thread_place()
             left, right = codes(int(a)).astype(np.int64), codes(int(b))[:n].astype(np.int64)
             for half in range(2):
-                found = left[row + 8 * half] @ right.T + 0x4B400000
-                sums.reshape(-1, 2, 2)[:, half] = found.reshape(-1, 4, 2)[:, quad]
+                found = left[row + 8 * half] @ right.T
+                sums.reshape(-1, 2, 2)[:, half] += found.reshape(-1, 4, 2)[:, quad].astype(np.int32)
             read()
+
+        return product
+
+    def product_codes_from_middle(n: int, offsets: Any) -> Any:
+        onto = product_codes(n, offsets)
+
+        def product(sums: Any, a: Any, b: Any) -> None:
+            sums[:] = wgmma.MIDDLE_BITS
+            onto(sums, a, b)
 
         return product
 
@@ -210,7 +219,8 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
         (wgmma, {
             "descriptor_k_major": lambda at: np.uint64(at),
             "descriptor_mn_major": lambda _: lambda at: np.uint64(at),
-            "product_codes_from_middle": product_codes, "product_registers": product_registers,
+            "product_codes_from_middle": product_codes_from_middle,
+            "product_codes_behind_fence": product_codes, "product_registers": product_registers,
             "fence": nothing, "commit": nothing, "wait": lambda *_: nothing,
         }),
     ]  # fmt: skip

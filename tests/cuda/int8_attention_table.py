@@ -2,15 +2,22 @@
 
 Every line is printed when it is known, so that a kernel that never ends is seen by the line that is missing.
 Codes are made inside the timing; "codes" are they alone.  Errors are rms, of sampled rows against float64.
+
+Both rows of a shape are measurements of the same calls: in bursts of a few, after a pause and with an empty
+L2 cache, as all of docs/performance.md; and without a pause, when power sets the clock (its reading and the
+power are nvidia-smi's, where there is one).
 """
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from statistics import mean
 from typing import Any
 
 from cuda_backend.attention import int8_call_hopper
@@ -19,6 +26,7 @@ from tests.cuda.need_gpu import need_gpu
 
 SHAPES = ((1, 16, 8192, 128), (1, 16, 16384, 128), (4, 16, 8192, 128))
 SMALL = ((1, 1, 1, 128), (1, 2, 200, 128), (2, 2, 700, 64), (1, 4, 2048, 128))
+RUN_S, RUNS, SETTLED_S = 0.5, 2, 0.15  # of each contestant without a pause, and how often in turn
 BEGAN = time.perf_counter()
 
 
@@ -38,9 +46,7 @@ def ready(task: tuple[str, int, bool]) -> float:
         flash_attention_hopper(x, x, x, causal=causal)
         torch.cuda.synchronize()
     elif what == "codes":
-        int8_codes_call_hopper._function("sums", "f16", device)
-        int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 64, False), device)
-        int8_codes_call_hopper._function("codes", int8_codes_hopper.Codes("f16", 128, True), device)
+        int8_codes_call_hopper._function(int8_codes_hopper.Variant("f16", True), device)
     else:
         int8_call_hopper._function(choose("f16", width, causal), device)
     return time.perf_counter() - start
@@ -110,7 +116,51 @@ def main() -> None:
                 for name, t in found.items()
             ]
             host = f"host {1e6 * found['int8'].host_s:.0f} us"
-            _say(f"{shape} {'causal' if causal else 'full'}: {'; '.join(texts)}; {host}")
+            _say(f"{shape} {'causal' if causal else 'full'}, bursts: {'; '.join(texts)}; {host}")
+            runs = without_pause({name: functions[name] for name in ("int8", "fp16")}, found)
+            base = runs["fp16"][0]
+            texts = [
+                f"{name} {1e6 * seconds:.0f} us, {base / seconds:.3f} times ({read})"
+                for name, (seconds, read) in runs.items()
+            ]
+            _say(f"{shape} {'causal' if causal else 'full'}, without a pause: {'; '.join(texts)}")
+
+
+def without_pause(
+    contestants: Mapping[str, Callable[[int], Any]], bursts: Mapping[str, Any]
+) -> dict[str, tuple[float, str]]:
+    """Return the seconds of a call of each, and clock and power when it ran, of runs of `RUN_S` in turn.
+
+    The first third of a run is not timed: power takes tens of milliseconds to tell on the clock.
+    """
+    import torch
+
+    event: Any = torch.cuda.Event
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    reads: dict[str, str] = {}
+    for _ in range(RUNS):
+        for name, call in contestants.items():
+            calls = max(6, int(RUN_S / bursts[name].device_s))
+            start, end = event(enable_timing=True), event(enable_timing=True)
+            for i in range(calls):
+                if i == calls // 3:
+                    start.record()
+                call(i)
+            end.record()
+            time.sleep(SETTLED_S)
+            reading = _clock()
+            end.synchronize()
+            seconds[name].append(1e-3 * start.elapsed_time(end) / (calls - calls // 3))
+            reads[name] = reading.communicate()[0].split("\n")[0] if reading else "clock unknown"
+    return {name: (mean(seconds[name]), reads[name]) for name in contestants}
+
+
+def _clock() -> Any:
+    """Start what prints the clock of the GPU and its power; None where it is not installed."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def _exact(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:

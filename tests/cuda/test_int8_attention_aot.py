@@ -10,7 +10,8 @@ from tests.cuda.ahead import answer
 PROGRAM = """
 import json, re, sys
 from cuda_backend import aot
-from cuda_backend.attention import int8_codes_portable, int8_portable
+from cuda_backend._numba import cuda
+from cuda_backend.attention import int8_codes_hopper, int8_codes_portable, int8_portable
 from cuda_backend.attention.int8_forward_hopper import SIGNATURE, build, choose
 from tests.cuda.ahead import measured
 
@@ -24,6 +25,12 @@ for case in json.loads(sys.argv[1]):
         "conversions": len(re.findall(r"cvt.rn.f32.s32", ptx)),
         "shared": variant.shared_bytes,
     })
+codes = int8_codes_hopper
+for kind, smooth in (("f16", True), ("bf16", True), ("f16", False)):
+    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(codes.THREADS, codes.RESIDENT))
+    with aot.pretended(aot.HOPPER):
+        ptx, _ = cuda.compile(codes.build(codes.Variant(kind, smooth)), codes.SIGNATURE, **how)
+    found.append(aot.resources(ptx, aot.HOPPER)._asdict())
 for capability in (aot.AMPERE, aot.HOPPER):
     for kind in ("float16",):
         portable = int8_portable.Variant(kind, 32, 128, True)
@@ -56,6 +63,8 @@ def test_nothing_spills_and_nothing_waits() -> None:
         assert each["floats"] == 2 * 8, case
         assert each["conversions"] == 0, "scores are float32 as they are"
         assert each["shared"] <= 232_448, case
+    for each in found[len(CASES) : len(CASES) + 3]:
+        assert each["registers"] <= 64, "four blocks of codes on a multiprocessor"
     for each in found[len(CASES) :]:
         assert each["spill_bytes"] == each["local_bytes"] == 0, each
         assert each.get("dp4a", True)

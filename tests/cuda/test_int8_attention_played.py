@@ -54,6 +54,8 @@ MISTAKES = {
     "scale of the first key tile": ("of_keys + uint64(4) * uint64(j)", "of_keys"),
     "scale of the first queries": ("+ uint64(block))", "+ uint64(0))"),
     "no rescaling": ("rescale(o, factor_low, factor_high)", "rescale(o, float32(1.0), float32(1.0))"),
+    "sums that start elsewhere": ("s[i], zero, float32(middle)", "s[i], zero, float32(middle + 4096)"),
+    "late weights are not summed": ("sum_high += weights(", "sum_high += 0 * weights("),
 }
 
 

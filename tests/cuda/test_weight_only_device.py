@@ -234,6 +234,8 @@ def test_zeros_and_masked_blocks() -> None:
     _hopper()
     q = np.zeros((1, 130, 2, 128), np.float16)
     assert not cuda_backend.int8_attention_hopper(q, q, q, causal=True).any()
+    with pytest.raises(UnsupportedError, match="no keys"):
+        cuda_backend.int8_attention_hopper(q, q[:, :0], q[:, :0])
 
 
 @pytest.mark.parametrize("causal", [False, True])
