@@ -16,11 +16,15 @@ from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVari
 from cuda_backend.ptx import copy, registers, turns, wgmma
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["build_queries", "build_receiver", "build_sender"]
+__all__ = ["DS_TURN", "MEET", "P_TURN", "build_queries", "build_receiver", "build_sender"]
 
 int32, uint64, float32 = types.int32, types.uint64, types.float32
 
 WARPS = 8  # that add to a tile of dQ
+# Named barriers: the first consumer gives P, and so has it back when the second gives dS; warps of the second
+# wait for each other's dS.  Named, not mbarriers at which one lane of a warp arrives for all: the same order,
+# but one that racecheck knows.
+P_TURN, DS_TURN, MEET = 1, 2, 3
 
 
 def build_sender(variant: WideBackwardVariant) -> tuple[Callable[..., None], ...]:

@@ -14,7 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.exchange_wide_backward_hopper import build_queries, build_receiver
+from cuda_backend.attention.exchange_wide_backward_hopper import (
+    DS_TURN,
+    MEET,
+    P_TURN,
+    build_queries,
+    build_receiver,
+)
 from cuda_backend.attention.gradient_hopper import build_gradient, build_stores
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
@@ -40,10 +46,11 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
     ds_tile, delta_places, tile_slot = places.ds_tile, places.deltas, places.tile_slot
     k_full, v_full, kv_empty = places.k_full, places.v_full, places.kv_empty
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
-    p_full, ds_full, ds_empty = places.p_full, places.ds_full, places.ds_empty
+    ds_empty = places.ds_empty
     place, first_block, turn, next_stage, _ = schedule
     pack = build_gradient(variant)[3]
     receive = build_receiver(variant)
+    meet = barrier.named(MEET, 128)
     store_ds, _, store_row = build_stores(variant)
     multiply_queries, add_queries = build_queries(variant, 1)
     along_v, across_q = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_m)
@@ -95,7 +102,7 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
                     dp_product(dp, v_rows, along_v(base + do_tiles + stage * do_bytes))
                     wgmma.commit()
                     dp_done(dp)
-                    barrier.wait(base + p_full, step_parity)
+                    barrier.take_turn(P_TURN)
                     receive(dp, p_lane, base + delta_places + stage * stat_pitch + 8 * quad_lane, kept)
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)
                     pack(ds, dp)
@@ -103,9 +110,9 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
                     barrier.wait(base + ds_empty, step_parity ^ 1)
                     store_ds(ds, ds_lane)
                     barrier.publish_stores()
-                    barrier.arrive_warp(base + ds_full, lane)
+                    barrier.give_turn(DS_TURN)
                     barrier.wait(base + q_full + 8 * stage, parity)
-                    barrier.wait(base + ds_full, step_parity)
+                    meet()
                     step_parity = int32(step_parity ^ 1)
                     multiply_queries(dq, base)
                     key_product(dk, ds, across_q(base + q_tiles + stage * q_bytes))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.attention.exchange_wide_backward_hopper import build_queries, build_sender
+from cuda_backend.attention.exchange_wide_backward_hopper import DS_TURN, P_TURN, build_queries, build_sender
 from cuda_backend.attention.gradient_hopper import build_gradient, build_stores
 from cuda_backend.attention.schedule_backward_hopper import BackwardSchedule
 from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
@@ -46,7 +46,6 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         places.shifts,
     )
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
-    p_full, ds_full = places.p_full, places.ds_full
     place, first_block, turn, next_stage, _ = schedule
     mask, weights, _, pack = build_gradient(variant)
     send, mark, keep = build_sender(variant)
@@ -77,7 +76,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         own_row = int32(16 * warp + (lane >> 2))
         p_lane = base + p_tile + 16 * thread
         k_rows = along_k(base + k_tile)
-        stage, parity, kv_parity, ds_parity = int32(0), int32(0), int32(0), int32(0)
+        stage, parity, kv_parity = int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + k_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
@@ -122,7 +121,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                         head = int32((kv_head - batch * heads) * group + member)
                         mark(s, (seed, batch, head, row, int32(key - (lane >> 2)), lane, threshold))
                     send(s, p_lane)
-                    barrier.arrive_warp(base + p_full, lane)
+                    barrier.give_turn(P_TURN)
                     if dropout:
                         keep(s, kept)
                     pack(p, s)
@@ -130,8 +129,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     wgmma.fence()
                     value_product(dv, p, across_q(do_place))
                     wgmma.commit()
-                    barrier.wait(base + ds_full, ds_parity)
-                    ds_parity = int32(ds_parity ^ 1)
+                    barrier.take_turn(DS_TURN)
                     multiply_queries(dq, base)
                     values_done(dv)
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)

@@ -33,8 +33,6 @@ class WideBackwardPlaces(NamedTuple):
     q_empty: int
     do_full: int
     do_empty: int
-    p_full: int
-    ds_full: int
     ds_empty: int
     tile_slot: int
     end: int
@@ -173,7 +171,7 @@ class WideBackwardVariant(NamedTuple):
             self.k_bytes, self.v_bytes, self.stages * self.q_bytes, self.stages * self.do_bytes,
             self.ds_bytes, self.p_bytes,
             self.stages * self.stat_pitch, self.stages * self.stat_pitch,
-            8, 8, 8, stages, stages, stages, stages, 8, 8, 8, 8,
+            8, 8, 8, stages, stages, stages, stages, 8, 8,
         )  # fmt: skip
         at = [0]
         for size in sizes:

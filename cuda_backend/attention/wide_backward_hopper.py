@@ -80,7 +80,7 @@ def build_wide_start(variant: WideBackwardVariant) -> Callable[..., None]:
         (places.k_full, 1, 1), (places.v_full, 1, 1), (places.kv_empty, 1, both),
         (places.q_full, stages, 1), (places.q_empty, stages, both),
         (places.do_full, stages, 1), (places.do_empty, stages, both),
-        (places.p_full, 1, one), (places.ds_full, 1, one), (places.ds_empty, 1, one),
+        (places.ds_empty, 1, one),
     )  # fmt: skip
     barriers = tuple((at + 8 * i, arrivals) for at, count, arrivals in singles for i in range(count))
 

@@ -1,7 +1,7 @@
 """Block masks, packed sequences and models of transformers on the GPU at hand: checked, then timed.
 
 ``FRUGAL_TEST_GPU=1 python -m tests.cuda.forms_on_device [masks] [varlen] [models]``; each part says what is
-off and goes on.  On an H200 masks and varlen were right; models have not run there yet.
+off and goes on.  On an H200 all three were right.
 """
 
 from __future__ import annotations
@@ -135,15 +135,15 @@ def models() -> None:
         ids = torch.randint(1, 67, (2, 100), device="cuda")
         mask = torch.ones_like(ids)
         mask[0, :9] = 0
-        losses = []
+        found = []
         for model in pair:
             out = model(
                 ids, attention_mask=mask, labels=ids.masked_fill(torch.arange(100, device="cuda") < 10, -100)
             )
             out.loss.backward()
-            losses.append(out)
+            found.append(out.logits.detach())
         live = mask.bool()
-        logits = float((losses[0].logits - losses[1].logits)[live].abs().max() / losses[0].logits.abs().max())
+        logits = float((found[0] - found[1])[live].abs().max() / found[0].abs().max())
         gradients = max(
             float((a.grad - b.grad).abs().max() / a.grad.abs().max().clamp(min=1e-6))
             for a, b in zip(*(m.parameters() for m in pair), strict=True)

@@ -89,7 +89,24 @@ def barriers(machine: Machine) -> Any:
                 return
         wait(address, parity)
 
+    def take_turn(number: Any) -> None:
+        machine.pause()
+        turn = machine.block.turns[int(number)]
+        with machine.changed:
+            phase = turn.phase
+            turn.count(1, 0)
+            machine.changed.notify_all()
+            machine.until(lambda: turn.phase != phase)
+
+    def give_turn(number: Any) -> None:
+        machine.pause()
+        with machine.changed:
+            machine.block.turns[int(number)].count(1, 0)
+            machine.changed.notify_all()
+
     def named(_number: int, threads: int) -> Any:
+        if threads == 128:
+            return machine.pause  # warps of a warpgroup, which is played as one
         assert threads == 128 * machine.counts["meet"]
 
         def meet() -> None:
@@ -113,6 +130,8 @@ def barriers(machine: Machine) -> Any:
         arrive_warp=lambda address, lane: count(address, np.size(lane) // 32),
         wait=wait,
         named=named,
+        take_turn=take_turn,
+        give_turn=give_turn,
     )
 
 

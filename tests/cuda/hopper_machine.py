@@ -16,6 +16,7 @@ import ctypes
 import random
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,7 @@ class Block:
         self.shared = np.full(size, 0xFF, np.uint8)  # NaN in every format
         self.dirty = np.zeros(size, bool)
         self.barriers: dict[int, Barrier] = {}
+        self.turns: dict[int, Barrier] = defaultdict(lambda: Barrier(2))  # of two warpgroups
         self.copies: list[tuple[int, Callable[[], int]]] = []
         self.meeting = threading.Barrier(those_that_meet, timeout=PATIENCE)
         self.warps = [threading.Barrier(32, timeout=PATIENCE) for _ in range(16)]
