@@ -47,7 +47,7 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
     k_full, v_full, kv_empty = places.k_full, places.v_full, places.kv_empty
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
     ds_empty = places.ds_empty
-    place, first_block, turn, next_stage, _ = schedule
+    place, first_block, walk_of, block_at, turn, next_stage, _ = schedule
     pack = build_gradient(variant)[3]
     receive = build_receiver(variant)
     meet = barrier.named(MEET, 128)
@@ -93,10 +93,12 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
             for i in range(dk_count):
                 dk[i] = float32(0.0)
             begin = first_block(key_block, blocks, tq, offset)
+            walk = walk_of(key_block, per_head, blocks)
             member = int32(0)
             while member < group:
-                block = begin
-                while block < blocks:
+                step = begin
+                while step < blocks:
+                    block = block_at(step, walk, blocks)
                     barrier.wait(base + do_full + 8 * stage, parity)
                     wgmma.fence()
                     dp_product(dp, v_rows, along_v(base + do_tiles + stage * do_bytes))
@@ -120,11 +122,12 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
                     queries_done(dq)
                     barrier.arrive_warp(base + ds_empty, lane)
                     line = int32((kv_head * group + member) * blocks + block)
-                    add_queries(dq, sums, words, line, turn(key_block, block, tq, tk, offset), thread)
+                    mine = turn(walk, step, key_block, block, blocks, tq, tk, offset)
+                    add_queries(dq, sums, words, line, mine, thread)
                     keys_done(dk)
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     stage, parity = next_stage(stage, parity)
-                    block = registers.successor(block)
+                    step = registers.successor(step)
                 member = registers.successor(member)
             barrier.arrive_warp(base + kv_empty, lane)
             key = int32(key_block * block_n + 16 * warp + (lane >> 2))

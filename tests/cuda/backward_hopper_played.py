@@ -234,10 +234,37 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
         roles += [(block, lanes, role) for lanes, role in warpgroups]
     machine.run(roles)
     if variant.deterministic:
+        line_bytes = variant.shares * variant.share_bytes
         turns: dict[int, list[int]] = {}
         for target, tile in machine.additions:
             turns.setdefault(target, []).append(tile)
-        assert all(tiles == sorted(tiles) for tiles in turns.values()), "nobody waits for who comes later"
+        for target, tiles in turns.items():
+            declared = declared_order(
+                variant, problem, machine.counts["blocks"], (target - sums) // line_bytes
+            )
+            assert tiles == declared(tiles), "they add in the order that is declared"
+
+
+def declared_order(
+    variant: Any, problem: Sequence[Any], grid: int, line: int
+) -> Callable[[list[int]], list[int]]:
+    """Return what sorts tiles as they are to add to a tile of dQ, number `line`.
+
+    Under a causal mask as they are drawn.  Without one, windows of blocks of keys come one behind the other;
+    those of a window begin at places around the ring of blocks of queries, and add as they arrive.
+    """
+    if variant.causal:
+        return sorted
+    per_head, blocks = int(problem[1]), int(problem[6])
+    windows = -(-per_head // min(blocks, grid))
+    size = -(-per_head // windows)
+
+    def arrival(tile: int) -> tuple[int, int]:
+        window, rank = divmod(tile % per_head, size)
+        beginning = -rank * (blocks // size)
+        return window, (int(line) - beginning) % blocks
+
+    return lambda tiles: sorted(tiles, key=arrival)
 
 
 def play_threads(
