@@ -64,7 +64,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
     dq_full, dq_empty = places.dq_full, places.dq_empty
     dropout = variant.dropout
     one_ds = variant.ds_stages == 1
-    place, first_block, walk_of, block_at, _, next_stage, next_ds = schedule
+    place, first_block, block_at, _, next_stage, next_ds = schedule
     mask, weights, gradient, pack = build_gradient(variant)
     lists, entry_places = variant.lists, places.entries
     allow, modify, weigh, fetch, modified, parked = build_mods(variant)
@@ -168,12 +168,11 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             if lists:
                 begin = int32(-copy.load_warp_word(base + tile_slot + LENGTH, lane))
                 end, members = int32(0), int32(1)
-            walk = walk_of(key_block, per_head, blocks)
             member = int32(0)
             while member < members:
                 at = begin
                 while at < end:
-                    block = block_at(at, walk, blocks)
+                    block = block_at(at, key_block, section, blocks)
                     if lists:
                         stage, parity = int32(state & 1), int32((state >> 1) & 1)
                         ds_stage, dq_parity = int32(state & 1), int32((state & 1) ^ 1)

@@ -47,7 +47,7 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
     k_full, v_full, kv_empty = places.k_full, places.v_full, places.kv_empty
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
     ds_empty = places.ds_empty
-    place, first_block, walk_of, block_at, turn, next_stage, _ = schedule
+    place, first_block, block_at, turn, next_stage, _ = schedule
     pack = build_gradient(variant)[3]
     receive = build_receiver(variant)
     meet = barrier.named(MEET, 128)
@@ -93,12 +93,11 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
             for i in range(dk_count):
                 dk[i] = float32(0.0)
             begin = first_block(key_block, blocks, tq, offset)
-            walk = walk_of(key_block, per_head, blocks)
             member = int32(0)
             while member < group:
                 step = begin
                 while step < blocks:
-                    block = block_at(step, walk, blocks)
+                    block = block_at(step, key_block, section, blocks)
                     barrier.wait(base + do_full + 8 * stage, parity)
                     wgmma.fence()
                     dp_product(dp, v_rows, along_v(base + do_tiles + stage * do_bytes))
@@ -122,7 +121,8 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
                     queries_done(dq)
                     barrier.arrive_warp(base + ds_empty, lane)
                     line = int32((kv_head * group + member) * blocks + block)
-                    mine = turn(walk, step, key_block, block, blocks, tq, tk, offset)
+                    sizes = per_head, section, blocks, tq, tk, offset
+                    mine = turn(key_block, step, block, sizes)
                     add_queries(dq, sums, words, line, mine, thread)
                     keys_done(dk)
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)

@@ -23,6 +23,7 @@ from cuda_backend.attention.plan_hopper import (
     reasons,
     section_of,
 )
+from cuda_backend.attention.schedule_backward_hopper import rotates, spacing_of
 from cuda_backend.attention.user_device import blamed
 from cuda_backend.attention.variant_backward_hopper import (
     CONSUMERS,
@@ -165,6 +166,8 @@ def make_backward_plan(
     factor = width**-0.5 if scale is None else scale
     columns, value_columns = (-(-size // COLUMNS) * COLUMNS for size in (width, value_width))
     section = together(variant, all_heads, group * blocks) if variant.causal else 1
+    if rotates(variant):
+        section = spacing_of(key_blocks, blocks, min(tiles, processors))
     offset = tk - tq if causal == "bottom_right" else 0
     problem = (
         tiles, key_blocks, section, kv_heads, all_heads, group, blocks, tq, tk, offset, columns, value_columns

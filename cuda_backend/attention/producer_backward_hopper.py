@@ -47,8 +47,8 @@ def build_backward_producer(
     one is loaded while the consumers write dK and dV of this one.
     """
     block_m, block_n = variant.block_m, variant.block_n
-    places, place, first_block = variant.places, schedule.place, schedule.first_block
-    walk_of, block_at = schedule.walk, schedule.block_at
+    places, place = variant.places, schedule.place
+    first_block, block_at = schedule.first_block, schedule.block_at
     tile_slot, kv_empty = places.tile_slot, places.kv_empty
     begin, load_keys, fill_stage, end = build_stages(variant)
 
@@ -69,13 +69,12 @@ def build_backward_producer(
             copy.store_shared_word(base + tile_slot, tile)
             load_keys(base, descriptors, row, own_head, batch)
             first = first_block(key_block, blocks, tq, offset)
-            walk = walk_of(key_block, per_head, blocks)
             member = int32(0)
             while member < group:
                 head = int32(own_head * group + member)
                 step = first
                 while step < blocks:
-                    block = block_at(step, walk, blocks)
+                    block = block_at(step, key_block, section, blocks)
                     line = int32((kv_head * group + member) * blocks + block)
                     where = line, int32(block * block_m), head, batch
                     state = fill_stage(base, descriptors, state, where, int32(0))
@@ -89,8 +88,8 @@ def build_backward_producer(
 
 def build_writer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callable[..., None]:
     """Return ``write(base, sums, words, problem)``, a device function for one thread: it adds dQ up."""
-    places, place, first_block = variant.places, schedule.place, schedule.first_block
-    walk_of, block_at = schedule.walk, schedule.block_at
+    places, place = variant.places, schedule.place
+    first_block, block_at = schedule.first_block, schedule.block_at
     k_full, kv_empty, tile_slot = places.k_full, places.kv_empty, places.tile_slot
     add = build_adder(variant, schedule.turn)
 
@@ -107,15 +106,14 @@ def build_writer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callab
                 break
             key_block, kv_head = place(tile, per_head, section, all_heads)
             first = first_block(key_block, blocks, tq, offset)
-            walk = walk_of(key_block, per_head, blocks)
             member = int32(0)
             while member < group:
                 step = first
                 while step < blocks:
-                    block = block_at(step, walk, blocks)
+                    block = block_at(step, key_block, section, blocks)
                     line = int32((kv_head * group + member) * blocks + block)
-                    where = walk, step, key_block, block, blocks, tq, tk, offset
-                    add(base, sums, words, line, parity, where)
+                    sizes = per_head, section, blocks, tq, tk, offset
+                    add(base, sums, words, line, parity, (key_block, step, block, sizes))
                     parity = int32(parity ^ 1)
                     step = registers.successor(step)
                 member = registers.successor(member)

@@ -46,7 +46,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         places.shifts,
     )
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
-    place, first_block, walk_of, block_at, turn, next_stage, _ = schedule
+    place, first_block, block_at, turn, next_stage, _ = schedule
     mask, weights, _, pack = build_gradient(variant)
     send, mark, keep = build_sender(variant)
     store_row = build_stores(variant._replace(d=variant.d_v))[2]
@@ -93,12 +93,11 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
             if key_block * block_n + block_n > tk:
                 seeing = int32(NONE)
             begin = first_block(key_block, blocks, tq, offset)
-            walk = walk_of(key_block, per_head, blocks)
             member = int32(0)
             while member < group:
                 step = begin
                 while step < blocks:
-                    block = block_at(step, walk, blocks)
+                    block = block_at(step, key_block, section, blocks)
                     do_place = base + do_tiles + stage * do_bytes
                     barrier.wait(base + q_full + 8 * stage, parity)
                     wgmma.fence()
@@ -137,7 +136,8 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)
                     queries_done(dq)
                     line = int32((kv_head * group + member) * blocks + block)
-                    mine = turn(walk, step, key_block, block, blocks, tq, tk, offset)
+                    sizes = per_head, section, blocks, tq, tk, offset
+                    mine = turn(key_block, step, block, sizes)
                     add_queries(dq, sums, words, line, mine, thread)
                     stage, parity = next_stage(stage, parity)
                     step = registers.successor(step)

@@ -250,19 +250,16 @@ def declared_order(
 ) -> Callable[[list[int]], list[int]]:
     """Return what sorts tiles as they are to add to a tile of dQ, number `line`.
 
-    Under a causal mask as they are drawn.  Without one, windows of blocks of keys come one behind the other;
-    those of a window begin at places around the ring of blocks of queries, and add as they arrive.
+    As they are drawn; without a mask, if all of a head run side by side, as they arrive: they begin at places
+    evenly around the ring of blocks of queries.
     """
-    if variant.causal:
-        return sorted
     per_head, blocks = int(problem[1]), int(problem[6])
-    windows = -(-per_head // min(blocks, grid))
-    size = -(-per_head // windows)
+    if variant.causal or per_head > min(blocks, grid):
+        return sorted
 
-    def arrival(tile: int) -> tuple[int, int]:
-        window, rank = divmod(tile % per_head, size)
-        beginning = -rank * (blocks // size)
-        return window, (int(line) - beginning) % blocks
+    def arrival(tile: int) -> int:
+        beginning = -(tile % per_head) * (blocks // per_head)
+        return (int(line) - beginning) % blocks
 
     return lambda tiles: sorted(tiles, key=arrival)
 
