@@ -152,12 +152,17 @@ MUTANTS = {
     ),
     "dQ given back before it is read": (
         "stages",
-        "bulk.wait_read()\n",
-        "pass\n",
+        "bulk.wait_read()\n            barrier",
+        "barrier",
+    ),
+    "turn passed before dQ is added": (
+        "stages",
+        "bulk.wait_added()\n        turns.pass_addition(word)",
+        "turns.pass_addition(word)\n        bulk.wait_added()",
     ),
     "no turns": (
         "stages",
-        "while turns.word_seen(word) != mine:",
+        "while turns.addition_seen(word) != mine:",
         "while False:",
     ),
     "dO of the stage before": (
@@ -243,7 +248,7 @@ SOUND = {
     "gradient": "(dp[at] * kept - delta)",
     "producer": "head = int32(own_head * group + member)",
     "schedule": "block_n) - 1 - key_block)",
-    "stages": "bulk.wait_read()",
+    "stages": "bulk.wait_added()",
 }
 
 
