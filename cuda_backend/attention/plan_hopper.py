@@ -190,18 +190,25 @@ def section_of(heads: int, head_bytes: int) -> int:
     return -(-heads // -(-heads // most))
 
 
-def early_config(blocks: int, threads: int, shared_bytes: int, stream: int) -> Any:
-    """Return a launch that may begin under the end of the one before it (`cuda_backend.ptx.grid`)."""
-    early = driver.CUlaunchAttribute()
-    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    value = driver.CUlaunchAttributeValue()
-    value.programmaticStreamSerializationAllowed = 1
-    early.value = value
+def early_config(blocks: int, threads: int, shared_bytes: int, stream: int, *, together: bool = False) -> Any:
+    """Return a launch that may begin under the end of the one before it (`cuda_backend.ptx.grid`).
+
+    All its blocks run at the same time if they are to be `together`, whatever else the GPU does: a
+    cooperative launch.  CUDA C++ Programming Guide, "Cooperative Groups", grid synchronization.
+    """
+    kinds = driver.CUlaunchAttributeID
+    early, cooperative = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    cooperative.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+    allowed, wanted = driver.CUlaunchAttributeValue(), driver.CUlaunchAttributeValue()
+    allowed.programmaticStreamSerializationAllowed, wanted.cooperative = 1, 1
+    early.value, cooperative.value = allowed, wanted
+    attributes = [early, cooperative] if together else [early]
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
-    config.attrs, config.numAttrs = [early], 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 

@@ -106,10 +106,11 @@ def played(
             if kind in TYPES
         ]
         launched.append(name)
-        blocks, threads, shared, _ = config
+        blocks, threads, shared, _, together = config
         machine.counts = {"blocks": blocks, "meet": CONSUMERS}
         if name == "main":
             assert (threads, shared) == (variant.threads, variant.shared_bytes)
+            assert together == waits_for_later(variant, values[-12:], blocks), "a launch that is cooperative"
             machine.maps = kept["maps"]
             {True: play_main, False: play_lists}[variant.mods is None](machine, modules, variant, values)
             assert not counter.any(), "the counter is for the next launch, too"
@@ -163,7 +164,8 @@ def played(
         "cuda": cuda, "workspace": workspace,
         "encoder": encoder, "row_encoder": row_encoder, "encode_together": encode_together,
         "tile_counters": lambda *_: counters,
-        "early_config": lambda *numbers: numbers, "_function": lambda name, variant, _: (name, variant),
+        "early_config": lambda *numbers, together=False: (*numbers, together),
+        "_function": lambda name, variant, _: (name, variant),
     }.items():  # fmt: skip
         monkeypatch.setattr(plan_backward_hopper, name, value)
     monkeypatch.setattr(plan_hopper, "cuda", cuda)
@@ -253,15 +255,22 @@ def declared_order(
     As they are drawn; without a mask, if all of a head run side by side, as they arrive: they begin at places
     evenly around the ring of blocks of queries.
     """
-    per_head, blocks = int(problem[1]), int(problem[6])
-    if variant.causal or per_head > min(blocks, grid):
+    if not waits_for_later(variant, problem, grid):
         return sorted
+    per_head, blocks = int(problem[1]), int(problem[6])
 
     def arrival(tile: int) -> int:
         beginning = -(tile % per_head) * (blocks // per_head)
         return (int(line) - beginning) % blocks
 
     return lambda tiles: sorted(tiles, key=arrival)
+
+
+def waits_for_later(variant: Any, problem: Sequence[Any], grid: int) -> bool:
+    """Return whether blocks of keys wait for some that are drawn after them."""
+    per_head, blocks = int(problem[1]), int(problem[6])
+    in_turn_without_mask = variant.deterministic and not variant.causal and variant.mods is None
+    return in_turn_without_mask and per_head <= min(blocks, grid)
 
 
 def play_threads(

@@ -205,6 +205,34 @@ MUTANTS = {
         "(dp[at] * kept - delta)",
         "(dp[at] - delta)",
     ),
+    "dropout of another block of queries": (
+        "consumer",
+        "block = block_at(at, key_block, section, blocks)",
+        "block = at",
+    ),
+    "Q in order": (
+        "producer",
+        "block = block_at(step, key_block, section, blocks)\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    where",
+        "block = step\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    where",
+    ),
+    "dQ in order": (
+        "producer",
+        "block = block_at(step, key_block, section, blocks)\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    sizes",
+        "block = step\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    sizes",
+    ),
+    "turns of a ring that does not turn": (
+        "schedule",
+        "if spacing == 0:",
+        "if spacing >= 0:",
+    ),
     "turns from the wrong end": (
         "schedule",
         "block_n) - 1 - key_block)",
@@ -219,6 +247,7 @@ CASES: tuple[tuple[Any, ...], ...] = (
     (128, False, "bottom_right", True, {}, 3),
     (64, False, False, True, {"opposed": True, "scale": 4.0}, 3),
     (128, True, False, False, {"dropout_p": 0.3, "rng": 7}, 2),
+    (128, True, False, True, {"dropout_p": 0.3, "rng": 7}, 3),
 )
 
 
