@@ -196,14 +196,17 @@ def early_config(blocks: int, threads: int, shared_bytes: int, stream: int, *, t
     All its blocks run at the same time if they are to be `together`, whatever else the GPU does: a
     cooperative launch.  CUDA C++ Programming Guide, "Cooperative Groups", grid synchronization.
     """
-    kinds = driver.CUlaunchAttributeID
-    early, cooperative = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
-    early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    cooperative.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-    allowed, wanted = driver.CUlaunchAttributeValue(), driver.CUlaunchAttributeValue()
-    allowed.programmaticStreamSerializationAllowed, wanted.cooperative = 1, 1
-    early.value, cooperative.value = allowed, wanted
-    attributes = [early, cooperative] if together else [early]
+    kinds, attributes = driver.CUlaunchAttributeID, [driver.CUlaunchAttribute()]
+    attributes[0].id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attributes[0].value = value
+    if together:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[1].id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        value = driver.CUlaunchAttributeValue()
+        value.cooperative = 1
+        attributes[1].value = value
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
