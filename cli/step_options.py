@@ -48,7 +48,7 @@ _OPTIONS = (
     click.option(
         "--calibration",
         type=click.Path(exists=True, dir_okay=False),
-        help="File of `frugal calibrate`: --compute, --scores and --memory of that card.",
+        help="File of `frugal calibrate`: --compute, --scores, --memory of that card, and times of kernels.",
     ),
     click.option("--compute", type=SHARE, help="Share of the peak rate that products reach."),
     click.option("--scores", type=SHARE, help="Share that attention reaches.  [default: --compute]"),
@@ -121,7 +121,7 @@ def _card_and_shares(options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     found = read_calibration(options["calibration"])
     if options["hardware"] not in (None, found.hardware):
         raise click.UsageError(f"--calibration is of {found.hardware}, --hardware {options['hardware']}")
-    return found.hardware, {**found.shares(), **given}
+    return found.hardware, {**found.numbers(), **given}
 
 
 def division_of(axes: Mapping[str, AxisValue]) -> Division:

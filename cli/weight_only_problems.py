@@ -84,6 +84,7 @@ def _nf4(shape: Sequence[int], dtype: str, draw: Draw, seed: int) -> tuple[Array
         draw((1,), "float32", 9 + seed),
         (N, K),
         (BLOCK, SCALE_BLOCK),
+        turned=True,
     )
     return (x, stored, prepare_nf4(stored)), (x, weight)
 

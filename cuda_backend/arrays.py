@@ -18,7 +18,7 @@ import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda
 from cuda_backend.context import checked, current_device, driver
-from refimpl.errors import DTypeError
+from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.numerics import Array
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "laid_out",
     "library_of",
     "poisoned_outputs",
+    "refuse_gradient",
     "stub",
     "torch_layout",
     "view",
@@ -140,8 +141,31 @@ def view(name: str, value: Any, stream: int) -> View:
     return found
 
 
+def refuse_gradient(*tensors: Any) -> None:
+    """Refuse tensors whose gradient would be lost: kernels read memory, PyTorch records nothing of it.
+
+    Raises
+    ------
+    UnsupportedError
+        If PyTorch is recording, and one of them requires a gradient.
+    """
+    if sys.modules["torch"].is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise UnsupportedError(
+            "a tensor requires a gradient, which functions of arrays do not record: take the operators of "
+            "cuda_backend.torch_ops, or call under torch.no_grad() and use the function's own ..._vjp"
+        )
+
+
 def torch_layout(tensor: Any) -> Layout:
-    """Return what of a PyTorch tensor settles a launch, all but its address."""
+    """Return what of a PyTorch tensor settles a launch, all but its address.
+
+    Raises
+    ------
+    UnsupportedError
+        As `refuse_gradient`.
+    """
+    if tensor.requires_grad:
+        refuse_gradient(tensor)
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 

@@ -53,6 +53,8 @@ class Hardware:
         Peak rates by number format, ``"fp64"``, ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp16"``, ...: dense,
         and with the maker's structured sparsity; of matrix units where they take the format, with fp32
         accumulation.
+    exponentials : Specification or None
+        Base-2 exponentials of single precision a second, if the maker says.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Hardware:
     node_size: Specification
     peaks: Mapping[str, Specification]
     sparse_peaks: Mapping[str, Specification]
+    exponentials: Specification | None = None
 
     def peak(self, precision: str) -> Specification:
         """Return the dense peak rate in `precision`.

@@ -153,7 +153,10 @@ ROOFLINE = (
 
 
 class Bounded(NamedTuple):
-    """One operator: operations and bytes of its forward pass, seconds of both, and what limits the first."""
+    """One operator: operations and bytes of its forward pass, seconds of both, and what limits the first.
+
+    That is "compute", "memory", or of kernels that take longer to start than to work "start".
+    """
 
     name: str
     operator: str
@@ -180,7 +183,11 @@ def roofline(quantities: Mapping[str, Term]) -> list[Bounded]:
         )
         if not moved.value:
             continue
-        limit = "compute" if forward.value > quantities[f"m_{operator.name}"].value else "memory"
+        start = quantities[f"start_{operator.name}"].value if f"start_{operator.name}" in quantities else 0
+        working = forward.value - start
+        limit = "compute" if working > quantities[f"m_{operator.name}"].value else "memory"
+        if start > working:
+            limit = "start"
         intensity = float(flop.value / moved.value)
         times = float(forward.value), float(back.value)
         sizes = float(flop.value), float(moved.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,10 @@ from cli.parameters import HARDWARE
 from cli.quantities import time_text
 from cli.result import Column, Result
 
-__all__ = ["command"]
+if TYPE_CHECKING:
+    from memsim.measured.calibration import Calibration
+
+__all__ = ["command", "numbers_text"]
 
 ROWS = (
     Column("kind"),
@@ -30,7 +33,12 @@ ROWS = (
 Examples:
   frugal calibrate
   frugal calibrate --folder measured --rounds 15
-  frugal plan --model gpt2 --gpus 8 --batch 8 --sequence 1024 --calibration calibration-h200.toml""",
+  frugal plan --model gpt2 --gpus 8 --batch 8 --sequence 1024 --calibration calibration-h200.toml
+
+\b
+Which problems calibrate is named in memsim/measured/calibration.py; the others are held out.  A kernel
+takes arithmetic at a share of its peak (products in whole waves of tiles; attention's products and
+exponentials), what it moves when nothing hides that, and a start.""",
     short_help="Times of this GPU, for the cost model.",
 )
 @click.option(
@@ -40,11 +48,11 @@ Examples:
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Measurements of each.")
 @output_options()
 def command(folder: Path, hardware: str | None, rounds: int) -> Result:
-    """Time copies, matrix products by shape and attention, and write calibration-<card>-<date>.toml.
+    """Time copies, products by shape, attention and its gradient, and write calibration-<card>-<date>.toml.
 
-    The shares of the peaks that follow from the rows marked "calibration" are what --calibration gives to
-    plan, timeline and roofline; the other rows show the error.  It needs PyTorch and a GPU; without them the
-    exit code is 3.
+    Shares of the peaks and the start of a kernel follow from the rows marked "calibration"; --calibration
+    gives them to plan, timeline and roofline.  The other rows show the error.  It needs PyTorch and a GPU;
+    without them the exit code is 3.
     """
     from cuda_backend.torch_ops import missing
     from memsim.measured.calibration import KIND, PROBLEMS, calibrated
@@ -62,14 +70,19 @@ def command(folder: Path, hardware: str | None, rounds: int) -> Result:
     path.write_text(toml_text(found), encoding="utf-8")
     order = ("bytes", "B", "H", "M", "N", "K", "D")
     rows = [{**row, "sizes": [row[name] for name in order if name in row]} for row in result.rows]
-    shares = ", ".join(f"{name} {value:.3f}" for name, value in result.shares().items())
     return Result(
         rows,
         ROWS,
-        totals=result.shares(),
+        totals={f"{name}_s" if name == "start" else name: value for name, value in result.numbers().items()},
         sources=[f"measured on {card}, {found['date']}"],
-        details=[f"shares of the peaks: {shares}", f"wrote {path}"],
+        details=[numbers_text(result), f"wrote {path}"],
     )
+
+
+def numbers_text(found: Calibration) -> str:
+    """Return the numbers of a calibration as text."""
+    shares = ", ".join(f"{name} {getattr(found, name):.3f}" for name in ("compute", "scores", "memory"))
+    return f"shares of the peaks: {shares}; a kernel starts in {time_text(found.start)}"
 
 
 def _this_card() -> str:
@@ -88,7 +101,12 @@ def _timed(problem: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """Return a problem with the seconds of its fastest usual function, inputs out of the cache."""
     from cuda_backend.timing import interleaved
     from cuda_backend.torch_ops import draw
-    from cuda_backend.torch_rivals import attention_rivals, copy_rivals, linear_rivals
+    from cuda_backend.torch_rivals import (
+        attention_backward_rivals,
+        attention_rivals,
+        copy_rivals,
+        linear_rivals,
+    )
 
     shapes: list[tuple[int, ...]]
     match problem["kind"]:
@@ -97,6 +115,9 @@ def _timed(problem: Mapping[str, Any], rounds: int) -> dict[str, Any]:
         case "product":
             rival = linear_rivals()["torch matmul"]
             shapes = [(problem["M"], problem["K"]), (problem["K"], problem["N"])]
+        case "gradient":  # q, k, v and the gradient of the output
+            rival = attention_backward_rivals(causal=True)["torch SDPA default"]
+            shapes = [(problem["B"], problem["N"], problem["H"], problem["D"])] * 4
         case _:
             rival = attention_rivals(causal=True)["torch SDPA default"]
             shapes = [(problem["B"], problem["N"], problem["H"], problem["D"])] * 3

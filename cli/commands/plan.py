@@ -71,7 +71,8 @@ def command(
     """Search tensor x pipeline x data x context x expert parallelism, and all that goes with them.
 
     The table is the front: divisions than which nothing is both faster and smaller.  Times are lower bounds
-    as long as every efficiency is 1; --stack takes measured ones.  Workspaces and fragmentation need room:
+    as long as every efficiency is 1; --stack takes measured ones, and --calibration times of kernels measured
+    on the card.  Workspaces and fragmentation need room:
     set --capacity below the whole.  The host's memory is not limited.
     """
     from memsim.planning.plan_space import space

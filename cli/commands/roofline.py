@@ -32,7 +32,7 @@ def command(division: dict[str, AxisValue] | None, **options: Any) -> Result:
     """Give operations, bytes and time of one micro-batch in one stage of a rank, operator by operator.
 
     Time is the longer of operations over the peak rate and bytes over the bandwidth of the memory, each times
-    its efficiency.  The head is on the last stage only.
+    its efficiency; with --calibration that of kernels.  The head is on the last stage only.
     """
     from memsim.planning.training_step import training_step
     from memsim.roofline import roofline

@@ -89,9 +89,9 @@ predicted / published - 1; where less than a megabyte was counted, it is in part
 def command(only: str | None, summary: bool, strict: bool) -> Result:
     """Print what was measured, what the models predict, and the error.
 
-    Times of training come from papers and from llm-foundry's tables, traffic of HBM and L2 from hardware
-    counters, peaks of memory from PyTorch's allocator.  A missed bar is printed; it fails the command with
-    --strict only.
+    Times of training come from papers and from llm-foundry's tables, those of single kernels from `frugal
+    calibrate`, traffic of HBM and L2 from hardware counters, peaks of memory from PyTorch's allocator.  A
+    missed bar is printed; it fails the command with --strict only.
     """
     from memsim.measured.validation import bars, summaries, validate
 
@@ -136,12 +136,16 @@ def _limit(bar: Bar) -> Row:
 
 def _parameters(used: set[str]) -> list[str]:
     """Return the efficiencies of the stacks, each fitted to its rows that calibrate."""
+    from cli.commands.calibrate import numbers_text
+    from memsim.measured.calibration import calibrations
     from memsim.planning.efficiency import efficiency, stacks
 
     lines = []
     for stack in stacks():
         shares = ", ".join(f"{name} {value:.2f}" for name, value in efficiency(stack).items())
         lines += [f"{stack}: {shares}"] * (stack in used)
+    if any(stack.startswith("calibrated ") for stack in used):
+        lines += [f"kernels on {found.hardware}: {numbers_text(found)}" for found in calibrations()]
     return ["efficiencies, fitted to the rows that calibrate", *lines] if lines else []
 
 

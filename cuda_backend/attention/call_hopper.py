@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from cuda_backend.arrays import View, empty, empty_tensor, library_of, view
+from cuda_backend.arrays import View, empty, empty_tensor, library_of, refuse_gradient, view
 from cuda_backend.attention.call_dropout_hopper import attention_with_dropout
 from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_hopper import COLUMNS, MISALIGNED, Plan, enqueue, make_plan, reasons
@@ -74,7 +74,7 @@ def flash_attention_hopper(
     ShapeError, DTypeError, OptionError
         As the reference; DTypeError also if the inputs are of several libraries or devices.
     UnsupportedError
-        With the reasons of `supports_hopper`.
+        With the reasons of `supports_hopper`; if a tensor requires a gradient, which is not recorded here.
     BackendUnavailableError
         If there is no GPU.
 
@@ -101,6 +101,8 @@ def flash_attention_hopper(
         refuse(others)
     if not dropout_p and library_of(q) == "torch" and type(q) is type(k) is type(v):
         # By far the most calls: no views, which would take as long as the driver.
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            refuse_gradient(q, k, v)
         device = current_device()
         on = torch_stream(q) if stream is None else stream_of(q, stream)
         plan = _plan_of_tensors(

@@ -159,6 +159,7 @@ def nf4_linear(
     """
     sizes = {"block_size": block_size, "scale_block_size": scale_block_size}
     stored = stored_weight("nf4_linear", weight, NF4Weight, lambda w: nf4_quantize(w, **sizes))
+    stored.check_turned(True)
     call = checked_call("nf4_linear", x, stored, bias, weight, stored.shape[::-1], stream)
     return product(call, nf4_operand(stored, call.on, turned=True), call.x, call.shape, bias=call.bias)()
 
@@ -203,5 +204,6 @@ def nf4_linear_vjp(
     """
     sizes = {"block_size": block_size, "scale_block_size": scale_block_size}
     stored = stored_weight("nf4_linear_vjp", weight, NF4Weight, lambda w: nf4_quantize(w, **sizes))
+    stored.check_turned(True)
     call = checked_call("nf4_linear_vjp", x, stored, bias, weight, stored.shape[::-1], stream, dy=dy)
     return gradients(call, nf4_operand(stored, call.on, turned=False))

@@ -20,7 +20,7 @@ from refimpl.quant import Int8Groups, NF4Weight
 from refimpl.quant.double_quantization import dynamic_map
 from refimpl.quant.nf4 import LEVELS
 from refimpl.quant.weight_only import WeightOnlyGradients
-from refimpl.validation import bind_axes, floating
+from refimpl.validation import bind_axes, floating, whole
 
 __all__ = [
     "Call",
@@ -36,6 +36,8 @@ __all__ = [
     "stored_weight",
     "turned",
 ]
+
+NUMBERS = ("shape", "blocks", "turned")  # of a stored weight: the others are arrays
 
 
 class Call(NamedTuple):
@@ -67,6 +69,10 @@ def stored_weight(caller: str, weight: Any, form: type, quantize: Callable[[Any]
     """Return a weight as it is stored; one in floating point is stored by the definition, on the host."""
     if isinstance(weight, form):
         return weight
+    if isinstance(weight, tuple):
+        raise DTypeError(
+            f"{caller}: weight: expected {form.__name__} or an array, got {type(weight).__name__}"
+        )
     if not is_host(weight):
         raise UnsupportedError(f"{caller}: a weight on the GPU must be stored ahead, as {form.__name__}")
     (weight,) = floating(weight=weight)
@@ -85,9 +91,7 @@ def checked_call(
 ) -> Call:
     """Check a call as the reference does, GPU arrays by their shapes alone."""
     floats = {"x": x, **others} if bias is None else {"x": x, "bias": bias, **others}
-    parts = {
-        f"weight {name}": part for name, part in stored._asdict().items() if name not in ("shape", "blocks")
-    }
+    parts = {f"weight {name}": part for name, part in stored._asdict().items() if name not in NUMBERS}
     ready = stored is weight
     one_library({**floats, **parts} if ready else floats)
     found = {name: described(name, value) for name, value in floats.items()}
@@ -117,6 +121,7 @@ def int8_operand(stored: Int8Groups, group_size: int, on: int) -> Operand:
     codes, scale = described("weight codes", stored.codes), described("weight scale", stored.scale)
     if codes.dtype != np.int8:
         raise DTypeError(f"weight codes: expected int8, got {codes.dtype}")
+    group_size = whole("group_size", group_size)
     groups = -(-codes.shape[0] // group_size), codes.shape[1]
     if scale.shape != groups:
         raise ShapeError(

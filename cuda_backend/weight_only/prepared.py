@@ -152,6 +152,7 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
     ...     assert prepare_nf4(stored).codes.nbytes == 256 * 16 // 2
     """
     check_kind(weight, NF4Weight)
+    weight.check_turned(True)
     parts = {name: getattr(weight, name) for name in ("codes", "absmax_codes", "scale", "offset")}
     one_library(parts)
     N, K = weight.shape

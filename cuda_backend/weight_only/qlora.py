@@ -69,6 +69,7 @@ def qlora_linear(
     """
     sizes = {"block_size": block_size, "scale_block_size": scale_block_size}
     stored = stored_weight("qlora_linear", weight, NF4Weight, lambda w: qlora_quantize(w, **sizes))
+    stored.check_turned(False)
     call = checked_call(
         "qlora_linear", x, stored, None, weight, stored.shape, stream, lora_a=lora_a, lora_b=lora_b
     )
@@ -127,6 +128,7 @@ def qlora_linear_vjp(
     """
     sizes = {"block_size": block_size, "scale_block_size": scale_block_size}
     stored = stored_weight("qlora_linear_vjp", weight, NF4Weight, lambda w: qlora_quantize(w, **sizes))
+    stored.check_turned(False)
     call = checked_call(
         "qlora_linear_vjp", x, stored, None, weight, stored.shape, stream, lora_a=lora_a, lora_b=lora_b, dy=dy
     )

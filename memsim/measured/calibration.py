@@ -1,144 +1,210 @@
 """What one card reaches of its peaks: a few kernels timed on it, kept in a dated file apart from the physics.
 
-Three shares follow: of the memory bandwidth by copies, of the peak rate by matrix products, whose waves of
-tiles the formulas count, and by attention.  The problems that calibrate are named here, before anything is
-measured; the others show how far the shares carry.
+Four numbers follow, for all shapes: shares of the memory bandwidth, of the rate of products and of attention,
+and the seconds that a kernel takes to start.  The problems that calibrate are named here, before anything is
+measured; the others show how far the numbers carry, and a file may lack them.
 
->>> times = [{**problem, "seconds": 2 * float(least_seconds(problem, "h200"))} for problem in PROBLEMS]
->>> found = calibrated({"hardware": "h200", "problem": times})
->>> found.shares()
-{'compute': 0.5, 'scores': 0.5, 'memory': 0.5}
+>>> truth = {"compute": 0.5, "scores": 0.5, "memory": 0.5, "start": 5e-6}
+>>> times = [{**problem, "seconds": predicted_seconds(problem, "h200", **truth)} for problem in PROBLEMS]
+>>> calibrated({"hardware": "h200", "date": "2026-11-29", "problem": times}).numbers() == truth
+True
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memsim.formula import evaluate
 from memsim.hardware import hardware
-from memsim.measured.measured_files import read_file
-from memsim.units import Number
-from memsim.waves import extra
+from memsim.kernel_times import KERNELS, Parts, kernel_parts
+from memsim.measured.measured_files import of_kind, read_file
 from refimpl.errors import OptionError
 
-__all__ = ["KIND", "PROBLEMS", "Calibration", "calibrated", "least_seconds", "read_calibration"]
+__all__ = [
+    "KIND", "PROBLEMS", "Calibration", "calibrated", "calibrations", "predicted_seconds", "read_calibration",
+    "use_of",
+]  # fmt: skip
 
 KIND = "calibration"
-_SHARES = {"product": "compute", "attention": "scores", "copy": "memory"}
-_SIZES = {"product": ("M", "N", "K"), "attention": ("B", "H", "N", "D"), "copy": ("bytes",)}
+_SHARES = {"product": "compute", "attention": "scores", "gradient": "scores"}
+# What is timed; of each kind the first ones calibrate: two copies, whose times differ by what they move.
+_TIMED: dict[str, tuple[int, tuple[tuple[int, ...], ...]]] = {
+    "copy": (2, ((1 << 30,), (1 << 28,), (1 << 31,), (1 << 26,), (1 << 22,))),
+    "product": (
+        2,
+        (
+            (8192, 8192, 8192), (16384, 4096, 4096), (4096, 4096, 4096), (2048, 2048, 2048),
+            (8192, 12288, 4096), (8192, 4096, 11008), (8192, 1536, 1536), (2048, 28672, 8192),
+            (1024, 1024, 1024), (4096, 4096, 1024), (512, 8192, 8192),
+        ),
+    ),
+    "attention": (
+        1,
+        (
+            (4, 16, 4096, 128), (1, 16, 16384, 128), (16, 16, 1024, 128), (8, 16, 4096, 64),
+            (64, 16, 1024, 64), (8, 16, 2048, 128), (32, 16, 512, 128), (2, 16, 16384, 64),
+        ),
+    ),
+    "gradient": (
+        0,
+        (
+            (4, 16, 4096, 128), (1, 16, 16384, 128), (16, 16, 1024, 128), (8, 16, 4096, 64),
+            (64, 16, 1024, 64),
+        ),
+    ),
+}  # fmt: skip
 
 
-def _problems() -> list[dict[str, Any]]:
-    """Return what is timed; of each kind the first ones calibrate."""
-    sizes: dict[str, tuple[int, list[tuple[int, ...]]]] = {
-        "copy": (1, [(1 << 30,), (1 << 28,), (1 << 31,)]),
-        "product": (
-            2,
-            [
-                (8192, 8192, 8192), (16384, 4096, 4096), (4096, 4096, 4096), (2048, 2048, 2048),
-                (8192, 12288, 4096), (8192, 4096, 11008), (8192, 1536, 1536), (2048, 28672, 8192),
-            ],
-        ),
-        "attention": (
-            1,
-            [
-                (4, 16, 4096, 128), (1, 16, 16384, 128), (16, 16, 1024, 128), (8, 16, 4096, 64),
-                (64, 16, 1024, 64),
-            ],
-        ),
-    }  # fmt: skip
+def _problems(calibrate: bool) -> list[dict[str, Any]]:
     return [
-        {"kind": kind, "use": "calibration" if place < fitted else "held out"}
-        | dict(zip(_SIZES[kind], values, strict=True))
-        for kind, (fitted, listed) in sizes.items()
-        for place, values in enumerate(listed)
+        {"kind": kind, **dict(zip(KERNELS[kind].sizes, sizes, strict=True))}
+        for kind, (fitted, listed) in _TIMED.items()
+        for sizes in (listed[:fitted] if calibrate else listed)
     ]
 
 
-PROBLEMS = _problems()
+PROBLEMS, _CALIBRATE = _problems(calibrate=False), _problems(calibrate=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Shares of its peaks that a card reaches, and what each timed problem takes by them.
+    """What a card reaches, and what each timed problem takes by that.
 
     Attributes
     ----------
-    hardware : str
-        Its name.
-    compute, scores, memory : float
+    hardware, date : str
+        Its name, and when it was measured.
+    compute, scores, memory, start : float
         As of `memsim.planning.training_setting.Setting`.
     rows : tuple of mapping
-        The problems with ``"seconds"``, ``"predicted_s"`` and ``"error"``.
+        The problems with ``"seconds"``, ``"use"``, ``"predicted_s"`` and ``"error"``.
     """
 
     hardware: str
+    date: str
     compute: float
     scores: float
     memory: float
+    start: float
     rows: tuple[Mapping[str, Any], ...]
 
-    def shares(self) -> dict[str, float]:
-        """Return the shares by their names in a setting."""
-        return {"compute": self.compute, "scores": self.scores, "memory": self.memory}
+    def numbers(self) -> dict[str, float]:
+        """Return the four numbers by their names in a setting."""
+        return {name: getattr(self, name) for name in ("compute", "scores", "memory", "start")}
 
 
-def least_seconds(problem: Mapping[str, Any], card: str) -> Number:
-    """Return the seconds that a problem takes where every share is 1: fp16, attention causal.
+def use_of(problem: Mapping[str, Any]) -> str:
+    """Return whether a problem is one of the few that calibrate, or is held out.
 
-    A copy reads and writes; a product computes whole waves of tiles, also where part of them is not wanted.
+    >>> use_of({"kind": "copy", "bytes": 1 << 28}), use_of({"kind": "copy", "bytes": 3})
+    ('calibration', 'held out')
     """
-    found = hardware(card)
-    if problem["kind"] == "copy":
-        return evaluate("2*n/M", {"n": problem["bytes"], "M": found.hbm_bandwidth.value})
-    rate = found.peak("fp16").value
-    if problem["kind"] == "attention":
-        sizes = {name: problem[name] for name in "BHND"}
-        return evaluate("2B*H*N*N*D/R", {**sizes, "R": rate})
-    sizes = {name: problem[name] for name in "MNK"}
-    waves = extra(str(problem["M"]), str(problem["N"]))
-    return evaluate(f"2M*N*K/R*({waves})", {**sizes, "R": rate, "S": found.sms.value})
+    sizes = {name: problem[name] for name in ("kind", *KERNELS[problem["kind"]].sizes)}
+    return "calibration" if sizes in _CALIBRATE else "held out"
 
 
-def calibrated(document: Mapping[str, Any]) -> Calibration:
-    """Return the shares that the problems of a file give, geometric means over those that calibrate.
+def predicted_seconds(
+    problem: Mapping[str, Any],
+    card: str,
+    *,
+    compute: float = 1,
+    scores: float = 1,
+    memory: float = 1,
+    start: float = 0,
+) -> float:
+    """Return the seconds that a problem takes on a card: fp16, attention causal.
+
+    Parameters
+    ----------
+    problem : mapping
+        Its ``"kind"`` and sizes, as in `PROBLEMS`.
+    card : str
+        Its name.
+    compute, scores, memory, start : float
+        As of a `Calibration`; by default the card reaches its peaks.
 
     Raises
     ------
     OptionError
-        If a kind has no problem that calibrates, or one is not of that format.
+        If memsim does not know how many exponentials the card has a second.
     """
-    least = [(row, _least(row, document["hardware"])) for row in document.get("problem", ())]
-    shares = {}
-    for kind, name in _SHARES.items():
-        logs = [
-            math.log(seconds / row["seconds"])
-            for row, seconds in least
-            if (row["kind"], row["use"]) == (kind, "calibration")
-        ]
-        if not logs:
-            raise OptionError(f"calibration: expected a {kind} that calibrates; the file has none")
-        shares[name] = min(1.0, round(math.exp(sum(logs) / len(logs)), 3))
+    shares = {"compute": compute, "scores": scores, "": 1.0}
+    share = shares[_SHARES.get(problem["kind"], "")]
+    return kernel_parts(problem["kind"], problem, hardware(card)).seconds(share, memory, start)
+
+
+def calibrated(document: Mapping[str, Any]) -> Calibration:
+    """Return the numbers that the problems of a file give.
+
+    Raises
+    ------
+    OptionError
+        If a kind lacks its problems that calibrate, or one is not of that format.
+
+    Notes
+    -----
+    Memory's share and the start are those with which both copies that calibrate take the time they took.  Of
+    the other kinds the share is the geometric mean over those that calibrate, of what is left of their times.
+    """
+    card = hardware(document["hardware"])
+    timed = [(_checked(row), row["seconds"]) for row in document.get("problem", ())]
+    chosen: dict[str, list[tuple[Parts, float]]] = {kind: [] for kind in _TIMED}
+    for row, seconds in timed:
+        if use_of(row) == "calibration":
+            chosen[row["kind"]].append((kernel_parts(row["kind"], row, card), seconds))
+    for kind, (fitted, _) in _TIMED.items():
+        if len(chosen[kind]) != fitted:
+            raise OptionError(
+                f"calibration: expected the {kind} problems that calibrate, {fitted}; "
+                f"the file has {len(chosen[kind])} of them"
+            )
+    memory, start = _line([(parts.moved, seconds) for parts, seconds in chosen["copy"]])
+    compute, scores = (_share(chosen[kind], memory, start) for kind in ("product", "attention"))
+    numbers = {"compute": compute, "scores": scores, "memory": memory, "start": start}
     rows = []
-    for row, seconds in least:
-        predicted = seconds / shares[_SHARES[row["kind"]]]
-        rows.append({**row, "predicted_s": predicted, "error": predicted / row["seconds"] - 1})
-    return Calibration(document["hardware"], **shares, rows=tuple(rows))
+    for row, seconds in timed:
+        predicted = predicted_seconds(row, card.name, **numbers)
+        error = predicted / seconds - 1
+        rows.append({**row, "use": use_of(row), "predicted_s": predicted, "error": error})
+    return Calibration(card.name, document["date"], **numbers, rows=tuple(rows))
 
 
-def _least(row: Mapping[str, Any], card: str) -> float:
+def _line(copies: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Return memory's share and the seconds of a start, of two copies."""
+    (less, short), (more, long) = sorted(copies)
+    if long <= short:
+        raise OptionError(f"calibration: expected the larger copy to take longer; got {short} s and {long} s")
+    share = min(1.0, round((more - less) / (long - short), 3))
+    return share, max(0.0, round(short - less / share, 7))
+
+
+def _share(timed: Iterable[tuple[Parts, float]], memory: float, start: float) -> float:
+    logs = []
+    for parts, seconds in timed:
+        left = seconds - parts.starts * start - parts.exposed / memory
+        logs.append(math.log(parts.computed / left) if left > 0 else 0.0)
+    return min(1.0, round(math.exp(sum(logs) / len(logs)), 3))
+
+
+def _checked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return kind, sizes and seconds of a row of a file."""
     kind, seconds = row.get("kind"), row.get("seconds")
-    if kind not in _SIZES or row.get("use") not in ("calibration", "held out"):
-        raise OptionError(f"calibration: expected one of {', '.join(_SIZES)} and its use; got {dict(row)}")
-    if not all(isinstance(row.get(name), int) and row[name] > 0 for name in _SIZES[kind]):
-        raise OptionError(f"calibration: expected whole sizes {', '.join(_SIZES[kind])}; got {dict(row)}")
+    if kind not in KERNELS:
+        raise OptionError(f"calibration: expected one of {', '.join(KERNELS)}; got {dict(row)}")
+    sizes = KERNELS[kind].sizes
+    if not all(type(row.get(name)) is int and row[name] > 0 for name in sizes):
+        raise OptionError(f"calibration: expected whole sizes {', '.join(sizes)}; got {dict(row)}")
     if not isinstance(seconds, float) or not 0 < seconds < math.inf:
         raise OptionError(f"calibration: expected seconds above 0; got {seconds!r} of {dict(row)}")
-    return float(least_seconds(row, card))
+    return {name: row[name] for name in ("kind", *sizes, "seconds")}
+
+
+def calibrations() -> list[Calibration]:
+    """Return the calibrations that memsim ships with."""
+    return [calibrated(document) for document in of_kind(KIND)]
 
 
 def read_calibration(path: str | Path) -> Calibration:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from memsim import data_files
 from memsim.measured.checked import Checked
 from memsim.measured.counted_traffic import traffic_ids, traffic_rows
+from memsim.measured.kernel_rows import kernel_rows
 from memsim.measured.measurements import SOURCES, predict, rows_of
 from memsim.measured.peak_memory import memory_rows
 from memsim.planning.efficiency import efficiency_letters, stacks
@@ -73,7 +74,7 @@ def validate(belongs: str | None = None, only: str | None = None) -> list[Checke
     UnknownNameError
         If there is no such set, or no row fits `only`.
     """
-    rows = [*(row for stack in stacks() for row in _times(stack)), *memory_rows()]
+    rows = [*(row for stack in stacks() for row in _times(stack)), *kernel_rows(), *memory_rows()]
     if belongs is not None:
         rows = [row for row in (*rows, *traffic_rows()) if row.belongs == belongs]
         if not belongs or not rows:

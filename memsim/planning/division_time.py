@@ -9,10 +9,11 @@ Groups are nested as in Megatron-LM: tensor, context, data (experts within it), 
 from __future__ import annotations
 
 from memsim.derivation import Definition
+from memsim.kernel_times import of_kernels
 from memsim.planning.division_volumes import VOLUMES
 from memsim.roofline import ROOFLINE
 
-__all__ = ["TIME"]
+__all__ = ["KERNEL_TIME", "TIME"]
 
 _TP = "Shoeybi et al. 2019, arXiv:1909.08053, section 3; arXiv:2205.05198, section 4.2.2"
 _PP = "Narayanan et al. 2021, arXiv:2104.04473, section 2.2"
@@ -142,3 +143,5 @@ TIME = (
     Definition("mfu", "FLOP_model/(step*G*R_x)", "1", "model FLOPs utilization", _MFU),
     Definition("hfu", "(FLOP_model + FLOP_again)/(step*G*R_x)", "1", "hardware FLOPs utilization", _MFU),
 )
+# The same with the times of kernels, for settings that know how long one takes to start.
+KERNEL_TIME = tuple(of_kernels(TIME))

@@ -25,13 +25,13 @@ from memsim.derivation import derive_arrays, needed
 from memsim.formula import Array, evaluate_array
 from memsim.planning.division import CONSTRAINTS, RECOMPUTE, Division, Recompute
 from memsim.planning.division_memory import MEMORY
-from memsim.planning.division_time import TIME
+from memsim.planning.division_time import KERNEL_TIME, TIME
 from memsim.planning.training_setting import Precision, Setting, precision_letters
 from memsim.units import Number
 
 __all__ = ["Costs", "Grid", "Layout", "chunkings", "divisors", "layouts", "space"]
 
-_NEEDED = needed((*MEMORY, *TIME), ("step", "memory"))
+_NEEDED, _NEEDED_OF_KERNELS = (needed((*MEMORY, *time), ("step", "memory")) for time in (TIME, KERNEL_TIME))
 
 
 class Layout(NamedTuple):
@@ -190,7 +190,7 @@ class Grid:
         valid = np.ones(shape, np.bool_)
         for formula, _ in CONSTRAINTS:
             valid &= np.asarray(evaluate_array(formula, letters)) == 0
-        found = derive_arrays(_NEEDED, letters)
+        found = derive_arrays(_NEEDED if self.setting.start is None else _NEEDED_OF_KERNELS, letters)
         return Costs(valid, *(np.broadcast_to(found[name], shape) for name in ("step", "memory")))
 
     def division(self, index: int) -> Division:

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 from memsim.decoder import decoder_letters
 from memsim.hardware import Hardware, hardware
+from memsim.kernel_times import rate_of_exponentials
 from memsim.model import Model
 from memsim.training_memory import positive_values
 from memsim.units import Number, Quantity, exact
 from refimpl.errors import OptionError
 
-__all__ = ["AS_IN_2022", "LETTERS", "PRECISIONS", "Precision", "Setting", "precision_letters"]
+__all__ = [
+    "AS_IN_2022", "KERNEL_LETTERS", "LETTERS", "PRECISIONS", "Precision", "Setting", "precision_letters",
+]  # fmt: skip
 
 Precision = Literal["bf16", "fp16", "fp8", "fp32"]
 LETTERS: dict[str, str] = {
@@ -48,6 +51,12 @@ LETTERS: dict[str, str] = {
     "η_n": "efficiency of links",
     "ω": "share of computation behind which data and context parallelism hide",
     "τ": "1 if all-reduces of tensor parallelism run beside the gradients of weights",
+}
+# What single kernels need besides, `memsim.kernel_times`.
+KERNEL_LETTERS: dict[str, str] = {
+    "σ": "seconds that a kernel takes to start",
+    "R_e": "exponentials a second",
+    "S": "multiprocessors",
 }
 # Peak rates in order of preference, of attention and of products with weights; then y, y_x, y_w and y_o.
 PRECISIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[int, int, int, int]]] = {
@@ -88,6 +97,9 @@ class Setting:
         The share of computation behind which data and context parallelism hide.
     tensor_overlap : bool
         Whether all-reduces of the backward pass run beside the gradients of weights.
+    start : float, optional
+        Seconds that a kernel takes to start, as a calibration gives them.  With it operators take the times
+        of kernels, `memsim.kernel_times`, which calibrated shares are of; without it those of a roofline.
     """
 
     model: str | Model
@@ -105,6 +117,7 @@ class Setting:
     overlap: Quantity = 1
     scores: Quantity | None = None
     tensor_overlap: bool = False
+    start: Quantity | None = None
 
     def letters(self) -> dict[str, Number]:
         """Return the values that no division changes, exact.
@@ -135,6 +148,10 @@ class Setting:
         card = hardware(self.hardware)
         found |= {"M": card.hbm_bandwidth.value, "N": card.node_size.value, "W": card.link.value}
         found |= {"w": card.network.value, "C": card.host_link.value}
+        if self.start is not None:
+            found |= {"σ": exact(self.start, "start"), "S": card.sms.value, "R_e": rate_of_exponentials(card)}
+            if found["σ"] < 0:
+                raise OptionError(f"start: expected seconds from 0; got {self.start}")
         return found | decoder_letters(self.model)
 
 

@@ -18,7 +18,7 @@ from memsim.derivation import derive
 from memsim.estimate import Estimate, Term, estimate
 from memsim.planning.division import Division, reason_against
 from memsim.planning.division_memory import MEMORY
-from memsim.planning.division_time import TIME
+from memsim.planning.division_time import KERNEL_TIME, TIME
 from memsim.planning.division_volumes import KINDS
 from memsim.planning.training_setting import (
     AS_IN_2022,  # noqa: F401 (the doctest)
@@ -85,7 +85,7 @@ def training_step(setting: Setting, division: Division) -> TrainingStep:
     if reason:
         raise OptionError(f"{reason}; got {division} on {setting.accelerators} accelerators")
     values = setting.letters() | division.letters(setting)
-    found = derive((*MEMORY, *TIME), values)
+    found = derive((*MEMORY, *(TIME if setting.start is None else KERNEL_TIME)), values)
     parts = ("compute", "recompute", "tensor_step", "context_step", "expert_step", "hops_step")
     time = [found[name] for name in (*parts, "bubble", "data_step", "optimizer")]
     fuller = "first" if found["first"].value >= found["last"].value else "last"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.attention.user_functions import Aux, Mod, as_mod, where_allowed
-from refimpl.errors import OptionError, ShapeError
+from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.numerics import Array, BoolArray
 from refimpl.validation import whole
 
@@ -26,7 +26,7 @@ class BlockMask:
     Attributes
     ----------
     states : ndarray of uint8, shape (B or 1, Hq or 1, ceil(Tq / Br), ceil(Tk / Bc))
-        1 along an axis for all sequences or heads alike.
+        1 along an axis for all sequences or heads alike.  Read-only: kernels remember what they made of them.
     block_sizes : tuple of int
         (Br, Bc).
     lengths : tuple of int
@@ -39,6 +39,12 @@ class BlockMask:
     block_sizes: tuple[int, int]
     lengths: tuple[int, int]
     mod: Mod | None = None
+
+    def __post_init__(self) -> None:
+        """Keep a view that nobody writes to."""
+        states = np.asarray(self.states).view()
+        states.flags.writeable = False
+        object.__setattr__(self, "states", states)
 
     @property
     def live(self) -> BoolArray:
@@ -110,7 +116,7 @@ def block_mask(
     Raises
     ------
     DTypeError, OptionError
-        If `mask_mod` is no such function, or a block size is below 1.
+        If `mask_mod` is no such function, or a size is no whole number, negative, or a block size below 1.
 
     References
     ----------
@@ -124,7 +130,9 @@ def block_mask(
              [2, 2, 2]]]], dtype=uint8)
     """
     mod = as_mod("mask_mod", mask_mod)
-    Br, Bc = (whole("block_sizes", size) for size in block_sizes)
+    Br, Bc = _sizes(block_sizes)
+    for name, size in zip(("B", "Hq", "Tq", "Tk"), (B, Hq, Tq, Tk), strict=True):
+        whole(name, size, 0)
     sequences, heads = (B if mod.by_sequence else min(B, 1)), (Hq if mod.by_head else min(Hq, 1))
     states = np.zeros((sequences, heads, -(-Tq // Br), -(-Tk // Bc)), np.uint8)
     step = max(1, AT_ONCE // (Br * Bc))
@@ -140,6 +148,12 @@ def block_mask(
     return BlockMask(states, (Br, Bc), (Tq, Tk), mod)
 
 
+def _sizes(given: Any) -> tuple[int, int]:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise OptionError(f"block_sizes: expected two, of queries and keys, got {given!r}")
+    return whole("block_sizes", given[0]), whole("block_sizes", given[1])
+
+
 def checked_block_mask(given: BlockMask, mask: Mod | None, B: int, Hq: int, Tq: int, Tk: int) -> Mod:
     """Return the mask function of a call with these states of tiles, its own or theirs.
 
@@ -149,7 +163,11 @@ def checked_block_mask(given: BlockMask, mask: Mod | None, B: int, Hq: int, Tq: 
         If the states are of other lengths, or of another number of sequences or heads.
     OptionError
         If there is no function, or another one than that of the states.
+    DTypeError
+        If `given` is no `BlockMask`.
     """
+    if not isinstance(given, BlockMask):
+        raise DTypeError(f"block_mask: expected a BlockMask, see `block_mask`; got {type(given).__name__}")
     tiles = tuple(-(-n // size) for n, size in zip((Tq, Tk), given.block_sizes, strict=True))
     sequences, heads, *found = given.states.shape
     if given.lengths != (Tq, Tk) or tuple(found) != tiles or sequences not in (1, B) or heads not in (1, Hq):

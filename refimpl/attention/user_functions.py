@@ -13,11 +13,12 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from refimpl.attention.function_keys import function_key
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.numerics import Array, BoolArray, FloatArray, IntArray
 
@@ -27,7 +28,6 @@ __all__ = [
     "Mod",
     "as_mod",
     "check_reads",
-    "function_key",
     "modified_scores",
     "where_allowed",
 ]
@@ -100,6 +100,12 @@ def _signature(name: str, function: FunctionType, leading: tuple[str, ...]) -> t
             f"{name}: expected a function of ({', '.join(wanted)}) or ({', '.join(wanted)}, aux), "
             f"got {function.__name__}{inspect.signature(function)} in {_place(function)}"
         )
+    valued = [parameter.name for parameter in parameters if parameter.default is not inspect.Parameter.empty]
+    if valued:
+        raise OptionError(
+            f"{name}: {function.__name__} in {_place(function)} gives {', '.join(valued)} a default; kernels "
+            "pass every argument: close over the value instead"
+        )
     takes_aux = len(parameters) > len(wanted)
     parts = [as_mod(name, part, leading) for part in getattr(function, "parts", ())]
     if parts:
@@ -119,68 +125,6 @@ def _reads(code: CodeType, name: str) -> bool:
         if name == found or (isinstance(found, tuple) and name in found):
             return True
     return False
-
-
-def function_key(function: Any) -> Any:
-    """Return a hashable value that is equal for functions that compute the same.
-
-    Where a function was written does not count; what it closes over and which globals it reads do.  Values
-    that are neither numbers, strings, arrays nor functions count by identity.
-
-    Examples
-    --------
-    >>> def within(n):
-    ...     return lambda b, h, i, j: i - j <= n
-    >>> function_key(within(3)) == function_key(within(3)), function_key(within(3)) == function_key(within(4))
-    (True, False)
-    """
-    closure = tuple(cell.cell_contents for cell in function.__closure__ or ())
-    names = _names(function.__code__)
-    read = tuple(function.__globals__[name] for name in names if name in function.__globals__)
-    values = tuple(_value_key(value, function) for value in (*closure, *(function.__defaults__ or ()), *read))
-    return _code_key(function.__code__), values
-
-
-def _names(code: CodeType) -> tuple[str, ...]:
-    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return (*code.co_names, *(name for const in inner for name in _names(const)))
-
-
-def _code_key(code: CodeType) -> Any:
-    constants = tuple(
-        _code_key(const) if isinstance(const, CodeType) else (type(const).__name__, repr(const))
-        for const in code.co_consts
-    )
-    return code.co_code, code.co_names, code.co_argcount, constants
-
-
-class _Same:
-    """A value that is equal to itself alone; it is kept alive, so that no other gets its identity."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _value_key(value: Any, inside: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic):
-        return type(value).__name__, repr(value)
-    if isinstance(value, tuple):
-        return ("tuple", *(_value_key(item, inside) for item in value))
-    if isinstance(value, np.ndarray):
-        return value.dtype.str, value.shape, value.tobytes()
-    if isinstance(value, ModuleType):
-        return "module", value.__name__
-    if value is inside:
-        return "itself"
-    if isinstance(value, FunctionType):
-        return function_key(value)
-    return _Same(value)
 
 
 def where_allowed(mod: Mod, indices: tuple[IntArray, ...], aux: Aux) -> BoolArray:

@@ -41,7 +41,7 @@ def nf4_quantize(weight: FloatArray, /, *, block_size: int = 64, scale_block_siz
     Returns
     -------
     NF4Weight
-        Of the transpose: ``shape`` is (N, K).
+        ``turned``: of the transpose, ``shape`` is (N, K).
 
     Raises
     ------
@@ -60,9 +60,9 @@ def nf4_quantize(weight: FloatArray, /, *, block_size: int = 64, scale_block_siz
     """
     (weight,) = floating(weight=weight)
     bind_axes({"weight": (weight, "K N")})
-    return qlora_quantize(
-        np.ascontiguousarray(weight.T), block_size=block_size, scale_block_size=scale_block_size
-    )
+    turned = np.ascontiguousarray(weight.T)
+    stored = qlora_quantize(turned, block_size=block_size, scale_block_size=scale_block_size)
+    return stored._replace(turned=True)
 
 
 @technique(
@@ -192,6 +192,7 @@ def _operands(x: Any, weight: Any, bias: Any, block_size: int, scale_block_size:
     if not isinstance(weight, NF4Weight):
         x, weight = floating(x=x, weight=weight)
         weight = nf4_quantize(weight, block_size=block_size, scale_block_size=scale_block_size)
+    weight.check_turned(True)
     axes: dict[str, tuple[Any, str]] = {"x": (x, "M K")}
     if bias is not None:
         x, bias = floating(x=x, bias=bias)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refimpl.errors import OptionError
 from refimpl.memory import Memory
 from refimpl.numerics import FloatArray, IntArray, round_to
 from refimpl.peft.lora import LoRAGradients, lora_linear, lora_linear_vjp, scaling
@@ -26,7 +27,8 @@ __all__ = [
 class NF4Weight(NamedTuple):
     """A weight [K, N] as it is stored: NF4 codes, 8-bit codes of their absmax, scales and offset of those.
 
-    ``shape`` is (K, N), and ``blocks`` the sizes of the blocks of weights and of absmax.
+    ``shape`` is (K, N), and ``blocks`` the sizes of the blocks of weights and of absmax.  `nf4_quantize`
+    stores the weight ``turned``, with shape (N, K) and blocks along K: what reads one refuses the other.
     """
 
     codes: IntArray
@@ -35,6 +37,22 @@ class NF4Weight(NamedTuple):
     offset: FloatArray
     shape: tuple[int, int]
     blocks: tuple[int, int]
+    turned: bool = False
+
+    def check_turned(self, turned: bool) -> None:
+        """Check that the weight lies as a function reads it: of a square one nothing else would tell.
+
+        Raises
+        ------
+        OptionError
+            If it lies otherwise.
+        """
+        if self.turned != turned:
+            stored = ("qlora_quantize", "nf4_quantize")
+            raise OptionError(
+                f"weight: expected one that {stored[turned]} has stored, got one of {stored[not turned]}, "
+                "whose transpose it is"
+            )
 
 
 def qlora_quantize(weight: FloatArray, /, *, block_size: int = 64, scale_block_size: int = 256) -> NF4Weight:
@@ -253,4 +271,5 @@ def _values(
     if not isinstance(weight, NF4Weight):
         x, weight = floating(x=x, weight=weight)
         weight = qlora_quantize(weight, block_size=block_size, scale_block_size=scale_block_size)
+    weight.check_turned(False)
     return round_to(qlora_dequantize(weight), floating(x=x)[0].dtype)

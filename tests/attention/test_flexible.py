@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from refimpl import attention, registry
-from refimpl.attention import mods
+from refimpl.attention import block_mask, mods
 from refimpl.attention.bigbird_plan import bigbird_block_mask, bigbird_plan
-from refimpl.attention.user_functions import as_mod, check_reads, function_key
+from refimpl.attention.function_keys import function_key
+from refimpl.attention.user_functions import as_mod, check_reads
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.testing import check
 
@@ -105,10 +107,81 @@ def test_keys_tell_functions_apart() -> None:
     assert len({function_key(f) for f in others}) == len(others)
 
 
+def holds(where: Any, name: str) -> Callable[..., Any]:
+    """Return a mask that reads a value which may change behind its back."""
+    if name == "attribute":
+        return lambda b, h, i, j: i - j < where.width
+    if name == "key":
+        return lambda b, h, i, j: i - j < where["width"]
+    return lambda b, h, i, j: i - j < where[0]
+
+
+@pytest.mark.parametrize("kind", ["module", "object", "class", "dict", "list", "array"])
+def test_keys_follow_what_a_function_reads(kind: str) -> None:
+    """A kernel holds the values that it was compiled with: another value is another function."""
+    where: Any = {
+        "module": ModuleType("settings"), "object": SimpleNamespace(), "class": type("Settings", (), {}),
+        "dict": {}, "list": [3], "array": np.array([3]),
+    }[kind]  # fmt: skip
+    name = {"dict": "key", "list": "index", "array": "index"}.get(kind, "attribute")
+
+    def put(value: int) -> None:
+        if name == "attribute":
+            where.width = value
+        else:
+            where["width" if name == "key" else 0] = value
+
+    f = holds(where, name)
+    put(3)
+    first = function_key(f)
+    assert function_key(f) == first
+    put(9)
+    assert function_key(f) != first
+    put(3)
+    assert function_key(f) == first
+
+
+def test_keys_of_functions_that_call_each_other() -> None:
+    def even(b: int, h: int, i: int, j: int) -> bool:
+        return j == 0 or odd(b, h, i, j - 1)
+
+    def odd(b: int, h: int, i: int, j: int) -> bool:
+        return j > 0 and even(b, h, i, j - 1)
+
+    assert function_key(even) == function_key(even) != function_key(odd)
+
+
+def test_states_cannot_change_behind_a_kernel() -> None:
+    mask = block_mask(mods.causal, 1, 1, 4, 4, block_sizes=(2, 2))
+    with pytest.raises(ValueError, match="read-only"):
+        mask.states[:] = 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((1, 1, -8, 8), "Tq: expected at least 0"), ((-1, 1, 8, 8), "B: expected at least 0"),
+        ((1, 2.5, 8, 8), "Hq: expected a whole number"),
+    ],
+)  # fmt: skip
+def test_sizes_of_a_block_mask(arguments: Any, words: str) -> None:
+    with pytest.raises((OptionError, DTypeError), match=words):
+        block_mask(mods.causal, *arguments)
+
+
+def test_what_is_no_block_mask() -> None:
+    with pytest.raises(DTypeError, match="expected a BlockMask"):
+        attention.flexible_attention(*draws(), mask_mod=mods.causal, block_mask=np.ones((1, 1, 3, 3)))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="block_sizes: expected two"):
+        block_mask(mods.causal, 1, 1, 4, 4, block_sizes=4)  # type: ignore[arg-type]
+
+
 def test_wrong_functions_are_refused() -> None:
     x = draws()
     with pytest.raises(OptionError, match=r"mask_mod: expected a function of \(b, h, i, j\).*test_flexible"):
         attention.flexible_attention(*x, mask_mod=lambda i, j: j <= i)
+    with pytest.raises(OptionError, match="gives w a default; kernels pass every argument"):
+        attention.flexible_attention(*x, mask_mod=lambda b, h, i, j, w=3: i - j < w)
     with pytest.raises(DTypeError, match="expected True or False, got int64"):
         attention.flexible_attention(*x, mask_mod=lambda b, h, i, j: i - j)
     with pytest.raises(DTypeError, match="plain Python function"):

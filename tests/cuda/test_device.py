@@ -9,7 +9,7 @@ import pytest
 
 import cuda_backend
 from refimpl.attention.samples import EXTRAS, sample_attention
-from refimpl.errors import CapacityError, DTypeError
+from refimpl.errors import CapacityError, DTypeError, UnsupportedError
 from refimpl.numerics import widen
 from refimpl.registry import Case
 from refimpl.tolerances import cast
@@ -111,10 +111,10 @@ def test_torch_views_gradients_and_explicit_stream() -> None:
     mask = (torch.rand(2, 1, 1, 70, device="cuda") < 0.7).expand(2, 4, 70, 70)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    found = [
-        flash_attention(q.requires_grad_(), k, v, attn_mask=mask, stream=s)
-        for s in (stream, stream.cuda_stream)
-    ]
+    with pytest.raises(UnsupportedError, match="requires a gradient"):
+        flash_attention(q.requires_grad_(), k, v, attn_mask=mask)
+    with torch.no_grad():
+        found = [flash_attention(q, k, v, attn_mask=mask, stream=s) for s in (stream, stream.cuda_stream)]
     stream.synchronize()
     host = [x.detach().cpu().numpy() for x in (q, k, v)]
     expected = flash_attention(*host, attn_mask=mask.cpu().numpy())

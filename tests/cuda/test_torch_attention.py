@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cuda_backend.arrays import torch_layout
 from cuda_backend.torch_ops import attention
 from refimpl.attention import flash_attention_vjp, scaled_dot_product_attention
+from refimpl.errors import UnsupportedError
 from refimpl.random import dropout_keep
 from tests.cuda.transformer_training import losses, sdpa
 
@@ -39,6 +41,16 @@ def test_gradcheck_of_the_portable_kernels() -> None:
         assert torch.autograd.gradcheck(
             lambda *x: attention(*x, causal="top_left"), inputs, eps=2**-6, atol=2e-3, rtol=2e-3
         )
+
+
+def test_a_gradient_is_not_lost_in_silence() -> None:
+    """What reads a tensor's memory records nothing: it refuses while PyTorch records."""
+    leaf = torch.ones(2, requires_grad=True)
+    with pytest.raises(UnsupportedError, match=r"requires a gradient.*torch_ops"):
+        torch_layout(leaf)
+    with torch.no_grad():
+        assert torch_layout(leaf)[0] == (2,)
+    assert torch_layout(leaf.detach())[0] == (2,)
 
 
 def test_the_operator_is_sound() -> None:

@@ -12,9 +12,9 @@ from cuda_backend.arrays import poisoned_outputs
 from cuda_backend.weight_only import call, pack, plan, prepared
 from cuda_backend.weight_only.variant import Variant, Wide, choose, choose_nf4_hopper
 from refimpl import quant
-from refimpl.errors import DTypeError, ShapeError, UnsupportedError
+from refimpl.errors import DTypeError, OptionError, ShapeError, UnsupportedError
 from refimpl.numerics import round_to, widen
-from refimpl.quant import Int8Groups, nf4_quantize, quantize_groups
+from refimpl.quant import Int8Groups, nf4_quantize, qlora_quantize, quantize_groups
 from tests.cuda.judge import DTYPES
 from tests.cuda.weight_only_judge import case_of, decoding, decoding_difference, taking
 
@@ -159,6 +159,27 @@ def _assert_near(found: Any, reference: Any, args: Any, options: dict[str, Any],
         assert np.abs(widen(mine).astype(np.float64) - wanted).max(initial=0.0) <= 3 * error + spacing, name
 
 
+def test_weights_that_are_stored_otherwise() -> None:
+    """A square weight's transpose, a prepared weight, a group of no rows."""
+    square, x = np.eye(8, dtype=np.float32), np.zeros((1, 8), np.float32)
+    zero: Any = np.zeros((8, 1), np.float32)
+    rows, columns = qlora_quantize(square), nf4_quantize(square)
+    for product in (cuda_backend.nf4_linear, quant.nf4_linear):
+        with pytest.raises(OptionError, match="one that nf4_quantize has stored, got one of qlora_quantize"):
+            product(x, rows)
+    for product in (cuda_backend.qlora_linear, quant.qlora_linear):
+        with pytest.raises(OptionError, match="one that qlora_quantize has stored, got one of nf4_quantize"):
+            product(x, zero, zero.T, columns)
+    ready = prepared.prepare_nf4(nf4_quantize(np.zeros((256, 4), np.float32)))
+    with pytest.raises(DTypeError, match="expected NF4Weight or an array, got PreparedNF4"):
+        cuda_backend.nf4_linear(np.zeros((1, 256), np.float32), ready)
+    groups = quantize_groups(square, group_size=4)
+    with pytest.raises(OptionError, match="group_size: expected at least 1, got 0"):
+        cuda_backend.int8_weight_linear(x, groups, group_size=0)
+    with pytest.raises(DTypeError, match="group_size: expected a whole number"):
+        cuda_backend.int8_weight_linear(x, groups, group_size=2.5)
+
+
 def test_clear_refusals() -> None:
     x = np.zeros((1, 256), np.float16)
     weight = prepared.prepare_nf4(nf4_quantize(np.zeros((256, 4), np.float32)))
@@ -176,6 +197,8 @@ def test_clear_refusals() -> None:
         )
     with pytest.raises(DTypeError, match="weight scale: expected float32, got float64"):
         prepared.prepare_int8_groups(quantize_groups(np.zeros((128, 4))))
+    with pytest.raises(OptionError, match="one that nf4_quantize has stored, got one of qlora_quantize"):
+        prepared.prepare_nf4(qlora_quantize(np.zeros((256, 256), np.float32)))
     other: Any = x
     for function, given, expected in (
         (prepared.prepare_nf4, (other,), "NF4Weight, got ndarray"),

@@ -82,7 +82,7 @@ def _shape(M: int, K: int, N: int) -> None:
         stored.append(NF4Weight(
             draw((N * K // 2,), "uint8", seed), draw((blocks,), "uint8", 100 + seed),
             draw((-(-blocks // 256),), "float32", 200 + seed), draw((1,), "float32", 300 + seed),
-            (N, K), (64, 256),
+            (N, K), (64, 256), True,
         ))  # fmt: skip
         ready_nf4.append(prepare_nf4(stored[-1]))
         codes, scale = draw((N, K), "int8", 500 + seed).T, draw((K // 128, N), "float32", 600 + seed)

@@ -164,10 +164,10 @@ def test_hardware_numbers_have_units_and_sources(name: str) -> None:
     card = hardware(name)
     numbers = [getattr(card, key.name) for key in fields(card)]
     numbers = [number for number in numbers if isinstance(number, Specification)]
-    assert len(numbers) == 10
+    assert len(numbers) == (10 if name == "mi300x" else 11)
     for number in [*numbers, *card.peaks.values(), *card.sparse_peaks.values()]:
         assert number.value > 0
-        assert number.unit in ("B", "B/s", "1", "FLOP/s", "OP/s")
+        assert number.unit in ("B", "B/s", "1", "1/s", "FLOP/s", "OP/s")
         assert "," in number.source  # a work and a place in it
     assert card.shared_memory_per_sm.value < card.sram_per_sm.value < card.l2.value < card.hbm.value
     assert card.network.value <= card.link.value < card.hbm_bandwidth.value
@@ -192,6 +192,19 @@ def test_peaks_of_vector_units_follow_from_cores_and_clocks() -> None:
                                ("rtx-3090", 128, 1.695e9), ("mi300x", 128, 2.1e9)):  # fmt: skip
         card = hardware(name)
         assert 2 * cores * clock * card.sms.value == pytest.approx(card.peak("fp32").value, rel=0.005)
+
+
+def test_exponentials_follow_from_multiprocessors_and_clocks() -> None:
+    """16 a clock; of tensor cores 1024 operations a clock on Volta's, 2048 on Ampere's, 4096 on Hopper's."""
+    for name, operations in (("v100-32gb", 1024), ("a100-40gb", 2048), ("a100-80gb", 2048), ("h200", 4096),
+                             ("h100-sxm", 4096), ("h100-pcie", 4096), ("b200", 8192)):  # fmt: skip
+        card = hardware(name)
+        assert card.exponentials is not None
+        assert card.exponentials.value == pytest.approx(16 / operations * card.peak("fp16").value, rel=0.005)
+    for name, cores in (("rtx-3090", 128), ("rtx-4090", 128), ("l4", 128), ("l40s", 128)):
+        card = hardware(name)
+        assert card.exponentials is not None
+        assert card.exponentials.value == pytest.approx(16 / (2 * cores) * card.peak("fp32").value, rel=0.005)
 
 
 def test_unknown_hardware() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,11 +12,12 @@ from memsim.derivation import Definition, derive
 from memsim.inference import Serving
 from memsim.planning.division import Division
 from memsim.planning.division_memory import MEMORY
-from memsim.planning.division_time import TIME
+from memsim.planning.division_time import KERNEL_TIME, TIME
 from memsim.planning.training_setting import Setting
 from memsim.serving_formulas import SERVING
 
 SETTING = Setting("mixtral-8x7b", "h100-sxm", 64, 64, 1024, latency=3e-6, network=0.5, overlap=0.5)
+OF_KERNELS = replace(SETTING, start=5e-6)
 DIVISIONS = (
     Division(tensor=2, pipeline=4, data=4, context=2, expert=4, interleave=2, zero=1, recompute="full"),
     Division(tensor=2, data=16, context=2, expert=8, zero=3, sequence_parallel=True, offload=True),
@@ -23,6 +25,7 @@ DIVISIONS = (
 )
 CHAINS: list[tuple[tuple[Definition, ...], Any]] = [
     *(((*MEMORY, *TIME), SETTING.letters() | division.letters(SETTING)) for division in DIVISIONS),
+    *(((*MEMORY, *KERNEL_TIME), OF_KERNELS.letters() | one.letters(OF_KERNELS)) for one in DIVISIONS),
     (
         SERVING,
         Serving(
@@ -31,7 +34,7 @@ CHAINS: list[tuple[tuple[Definition, ...], Any]] = [
     ),
     (SERVING, Serving("deepseek-v2", "h200", tensor=8, batch=64, prompt=4096, generated=512).letters()),
 ]
-RATES = ("R", "R_x", "M", "W", "w", "C")
+RATES = ("R", "R_x", "R_e", "M", "W", "w", "C")
 BYTES = ("y", "y_x", "y_w", "y_g", "y_o", "y_h", "y_c", "capacity")
 
 
@@ -39,7 +42,9 @@ BYTES = ("y", "y_x", "y_w", "y_g", "y_o", "y_h", "y_c", "capacity")
 def test_seconds(which: int) -> None:
     """A clock that runs three times as fast: seconds triple, rates are a third, and nothing else changes."""
     chain, letters = CHAINS[which]
-    faster = {k: Fraction(v) / 3 if k in RATES else 3 * v if k == "α" else v for k, v in letters.items()}
+    faster = {
+        k: Fraction(v) / 3 if k in RATES else 3 * v if k in ("α", "σ") else v for k, v in letters.items()
+    }
     before, after = derive(chain, letters), derive(chain, faster)
     factors = {"s": Fraction(3), "B/s": Fraction(1, 3), "1/s": Fraction(1, 3)}
     for name, item in before.items():

@@ -97,7 +97,7 @@ def test_few_rows_calibrate_and_few_parameters_are_fitted(rows: list[Checked]) -
     for name in (*measurements.SOURCES, HBM, PEAKS):
         sets = {bar["rows"] for bar in data_files.read(name, "validation")["bar"]}
         assert {row.use for row in rows if row.belongs in sets} == {"held out"}
-    assert len(rows) == len({row.id for row in rows}) == 26 + 219 + len(traffic_ids()) + 36
+    assert len(rows) == len({row.id for row in rows}) == 26 + 219 + 16 + len(traffic_ids()) + 36
 
 
 @pytest.mark.parametrize("stack", stacks())

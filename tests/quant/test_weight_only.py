@@ -83,7 +83,7 @@ def test_clear_errors() -> None:
     with pytest.raises(DTypeError, match="weight codes: expected int8, got uint8"):
         int8_weight_linear(x, Int8Groups(stored.codes.view(np.uint8), stored.scale), group_size=4)
     with pytest.raises(ShapeError, match=r"stored as \(N, K\); got \(8, 3\)"):
-        nf4_linear(x, quant.qlora_quantize(weight))
+        nf4_linear(x, nf4_quantize(weight.T))
     weight[1, 2] = np.nan
     with pytest.raises(OptionError, match=r"weight: expected finite numbers, got nan at \[1, 2\]"):
         quantize_groups(weight)
