@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from refimpl.attention import mods
 from refimpl.attention.bigbird_plan import bigbird_block_mask, bigbird_plan
 from refimpl.numerics import Array
 
-__all__ = ["DEFAULT_SHAPES", "FORMS", "Form", "form_of", "users_form"]
+__all__ = ["DEFAULT_SHAPES", "FORMS", "Form", "blaming", "form_of", "users_form"]
 
 BLOCK = 64  # tokens of a block of BigBird
 
@@ -164,25 +165,60 @@ def users_form(target: str) -> Form:
     gradient = scope.get(f"{name}_vjp")
     if gradient is None:
         return Form(name, {"score_mod": function})
-    _try(f"{target}_vjp", gradient, 2)
+    _try(target, gradient, 2)
     return Form(name, {"score_mod": function, "score_mod_vjp": gradient})
 
 
-def _try(target: str, function: Callable[..., Any], leading: int) -> None:
-    """Call a function once: what it lacks would else look like a backend that is missing."""
+@contextlib.contextmanager
+def blaming(targets: Sequence[str]) -> Iterator[None]:
+    """Say of what a function of the user's raises that the call is wrong, and where: no check has failed.
+
+    A missing module that only a branch imports would else look like a backend that is missing.
+
+    Parameters
+    ----------
+    targets
+        Each ``FILE:FUNCTION``.
+
+    Raises
+    ------
+    click.UsageError
+        In place of what has passed through a line of such a file.
+    """
+    from refimpl.errors import FrugalError
+
+    try:
+        yield
+    except (FrugalError, click.ClickException):
+        raise
+    except Exception as error:
+        wrong = _wrong(error, targets)
+        if wrong is None:
+            raise
+        raise wrong from None
+
+
+def _wrong(error: Exception, targets: Sequence[str]) -> click.UsageError | None:
+    """Return what to say of an error that a line of one of the files has raised, or has let pass."""
     import traceback
 
+    files = {target.rpartition(":")[0] for target in targets}
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    if not own:
+        return None
+    return click.UsageError(
+        f"--mod: {own[-1].filename}, line {own[-1].lineno}: {type(error).__name__}: {error}"
+    )
+
+
+def _try(target: str, function: Callable[..., Any], leading: int) -> None:
+    """Call a function once, at the first query and key, for what it lacks there."""
     from cli.foreign import untrusted
 
     try:
         with untrusted(target, None):
             function(*(0.0,) * leading, 0, 0, 0, 0)
     except (ImportError, NameError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if target.startswith(frame.filename)]  # not those of importlib
-        place = (own or frames[:2])[-1]
-        raise click.UsageError(
-            f"--mod: {place.filename}, line {place.lineno}: {type(error).__name__}: {error}"
-        ) from None
+        raise _wrong(error, [target]) or error from None
     except Exception:
         return  # a verdict on what it computes comes later

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from cli.bench_problems import AXES, DIRECTIONS, Wanted, check_shapes, problems_of
 from cli.commands.env import why_not
-from cli.flexible_forms import FORMS
+from cli.flexible_forms import FORMS, blaming
 from cli.growth_methods import NAMES
 from cli.int8_problems import projections
 from cli.output import output_options, progress, say
@@ -229,7 +229,8 @@ def command(
     supply = supply_of(backend)
     shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
     wanted = Wanted(shapes, dtypes, causal, direction, forms, mods, splits)
-    problems = problems_of(what, backend, wanted)
+    with blaming(mods):
+        problems = problems_of(what, backend, wanted)
     named = chosen or ("",) * rivals
     known = dict.fromkeys(name for problem in problems for name in problem.rival_names)
     for part in chosen:
@@ -237,9 +238,10 @@ def command(
             raise click.UsageError(f"--rival: none of {', '.join(known)} has {part!r} in its name")
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
-        found = result_rows(
-            problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
-        )
+        with blaming(mods):
+            found = result_rows(
+                problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
+            )
         rows += found
         if backend == "cuda":
             say(_finished(found))

@@ -20,10 +20,11 @@ from typing import Any
 from cuda_backend._numba import cuda
 from cuda_backend.attention.consumer_backward_hopper import build_backward_consumer
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
+from cuda_backend.attention.entry_hopper import build_entry, shared_base
 from cuda_backend.attention.producer_backward_hopper import build_backward_producer, build_start, build_writer
 from cuda_backend.attention.schedule_backward_hopper import build_backward_schedule
 from cuda_backend.attention.variant_backward_hopper import DESCRIPTORS, BackwardVariant
-from cuda_backend.ptx import copy, grid, parameters, registers
+from cuda_backend.ptx import parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["SIGNATURE", "build_backward"]
@@ -49,7 +50,7 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
     dynamic shared memory, and at most as many blocks as run at once, none without a tile.
     """
     schedule = build_backward_schedule(variant)
-    start, produce = build_start(variant), build_backward_producer(variant, schedule)
+    enter, produce = build_entry(build_start(variant)), build_backward_producer(variant, schedule)
     write, consume = build_writer(variant, schedule), build_backward_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
@@ -83,13 +84,8 @@ def build_backward(variant: BackwardVariant) -> Callable[..., None]:
         problem = (
             tiles, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, k_columns, v_columns
         )  # fmt: skip
-        shared = cuda.shared.array(0, types.uint8)
-        base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
-        thread = int32(cuda.threadIdx.x)
-        if thread == 0:
-            grid.let_next_grid_start()
-            start(base)
-        cuda.syncthreads()
+        base, thread = shared_base(), int32(cuda.threadIdx.x)
+        enter(base, thread)
         if registers.uniform(thread >> 7) == 0:
             give_registers()
             # The producer waits for earlier grids; nothing of theirs is touched before it has sent a tile.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
-from cuda_backend.attention.arguments import array_type, aux_signature
+from cuda_backend.attention.arguments import array_type, option_types
 from cuda_backend.attention.scores_portable import score_gradient
 from cuda_backend.attention.tiles_portable import INDEX, accumulation, products, reader, writer
 from cuda_backend.attention.user_device import blamed
@@ -60,7 +60,7 @@ def queries_signature(variant: BackwardVariant) -> Any:
     return types.void(
         tensor, tensor, tensor, tensor, statistic, tensor,  # q, k, v, o, lse, do
         tensor, statistic, score,                           # dq, delta, dscores
-        *_options(variant),
+        *option_types(variant.features),
     )  # fmt: skip
 
 
@@ -70,22 +70,7 @@ def keys_signature(variant: BackwardVariant) -> Any:
     return types.void(
         tensor, tensor, tensor, statistic, tensor, statistic,  # q, k, v, lse, do, delta
         tensor, tensor,                                        # dk, dv
-        *_options(variant),
-    )  # fmt: skip
-
-
-def _options(variant: BackwardVariant) -> tuple[Any, ...]:
-    features = variant.features
-    return (
-        array_type(types.boolean, 4),                                                # mask
-        array_type(storage_type(features.bias or "float32"), 4),                     # bias
-        array_type(types.float32, 1),                                                # slopes
-        array_type(getattr(types, features.q_lengths or "int64"), 1),                # q_lengths
-        array_type(getattr(types, features.k_lengths or "int64"), 1),                # k_lengths
-        array_type(types.boolean, 4),                                                # kept
-        array_type(types.uint8, 4), aux_signature(features.mods),                    # tiles, aux
-        types.float32, types.float32,                                            # scale, softcap
-        types.uint64, types.uint64, types.float32,       # seed, threshold, 1 / (1 - p)
+        *option_types(variant.features),
     )  # fmt: skip
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
+from cuda_backend.attention.tiles_portable import INDEX
 from cuda_backend.formats import narrow, storage_type
 
 __all__ = ["THREADS", "build", "signature", "source"]
 
 THREADS = 128
-_INDEX = 0x7FFFFFFF
 
 
 def signature(kind: str) -> Any:
@@ -32,16 +32,16 @@ def source(kind: str) -> Any:
     store = narrow(kind)
 
     def sum_to_bias(dscores: Any, dbias: Any) -> None:
-        entry = (cuda.blockIdx.x & _INDEX) * THREADS + (cuda.threadIdx.x & (THREADS - 1))
+        entry = (cuda.blockIdx.x & INDEX) * THREADS + (cuda.threadIdx.x & (THREADS - 1))
         _, heads, rows, columns = dbias.shape
         if entry >= dbias.size:
             return
-        j = (entry % columns) & _INDEX
+        j = (entry % columns) & INDEX
         rest = entry // columns
-        i = (rest % rows) & _INDEX
+        i = (rest % rows) & INDEX
         rest = rest // rows
-        h = (rest % heads) & _INDEX
-        b = (rest // heads) & _INDEX
+        h = (rest % heads) & INDEX
+        b = (rest // heads) & INDEX
         # An axis of the bias is as long as that of the scores, or 1.
         b_end, h_end, i_end, j_end = b + 1, h + 1, i + 1, j + 1
         if dbias.shape[0] == 1:
@@ -57,7 +57,7 @@ def source(kind: str) -> Any:
             for t in range(h, h_end):
                 for u in range(i, i_end):
                     for w in range(j, j_end):
-                        total += np.float64(dscores[s & _INDEX, t & _INDEX, u & _INDEX, w & _INDEX])
+                        total += np.float64(dscores[s & INDEX, t & INDEX, u & INDEX, w & INDEX])
         dbias[b, h, i, j] = store(np.float32(total))
 
     return sum_to_bias

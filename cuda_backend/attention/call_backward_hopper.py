@@ -134,6 +134,21 @@ def flash_attention_vjp_hopper(
 def flash_attention_vjp_deterministic(*arrays: Any, **options: Any) -> AttentionGradients:
     """Return what `flash_attention_vjp_hopper` does, dQ bit for bit alike in every call.
 
+    Parameters
+    ----------
+    *arrays, **options
+        As `flash_attention_vjp_hopper` takes them, without `deterministic`.
+
+    Returns
+    -------
+    AttentionGradients
+        As from there.
+
+    Raises
+    ------
+    FrugalError
+        As there.
+
     Examples
     --------
     >>> import numpy as np

@@ -14,9 +14,9 @@ from typing import Any
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.finish_hopper import build_finish
 from cuda_backend.attention.schedule_hopper import Schedule
-from cuda_backend.attention.softmax_hopper import NO_KEY, build_drop, build_output, build_softmax
+from cuda_backend.attention.softmax_hopper import NO_KEY, build_drop, build_output, build_softmax, build_tile
 from cuda_backend.attention.variant_hopper import Variant
-from cuda_backend.ptx import barrier, copy, registers, wgmma
+from cuda_backend.ptx import barrier, registers, wgmma
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_consumer"]
@@ -29,12 +29,13 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
 
     `drop` has the seed of the dropout, its threshold, and the factor of what is kept.
     """
-    block_m, block_n, causal = variant.block_m, variant.block_n, variant.causal
+    block_m, block_n = variant.block_m, variant.block_n
     s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
-    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
+    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
-    mask, softmax_row, pack_scores = build_softmax(variant)
+    _, softmax_row, pack_scores = build_softmax(variant)
+    tile_of, limits_of, mask_tile = build_tile(variant)
     (rescale, _, _), finish = build_output(variant), build_finish(variant)
     dropout, drop_weights = variant.dropout, build_drop(variant)
     pin_scores = registers.pin(s_count)
@@ -46,33 +47,22 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     output_done = wgmma.wait(0, o_count)
 
     @device_function
-    def softmax(
-        s: Any,
-        scale: Any,
-        j: Any,
-        quad_lane: Any,
-        limit_low: Any,
-        limit_high: Any,
-        limit_group: Any,
-        max_low: Any,
-        sum_low: Any,
-        max_high: Any,
-        sum_high: Any,
-    ) -> Any:
+    def softmax(s: Any, scale: Any, j: Any, quad_lane: Any, limits: Any, rows: Any) -> Any:
         """Turn scores of key tile `j` into weights; return maxima, sums and factors of what was before."""
-        start = j * block_n
-        if start + block_n > limit_group:
-            shift = start + 2 * quad_lane
-            mask(s, limit_low - shift, limit_high - shift)
+        max_low, sum_low, max_high, sum_high = rows
+        mask_tile(s, j, quad_lane, limits)
         max_low, sum_low, factor_low = softmax_row(s, int32(0), scale, max_low, sum_low)
         max_high, sum_high, factor_high = softmax_row(s, int32(2), scale, max_high, sum_high)
         return max_low, sum_low, max_high, sum_high, factor_low, factor_high
 
     @device_function
-    def place_of_head(head: Any, heads: Any) -> Any:
-        """Return batch and head within it, anew for each tile for want of registers."""
+    def drop_tile(
+        s: Any, seed: Any, threshold: Any, head: Any, heads: Any, row: Any, j: Any, quad_lane: Any
+    ) -> None:
+        """Drop weights of key tile `j`; batch and head come anew each time, for want of registers."""
+        start = int32(j * block_n)
         batch = registers.quotient(registers.fresh(head), heads)
-        return batch, int32(head - batch * heads)
+        drop_weights(s, seed, threshold, batch, int32(head - batch * heads), row, start, quad_lane)
 
     @device_function
     def consume(base: Any, thread: Any, out: Any, lse: Any, scale: Any, drop: Any, problem: Any) -> None:
@@ -88,23 +78,14 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
-            # Lane 0 alone reads it, since lane 0 alone says that the stage may be written again.
-            tile = int32(0)
-            if lane == 0:
-                tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
-            tile = registers.uniform(tile)
+            tile = tile_of(base, q_stage, lane)
             if tile < 0:
                 break
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * 128))
             row_block, head = place(tile, per_head, section, all_heads)
             row = int32(row_block * block_m + own_row)
             group_row = int32(row_block * block_m + 64 * group_index)
-            # The first column that this thread's rows, or any row of its warpgroup, may not see.
-            limit_low, limit_high, limit_group = tk, tk, tk
-            if causal:
-                limit_low = min(tk, row + offset + 1)
-                limit_high = min(tk, row + offset + 9)
-                limit_group = min(tk, group_row + offset + 1)
+            limits = limits_of(row, group_row, tk, offset)
             for i in range(o_count):
                 o[i] = float32(0.0)
             max_low, max_high = float32(NO_KEY), float32(NO_KEY)
@@ -128,22 +109,10 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                 if lane == 0:
                     barrier.arrive(base + k_empty + 8 * stage)
                 max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
-                    s,
-                    scale,
-                    j,
-                    quad_lane,
-                    limit_low,
-                    limit_high,
-                    limit_group,
-                    max_low,
-                    sum_low,
-                    max_high,
-                    sum_high,
+                    s, scale, j, quad_lane, limits, (max_low, sum_low, max_high, sum_high)
                 )
                 if dropout:
-                    start = int32(j * block_n)
-                    batch, own_head = place_of_head(head, heads)
-                    drop_weights(s, seed, threshold, batch, own_head, row, start, quad_lane)
+                    drop_tile(s, seed, threshold, head, heads, row, j, quad_lane)
                 barrier.wait(base + v_full + 8 * stage, parity)
                 pack_scores(p, s)
                 j = int32(j - 1)
@@ -160,22 +129,10 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     if lane == 0:
                         barrier.arrive(base + k_empty + 8 * stage)
                     max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
-                        s,
-                        scale,
-                        j,
-                        quad_lane,
-                        limit_low,
-                        limit_high,
-                        limit_group,
-                        max_low,
-                        sum_low,
-                        max_high,
-                        sum_high,
+                        s, scale, j, quad_lane, limits, (max_low, sum_low, max_high, sum_high)
                     )
                     if dropout:
-                        start = int32(j * block_n)
-                        batch, own_head = place_of_head(head, heads)
-                        drop_weights(s, seed, threshold, batch, own_head, row, start, quad_lane)
+                        drop_tile(s, seed, threshold, head, heads, row, j, quad_lane)
                     # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
                     barrier.wait(base + v_full + 8 * stage, parity)

@@ -22,6 +22,7 @@ import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
 from cuda_backend.attention.arguments import array_type
+from cuda_backend.attention.tiles_portable import INDEX
 from cuda_backend.formats import narrow, storage_type, widen
 
 __all__ = ["MERGE_THREADS", "DecodeVariant", "build", "build_merge", "merge_signature", "merge_source"]
@@ -29,7 +30,6 @@ __all__ += ["signature", "source"]
 
 MERGE_THREADS = 128
 _MINUS_INFINITY, _ZERO, _ONE = np.float32(-np.inf), np.float32(0), np.float32(1)
-_INDEX = 0x7FFFFFFF
 _float32 = types.float32
 
 
@@ -95,30 +95,30 @@ def source(variant: DecodeVariant) -> Any:
     ) -> None:
         shared = cuda.shared.array(0, _float32)
         thread = cuda.threadIdx.x & (THREADS - 1)
-        block = cuda.blockIdx.x & _INDEX
+        block = cuda.blockIdx.x & INDEX
         heads = k.shape[2]
-        part = (block // (q.shape[0] * heads)) & _INDEX
-        b = ((block // heads) % q.shape[0]) & _INDEX
-        g = (block % heads) & _INDEX
+        part = (block // (q.shape[0] * heads)) & INDEX
+        b = ((block // heads) % q.shape[0]) & INDEX
+        g = (block % heads) & INDEX
         group, n_q = q.shape[2] // heads, q.shape[1]
         n_k = int(lengths[b])
         page = k.shape[1]
         begin, end = part * size, min(n_k, (part + 1) * size)
 
         for e in range(thread, ROWS * D, THREADS):
-            r = (e & _INDEX) // D
-            shared[e & _INDEX] = load(q[b, r // group, g * group + r % group, (e & _INDEX) % D])
+            r = (e & INDEX) // D
+            shared[e & INDEX] = load(q[b, r // group, g * group + r % group, (e & INDEX) % D])
         for e in range(thread, ROWS * Dv, THREADS):
-            shared[O + (e & _INDEX)] = _ZERO
+            shared[O + (e & INDEX)] = _ZERO
         for e in range(thread, ROWS, THREADS):
-            shared[M + (e & _INDEX)] = _MINUS_INFINITY
-            shared[L + (e & _INDEX)] = _ZERO
+            shared[M + (e & INDEX)] = _MINUS_INFINITY
+            shared[L + (e & INDEX)] = _ZERO
 
         for key in range(begin, end, KEYS):
-            start = key & _INDEX
+            start = key & INDEX
             for e in range(thread, KEYS * D, THREADS):
-                t = (e & _INDEX) // D
-                d = (e & _INDEX) % D
+                t = (e & INDEX) // D
+                d = (e & INDEX) % D
                 j = start + t
                 value = _ZERO
                 if j < end:
@@ -130,8 +130,8 @@ def source(variant: DecodeVariant) -> Any:
             cuda.syncthreads()
 
             for e in range(thread, ROWS * KEYS, THREADS):
-                r = (e & _INDEX) // KEYS
-                t = (e & _INDEX) % KEYS
+                r = (e & INDEX) // KEYS
+                t = (e & INDEX) % KEYS
                 score = _MINUS_INFINITY
                 # The newest query sees all n_k keys, the one before it one less.
                 if start + t < end and start + t <= n_k - n_q + r // group:
@@ -139,12 +139,12 @@ def source(variant: DecodeVariant) -> Any:
                     for d in range(D):
                         total += shared[r * D + d] * shared[KV + t * STRIDE + d]
                     score = total * scale
-                shared[P + (e & _INDEX)] = score
+                shared[P + (e & INDEX)] = score
             cuda.syncthreads()
 
             for e in range(thread, KEYS * Dv, THREADS):
-                t = (e & _INDEX) // Dv
-                d = (e & _INDEX) % Dv
+                t = (e & INDEX) // Dv
+                d = (e & INDEX) % Dv
                 j = start + t
                 value = _ZERO
                 if j < end:
@@ -154,7 +154,7 @@ def source(variant: DecodeVariant) -> Any:
                         value = load(v[b, j, g, d])
                 shared[KV + t * STRIDE + d] = value
             for e in range(thread, ROWS, THREADS):
-                r = e & _INDEX
+                r = e & INDEX
                 largest = shared[M + r]
                 for t in range(KEYS):
                     largest = max(largest, shared[P + r * KEYS + t])
@@ -173,24 +173,24 @@ def source(variant: DecodeVariant) -> Any:
             cuda.syncthreads()
 
             for e in range(thread, ROWS * Dv, THREADS):
-                r = (e & _INDEX) // Dv
-                d = (e & _INDEX) % Dv
-                total = shared[O + (e & _INDEX)] * shared[SHRINK + r]
+                r = (e & INDEX) // Dv
+                d = (e & INDEX) % Dv
+                total = shared[O + (e & INDEX)] * shared[SHRINK + r]
                 for t in range(KEYS):
                     total += shared[P + r * KEYS + t] * shared[KV + t * STRIDE + d]
-                shared[O + (e & _INDEX)] = total
+                shared[O + (e & INDEX)] = total
             cuda.syncthreads()
 
         cuda.syncthreads()  # a part without keys wrote nothing but what stands above the loop
         for e in range(thread, ROWS * Dv, THREADS):
-            r = (e & _INDEX) // Dv
+            r = (e & INDEX) // Dv
             total = shared[L + r]
             divisor = _ONE if total == _ZERO else total
-            outs[part, b, r // group, g * group + r % group, (e & _INDEX) % Dv] = (
-                shared[O + (e & _INDEX)] / divisor
+            outs[part, b, r // group, g * group + r % group, (e & INDEX) % Dv] = (
+                shared[O + (e & INDEX)] / divisor
             )
         for e in range(thread, ROWS, THREADS):
-            r = e & _INDEX
+            r = e & INDEX
             lse = _MINUS_INFINITY
             if shared[L + r] != _ZERO:
                 lse = shared[M + r] + np.float32(math.log(shared[L + r]))
@@ -222,10 +222,10 @@ def merge_source(kind: str) -> Any:
         widths, heads, queries = out.shape[3], out.shape[2], out.shape[1]
         if element >= out.shape[0] * queries * heads * widths:
             return
-        d = (element % widths) & _INDEX
-        h = (element // widths % heads) & _INDEX
-        i = (element // (widths * heads) % queries) & _INDEX
-        b = (element // (widths * heads * queries)) & _INDEX
+        d = (element % widths) & INDEX
+        h = (element // widths % heads) & INDEX
+        i = (element // (widths * heads) % queries) & INDEX
+        b = (element // (widths * heads * queries)) & INDEX
         top = _MINUS_INFINITY
         for part in range(outs.shape[0]):
             top = max(top, lses[part, b, h, i])

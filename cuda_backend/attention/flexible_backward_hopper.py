@@ -14,12 +14,13 @@ from cuda_backend._numba import cuda
 from cuda_backend.attention.arguments import aux_signature
 from cuda_backend.attention.consumer_backward_hopper import build_backward_consumer
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
+from cuda_backend.attention.entry_hopper import build_entry, shared_base
 from cuda_backend.attention.lists_backward_hopper import build_list_producer, build_list_writer
 from cuda_backend.attention.producer_backward_hopper import build_start
 from cuda_backend.attention.schedule_backward_hopper import build_backward_schedule
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_backward_hopper import DESCRIPTORS, BackwardVariant
-from cuda_backend.ptx import copy, grid, parameters, registers
+from cuda_backend.ptx import parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_flexible_backward", "flexible_signature"]
@@ -42,7 +43,7 @@ def flexible_signature(mods: Mods) -> Any:
 def build_flexible_backward(variant: BackwardVariant) -> Callable[..., None]:
     """Return the kernel of `variant`, to be launched as `build_backward` says."""
     schedule = build_backward_schedule(variant)
-    start, produce = build_start(variant), build_list_producer(variant, schedule)
+    enter, produce = build_entry(build_start(variant)), build_list_producer(variant, schedule)
     write, consume = build_list_writer(variant, schedule), build_backward_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
@@ -60,13 +61,8 @@ def build_flexible_backward(variant: BackwardVariant) -> Callable[..., None]:
             tiles, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, k_columns, v_columns
         )  # fmt: skip
         tables = records, entries, turns
-        shared = cuda.shared.array(0, types.uint8)
-        base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
-        thread = int32(cuda.threadIdx.x)
-        if thread == 0:
-            grid.let_next_grid_start()
-            start(base)
-        cuda.syncthreads()
+        base, thread = shared_base(), int32(cuda.threadIdx.x)
+        enter(base, thread)
         if registers.uniform(thread >> 7) == 0:
             give_registers()
             if thread == 0:

@@ -15,11 +15,11 @@ from typing import Any
 from cuda_backend._numba import cuda
 from cuda_backend.attention.consumer_hopper import build_consumer
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
-from cuda_backend.attention.forward_hopper import build_start
-from cuda_backend.attention.producer_hopper import build_producer
+from cuda_backend.attention.entry_hopper import build_entry, shared_base
+from cuda_backend.attention.producer_hopper import build_producer, build_start
 from cuda_backend.attention.schedule_hopper import build_schedule
 from cuda_backend.attention.variant_hopper import Variant
-from cuda_backend.ptx import copy, grid, parameters, registers
+from cuda_backend.ptx import parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["SIGNATURE", "build_dropout"]
@@ -39,7 +39,7 @@ SIGNATURE = types.void(
 def build_dropout(variant: Variant) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE`, launched as `forward_hopper`'s."""
     schedule = build_schedule(variant)
-    start, produce = build_start(variant), build_producer(variant, schedule)
+    enter, produce = build_entry(build_start(variant)), build_producer(variant, schedule)
     consume = build_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
@@ -51,13 +51,8 @@ def build_dropout(variant: Variant) -> Callable[..., None]:
     ) -> None:  # fmt: skip
         descriptors = parameters.block_address(descriptor_block)
         problem = (tiles, per_head, section, heads, all_heads, group, tq, tk, offset, columns)
-        shared = cuda.shared.array(0, types.uint8)
-        base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
-        thread = int32(cuda.threadIdx.x)
-        if thread == 0:
-            grid.let_next_grid_start()
-            start(base)
-        cuda.syncthreads()
+        base, thread = shared_base(), int32(cuda.threadIdx.x)
+        enter(base, thread)
         if registers.uniform(thread >> 7) == 0:
             give_registers()
             if thread == 0:

@@ -16,9 +16,11 @@ from cuda_backend._numba import cuda
 from cuda_backend.attention.arguments import aux_signature
 from cuda_backend.attention.consumer_flexible_hopper import build_flexible_consumer
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
-from cuda_backend.attention.producer_flexible_hopper import build_flexible_producer, build_start
+from cuda_backend.attention.entry_hopper import build_entry, shared_base
+from cuda_backend.attention.producer_flexible_hopper import build_flexible_producer
+from cuda_backend.attention.producer_hopper import build_start
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
-from cuda_backend.ptx import copy, grid, parameters, registers
+from cuda_backend.ptx import parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build", "signature"]
@@ -44,7 +46,7 @@ def build(variant: FlexibleVariant) -> Callable[..., None]:
     It wants to be launched as `forward_hopper.build` says.
     """
     tiles = variant.tiles
-    start = build_start(tiles)
+    enter = build_entry(build_start(tiles))
     produce, consume = build_flexible_producer(variant), build_flexible_consumer(variant)
     give_registers = registers.give_registers(tiles.producer_registers)
     take_registers = registers.take_registers(tiles.consumer_registers)
@@ -69,13 +71,8 @@ def build(variant: FlexibleVariant) -> Callable[..., None]:
     ) -> None:
         descriptors = parameters.block_address(descriptor_block)
         problem = (count, heads, group, tq, tk, columns)
-        shared = cuda.shared.array(0, types.uint8)
-        base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
-        thread = int32(cuda.threadIdx.x)
-        if thread == 0:
-            grid.let_next_grid_start()
-            start(base)
-        cuda.syncthreads()
+        base, thread = shared_base(), int32(cuda.threadIdx.x)
+        enter(base, thread)
         if registers.uniform(thread >> 7) == 0:
             give_registers()
             if thread == 0:

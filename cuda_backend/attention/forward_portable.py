@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
-from cuda_backend.attention.arguments import array_type, aux_signature
+from cuda_backend.attention.arguments import array_type, option_types
+from cuda_backend.attention.tiles_portable import INDEX
 from cuda_backend.attention.user_device import blamed, mask_on_device, score_on_device
 from cuda_backend.attention.variant_portable import Variant
 from cuda_backend.formats import narrow, storage_type, widen
@@ -31,26 +32,16 @@ from refimpl.attention.block_mask import DEAD, FULL
 __all__ = ["build", "signature"]
 
 _MINUS_INFINITY, _ZERO, _ONE = np.float32(-np.inf), np.float32(0), np.float32(1)
-_INDEX = 0x7FFFFFFF
 _float32 = types.float32
 
 
 def signature(variant: Variant) -> Any:
     """Return the argument types of the kernel; arrays may have any strides, absent ones are never read."""
-    features, number = variant.features, storage_type(variant.kind)
     return types.void(
-        *[array_type(number, 4)] * 4,                                                 # q, k, v, out
-        array_type(types.float32, 3),                                                 # lse
-        array_type(types.boolean, 4),                                                 # mask
-        array_type(storage_type(features.bias or "float32"), 4),                      # bias
-        array_type(types.float32, 1),                                                 # slopes
-        array_type(getattr(types, features.q_lengths or "int64"), 1),                 # q_lengths
-        array_type(getattr(types, features.k_lengths or "int64"), 1),                 # k_lengths
-        array_type(types.boolean, 4),                                                 # kept
-        array_type(types.uint8, 4), aux_signature(features.mods),                     # tiles, aux
-        types.float32, types.float32,                                            # scale, softcap
-        types.uint64, types.uint64, types.float32,       # seed, threshold, 1 / (1 - p)
-    )  # fmt: skip
+        *[array_type(storage_type(variant.kind), 4)] * 4,  # q, k, v, out
+        array_type(types.float32, 3),  # lse
+        *option_types(variant.features),
+    )
 
 
 @functools.cache
@@ -91,18 +82,16 @@ def source(variant: Variant) -> Any:
         m = cuda.local.array(MR, _float32)
         l = cuda.local.array(MR, _float32)  # noqa: E741 (the field's name)
 
-        # `& _INDEX` changes no index: it tells the compiler that it is not negative.  Without it every access
-        # asks whether the index counts from the end, which costs three times what the product does.
         thread = cuda.threadIdx.x & (THREADS - 1)
         x = thread & (COLUMNS - 1)
         y = thread // COLUMNS
-        block = cuda.blockIdx.x & _INDEX
+        block = cuda.blockIdx.x & INDEX
         blocks = (q.shape[1] + Br - 1) // Br
         head = block // blocks
-        first = Br * ((blocks - 1 - (block - head * blocks)) & _INDEX)  # the longest causal rows come first
-        b = (head // q.shape[2]) & _INDEX
-        h = (head - b * q.shape[2]) & _INDEX
-        g = (h // (q.shape[2] // k.shape[2])) & _INDEX
+        first = Br * ((blocks - 1 - (block - head * blocks)) & INDEX)  # the longest causal rows come first
+        b = (head // q.shape[2]) & INDEX
+        h = (head - b * q.shape[2]) & INDEX
+        g = (h // (q.shape[2] // k.shape[2])) & INDEX
 
         n_q, n_k = q.shape[1], k.shape[1]
         if Q_LENGTHS:
@@ -119,8 +108,8 @@ def source(variant: Variant) -> Any:
             end = 0
 
         for e in range(thread, QUERIES * D, THREADS):
-            r = (e & _INDEX) // D
-            d = (e & _INDEX) % D
+            r = (e & INDEX) // D
+            d = (e & INDEX) % D
             value = _ZERO
             if first + r < n_q:
                 value = load(q[b, first + r, h, d])
@@ -132,12 +121,12 @@ def source(variant: Variant) -> Any:
                 o[a * MV + n] = _ZERO
 
         for key in range(0, end, Bc):
-            start = key & _INDEX
+            start = key & INDEX
             if MASK_MOD and tiles[b, h, first // Br, start // Bc] == DEAD:
                 continue
             for e in range(thread, KEYS * D, THREADS):
-                r = (e & _INDEX) // D
-                d = (e & _INDEX) % D
+                r = (e & INDEX) // D
+                d = (e & INDEX) % D
                 value = _ZERO
                 if start + r < n_k:
                     value = load(k[b, start + r, g, d])
@@ -147,7 +136,7 @@ def source(variant: Variant) -> Any:
             for z in range(SCORES):
                 s[z] = _ZERO
             for e in range(D):
-                d = e & _INDEX
+                d = e & INDEX
                 for a in range(MR):
                     left = shared[(y + a * ROWS) * QK + d]
                     for c in range(MC):
@@ -156,8 +145,8 @@ def source(variant: Variant) -> Any:
                 for c in range(MC):
                     shared[P + (y + a * ROWS) * PS + x + c * COLUMNS] = s[a * MC + c]
             for e in range(SCORES):  # what follows is long: no array in registers, so it need not unroll
-                row = y + (e & _INDEX) // MC * ROWS
-                column = x + (e & _INDEX) % MC * COLUMNS
+                row = y + (e & INDEX) // MC * ROWS
+                column = x + (e & INDEX) % MC * COLUMNS
                 i, j = first + row, start + column
                 # Masks select, they never multiply: 0 * inf would be NaN.
                 allowed = column < Bc and j < n_k and i < n_q
@@ -189,8 +178,8 @@ def source(variant: Variant) -> Any:
             cuda.syncthreads()
 
             for e in range(thread, KEYS * CHANNELS, THREADS):
-                r = (e & _INDEX) // CHANNELS
-                d = (e & _INDEX) % CHANNELS
+                r = (e & INDEX) // CHANNELS
+                d = (e & INDEX) % CHANNELS
                 value = _ZERO
                 if start + r < n_k and d < Dv:
                     value = load(v[b, start + r, g, d])
@@ -216,8 +205,8 @@ def source(variant: Variant) -> Any:
                     o[a * MV + n] *= shrink
             if PHILOX or KEPT:  # after the sums: the log-sum-exp is over the weights before dropout
                 for e in range(SCORES):
-                    row = y + (e & _INDEX) // MC * ROWS
-                    column = x + (e & _INDEX) % MC * COLUMNS
+                    row = y + (e & INDEX) // MC * ROWS
+                    column = x + (e & INDEX) % MC * COLUMNS
                     i, j = first + row, start + column
                     keep = i < n_q and j < n_k
                     if PHILOX:
@@ -231,7 +220,7 @@ def source(variant: Variant) -> Any:
             cuda.syncthreads()
 
             for e in range(KEYS):
-                t = e & _INDEX
+                t = e & INDEX
                 for a in range(MR):
                     weight = shared[P + (y + a * ROWS) * PS + t]
                     for n in range(MV):
@@ -256,8 +245,8 @@ def source(variant: Variant) -> Any:
                 lse[b, h, first + row] = _MINUS_INFINITY if empty else m[a] + np.float32(math.log(divisor))
         cuda.syncthreads()
         for e in range(thread, Br * Dv, THREADS):
-            r = (e & _INDEX) // Dv
-            d = (e & _INDEX) % Dv
+            r = (e & INDEX) // Dv
+            d = (e & INDEX) % Dv
             if first + r < q.shape[1]:
                 out[b, first + r, h, d] = store(shared[r * VS + d])
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda, kernel, types
+from cuda_backend.attention.tiles_portable import INDEX
 from cuda_backend.formats import storage_type
 from cuda_backend.int8.arithmetic import nearest_code, reader
 from refimpl.quant.absmax import LIMIT
@@ -20,7 +21,6 @@ __all__ = ["PART", "Kernels", "kernels", "signatures", "sources"]
 
 PART = 16 if SIMULATOR else 256  # tokens of one partial sum
 THREADS = 8 if SIMULATOR else 128
-_INDEX = 0x7FFFFFFF
 _ZERO, _ONE, _LIMIT = np.float32(0), np.float32(1), np.float32(LIMIT)
 
 
@@ -66,35 +66,35 @@ def sources(kind: str) -> Kernels:
 
     def add(k: Any, sums: Any) -> None:
         """One block for a part of the tokens of a head."""
-        block = cuda.blockIdx.x & _INDEX
+        block = cuda.blockIdx.x & INDEX
         heads = k.shape[2]
         h, rest = block % heads, block // heads
         b, part = rest % k.shape[0], rest // k.shape[0]
         first = part * PART
         last = min(first + PART, k.shape[1])
         for e in range(cuda.threadIdx.x, k.shape[3], THREADS):
-            d = e & _INDEX
+            d = e & INDEX
             total = _ZERO
             for t in range(first, last):
-                total += load(k[b, t & _INDEX, h, d])
+                total += load(k[b, t & INDEX, h, d])
             sums[part, b, h, d] = total
 
     def divide(sums: Any, mean: Any, tokens: Any) -> None:
         """One block for a head."""
-        block = cuda.blockIdx.x & _INDEX
+        block = cuda.blockIdx.x & INDEX
         h, b = block % mean.shape[1], block // mean.shape[1]
         for e in range(cuda.threadIdx.x, mean.shape[2], THREADS):
-            d = e & _INDEX
+            d = e & INDEX
             total = _ZERO
             for part in range(sums.shape[0]):
-                total += sums[part & _INDEX, b, h, d]
+                total += sums[part & INDEX, b, h, d]
             mean[b, h, d] = total / np.float32(tokens)
 
     def quantize(x: Any, mean: Any, smooth: Any, codes: Any, scale: Any, size: Any) -> None:
         """One block for the tokens that share a scale, of a head: their absmax, then their codes."""
         largest = cuda.shared.array(0, types.float32)
         thread = cuda.threadIdx.x & (THREADS - 1)
-        block = cuda.blockIdx.x & _INDEX
+        block = cuda.blockIdx.x & INDEX
         heads, D, words = x.shape[2], x.shape[3], codes.shape[3]
         h, rest = block % heads, block // heads
         index, b = rest % scale.shape[2], rest // scale.shape[2]
@@ -102,8 +102,8 @@ def sources(kind: str) -> Kernels:
         tokens = min(size, x.shape[1] - first)
         top = _ZERO
         for e in range(thread, tokens * D, THREADS):
-            t, d = (e & _INDEX) // D, (e & _INDEX) % D
-            value = load(x[b, (first + t) & _INDEX, h, d])
+            t, d = (e & INDEX) // D, (e & INDEX) % D
+            value = load(x[b, (first + t) & INDEX, h, d])
             if smooth != 0:
                 value -= mean[b, h, d]
             top = max(top, abs(value))
@@ -118,17 +118,17 @@ def sources(kind: str) -> Kernels:
         top = largest[0]
         factor = _LIMIT / top  # infinite for zeros: 0 * inf is NaN, and no code
         for e in range(thread, tokens * words, THREADS):
-            t, w = (e & _INDEX) // words, (e & _INDEX) % words
+            t, w = (e & INDEX) // words, (e & INDEX) % words
             word = np.uint32(0)
             for i in range(4):
                 d = 4 * w + i
                 if d < D:
-                    value = load(x[b, (first + t) & _INDEX, h, d])
+                    value = load(x[b, (first + t) & INDEX, h, d])
                     if smooth != 0:
                         value -= mean[b, h, d]
                     code = np.uint32(nearest_code(value, factor) & 0xFF)
                     word = np.uint32(word | np.uint32(code << np.uint32(8 * i)))
-            codes[b, (first + t) & _INDEX, h, w] = word
+            codes[b, (first + t) & INDEX, h, w] = word
         if thread == 0:
             scale[b, h, index] = top / _LIMIT if top > _ZERO else _ONE
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.finish_hopper import build_rows
 from cuda_backend.attention.schedule_hopper import Schedule
-from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax
+from cuda_backend.attention.softmax_hopper import NO_KEY, build_output, build_softmax, build_tile
 from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import barrier, copy, grid, registers, wgmma
 from cuda_backend.ptx.assembly import types
@@ -40,14 +41,14 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
 
     ``scales`` are the addresses of the scales of q and k and how many of each a head has.
     """
-    block_m, block_n, causal = variant.block_m, variant.block_n, variant.causal
+    block_m, block_n = variant.block_m, variant.block_n
     s_count, o_count, p_count = block_n // 2, variant.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = variant.q_bytes, variant.k_bytes, variant.v_bytes
-    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, tile_slot = variant.places
+    _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = variant.places
     place, key_tiles, next_stage, next_q_stage = schedule
-    mask, _, pack_scores = build_softmax(variant)
-    softmax_row = build_softmax_row(variant)
-    rescale, row_total, store_row = build_output(variant)
+    pack_scores, softmax_row = build_softmax(variant)[2], build_softmax_row(variant)
+    tile_of, limits_of, mask_tile = build_tile(variant)
+    (rescale, row_total, _), (inverse, store_rows) = build_output(variant), build_rows(variant)
     pin_scores = registers.pin(s_count)
     k_descriptor, v_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_n)
     qk_product = wgmma.product_codes_from_middle(block_n, STEPS)
@@ -56,27 +57,12 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
     output_done = wgmma.wait(0, o_count)
 
     @device_function
-    def softmax(
-        codes: Any,
-        s: Any,
-        factor: Any,
-        j: Any,
-        quad_lane: Any,
-        limit_low: Any,
-        limit_high: Any,
-        limit_group: Any,
-        max_low: Any,
-        sum_low: Any,
-        max_high: Any,
-        sum_high: Any,
-    ) -> Any:
+    def softmax(codes: Any, s: Any, factor: Any, j: Any, quad_lane: Any, limits: Any, rows: Any) -> Any:
         """Turn scores of key tile `j` into weights; return maxima, sums and factors of what was before."""
+        max_low, sum_low, max_high, sum_high = rows
         for i in range(s_count):
             s[i] = codes[i].view(np.float32)
-        start = j * block_n
-        if start + block_n > limit_group:
-            shift = start + 2 * quad_lane
-            mask(s, limit_low - shift, limit_high - shift)
+        mask_tile(s, j, quad_lane, limits)
         max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
         max_high, sum_high, factor_high = softmax_row(s, int32(2), factor, max_high, sum_high)
         return max_low, sum_low, max_high, sum_high, factor_low, factor_high
@@ -100,21 +86,14 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)
-            tile = int32(0)
-            if lane == 0:
-                tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
-            tile = registers.uniform(tile)
+            tile = tile_of(base, q_stage, lane)
             if tile < 0:
                 break
             q_descriptor = k_descriptor(base + q_stage * q_bytes + group_index * (64 * CODE_BYTES))
             row_block, head = place(tile, per_head, section, all_heads)
             row = int32(row_block * block_m + own_row)
             group_row = int32(row_block * block_m + 64 * group_index)
-            limit_low, limit_high, limit_group = tk, tk, tk
-            if causal:
-                limit_low = min(tk, row + offset + 1)
-                limit_high = min(tk, row + offset + 9)
-                limit_group = min(tk, group_row + offset + 1)
+            limits = limits_of(row, group_row, tk, offset)
             for i in range(o_count):
                 o[i] = float32(0.0)
             max_low, max_high = float32(NO_KEY), float32(NO_KEY)
@@ -149,19 +128,9 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                 scores_done(codes)
                 if lane == 0:
                     barrier.arrive(base + k_empty + 8 * stage)
+                factor = q_factor * k_factor
                 max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
-                    codes,
-                    s,
-                    q_factor * k_factor,
-                    j,
-                    quad_lane,
-                    limit_low,
-                    limit_high,
-                    limit_group,
-                    max_low,
-                    sum_low,
-                    max_high,
-                    sum_high,
+                    codes, s, factor, j, quad_lane, limits, (max_low, sum_low, max_high, sum_high)
                 )
                 barrier.wait(base + v_full + 8 * stage, parity)
                 pack_scores(p, s)
@@ -180,19 +149,9 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     scores_first_done(codes)
                     if lane == 0:
                         barrier.arrive(base + k_empty + 8 * stage)
+                    factor = q_factor * k_factor
                     max_low, sum_low, max_high, sum_high, factor_low, factor_high = softmax(
-                        codes,
-                        s,
-                        q_factor * k_factor,
-                        j,
-                        quad_lane,
-                        limit_low,
-                        limit_high,
-                        limit_group,
-                        max_low,
-                        sum_low,
-                        max_high,
-                        sum_high,
+                        codes, s, factor, j, quad_lane, limits, (max_low, sum_low, max_high, sum_high)
                     )
                     # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
@@ -219,14 +178,8 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
             q_stage, q_parity = next_q_stage(q_stage, q_parity)
 
             sum_low, sum_high = row_total(sum_low), row_total(sum_high)
-            factor_low = float32(1.0) / sum_low if sum_low > float32(0.0) else float32(0.0)
-            factor_high = float32(1.0) / sum_high if sum_high > float32(0.0) else float32(0.0)
-            line = (uint64(batch) * uint64(tq) + uint64(row)) * uint64(heads) + uint64(head - batch * heads)
-            row_bytes = uint64(2 * columns)
-            address = out + line * row_bytes
-            store_row(o, int32(0), factor_low, address, quad_lane, columns, row < tq)
-            address += uint64(8 * heads) * row_bytes
-            store_row(o, int32(2), factor_high, address, quad_lane, columns, row + 8 < tq)
+            factors = inverse(sum_low), inverse(sum_high)
+            store_rows(o, factors, out, row, head, batch, quad_lane, (heads, tq, columns))
 
     return consume
 

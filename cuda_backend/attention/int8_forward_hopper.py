@@ -14,11 +14,12 @@ from typing import Any
 
 from cuda_backend._numba import cuda
 from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
+from cuda_backend.attention.entry_hopper import build_entry, shared_base
 from cuda_backend.attention.int8_consumer_hopper import build_consumer
-from cuda_backend.attention.producer_hopper import build_producer
+from cuda_backend.attention.producer_hopper import build_producer, build_start
 from cuda_backend.attention.schedule_hopper import build_schedule
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
-from cuda_backend.ptx import barrier, copy, grid, parameters, registers
+from cuda_backend.ptx import parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["KEYS", "QUERIES", "SIGNATURE", "WIDEST", "build", "choose"]
@@ -51,12 +52,9 @@ def choose(kind: str, value_width: int, causal: bool) -> Variant:
 
 def build(variant: Variant) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE` and launched as `forward_hopper`'s."""
-    stages, q_stages, consumer_warps = variant.stages, variant.q_stages, 4 * variant.consumers
-    places = variant.places
-    q_full, q_empty = places.q_full, places.q_empty
-    k_full, k_empty, v_full, v_empty = places.k_full, places.k_empty, places.v_full, places.v_empty
     schedule = build_schedule(variant)
-    produce, consume = build_producer(variant, schedule), build_consumer(variant, schedule)
+    enter, produce = build_entry(build_start(variant)), build_producer(variant, schedule)
+    consume = build_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
     take_registers = registers.take_registers(variant.consumer_registers)
 
@@ -83,21 +81,8 @@ def build(variant: Variant) -> Callable[..., None]:
         descriptors = parameters.block_address(descriptor_block)
         problem = (tiles, per_head, section, heads, all_heads, group, tq, tk, offset, columns)
         scales = (q_scales, k_scales, q_blocks, k_blocks)
-        shared = cuda.shared.array(0, types.uint8)
-        base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
-        thread = int32(cuda.threadIdx.x)
-        if thread == 0:
-            grid.let_next_grid_start()
-            for i in range(q_stages):
-                barrier.initialise(base + q_full + 8 * i, 1)
-                barrier.initialise(base + q_empty + 8 * i, consumer_warps)
-            for i in range(stages):
-                barrier.initialise(base + k_full + 8 * i, 1)
-                barrier.initialise(base + k_empty + 8 * i, consumer_warps)
-                barrier.initialise(base + v_full + 8 * i, 1)
-                barrier.initialise(base + v_empty + 8 * i, consumer_warps)
-            barrier.publish_initialisation()
-        cuda.syncthreads()
+        base, thread = shared_base(), int32(cuda.threadIdx.x)
+        enter(base, thread)
         if registers.uniform(thread >> 7) == 0:
             give_registers()
             if thread == 0:

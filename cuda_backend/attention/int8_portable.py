@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda, kernel, types
+from cuda_backend.attention.tiles_portable import INDEX
 from cuda_backend.formats import storage_type
 from cuda_backend.int8.arithmetic import dot_product, reader, writer
 
 __all__ = ["Variant", "build", "signature", "source"]
 
-_INDEX = 0x7FFFFFFF
 _ZERO, _MINUS_INFINITY = np.float32(0), np.float32(-np.inf)
 
 
@@ -108,19 +108,19 @@ def source(variant: Variant) -> Callable[..., None]:
         l = cuda.local.array(OWN, types.float32)  # noqa: E741 (the field's name)
         thread = cuda.threadIdx.x & (THREADS - 1)
         x, y = thread & (SIDE - 1), thread // SIDE
-        block = cuda.blockIdx.x & _INDEX
+        block = cuda.blockIdx.x & INDEX
         tiles = (q.shape[1] + TILE - 1) // TILE
         head = block // tiles
         first = TILE * (block - head * tiles)
         b, h = head // q.shape[2], head % q.shape[2]
-        g = (h // (q.shape[2] // k.shape[2])) & _INDEX
+        g = (h // (q.shape[2] // k.shape[2])) & INDEX
         n_q, n_k, Dv = q.shape[1], k.shape[1], v.shape[3]
         end = n_k
         if CAUSAL:
             end = min(end, first + TILE + offset)
 
         for e in range(thread, TILE * WORDS, THREADS):
-            r, w = (e & _INDEX) // WORDS, (e & _INDEX) % WORDS
+            r, w = (e & INDEX) // WORDS, (e & INDEX) % WORDS
             word = np.uint32(0)
             if first + r < n_q:
                 word = q[b, first + r, h, w]
@@ -131,15 +131,15 @@ def source(variant: Variant) -> Callable[..., None]:
                 o[a * CHANNELS + n] = _ZERO
 
         for key in range(0, end, TILE):
-            start = key & _INDEX
+            start = key & INDEX
             for e in range(thread, TILE * WORDS, THREADS):
-                r, w = (e & _INDEX) // WORDS, (e & _INDEX) % WORDS
+                r, w = (e & INDEX) // WORDS, (e & INDEX) % WORDS
                 word = np.uint32(0)
                 if start + r < n_k:
                     word = k[b, start + r, g, w]
                 words[K_AT + r * QK + w] = word
             for e in range(thread, TILE * VS, THREADS):
-                r, d = (e & _INDEX) // VS, (e & _INDEX) % VS
+                r, d = (e & INDEX) // VS, (e & INDEX) % VS
                 value = _ZERO
                 if start + r < n_k and d < Dv:
                     value = load(v[b, start + r, g, d])
@@ -160,7 +160,7 @@ def source(variant: Variant) -> Callable[..., None]:
                         total = np.int32(0)
                         for w in range(WORDS):
                             total = dot_product(words[row * QK + w], words[K_AT + column * QK + w], total)
-                        step = q_scale[b, h, (i // q_block) & _INDEX] * k_scale[b, g, (j // k_block) & _INDEX]
+                        step = q_scale[b, h, (i // q_block) & INDEX] * k_scale[b, g, (j // k_block) & INDEX]
                         score = np.float32(total) * step * scale
                     shared[P_AT + row * PS + column] = score
                     largest = max(largest, score)
@@ -187,7 +187,7 @@ def source(variant: Variant) -> Callable[..., None]:
                     o[a * CHANNELS + n] *= shrink
             cuda.syncthreads()
             for e in range(TILE):
-                t = e & _INDEX
+                t = e & INDEX
                 for a in range(OWN):
                     weight = shared[P_AT + (y + a * SIDE) * PS + t]
                     for n in range(CHANNELS):

@@ -11,36 +11,15 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.lists_hopper import STEP_BYTES
-from cuda_backend.attention.producer_hopper import NO_TILE
+from cuda_backend.attention.producer_hopper import NO_TILE, build_begin, build_loads
 from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
-from cuda_backend.attention.variant_hopper import SUBTILE, Variant
-from cuda_backend.ptx import barrier, bulk, copy, grid, registers, tma
+from cuda_backend.ptx import barrier, bulk, copy, registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["build_flexible_producer", "build_start"]
+__all__ = ["build_flexible_producer"]
 
 int32, uint64 = types.int32, types.uint64
-
-
-def build_start(tiles: Variant) -> Callable[..., None]:
-    """Return ``start(base)``, which makes the barriers, for one thread before all others."""
-    stages, q_stages, consumer_warps = tiles.stages, tiles.q_stages, 4 * tiles.consumers
-    _, _, _, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
-
-    @device_function
-    def start(base: Any) -> None:
-        for i in range(q_stages):
-            barrier.initialise(base + q_full + 8 * i, 1)
-            barrier.initialise(base + q_empty + 8 * i, consumer_warps)
-        for i in range(stages):
-            barrier.initialise(base + k_full + 8 * i, 1)
-            barrier.initialise(base + k_empty + 8 * i, consumer_warps)
-            barrier.initialise(base + v_full + 8 * i, 1)
-            barrier.initialise(base + v_empty + 8 * i, consumer_warps)
-        barrier.publish_initialisation()
-
-    return start
 
 
 def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
@@ -52,18 +31,15 @@ def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
     tiles, work_slot, step_slot = variant.tiles, variant.work_slot, variant.step_slot
     block_m, block_n = tiles.block_m, tiles.block_n
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
-    k_subtiles, v_subtiles = tiles.d_qk // SUBTILE, tiles.d_v // SUBTILE
+    begin, (load_q, load_k, load_v) = build_begin(3), build_loads(tiles)
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
     next_stage, next_q_stage = ring(tiles.stages), ring(tiles.q_stages)
 
     @device_function
     def produce(base: Any, descriptors: Any, counter: Any, work: Any, steps: Any, problem: Any) -> None:
         count, heads, group, _, _, _ = problem
+        begin(descriptors)
         q_map, k_map, v_map = descriptors, descriptors + uint64(128), descriptors + uint64(256)
-        tma.prefetch_descriptor(q_map)
-        tma.prefetch_descriptor(k_map)
-        tma.prefetch_descriptor(v_map)
-        grid.wait_for_earlier_grids()
         blocks = int32(cuda.gridDim.x)
         tile = int32(cuda.blockIdx.x)
         words = cuda.local.array(4, int32)
@@ -84,9 +60,7 @@ def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
             copy.store_shared_word(slot + 8, left)
             barrier.expect_bytes(full, q_bytes)
             row = row_block * block_m
-            target = base + q_stage * q_bytes
-            for c in range(k_subtiles):
-                tma.load_4d(target + c * (128 * block_m), q_map, full, c * SUBTILE, row, q_head, batch)
+            load_q(base + q_stage * q_bytes, q_map, full, row, q_head, batch)
             drawn = int32(0)
             if left == 0:
                 drawn = copy.fetch_add(counter, 1)
@@ -99,15 +73,11 @@ def build_flexible_producer(variant: FlexibleVariant) -> Callable[..., None]:
                 barrier.wait(base + k_empty + 8 * stage, parity)
                 barrier.expect_bytes(full, k_bytes + STEP_BYTES)
                 bulk.load(base + step_slot + STEP_BYTES * stage, at, STEP_BYTES, full)
-                target = base + k_tiles + stage * k_bytes
-                for c in range(k_subtiles):
-                    tma.load_4d(target + c * (128 * block_n), k_map, full, c * SUBTILE, row, kv_head, batch)
+                load_k(base + k_tiles + stage * k_bytes, k_map, full, row, kv_head, batch)
                 full = base + v_full + 8 * stage
                 barrier.wait(base + v_empty + 8 * stage, parity)
                 barrier.expect_bytes(full, v_bytes)
-                target = base + v_tiles + stage * v_bytes
-                for c in range(v_subtiles):
-                    tma.load_4d(target + c * (128 * block_n), v_map, full, c * SUBTILE, row, kv_head, batch)
+                load_v(base + v_tiles + stage * v_bytes, v_map, full, row, kv_head, batch)
                 stage, parity = next_stage(stage, parity)
                 step = following
                 at += uint64(STEP_BYTES)

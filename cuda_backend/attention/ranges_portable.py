@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from cuda_backend._numba import cuda, kernel, types
 from cuda_backend.attention.arguments import array_type
+from cuda_backend.attention.tiles_portable import INDEX
 
 __all__ = ["RangesVariant", "build", "signature", "source"]
-
-_INDEX = 0x7FFFFFFF
 
 
 class RangesVariant(NamedTuple):
@@ -40,7 +39,7 @@ def source(variant: RangesVariant) -> Any:
     CAUSAL, BOTTOM_RIGHT = variant.causal != "", variant.causal == "bottom_right"
 
     def key_ranges(starts: Any, key_starts: Any, first: Any, behind: Any) -> None:
-        i = (cuda.blockIdx.x & _INDEX) * THREADS + (cuda.threadIdx.x & (THREADS - 1))
+        i = (cuda.blockIdx.x & INDEX) * THREADS + (cuda.threadIdx.x & (THREADS - 1))
         if i >= first.shape[0]:
             return
         # The last sequence that starts at i or before: empty ones at the same place come before it.

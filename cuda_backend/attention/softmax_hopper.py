@@ -15,7 +15,7 @@ from cuda_backend.attention.variant_hopper import Variant
 from cuda_backend.ptx import copy, registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["build_drop", "build_output", "build_softmax"]
+__all__ = ["build_drop", "build_output", "build_softmax", "build_tile"]
 
 int32, float32, uint64 = types.int32, types.float32, types.uint64
 
@@ -67,6 +67,43 @@ def build_softmax(variant: Variant) -> tuple[Callable[..., Any], ...]:
             p[i] = pack(s[2 * i], s[2 * i + 1])
 
     return mask, softmax_row, pack_scores
+
+
+def build_tile(variant: Variant) -> tuple[Callable[..., Any], ...]:
+    """Return ``tile_of``, ``limits_of`` and ``mask_tile``, device functions.
+
+    ``tile_of(base, q_stage, lane)`` is the number of the tile of query rows that a stage holds.
+    ``limits_of(row, group_row, tk, offset)`` gives the first column that either of a thread's rows, `row` and
+    the one eight below, may not see, or any row of its warpgroup, of which `group_row` is the first;
+    ``mask_tile(s, j, quad_lane, limits)`` masks the scores of key tile `j` from there on.
+    """
+    block_n, causal, tile_slot = variant.block_n, variant.causal, variant.places.tile_slot
+    mask, _, _ = build_softmax(variant)
+
+    @device_function
+    def tile_of(base: Any, q_stage: Any, lane: Any) -> Any:
+        # Lane 0 alone reads it, since lane 0 alone says that the stage may be written again.
+        tile = int32(0)
+        if lane == 0:
+            tile = copy.load_shared_word(base + tile_slot + 4 * q_stage)
+        return registers.uniform(tile)
+
+    @device_function
+    def limits_of(row: Any, group_row: Any, tk: Any, offset: Any) -> Any:
+        if causal:
+            low, high = min(tk, row + offset + 1), min(tk, row + offset + 9)
+            return low, high, min(tk, group_row + offset + 1)
+        return tk, tk, tk
+
+    @device_function
+    def mask_tile(s: Any, j: Any, quad_lane: Any, limits: Any) -> None:
+        limit_low, limit_high, limit_group = limits
+        start = j * block_n
+        if start + block_n > limit_group:
+            shift = start + 2 * quad_lane
+            mask(s, limit_low - shift, limit_high - shift)
+
+    return tile_of, limits_of, mask_tile
 
 
 def build_drop(variant: Variant) -> Callable[..., None]:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cuda_backend._numba import device_function
-from cuda_backend.attention.descriptors import DESCRIPTOR_BYTES
-from cuda_backend.attention.producer_hopper import NO_TILE
+from cuda_backend.attention.producer_hopper import NO_TILE, build_begin, build_load
 from cuda_backend.attention.variant_backward_hopper import (
     CONSUMERS,
     DESCRIPTORS,
@@ -65,15 +64,12 @@ def build_stages(variant: BackwardVariant | WideBackwardVariant) -> Stages:
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
     lists = isinstance(variant, BackwardVariant) and variant.lists
     entry_places = places.entries if isinstance(places, BackwardPlaces) else 0
-    load_q, load_do = _build_load(0, block_m, subtiles), _build_load(3, block_m, v_subtiles)
-    load_k, load_v = _build_load(1, block_n, subtiles), _build_load(2, block_n, v_subtiles)
+    begin = build_begin(DESCRIPTORS)
+    load_q = build_load(tma.load_4d_of(0), block_m, subtiles)
+    load_k = build_load(tma.load_4d_of(1), block_n, subtiles)
+    load_v = build_load(tma.load_4d_of(2), block_n, v_subtiles)
+    load_do = build_load(tma.load_4d_of(3), block_m, v_subtiles)
     load_shifts, load_deltas = tma.load_row_of(4), tma.load_row_of(5)
-
-    @device_function
-    def begin(descriptors: Any) -> None:
-        for number in range(DESCRIPTORS):
-            tma.prefetch_descriptor(descriptors + uint64(DESCRIPTOR_BYTES * number))
-        grid.wait_for_earlier_grids()
 
     @device_function
     def load_keys(base: Any, descriptors: Any, row: Any, head: Any, batch: Any) -> None:
@@ -116,18 +112,6 @@ def build_stages(variant: BackwardVariant | WideBackwardVariant) -> Stages:
             copy.store_global_word(counter, 0)
 
     return Stages(begin, load_keys, fill_stage, end)
-
-
-def _build_load(number: int, rows: int, subtiles: int) -> Callable[..., None]:
-    """Return ``load(target, descriptors, full, row, head, batch)`` of a tile by descriptor `number`."""
-    load_subtile = tma.load_4d_of(number)
-
-    @device_function
-    def load(target: Any, descriptors: Any, full: Any, row: Any, head: Any, batch: Any) -> None:
-        for c in range(subtiles):
-            load_subtile(target + c * (128 * rows), descriptors, full, c * SUBTILE, row, head, batch)
-
-    return load
 
 
 def build_adder(variant: BackwardVariant, turn: Callable[..., Any]) -> Callable[..., None]:

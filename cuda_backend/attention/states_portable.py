@@ -9,12 +9,12 @@ import numpy as np
 
 from cuda_backend._numba import cuda, kernel, types
 from cuda_backend.attention.arguments import array_type, aux_signature
+from cuda_backend.attention.tiles_portable import INDEX
 from cuda_backend.attention.user_device import Mods, blamed, mask_on_device
 from refimpl.attention.block_mask import DEAD, FULL, PARTIAL
 
 __all__ = ["StatesVariant", "build", "signature", "source"]
 
-_INDEX = 0x7FFFFFFF
 _NO, _YES = np.int32(0), np.int32(1)  # as the barriers that count take them
 
 
@@ -46,15 +46,15 @@ def source(variant: StatesVariant) -> Any:
 
     def tile_states(states: Any, aux: Any, n_q: Any, n_k: Any) -> None:
         thread = cuda.threadIdx.x & (THREADS - 1)
-        tile = cuda.blockIdx.x & _INDEX
+        tile = cuda.blockIdx.x & INDEX
         c = tile % states.shape[3]
         r = tile // states.shape[3] % states.shape[2]
         h = tile // (states.shape[3] * states.shape[2]) % states.shape[1]
         b = tile // (states.shape[3] * states.shape[2] * states.shape[1])
         some, every = _NO, _YES
         for e in range(thread, Br * Bc, THREADS):
-            i = r * Br + (e & _INDEX) // Bc
-            j = c * Bc + (e & _INDEX) % Bc
+            i = r * Br + (e & INDEX) // Bc
+            j = c * Bc + (e & INDEX) % Bc
             if i < n_q and j < n_k:  # behind the last query and key nothing speaks against a full tile
                 if allows(b, h, i, j, aux):
                     some = _YES

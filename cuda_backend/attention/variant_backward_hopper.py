@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from cuda_backend.attention.arguments import array_words
+from cuda_backend.attention.tiles_backward_hopper import BackwardTiles
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_hopper import SUBTILE
 
@@ -47,7 +49,21 @@ class BackwardPlaces(NamedTuple):
     end: int
 
 
-class BackwardVariant(NamedTuple):
+class _Fields(NamedTuple):
+    kind: str
+    d: int
+    causal: bool
+    deterministic: bool
+    dropout: bool
+    block_m: int
+    swapped: bool
+    stages: int
+    ds_stages: int
+    early_dv: bool
+    mods: Mods | None = None
+
+
+class BackwardVariant(BackwardTiles, _Fields):
     """One compiled kernel.
 
     Attributes
@@ -78,27 +94,12 @@ class BackwardVariant(NamedTuple):
         without (None) has neither.
     """
 
-    kind: str
-    d: int
-    causal: bool
-    deterministic: bool
-    dropout: bool
-    block_m: int
-    swapped: bool
-    stages: int
-    ds_stages: int
-    early_dv: bool
-    mods: Mods | None = None
+    __slots__ = ()
 
     @property
     def lists(self) -> bool:
         """Whether the kernel walks lists of tiles."""
         return self.mods is not None
-
-    @property
-    def stat_pitch(self) -> int:
-        """Bytes from one tile's statistics to the next's: the copy engine writes at multiples of 128."""
-        return -(-4 * self.block_m // 128) * 128
 
     @property
     def addresses(self) -> int:
@@ -113,54 +114,14 @@ class BackwardVariant(NamedTuple):
         return 64 * CONSUMERS
 
     @property
-    def threads(self) -> int:
-        """Threads of a block: one producer warpgroup and the consumers."""
-        return 128 * (CONSUMERS + 1)
-
-    @property
-    def producer_registers(self) -> int:
-        """Registers a producer thread keeps."""
-        return 24
-
-    @property
-    def consumer_registers(self) -> int:
-        """Registers a consumer thread gets: the 64 K of a multiprocessor, less the producer's."""
-        return 240
-
-    @property
-    def q_bytes(self) -> int:
-        """Bytes of a tile of Q or dO."""
-        return 2 * self.block_m * self.d
-
-    @property
-    def k_bytes(self) -> int:
-        """Bytes of a tile of K or V."""
-        return 2 * self.block_n * self.d
-
-    @property
     def d_v(self) -> int:
         """Head dimension of v after padding."""
         return self.d
 
     @property
-    def do_bytes(self) -> int:
-        """Bytes of a tile of dO."""
-        return self.q_bytes
-
-    @property
-    def v_bytes(self) -> int:
-        """Bytes of a tile of V."""
-        return self.k_bytes
-
-    @property
     def shares(self) -> int:
         """Parts of a dQ tile that lie one behind the other."""
         return CONSUMERS
-
-    @property
-    def ds_bytes(self) -> int:
-        """Bytes of a tile of dS: rows of 64 keys, a sub-tile for each consumer."""
-        return 2 * self.block_n * self.block_m
 
     @property
     def share_bytes(self) -> int:
@@ -187,15 +148,7 @@ class BackwardVariant(NamedTuple):
             8, 8, 8, *[8 * self.stages] * 4, 8 * CONSUMERS, 8 * CONSUMERS,
             16 if self.lists else 8, 8 * self.stages if self.lists else 0,
         )  # fmt: skip
-        at = [0]
-        for size in sizes:
-            at.append(at[-1] + size)
-        return BackwardPlaces(*at)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: slack for alignment, then `places`."""
-        return 1024 + self.places.end
+        return BackwardPlaces(*accumulate(sizes, initial=0))
 
 
 def choose_backward(

@@ -6,8 +6,10 @@ warpgroup has dV and computes P, the other has dK and computes dS, and each comp
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
+from cuda_backend.attention.tiles_backward_hopper import BackwardTiles
 from cuda_backend.attention.variant_hopper import SUBTILE
 
 __all__ = ["WideBackwardPlaces", "WideBackwardVariant", "choose_wide_backward"]
@@ -38,7 +40,18 @@ class WideBackwardPlaces(NamedTuple):
     end: int
 
 
-class WideBackwardVariant(NamedTuple):
+class _Fields(NamedTuple):
+    kind: str
+    d: int
+    d_v: int
+    causal: bool
+    deterministic: bool
+    dropout: bool
+    stages: int = 2
+    mods: None = None
+
+
+class WideBackwardVariant(BackwardTiles, _Fields):
     """One compiled kernel.
 
     Attributes
@@ -55,19 +68,7 @@ class WideBackwardVariant(NamedTuple):
         None: there are no functions of the user's.
     """
 
-    kind: str
-    d: int
-    d_v: int
-    causal: bool
-    deterministic: bool
-    dropout: bool
-    stages: int = 2
-    mods: None = None
-
-    @property
-    def stat_pitch(self) -> int:
-        """Bytes from one tile's statistics to the next's."""
-        return 4 * QUERIES
+    __slots__ = ()
 
     @property
     def addresses(self) -> int:
@@ -83,46 +84,6 @@ class WideBackwardVariant(NamedTuple):
     def block_n(self) -> int:
         """Keys of a tile."""
         return KEYS
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block: one producer warpgroup and two consumers."""
-        return 3 * 128
-
-    @property
-    def producer_registers(self) -> int:
-        """Registers a producer thread keeps."""
-        return 24
-
-    @property
-    def consumer_registers(self) -> int:
-        """Registers a consumer thread gets: the 64 K of a multiprocessor, less the producer's."""
-        return 240
-
-    @property
-    def q_bytes(self) -> int:
-        """Bytes of a tile of Q."""
-        return 2 * QUERIES * self.d
-
-    @property
-    def do_bytes(self) -> int:
-        """Bytes of a tile of dO."""
-        return 2 * QUERIES * self.d_v
-
-    @property
-    def k_bytes(self) -> int:
-        """Bytes of a tile of K."""
-        return 2 * KEYS * self.d
-
-    @property
-    def v_bytes(self) -> int:
-        """Bytes of a tile of V."""
-        return 2 * KEYS * self.d_v
-
-    @property
-    def ds_bytes(self) -> int:
-        """Bytes of a tile of dS: rows of 64 keys."""
-        return 2 * KEYS * QUERIES
 
     @property
     def p_bytes(self) -> int:
@@ -173,15 +134,7 @@ class WideBackwardVariant(NamedTuple):
             self.stages * self.stat_pitch, self.stages * self.stat_pitch,
             8, 8, 8, stages, stages, stages, stages, 8, 8,
         )  # fmt: skip
-        at = [0]
-        for size in sizes:
-            at.append(at[-1] + size)
-        return WideBackwardPlaces(*at)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: slack for alignment, then `places`."""
-        return 1024 + self.places.end
+        return WideBackwardPlaces(*accumulate(sizes, initial=0))
 
 
 def choose_wide_backward(

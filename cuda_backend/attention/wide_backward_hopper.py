@@ -18,12 +18,13 @@ from typing import Any
 
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.backward_hopper import SIGNATURE
+from cuda_backend.attention.entry_hopper import build_entry, shared_base
 from cuda_backend.attention.keys_wide_backward_hopper import build_keys_consumer
 from cuda_backend.attention.producer_backward_hopper import build_backward_producer
 from cuda_backend.attention.schedule_backward_hopper import build_backward_schedule
 from cuda_backend.attention.values_wide_backward_hopper import build_values_consumer
 from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
-from cuda_backend.ptx import barrier, copy, grid, parameters, registers
+from cuda_backend.ptx import barrier, parameters, registers
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["SIGNATURE", "build_wide_backward", "build_wide_start"]
@@ -34,7 +35,7 @@ int32, uint32 = types.int32, types.uint32
 def build_wide_backward(variant: WideBackwardVariant) -> Callable[..., None]:
     """Return the kernel of `variant`, to be compiled with `SIGNATURE`, launched as `build_backward`'s."""
     schedule = build_backward_schedule(variant)
-    start, produce = build_wide_start(variant), build_backward_producer(variant, schedule)
+    enter, produce = build_entry(build_wide_start(variant)), build_backward_producer(variant, schedule)
     consume_values = build_values_consumer(variant, schedule)
     consume_keys = build_keys_consumer(variant, schedule)
     give_registers = registers.give_registers(variant.producer_registers)
@@ -50,13 +51,8 @@ def build_wide_backward(variant: WideBackwardVariant) -> Callable[..., None]:
         problem = (
             tiles, per_head, section, heads, all_heads, group, blocks, tq, tk, offset, k_columns, v_columns
         )  # fmt: skip
-        shared = cuda.shared.array(0, types.uint8)
-        base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
-        thread = int32(cuda.threadIdx.x)
-        if thread == 0:
-            grid.let_next_grid_start()
-            start(base)
-        cuda.syncthreads()
+        base, thread = shared_base(), int32(cuda.threadIdx.x)
+        enter(base, thread)
         role = registers.uniform(thread >> 7)
         if role == 0:
             give_registers()

@@ -66,13 +66,69 @@ shared_address = declare(
     _lower_shared_address,
 )
 
-store_global_16 = instruction(
-    "store_global_16",
-    types.void,
-    {"address": types.uint64, **dict.fromkeys("abcd", types.uint32)},
-    "st.global.v4.b32 [$0], {$1, $2, $3, $4};",
-    "l,r,r,r,r",
-    'Store four words at a global address that is a multiple of 16.  PTX ISA, "st".',
+_SPACES = {"global": (types.uint64, "l"), "shared": (types.uint32, "r")}  # of addresses: type, constraint
+_VECTORS = {1: "", 2: ".v2", 4: ".v4"}
+
+
+def _letter(kind: Any) -> str:
+    return "f" if kind is types.float32 else "r"
+
+
+def _load(name: str, space: str, typed: str, kind: Any, what: str, *, order: str = "") -> Intrinsic:
+    """Return the load of one number; `typed` is what the instruction calls it, `kind` what kernels get."""
+    address, place = _SPACES[space]
+    text = f"ld{order}.{space}.{typed} $0, [$1];"
+    doc = f'Load {what} from {space} memory.  PTX ISA, "ld"{order and ", .relaxed"}.'
+    return instruction(name, kind, {"address": address}, text, f"={_letter(kind)},{place}", doc)
+
+
+def _store(name: str, space: str, typed: str, kind: Any, what: str, count: int = 1) -> Intrinsic:
+    """Return the store of one number, or of two or four side by side."""
+    address, place = _SPACES[space]
+    values = "abcd"[:count] if count > 1 else ["value"]
+    numbers = ", ".join(f"${i + 1}" for i in range(count))
+    text = f"st.{space}{_VECTORS[count]}.{typed} [$0], {f'{{{numbers}}}' if count > 1 else numbers};"
+    constraints = ",".join([place] + [_letter(kind)] * count)
+    operands = {"address": address, **dict.fromkeys(values, kind)}
+    doc = f'Store {what} in {space} memory.  PTX ISA, "st".'
+    return instruction(name, types.void, operands, text, constraints, doc)
+
+
+def _store_half(name: str, space: str) -> Intrinsic:
+    """Return the store of the low half of a word."""
+    address, place = _SPACES[space]
+    text = f"{{ .reg .b16 low; cvt.u16.u32 low, $1; st.{space}.b16 [$0], low; }}"
+    doc = f'Store the low half of a word in {space} memory.  PTX ISA, "st".'
+    operands = {"address": address, "value": types.uint32}
+    return instruction(name, types.void, operands, text, f"{place},r", doc)
+
+
+_float, _int, _word = types.float32, types.int32, types.uint32
+
+load_float = _load("load_float", "global", "f32", _float, "one float32")
+load_word = _load("load_word", "global", "b32", _int, "one 32-bit word")
+load_half = _load("load_half", "global", "u16", _word, "16 bits, into the low half of a word,")
+load_byte = _load("load_byte", "global", "s8", _int, "one signed byte")
+load_shared_word = _load("load_shared_word", "shared", "b32", _int, "one 32-bit word")
+load_shared_float = _load("load_shared_float", "shared", "f32", _float, "one float32")
+load_word_fresh = _load(
+    "load_word_fresh", "global", "b32", _int, "what other blocks have written, past the L1 cache,",
+    order=".relaxed.gpu",
+)  # fmt: skip
+
+store_global_float = _store("store_global_float", "global", "f32", _float, "one float32")
+store_global_word = _store("store_global_word", "global", "b32", _word, "one 32-bit word")
+store_global_byte = _store("store_global_byte", "global", "b8", _word, "the low byte of a word")
+store_global_half = _store_half("store_global_half", "global")
+store_global_8 = _store("store_global_8", "global", "b32", _word, "two words, at a multiple of 8,", 2)
+store_global_16 = _store("store_global_16", "global", "b32", _word, "four words, at a multiple of 16,", 4)
+store_shared_float = _store("store_shared_float", "shared", "f32", _float, "one float32")
+store_shared_word = _store("store_shared_word", "shared", "b32", _int, "one 32-bit word")
+store_shared_half = _store_half("store_shared_half", "shared")
+store_shared_8 = _store("store_shared_8", "shared", "b32", _word, "two words, at a multiple of 8,", 2)
+store_shared_16 = _store("store_shared_16", "shared", "f32", _float, "four float32, at a multiple of 16,", 4)
+store_shared_words = _store(
+    "store_shared_words", "shared", "b32", _word, "four words, at a multiple of 16,", 4
 )
 
 store_global_16_where = instruction(
@@ -81,124 +137,7 @@ store_global_16_where = instruction(
     {"condition": types.int32, "address": types.uint64, **dict.fromkeys("abcd", types.uint32)},
     "{ .reg .pred chosen; setp.ne.s32 chosen, $0, 0; @chosen st.global.v4.b32 [$1], {$2, $3, $4, $5}; }",
     "r,l,r,r,r,r",
-    'The same where `condition` is not 0.  PTX ISA, "st".',
-)
-
-store_global_float = instruction(
-    "store_global_float",
-    types.void,
-    {"address": types.uint64, "value": types.float32},
-    "st.global.f32 [$0], $1;",
-    "l,f",
-    'Store one float32 in global memory.  PTX ISA, "st".',
-)
-
-store_global_word = instruction(
-    "store_global_word",
-    types.void,
-    {"address": types.uint64, "value": types.uint32},
-    "st.global.b32 [$0], $1;",
-    "l,r",
-    'Store one 32-bit word in global memory.  PTX ISA, "st".',
-)
-
-store_shared_word = instruction(
-    "store_shared_word",
-    types.void,
-    {"address": types.uint32, "value": types.int32},
-    "st.shared.b32 [$0], $1;",
-    "r,r",
-    'Store one 32-bit word in shared memory.  PTX ISA, "st".',
-)
-
-store_global_8 = instruction(
-    "store_global_8",
-    types.void,
-    {"address": types.uint64, **dict.fromkeys("ab", types.uint32)},
-    "st.global.v2.b32 [$0], {$1, $2};",
-    "l,r,r",
-    'Store two words at a global address that is a multiple of 8.  PTX ISA, "st".',
-)
-
-store_global_half = instruction(
-    "store_global_half",
-    types.void,
-    {"address": types.uint64, "value": types.uint32},
-    "{ .reg .b16 low; cvt.u16.u32 low, $1; st.global.b16 [$0], low; }",
-    "l,r",
-    'Store the low half of a word in global memory.  PTX ISA, "st".',
-)
-
-store_global_byte = instruction(
-    "store_global_byte",
-    types.void,
-    {"address": types.uint64, "value": types.uint32},
-    "st.global.b8 [$0], $1;",
-    "l,r",
-    'Store the low byte of a word in global memory.  PTX ISA, "st".',
-)
-
-store_shared_float = instruction(
-    "store_shared_float",
-    types.void,
-    {"address": types.uint32, "value": types.float32},
-    "st.shared.f32 [$0], $1;",
-    "r,f",
-    'Store one float32 in shared memory.  PTX ISA, "st".',
-)
-
-store_shared_half = instruction(
-    "store_shared_half",
-    types.void,
-    {"address": types.uint32, "value": types.uint32},
-    "{ .reg .b16 low; cvt.u16.u32 low, $1; st.shared.b16 [$0], low; }",
-    "r,r",
-    'Store the low half of a word in shared memory.  PTX ISA, "st".',
-)
-
-store_shared_16 = instruction(
-    "store_shared_16",
-    types.void,
-    {"address": types.uint32, **dict.fromkeys("abcd", types.float32)},
-    "st.shared.v4.f32 [$0], {$1, $2, $3, $4};",
-    "r,f,f,f,f",
-    'Store four float32 at a shared address that is a multiple of 16.  PTX ISA, "st".',
-)
-
-load_float = instruction(
-    "load_float",
-    types.float32,
-    {"address": types.uint64},
-    "ld.global.f32 $0, [$1];",
-    "=f,l",
-    'Load one float32 from global memory.  PTX ISA, "ld".',
-)
-
-load_word = instruction(
-    "load_word",
-    types.int32,
-    {"address": types.uint64},
-    "ld.global.b32 $0, [$1];",
-    "=r,l",
-    'Load one 32-bit word from global memory.  PTX ISA, "ld".',
-)
-
-load_half = instruction(
-    "load_half",
-    types.uint32,
-    {"address": types.uint64},
-    "ld.global.u16 $0, [$1];",
-    "=r,l",
-    'Load 16 bits from global memory into the low half of a word.  PTX ISA, "ld".',
-)
-
-load_byte = instruction(
-    "load_byte",
-    types.int32,
-    {"address": types.uint64},
-    "ld.global.s8 $0, [$1];",
-    "=r,l",
-    'Load one signed byte from global memory.  PTX ISA, "ld".',
+    'As `store_global_16` where `condition` is not 0.  PTX ISA, "st".',
 )
 
 
@@ -241,15 +180,6 @@ load_16 = _load_words("load_16", 4, "global", "l")
 load_shared_8 = _load_words("load_shared_8", 2, "shared", "r")
 load_shared_16 = _load_words("load_shared_16", 4, "shared", "r")
 
-load_word_fresh = instruction(
-    "load_word_fresh",
-    types.int32,
-    {"address": types.uint64},
-    "ld.relaxed.gpu.global.b32 $0, [$1];",
-    "=r,l",
-    'Load a word that other blocks have written, past the L1 cache.  PTX ISA, "ld", .relaxed.',
-)
-
 prefetch = instruction(
     "prefetch",
     types.void,
@@ -258,15 +188,6 @@ prefetch = instruction(
     "l",
     "Ask for what lies there in the L2 cache; what is written to it later is seen all the same.  PTX ISA, "
     '"prefetch".',
-)
-
-load_shared_word = instruction(
-    "load_shared_word",
-    types.int32,
-    {"address": types.uint32},
-    "ld.shared.b32 $0, [$1];",
-    "=r,r",
-    'Load one 32-bit word from shared memory.  PTX ISA, "ld".',
 )
 
 load_warp_word = instruction(
@@ -278,33 +199,6 @@ load_warp_word = instruction(
     "=r,r,r",
     "Load one word of shared memory for a whole warp.  Lane 0 alone reads, who alone says later that the "
     'place may be written again (`barrier.arrive_warp`).  PTX ISA, "ld", "shfl.sync".',
-)
-
-load_shared_float = instruction(
-    "load_shared_float",
-    types.float32,
-    {"address": types.uint32},
-    "ld.shared.f32 $0, [$1];",
-    "=f,r",
-    'Load one float32 from shared memory.  PTX ISA, "ld".',
-)
-
-store_shared_words = instruction(
-    "store_shared_words",
-    types.void,
-    {"address": types.uint32, **dict.fromkeys("abcd", types.uint32)},
-    "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
-    "r,r,r,r,r",
-    'Store four words at a shared address that is a multiple of 16.  PTX ISA, "st".',
-)
-
-store_shared_8 = instruction(
-    "store_shared_8",
-    types.void,
-    {"address": types.uint32, **dict.fromkeys("ab", types.uint32)},
-    "st.shared.v2.b32 [$0], {$1, $2};",
-    "r,r,r",
-    'Store two words at a shared address that is a multiple of 8.  PTX ISA, "st".',
 )
 
 reduce_add = instruction(

@@ -2,17 +2,18 @@
 
 Each is a function, or makes one, for `flexible_attention`: ``mask_mod(b, h, i, j)`` or
 ``score_mod(score, b, h, i, j, aux)``, with its ``_vjp``.  They are written as a user would write them; those
-with arrays take them from `aux`, from index `slot` on, so that new arrays need no new kernel.
+with arrays take them from `aux`, from index `slot` on, so that new arrays need no new kernel.  What joins two
+masks is in `joined_masks`, scores are in `score_mods`; all are to be had here.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
+from refimpl.attention.joined_masks import Mask, both, either
+from refimpl.attention.score_mods import Score, alibi, alibi_vjp, softcap, softcap_vjp
 from refimpl.errors import OptionError
-from refimpl.validation import positive, whole
+from refimpl.validation import whole
 
 __all__ = [
     "Mask",
@@ -35,17 +36,49 @@ __all__ = [
     "softcap_vjp",
 ]
 
-Mask: TypeAlias = Callable[..., Any]
-Score: TypeAlias = Callable[..., Any]
-
 
 def causal(_b: Any, _h: Any, i: Any, j: Any) -> Any:
-    """Keys up to the query's own place."""
+    """Keys up to the query's own place.
+
+    Parameters
+    ----------
+    _b, _h
+        Sequence and head, which do not matter.
+    i, j
+        Places of query and key.
+
+    Returns
+    -------
+    bool
+        Whether the key is seen; of arrays of places an array.
+
+    Examples
+    --------
+    >>> [causal(0, 0, 1, j) for j in range(3)]
+    [True, True, False]
+    """
     return j <= i
 
 
 def documents(slot: int = 0) -> Mask:
-    """Keys of the query's own document; ``aux[slot]`` [B, T] numbers the document of each token."""
+    """Keys of the query's own document; ``aux[slot]`` [B, T] numbers the document of each token.
+
+    Parameters
+    ----------
+    slot : int
+        Where in `aux` the array is.
+
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j, aux)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> [bool(documents()(0, 0, 1, j, (np.array([[0, 1, 1]]),))) for j in range(3)]
+    [False, True, True]
+    """
 
     def mask(b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
         return aux[slot][b, i] == aux[slot][b, j]
@@ -60,6 +93,11 @@ def sliding(radius: int) -> Mask:
     ----------
     radius : int
         Places on each side.
+
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j)``.
 
     Raises
     ------
@@ -89,6 +127,11 @@ def dilated(radius: int, dilation: int) -> Mask:
     dilation : int
         Places from one to the next.
 
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j)``.
+
     Raises
     ------
     DTypeError, OptionError
@@ -116,6 +159,11 @@ def global_tokens(count: int) -> Mask:
     ----------
     count : int
         How many tokens.
+
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j)``.
 
     Raises
     ------
@@ -147,10 +195,21 @@ def bigbird(block_size: int, slot: int = 0) -> Mask:
     slot : int
         Where in `aux` the array is.
 
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j, aux)``.
+
     Raises
     ------
     DTypeError, OptionError
         If `block_size` is no whole number from 1 on.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> [bool(bigbird(2)(0, 0, 3, j, (np.eye(2, dtype=bool)[None],))) for j in range(4)]
+    [False, False, True, True]
     """
     whole("block_size", block_size)
 
@@ -171,6 +230,11 @@ def shifted_groups(group_size: int, heads: int, length: int) -> Mask:
         Hq, the heads of the query.
     length : int
         T, the tokens of a sequence.
+
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j)``.
 
     Raises
     ------
@@ -201,6 +265,11 @@ def prefix_lm(prefix: int) -> Mask:
     prefix : int
         How many keys.
 
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j)``.
+
     Raises
     ------
     DTypeError, OptionError
@@ -222,6 +291,18 @@ def prefix_lm(prefix: int) -> Mask:
 def ranges(slot: int = 0) -> Mask:
     """Keys from ``aux[slot][i]`` up to, and without, ``aux[slot + 1][i]``, as `varlen_attention` packs them.
 
+    Parameters
+    ----------
+    slot : int
+        Where in `aux` the first array is.
+
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j, aux)``.
+
+    Examples
+    --------
     >>> [ranges()(0, 0, 0, j, ([1], [3])) for j in range(4)]
     [False, True, True, False]
     """
@@ -241,6 +322,11 @@ def given(by_sequence: bool = True, by_head: bool = True, slot: int = 0) -> Mask
         Whether the array differs between sequences, and between heads.  Its first entry is for all else.
     slot : int
         Where in `aux` the array is.
+
+    Returns
+    -------
+    Callable
+        ``mask(b, h, i, j, aux)``.
 
     Examples
     --------
@@ -264,124 +350,3 @@ def given(by_sequence: bool = True, by_head: bool = True, slot: int = 0) -> Mask
     if by_sequence:
         return everywhere if by_head else of_sequences
     return of_heads if by_head else of_all
-
-
-def both(first: Mask, second: Mask) -> Mask:
-    """What two masks allow together; those with arrays get the same `aux`.
-
-    >>> [both(causal, sliding(1))(0, 0, 2, j) for j in range(4)]
-    [False, True, True, False]
-    """
-    if not (_takes_aux(first) or _takes_aux(second)):
-
-        def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-            return first(b, h, i, j) & second(b, h, i, j)
-
-        return _made_of(mask, first, second)
-    one, other = _with_aux(first), _with_aux(second)
-
-    def mask_of_arrays(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
-        return one(b, h, i, j, aux) & other(b, h, i, j, aux)
-
-    return _made_of(mask_of_arrays, first, second)
-
-
-def either(first: Mask, second: Mask) -> Mask:
-    """What one of two masks allows; those with arrays get the same `aux`.
-
-    >>> [either(sliding(0), global_tokens(1))(0, 0, 3, j) for j in range(4)]
-    [True, False, False, True]
-    """
-    if not (_takes_aux(first) or _takes_aux(second)):
-
-        def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-            return first(b, h, i, j) | second(b, h, i, j)
-
-        return _made_of(mask, first, second)
-    one, other = _with_aux(first), _with_aux(second)
-
-    def mask_of_arrays(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
-        return one(b, h, i, j, aux) | other(b, h, i, j, aux)
-
-    return _made_of(mask_of_arrays, first, second)
-
-
-def _takes_aux(mask: Any) -> bool:
-    return int(mask.__code__.co_argcount) == 5
-
-
-def _with_aux(mask: Mask) -> Mask:
-    """Return the same mask with an argument for arrays."""
-    if _takes_aux(mask):
-        return mask
-
-    def ignoring(b: Any, h: Any, i: Any, j: Any, _aux: Any) -> Any:
-        return mask(b, h, i, j)
-
-    return ignoring
-
-
-def _made_of(mask: Any, *parts: Mask) -> Mask:
-    """Return `mask`, which reads what its parts read: alike for all heads, if they are."""
-    mask.parts = parts
-    return mask  # type: ignore[no-any-return]
-
-
-def alibi(slot: int = 0) -> Score:
-    """Less by the slope of the head, ``aux[slot]`` [Hq], for each place between query and key.
-
-    >>> import numpy as np
-    >>> float(alibi()(1.0, 0, 0, 5, 3, (np.array([0.25]),)))
-    0.5
-    """
-
-    def score_mod(score: Any, _b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
-        return score - aux[slot][h] * abs(i - j)
-
-    return score_mod
-
-
-def alibi_vjp(gradient: Any, _score: Any, _b: Any, _h: Any, _i: Any, _j: Any) -> Any:
-    """A term beside the score lets its gradient pass."""
-    return gradient
-
-
-def softcap(cap: float) -> Score:
-    """``cap tanh(score / cap)``.
-
-    Parameters
-    ----------
-    cap : float
-        Above 0: no score leaves its size.
-
-    Raises
-    ------
-    DTypeError, OptionError
-        If it is no number above 0.
-
-    Examples
-    --------
-    >>> round(softcap(2.0)(2.0, 0, 0, 0, 0), 4)
-    1.5232
-    """
-    number = positive("cap", cap)
-
-    def score_mod(score: Any, _b: Any, _h: Any, _i: Any, _j: Any) -> Any:
-        return number * math.tanh(score / number)
-
-    return score_mod
-
-
-def softcap_vjp(cap: float) -> Score:
-    """Return the gradient of `softcap`: ``1 - tanh²`` of it, `cap` as there.
-
-    >>> float(softcap_vjp(2.0)(1.0, 0.0, 0, 0, 0, 0))
-    1.0
-    """
-    number = positive("cap", cap)
-
-    def score_mod_vjp(gradient: Any, score: Any, _b: Any, _h: Any, _i: Any, _j: Any) -> Any:
-        bent = math.tanh(score / number)
-        return gradient * (1 - bent * bent)
-
-    return score_mod_vjp

@@ -119,6 +119,29 @@ def test_a_users_file(tmp_path: Path, run: Callable[..., Any]) -> None:
 
 
 @pytest.mark.cudasim
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("module", "line 3: ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("unknown", "line 7: NameError: "),
+        ("wrong", "line 11: IndexError: "),
+    ],
+)
+def test_what_only_a_branch_lacks_is_the_users(
+    name: str, said: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The first query and key see nothing of it; what is raised later names file and line."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "def module(b, h, i, j):\n    if i > 5:\n        import not_there_at_all\n    return j <= i\n"
+        "def unknown(score, b, h, i, j):\n    if i > 5:\n        return not_named(score)\n    return score\n"
+        "def wrong(b, h, i, j):\n    if i > 5:\n        return [][3]\n    return j <= i\n"
+    )
+    asked = "bench", "flexible", "--backend", "cudasim", "--shape", "1,1,10,4", "--mod", f"{path}:{name}"
+    assert f"--mod: {path}, {said}" in run(*asked, code=2).stderr
+
+
+@pytest.mark.cudasim
 def test_the_simulator_runs_both(run: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text("def near(b, h, i, j):\n    return abs(i - j) < 3 and j <= i\n")

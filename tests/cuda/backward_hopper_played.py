@@ -31,6 +31,7 @@ from cuda_backend.attention import (
     plan_backward_hopper,
     plan_hopper,
     producer_backward_hopper,
+    producer_hopper,
     remembered,
     schedule_backward_hopper,
     schedule_hopper,
@@ -53,6 +54,7 @@ MODULES = {
     "values": values_wide_backward_hopper, "keys": keys_wide_backward_hopper,
     "exchange": exchange_wide_backward_hopper, "wide": wide_backward_hopper,
     "producer": producer_backward_hopper, "stages": stages_backward_hopper,
+    "loads": producer_hopper,
     "schedule": schedule_backward_hopper, "place": schedule_hopper,
 }  # fmt: skip
 BASE = 1024
@@ -80,10 +82,11 @@ def played(
     modules = dict(MODULES)
     if mutant is not None:
         modules[mutant[0]] = mutated(*mutant)
-        changed = modules[mutant[0]]
-        for user, name in itertools.product(modules.values(), vars(changed)["__all__"]):
-            if hasattr(user, name):
-                monkeypatch.setattr(user, name, getattr(changed, name))
+        changed = vars(modules[mutant[0]])
+        for user, name in itertools.product(modules.values(), changed["__all__"]):
+            # Others have functions of the same name; of this module they may be the last mutant's.
+            if getattr(getattr(user, name, None), "__module__", None) == changed["__name__"]:
+                monkeypatch.setattr(user, name, changed[name])
     install(monkeypatch, machine, list(modules.values()))
     install_functions(monkeypatch, machine, modules["mods"], modules["consumer"])
     counter = np.zeros(2, np.int32)

@@ -18,6 +18,7 @@ from cuda_backend.attention import (
     consumer_flexible_hopper,
     modifiers_hopper,
     producer_flexible_hopper,
+    producer_hopper,
     schedule_hopper,
     softmax_hopper,
 )
@@ -33,6 +34,7 @@ MODULES = {
     "consumer": consumer_flexible_hopper,
     "modifiers": modifiers_hopper,
     "producer": producer_flexible_hopper,
+    "start": producer_hopper,
 }
 BASE = 1024
 Mutant = tuple[str, str, str]
@@ -91,7 +93,7 @@ def played(
     problem = tuple(map(np.int32, (len(work), H, H // kv_heads, Tq, Tk, Dv)))
     factor = D**-0.5 if scale is None else scale
     numbers = np.float32(factor), np.float32(np.log2(np.e) * (factor if score_mod is None else 1))
-    start = modules["producer"].build_start(tiles)
+    start = modules["start"].build_start(tiles)
     produce = modules["producer"].build_flexible_producer(variant)
     consume = modules["consumer"].build_flexible_consumer(variant)
     lists = np.uint64(counter.ctypes.data), np.uint64(work.ctypes.data), np.uint64(steps.ctypes.data)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
+from tests.cuda.ahead import answer
+
 PROGRAM = """
 import json, sys
 from cuda_backend import aot
@@ -40,17 +36,7 @@ AMPERE, HOPPER = (8, 0), (9, 0, "a")
     ],
 )
 def test_nothing_spills(kind: str, D: int, Dv: int, features: dict[str, object], capability: object) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    arguments = json.dumps([kind, D, Dv, features, capability])
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = answer(PROGRAM, [kind, D, Dv, features, capability])
     assert found["spill_bytes"] == 0
     assert found["local_bytes"] == 0, "an array that belongs in registers lies in local memory"
     assert 32 < found["registers"] <= 255

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
+from tests.cuda.ahead import answer
+
 PROGRAM = """
 import json, sys
 from cuda_backend import aot
@@ -62,17 +59,7 @@ def test_nothing_spills(
     capability: Any,
     tiles: list[int],
 ) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    arguments = json.dumps([kind, D, Dv, features, capability, KILOBYTES[capability]])
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = answer(PROGRAM, [kind, D, Dv, features, capability, KILOBYTES[capability]])
     assert found.pop("tiles") == tiles
     threads = found.pop("threads")
     assert set(found) == {"queries", "keys", "bias"}

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from cuda_backend.attention.variant_hopper import SHARED_LIMIT
+from tests.cuda.ahead import answer
 
-# Tests run with the simulator on, which compiles nothing: another process compiles, as the JIT does.
 PROGRAM = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-from cuda_backend import aot
-from cuda_backend._numba import cuda
+import json, re, sys
 from cuda_backend.attention import around_backward_hopper as around
 from cuda_backend.attention.backward_hopper import SIGNATURE, build_backward
 from cuda_backend.attention.variant_backward_hopper import choose_backward
 from cuda_backend.attention.variant_wide_backward_hopper import choose_wide_backward
 from cuda_backend.attention.wide_backward_hopper import build_wide_backward
-from numba.cuda.cudadrv.driver import _Linker
+from tests.cuda.ahead import measured
 
 kind, width, causal, deterministic, changes = json.loads(sys.argv[1])
 width, value_width = width if isinstance(width, list) else (width, width)
@@ -37,26 +30,8 @@ kernels = {
 }
 found = {"shared": variant.shared_bytes}
 for name, (build, signature, threads) in kernels.items():
-    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(threads, 1))
-    with aot.pretended(aot.HOPPER):
-        kernel = build(variant)
-        ptx, _ = cuda.compile(kernel, signature, **how)
-        code, _ = cuda.compile(kernel, signature, output="ltoir", **how)
-    linker = _Linker(cc=aot.HOPPER, lto=True)
-    linker.add_ltoir(code)
-    linker.complete()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [str(aot._ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = run.stdout + run.stderr + linker.info_log
-    number = lambda pattern: int(re.search(pattern, said)[1])
-    found[name] = {
-        "registers": number(r"Used (\\d+) registers"),
-        "spills": number(r"(\\d+) bytes spill stores") + number(r"(\\d+) bytes spill loads"),
-        "stack": number(r"(\\d+) bytes stack frame"),
-        "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
+    found[name], ptx = measured(build, variant, signature, threads)
+    found[name] |= {
         "block": re.findall(r"[.]param [.]align (\\d+) [.]b8 \\w+\\[(\\d+)\\]", ptx),
         "products": len(re.findall("wgmma.mma_async", ptx)),
         "reductions": len(re.findall("cp.reduce.async.bulk", ptx)),
@@ -96,11 +71,7 @@ FULL = [
 
 
 def compiled(*case: Any) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(case)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
+    found: dict[str, Any] = answer(PROGRAM, case)
     return found
 
 

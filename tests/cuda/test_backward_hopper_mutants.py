@@ -190,6 +190,11 @@ MUTANTS = {
         "copy.store_global_word(counter, 0)",
         "pass",
     ),
+    "columns of the first sub-tile": (
+        "loads",
+        "full, c * SUBTILE, row",
+        "full, 0 * SUBTILE, row",
+    ),
     "dropout of another key": (
         "dropout",
         "2 * (part >> 1))",
@@ -275,6 +280,7 @@ SOUND = {
     "consumer": "dk_done(dk)",
     "dropout": "2 * (part >> 1))",
     "gradient": "(dp[at] * kept - delta)",
+    "loads": "full, c * SUBTILE, row",
     "producer": "head = int32(own_head * group + member)",
     "schedule": "block_n) - 1 - key_block)",
     "stages": "bulk.wait_added()",

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 import cuda_backend
 from cuda_backend.attention.backward import flash_attention_vjp, supports
@@ -19,6 +18,7 @@ from refimpl.random import dropout_keep
 from refimpl.registry import Case
 from refimpl.testing import check
 from refimpl.tolerances import cast
+from tests.cuda.drawn_calls import calls
 from tests.cuda.judge import DTYPES, INVALID, arrays
 from tests.cuda.judge_backward import backward_of, gradient_difference
 
@@ -31,25 +31,10 @@ def case_of(shape: tuple[int, ...], dtype: str = "float32", **options: Any) -> C
 
 
 @settings(max_examples=8)
-@given(
-    seed=st.integers(0, 2**32),
-    tq=st.integers(0, 18),
-    tk=st.integers(0, 18),
-    widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    heads=st.sampled_from([(1, 1), (1, 2), (2, 1)]),
-    blocks=st.one_of(st.none(), st.tuples(st.integers(1, 9), st.integers(1, 9))),
-    causal=st.sampled_from([False, "top_left", "bottom_right"]),
-    extra=st.sampled_from(EXTRAS),
-    dtype=st.sampled_from(sorted(DTYPES)),
-)
-def test_equals_the_reference(
-    seed: int, tq: int, tk: int, widths: Any, heads: Any, blocks: Any, causal: Any, extra: str, dtype: str
-) -> None:
-    (hkv, group), (d, dv) = heads, widths
-    axes: Any = {"B": 1, "Tq": tq, "Tk": tk, "Hkv": hkv, "group": group, "D": d, "Dv": dv}
-    drawn = sample_attention(np.random.default_rng(seed), **axes, causal=causal, extra=extra)
-    case = backward_of(cast(drawn.replace(block_sizes=blocks), DTYPES[dtype]), dtype, seed)
-    found = gradient_difference(flash_attention_vjp, case, dtype)
+@given(calls(2))
+def test_equals_the_reference(call: tuple[Case, str, int]) -> None:
+    case, dtype, seed = call
+    found = gradient_difference(flash_attention_vjp, backward_of(case, dtype, seed), dtype)
     assume(found is None or not found.startswith(INVALID))
     assert found is None
 

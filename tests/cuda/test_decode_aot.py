@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 
 import pytest
+
+from tests.cuda.ahead import answer
 
 PROGRAM = """
 import json, sys
@@ -32,11 +31,7 @@ print(json.dumps(found))
 @pytest.mark.aot
 @pytest.mark.parametrize("arguments", [("bfloat16", 128, 8, True), ("float32", 64, 1, False)])
 def test_nothing_spills(arguments: tuple[object, ...]) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(arguments)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = answer(PROGRAM, arguments)
     assert set(found) == {"parts", "merge"}
     for name, used in found.items():
         assert used["spill_bytes"] == 0, name
@@ -85,12 +80,9 @@ FIELDS = [
 @pytest.mark.aot
 def test_tensor_cores() -> None:
     """Copies of 16 bytes and fragments by fours; each fragment of K and V is used by one product a column."""
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
     cases = [(fields, *machine) for fields, machine in FIELDS]
-    command = [sys.executable, "-c", AMPERE_PROGRAM, json.dumps(cases)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    for (fields, machine), used in zip(FIELDS, json.loads(run.stdout), strict=True):
+    found = answer(AMPERE_PROGRAM, cases)
+    for (fields, machine), used in zip(FIELDS, found, strict=True):
         sys.stdout.write(f"{fields}: {used}\n")
         _, D, Dv, rows, paged = fields
         blocks, columns = used["tiles"] * (D + Dv) // 16, 2 if rows > 8 else 1  # of 16 by 16, of 8 queries

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cuda.ahead import answer
+
 pytestmark = pytest.mark.aot
 FULL = pytest.mark.aot_full
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
 PROGRAM = """
 import json, sys
 from cuda_backend import aot
@@ -58,13 +55,7 @@ print(json.dumps(found))
 
 
 def compiled(*arguments: Any, replaced: str = "{}", folder: Path | None = None) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    if folder is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
-    command = [sys.executable, "-c", PROGRAM, json.dumps(arguments), replaced]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
+    found: dict[str, Any] = answer(PROGRAM, arguments, replaced, folder=folder)
     return found
 
 
@@ -130,9 +121,5 @@ print(json.dumps(found))
 
 
 def test_ranges_of_keys_compile() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-c", RANGES]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    for used in json.loads(run.stdout).values():
+    for used in answer(RANGES, None).values():
         assert used["spill_bytes"] == used["local_bytes"] == 0

@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from cuda_backend.attention.variant_hopper import SHARED_LIMIT
+from tests.cuda.ahead import answer
 
-# Tests run with the simulator on, which compiles nothing: another process compiles, as the JIT does.
 PROGRAM = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-from cuda_backend import aot
-from cuda_backend._numba import cuda
+import json, re, sys
 from cuda_backend.attention.flexible_backward_hopper import build_flexible_backward, flexible_signature
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_backward_hopper import choose_backward
-from numba.cuda.cudadrv.driver import _Linker
+from tests.cuda.ahead import measured
 from tests.cuda.flexible_backward_forms import functions
 
 name, width, deterministic, kind = json.loads(sys.argv[1])
 variant = choose_backward(kind, width, width, False, deterministic=deterministic)
 variant = variant._replace(mods=Mods() if name == "none" else functions(name))
-how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.threads, 1))
-with aot.pretended(aot.HOPPER):
-    kernel, signature = build_flexible_backward(variant), flexible_signature(variant.mods)
-    ptx, _ = cuda.compile(kernel, signature, **how)
-    code, _ = cuda.compile(kernel, signature, output="ltoir", **how)
-linker = _Linker(cc=aot.HOPPER, lto=True)
-linker.add_ltoir(code)
-linker.complete()
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder, "kernel.ptx")
-    path.write_text(ptx)
-    command = [str(aot._ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-said = run.stdout + run.stderr + linker.info_log
-number = lambda pattern: max(int(found) for found in re.findall(pattern, said))
-print(json.dumps({
+signature = flexible_signature(variant.mods)
+found, ptx = measured(build_flexible_backward, variant, signature, variant.threads)
+print(json.dumps(found | {
     "shared": variant.shared_bytes,
-    "registers": number(r"Used (\\d+) registers"),
-    "stack": number(r"(\\d+) bytes stack frame"),
-    "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
     "addresses": len(re.findall(r"[.]param [.]u64", ptx)) == variant.addresses,
     "doubles": len(re.findall(r"[.]f64", ptx)),
 }))
@@ -61,11 +38,7 @@ FULL = [
 
 
 def compiled(*case: Any) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(case)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
+    found: dict[str, Any] = answer(PROGRAM, case)
     return found
 
 

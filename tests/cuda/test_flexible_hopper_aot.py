@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +10,18 @@ import pytest
 from cuda_backend.attention.lists_hopper import STEP_BYTES
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
 from cuda_backend.attention.variant_hopper import SHARED_LIMIT
+from tests.cuda.ahead import answer
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
 PROGRAM = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
+import json, re, sys
 import numpy as np
-from cuda_backend import aot
-from cuda_backend._numba import cuda
 from cuda_backend.attention.forward_flexible_hopper import build, signature
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
-from numba.cuda.cudadrv.driver import _Linker
 from refimpl.attention import samples_flexible as samples
 from refimpl.attention.user_functions import as_mod
 from refimpl.errors import OptionError
+from tests.cuda.ahead import measured
 
 kind, D, Dv, which, mask, score, ragged, words = json.loads(sys.argv[1])
 shape = dict(B=1, Tq=12, Tk=12, Hkv=1, group=2, D=4, Dv=4)
@@ -41,30 +34,13 @@ mods = Mods(mod("mask_mod"), mod("score_mod", "score"), None, aux)
 if words:
     mods = mods._replace(mask=None, aux=aux if score == "alibi" else ())
 variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged, words)
-how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.tiles.threads, 1))
 try:
-    with aot.pretended(aot.HOPPER), blamed(mods):
-        kernel = build(variant)
-        ptx, _ = cuda.compile(kernel, signature(variant), **how)
-        code, _ = cuda.compile(kernel, signature(variant), output="ltoir", **how)
+    with blamed(mods):
+        found, ptx = measured(build, variant, signature(variant), variant.tiles.threads)
 except OptionError as error:
     print(json.dumps({"error": str(error)}))
     sys.exit()
-linker = _Linker(cc=aot.HOPPER, lto=True)
-linker.add_ltoir(code)
-linker.complete()
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder, "kernel.ptx")
-    path.write_text(ptx)
-    command = [str(aot._ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-said = run.stdout + run.stderr + linker.info_log
-number = lambda pattern: int(re.search(pattern, said)[1])
-print(json.dumps({
-    "registers": number(r"Used (\\d+) registers"),
-    "spills": number(r"(\\d+) bytes spill stores") + number(r"(\\d+) bytes spill loads"),
-    "stack": number(r"(\\d+) bytes stack frame"),
-    "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
+print(json.dumps(found | {
     "doubles": len(re.findall(r"[.]f64", ptx)),
     "wide": len(re.findall(r"setp[.]..[.][su]64|cvt.rn.f32.s64", ptx)),
 }))
@@ -95,13 +71,7 @@ Case = tuple[str, int, int, int, str, str, bool, bool]
 
 
 def compiled(case: Case, replaced: str = "{}", folder: Path | None = None) -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    if folder is not None:
-        environment["PYTHONPATH"] = os.pathsep.join([str(folder), *sys.path])
-    command = [sys.executable, "-c", PROGRAM, json.dumps(case), replaced]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, Any] = json.loads(run.stdout)
+    found: dict[str, Any] = answer(PROGRAM, case, replaced, folder=folder)
     return found
 
 

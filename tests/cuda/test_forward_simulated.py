@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 import cuda_backend
 from cuda_backend.arrays import View, broadcast
@@ -19,30 +18,16 @@ from refimpl.random import dropout_keep
 from refimpl.registry import Case
 from refimpl.testing import check
 from refimpl.tolerances import cast
+from tests.cuda.drawn_calls import calls
 from tests.cuda.judge import DTYPES, INVALID, arrays, difference
 
 pytestmark = pytest.mark.cudasim
 
 
 @settings(max_examples=8)
-@given(
-    seed=st.integers(0, 2**32),
-    tq=st.integers(0, 18),
-    tk=st.integers(0, 18),
-    widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    heads=st.sampled_from([(1, 1), (1, 3), (2, 1)]),
-    blocks=st.one_of(st.none(), st.tuples(st.integers(1, 9), st.integers(1, 9))),
-    causal=st.sampled_from([False, "top_left", "bottom_right"]),
-    extra=st.sampled_from(EXTRAS),
-    dtype=st.sampled_from(sorted(DTYPES)),
-)
-def test_equals_the_reference(
-    seed: int, tq: int, tk: int, widths: Any, heads: Any, blocks: Any, causal: Any, extra: str, dtype: str
-) -> None:
-    (hkv, group), (d, dv) = heads, widths
-    axes = {"B": 1, "Tq": tq, "Tk": tk, "Hkv": hkv, "group": group, "D": d, "Dv": dv}
-    drawn = sample_attention(np.random.default_rng(seed), **axes, causal=causal, extra=extra, return_lse=True)
-    case = cast(drawn.replace(block_sizes=blocks), DTYPES[dtype])
+@given(calls(3, return_lse=True))
+def test_equals_the_reference(call: tuple[Case, str, int]) -> None:
+    case, dtype, _ = call
     found = difference(flash_attention, case, dtype)
     assume(found is None or not found.startswith(INVALID))
     assert found is None

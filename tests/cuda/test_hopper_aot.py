@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 from cuda_backend.attention.variant_hopper import SHARED_LIMIT
+from tests.cuda.ahead import answer
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
 PROGRAM = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
-from cuda_backend import aot
-from cuda_backend._numba import cuda
+import json, re, sys
 from cuda_backend.attention import forward_dropout_hopper, forward_hopper
 from cuda_backend.attention.variant_hopper import choose, choose_dropout
-from numba.cuda.cudadrv.driver import _Linker
+from tests.cuda.ahead import measured
 
 kind, width, value_width, causal, rows = json.loads(sys.argv[1])
 if rows == "dropout":
@@ -28,28 +20,8 @@ if rows == "dropout":
 else:
     variant = choose(kind, width, value_width, causal, rows=rows)
     build, SIGNATURE = forward_hopper.build, forward_hopper.SIGNATURE
-how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.threads, 1))
-with aot.pretended(aot.HOPPER):
-    kernel = build(variant)
-    ptx, _ = cuda.compile(kernel, SIGNATURE, **how)
-    code, _ = cuda.compile(kernel, SIGNATURE, output="ltoir", **how)
-# As the JIT makes machine code: from PTX the linker would compile for other compilation units too, and then
-# it ignores setmaxnreg and serialises.
-linker = _Linker(cc=aot.HOPPER, lto=True)
-linker.add_ltoir(code)
-linker.complete()
-with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder, "kernel.ptx")
-    path.write_text(ptx)
-    command = [str(aot._ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-said = run.stdout + run.stderr + linker.info_log
-number = lambda pattern: int(re.search(pattern, said)[1])
-print(json.dumps({
-    "registers": number(r"Used (\\d+) registers"),
-    "spills": number(r"(\\d+) bytes spill stores") + number(r"(\\d+) bytes spill loads"),
-    "stack": number(r"(\\d+) bytes stack frame"),
-    "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
+found, ptx = measured(build, variant, SIGNATURE, variant.threads)
+print(json.dumps(found | {
     "block": re.findall(r"[.]param [.]align (\\d+) [.]b8 \\w+\\[(\\d+)\\]", ptx),
     "products": len(re.findall("wgmma.mma_async", ptx)),
     "shared": variant.shared_bytes,
@@ -79,11 +51,7 @@ Case = tuple[str, int, int, bool, int | str]
 
 
 def compiled(case: Case) -> dict[str, object]:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(case)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found: dict[str, object] = json.loads(run.stdout)
+    found: dict[str, object] = answer(PROGRAM, case)
     return found
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
+from tests.cuda.ahead import answer
+
 PROGRAM = """
 import json, sys
 from cuda_backend import aot
@@ -46,16 +42,7 @@ MOST_REGISTERS = 255
 @pytest.mark.aot
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0, "a")], ids=["sm_80", "sm_90a"])
 def test_nothing_spills(capability: object) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(capability)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = answer(PROGRAM, capability)
     for name, kernel in found.items():
         assert kernel["spill_bytes"] == 0, name
         assert kernel["local_bytes"] == 0, f"{name}: numbers that belong in registers lie in local memory"

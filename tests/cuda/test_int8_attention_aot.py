@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
+from tests.cuda.ahead import answer
+
 PROGRAM = """
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
+import json, re, sys
 from cuda_backend import aot
-from cuda_backend._numba import cuda
 from cuda_backend.attention import int8_codes_portable, int8_portable
 from cuda_backend.attention.int8_forward_hopper import SIGNATURE, build, choose
-from numba.cuda.cudadrv.driver import _Linker
+from tests.cuda.ahead import measured
 
-number = lambda pattern, said: int(re.search(pattern, said)[1])
 found = []
 for case in json.loads(sys.argv[1]):
     variant = choose(*case)
-    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(variant.threads, 1))
-    with aot.pretended(aot.HOPPER):
-        kernel = build(variant)
-        ptx, _ = cuda.compile(kernel, SIGNATURE, **how)
-        code, _ = cuda.compile(kernel, SIGNATURE, output="ltoir", **how)
-    linker = _Linker(cc=aot.HOPPER, lto=True)  # as the JIT makes machine code
-    linker.add_ltoir(code)
-    linker.complete()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [str(aot._ptxas()), "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = run.stdout + run.stderr + linker.info_log
-    found.append({
-        "registers": number(r"Used (\\d+) registers", said),
-        "spills": number(r"(\\d+) bytes spill stores", said) + number(r"(\\d+) bytes spill loads", said),
-        "stack": number(r"(\\d+) bytes stack frame", said),
-        "warnings": [line for line in said.splitlines() if re.search("arning|serializ|Potential", line)],
+    numbers, ptx = measured(build, variant, SIGNATURE, variant.threads)
+    found.append(numbers | {
         "codes": len(re.findall("wgmma.mma_async[^;]*s32.s8.s8", ptx)),
         "floats": len(re.findall("wgmma.mma_async[^;]*f32", ptx)),
         "conversions": len(re.findall(r"cvt.rn.f32.s32", ptx)),
@@ -70,11 +46,7 @@ CASES = [  # kind, width of values, causal
 
 @pytest.mark.aot
 def test_nothing_spills_and_nothing_waits() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(CASES)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    found = answer(PROGRAM, CASES)
     for case, each in zip(CASES, found, strict=False):
         print(*case, each)  # noqa: T201
         assert each["spills"] == each["stack"] == 0, case

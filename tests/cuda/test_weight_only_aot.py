@@ -5,14 +5,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-# Tests run with the simulator on, which compiles nothing: another process compiles.
+from tests.cuda.ahead import answer
+
 PROGRAM = """
 import json, re, subprocess, sys, tempfile
 from pathlib import Path
@@ -79,11 +75,7 @@ PRODUCT: list[tuple[object, ...]] = [
 
 
 def compiled(cases: list[Case]) -> list[dict[str, int]]:
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(cases)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    found: list[dict[str, int]] = json.loads(run.stdout)
+    found: list[dict[str, int]] = answer(PROGRAM, cases)
     return found
 
 
