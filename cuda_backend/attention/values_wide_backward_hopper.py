@@ -50,7 +50,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
     mask, weights, _, pack = build_gradient(variant)
     send, mark, keep = build_sender(variant)
     store_row = build_stores(variant._replace(d=variant.d_v))[2]
-    multiply_queries, add_queries = build_queries(variant, 0)
+    multiply_queries, look, add_queries, let = build_queries(variant, 0)
     along_k, across_q = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_m)
     key_steps, query_steps = (wgmma.k_major_steps(variant.d, rows) for rows in (block_n, block_m))
     score_product = wgmma.product_shared(block_m, variant.kind, key_steps, query_steps)
@@ -77,6 +77,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         p_lane = base + p_tile + 16 * thread
         k_rows = along_k(base + k_tile)
         stage, parity, kv_parity = int32(0), int32(0), int32(0)
+        added = int32(-1)  # the tile that the next block of keys is not yet told of
         while True:
             barrier.wait(base + k_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
@@ -103,6 +104,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     wgmma.fence()
                     score_product(s, k_rows, along_k(base + q_tiles + stage * q_bytes))
                     wgmma.commit()
+                    let(words, added, lane)
                     scores_done(s)
                     row = int32(block * block_m)
                     if row < seeing:
@@ -134,14 +136,16 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     multiply_queries(dq, base)
                     values_done(dv)
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)
-                    queries_done(dq)
-                    line = int32((kv_head * group + member) * blocks + block)
+                    added = int32((kv_head * group + member) * blocks + block)
                     sizes = per_head, section, blocks, tq, tk, offset
-                    mine = turn(key_block, step, block, sizes)
-                    add_queries(dq, sums, words, line, mine, thread)
+                    look(words, added, turn(key_block, step, block, sizes))
+                    queries_done(dq)
+                    add_queries(dq, sums, added, thread)
                     stage, parity = next_stage(stage, parity)
                     step = registers.successor(step)
                 member = registers.successor(member)
+            let(words, added, lane)
+            added = int32(-1)
             barrier.arrive_warp(base + kv_empty, lane)
             batch = registers.quotient(kv_head, heads)
             rows = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(

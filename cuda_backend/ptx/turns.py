@@ -96,11 +96,12 @@ pass_turn_of_warp = instruction(
     "pass_turn_of_warp",
     types.void,
     {"address": types.uint64, "lane": types.int32},
-    "{ .reg .pred first; setp.eq.s32 first, $1, 0; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; "
+    "{ .reg .pred first; setp.eq.s32 first, $1, 0; bar.warp.sync 0xffffffff; "
     "@first red.release.gpu.global.add.s32 [$0], 1; }",
     "l,r",
-    "Add 1 to the word, after all that a whole warp, of which this is lane `lane`, has done.  "
-    'PTX ISA, "red", .release.',
+    "Add 1 to the word, after all that a whole warp, of which this is lane `lane`, has done: causality goes "
+    "through the warp's barrier, so one lane releases what all have added.  "
+    'PTX ISA, "Memory Consistency Model", base causality order; "red", .release.',
 )
 
 take_number = instruction(
