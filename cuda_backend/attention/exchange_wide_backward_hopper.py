@@ -93,11 +93,11 @@ def build_receiver(variant: WideBackwardVariant) -> Callable[..., None]:
 def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable[..., None], ...]:
     """Return ``multiply``, ``look``, ``add`` and ``let``, device functions for a consumer's columns of dQ.
 
-    ``multiply(dq, base)`` issues dS K; ``add(dq, sums, line, thread)`` adds the result to the sums of a tile,
-    `line`.  With the deterministic option, ``look(words, line, turn)`` waits before that until `turn` blocks of
-    keys have added, and ``let(words, line, lane)`` after it lets the next one add; a `line` of -1 is none.
-    Between them stand products: neither the word's way from the L2 cache nor the fence, which waits until all
-    is added there, keeps the tensor cores waiting.
+    ``multiply(dq, base)`` issues dS K; ``add(dq, sums, line, thread)`` adds the result to the sums of a
+    tile, `line`.  With the deterministic option, ``look(words, line, turn)`` waits before that until `turn`
+    blocks of keys have added, and ``let(words, line, lane)`` after it lets the next one add; a `line` of -1
+    is none.  Products run meanwhile: neither the word's way from the L2 cache nor the fence, which waits
+    until all is added there, keeps the tensor cores waiting.
     """
     first, count = variant.dq_shares(consumer)
     k_columns = variant.places.k_tile + first * 128 * variant.block_n
@@ -128,8 +128,7 @@ def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable
 
     @device_function
     def let(words: Any, line: Any, lane: Any) -> None:
-        if deterministic:
-            if line >= 0:
-                turns.pass_turn_of_warp(words + uint64(line) * uint64(4), lane)
+        if deterministic and line >= 0:
+            turns.pass_turn_of_warp(words + uint64(line) * uint64(4), lane)
 
     return multiply, look, add, let
