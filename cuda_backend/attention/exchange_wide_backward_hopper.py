@@ -97,7 +97,8 @@ def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable
     tile, `line`.  With the deterministic option, ``look(words, line, turn)`` waits before that until `turn`
     blocks of keys have added, and ``let(words, line, lane)`` after it lets the next one add; a `line` of -1
     is none.  Products run meanwhile: neither the word's way from the L2 cache nor the fence, which waits
-    until all is added there, keeps the tensor cores waiting.
+    until all is added there, keeps the tensor cores waiting.  Nobody waits for ever for a turn that is passed
+    late: the tile of queries to be there first needs only turns of steps before.
     """
     first, count = variant.dq_shares(consumer)
     k_columns = variant.places.k_tile + first * 128 * variant.block_n
