@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memsim.hardware import Hardware
     from refimpl.numerics import Array
 
-__all__ = ["Supply", "rates", "result_rows", "supply_of"]
+__all__ = ["Supply", "rates", "result_rows", "supply_of", "tiers"]
 
 EXAMPLES = {"cuda": 4, "cudasim": 1}  # small cases on which a function obeys every law of its record
 
@@ -105,6 +105,11 @@ def _our_functions(
     for item in registry.implementations_of(problem.technique):
         if backend in item.backends and tier in (None, item.tier):
             yield f"frugal {item.tier}".rstrip(), item.load()
+
+
+def tiers(problem: Problem, backend: str) -> set[str]:
+    """Return the tiers of ours that `problem` has on a backend."""
+    return {name.removeprefix("frugal").strip() for name, _ in _our_functions(problem, backend, None)}
 
 
 def _rivals(problem: Problem, supply: Supply) -> Iterator[tuple[str, Rival | str]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from refimpl.attention import mods
 from refimpl.attention.bigbird_plan import bigbird_block_mask, bigbird_plan
 from refimpl.numerics import Array
 
-__all__ = ["DEFAULT_SHAPES", "FORMS", "Form", "blaming", "form_of", "users_form"]
+__all__ = ["DEFAULT_SHAPES", "FORMS", "Form", "form_of", "users_form"]
 
 BLOCK = 64  # tokens of a block of BigBird
 
@@ -136,8 +135,7 @@ def users_form(target: str) -> Form:
     Raises
     ------
     click.UsageError
-        If the file does not import, or has no such function, or it reads arrays, of which there are none, or
-        names or modules that are not there.
+        If the file does not import, or has no such function, or it reads arrays, of which there are none.
     """
     import inspect
     import runpy
@@ -159,66 +157,9 @@ def users_form(target: str) -> Form:
             f"{name}(b, h, i, j) of a mask, {name}(score, b, h, i, j) of a score, its first argument so named"
         )
         raise click.UsageError(f"--mod: expected {wanted}, got {name}({', '.join(parameters)})")
-    _try(target, function, is_score)
     if not is_score:
         return Form(name, {"mask_mod": function})
     gradient = scope.get(f"{name}_vjp")
     if gradient is None:
         return Form(name, {"score_mod": function})
-    _try(target, gradient, 2)
     return Form(name, {"score_mod": function, "score_mod_vjp": gradient})
-
-
-@contextlib.contextmanager
-def blaming(targets: Sequence[str]) -> Iterator[None]:
-    """Say of what a function of the user's raises that the call is wrong, and where: no check has failed.
-
-    A missing module that only a branch imports would else look like a backend that is missing.
-
-    Parameters
-    ----------
-    targets
-        Each ``FILE:FUNCTION``.
-
-    Raises
-    ------
-    click.UsageError
-        In place of what has passed through a line of such a file.
-    """
-    from refimpl.errors import FrugalError
-
-    try:
-        yield
-    except (FrugalError, click.ClickException):
-        raise
-    except Exception as error:
-        wrong = _wrong(error, targets)
-        if wrong is None:
-            raise
-        raise wrong from None
-
-
-def _wrong(error: Exception, targets: Sequence[str]) -> click.UsageError | None:
-    """Return what to say of an error that a line of one of the files has raised, or has let pass."""
-    import traceback
-
-    files = {target.rpartition(":")[0] for target in targets}
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
-    if not own:
-        return None
-    return click.UsageError(
-        f"--mod: {own[-1].filename}, line {own[-1].lineno}: {type(error).__name__}: {error}"
-    )
-
-
-def _try(target: str, function: Callable[..., Any], leading: int) -> None:
-    """Call a function once, at the first query and key, for what it lacks there."""
-    from cli.foreign import untrusted
-
-    try:
-        with untrusted(target, None):
-            function(*(0.0,) * leading, 0, 0, 0, 0)
-    except (ImportError, NameError) as error:
-        raise _wrong(error, [target]) or error from None
-    except Exception:
-        return  # a verdict on what it computes comes later

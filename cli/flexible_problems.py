@@ -40,7 +40,7 @@ def flexible_problem(form: Form | str, shape: Sequence[int], dtype: str, *, back
         operation=f"{form.name} {'backward' if backward else 'forward'}",
         shape=tuple(shape),
         dtype=dtype,
-        causal=False,
+        causal=None,
         technique="attention.flexible",
         axes={},
         work=int((10 if backward else 4) * B * H * N * N * D * _density(form, B, H, N)),

@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from cli.flexible_compiled import compiler_says
 from cli.flexible_forms import Form, users_form
+from cli.foreign import blame
 from refimpl.attention.user_functions import Mod, as_mod, modified_scores, where_allowed
 from refimpl.errors import Inconclusive
 from refimpl.numerics import Array
 
 if TYPE_CHECKING:
-    from refimpl.testing import Outcome
+    from refimpl.testing import Outcome, Status
 
 __all__ = ["mod_outcomes"]
+
+Check: TypeAlias = Callable[[], "str | None"]
 
 TECHNIQUE = "attention.flexible"
 POINTS = 96
@@ -44,14 +48,15 @@ def mod_outcomes(
     examples: int,
     poisoned: Callable[[], AbstractContextManager[None]],
 ) -> list[Outcome]:
-    """Return what came of every check of ``FILE:FUNCTION``.
+    """Return what came of every check of ``FILE:FUNCTION``, up to the first at which it raises.
 
     Parameters
     ----------
     target
         As `users_form` takes it: the gradient of a score is the function with ``_vjp`` behind its name.
     backend
-        With "cuda" or "cudasim" kernels run as well.
+        With "cuda" or "cudasim" kernels run as well; the simulator takes all of Python, so with "cudasim" the
+        functions are compiled for a GPU, too, where there is a compiler.
     dtypes
         Of the kernels.  Default: float32, forward alone, float16 and bfloat16.
     seed, examples
@@ -59,39 +64,58 @@ def mod_outcomes(
     poisoned
         In which kernels run.
     """
-    from refimpl.testing import LOW_PRECISION, Outcome
+    from refimpl.testing import Outcome
 
     form = users_form(target)
     again = f"frugal verify {TECHNIQUE} --mod {target} --backend {backend} --seed {seed}"
+    path = target.rpartition(":")[0]
     found: list[Outcome] = []
-
-    def record(
-        where: tuple[str, str, str], what: str, action: Callable[[], str | None], more: str = ""
-    ) -> None:
-        status, detail = _verdict(action)
-        found.append(Outcome(TECHNIQUE, *where, what, status, detail, again + more))  # type: ignore[arg-type]
-
-    for what, action in _of_the_function(form, seed, examples):
-        record((target, "numpy", "float64"), what, action)
-    for dtype in (dtypes or LOW_PRECISION) if backend in SHAPES else ():
-        for name, what, action in _of_kernels(form, backend, dtype, seed, poisoned):
-            record((name, backend, dtype), what, action, f" --dtype {dtype}")
+    for where, what, action, more in _checks(form, target, backend, dtypes, seed, examples, poisoned):
+        status, detail, raised = _verdict(action, path)
+        found.append(Outcome(TECHNIQUE, *where, what, status, detail, again + more))
+        if raised:
+            break  # other checks would say the same
     return found
 
 
-def _verdict(action: Callable[[], str | None]) -> tuple[str, str]:
+def _verdict(action: Check, path: str) -> tuple[Status, str, bool]:
+    """Return a status, what is to be said, and whether a function in the file `path` raised."""
     try:
         problem = action()
-    except Inconclusive as error:
-        return "invalid", str(error)
-    except NotImplementedError as error:
-        return "refused", str(error)
     except Exception as error:  # a verdict on somebody's function
-        return "failed", f"raised {type(error).__name__}: {error}"
-    return ("failed", problem) if problem else ("passed", "")
+        said = blame(error, path)
+        if said is not None:
+            return "failed", said, True
+        if isinstance(error, Inconclusive):
+            return "invalid", str(error), False
+        if isinstance(error, NotImplementedError):
+            return "refused", str(error), False
+        return "failed", f"raised {type(error).__name__}: {error}", False
+    return ("failed", problem, False) if problem else ("passed", "", False)
 
 
-def _of_the_function(form: Form, seed: int, examples: int) -> Iterator[tuple[str, Callable[[], str | None]]]:
+def _checks(
+    form: Form,
+    target: str,
+    backend: str,
+    dtypes: Sequence[str] | None,
+    seed: int,
+    examples: int,
+    poisoned: Callable[[], AbstractContextManager[None]],
+) -> Iterator[tuple[tuple[str, str, str], str, Check, str]]:
+    """Yield function, backend and format of each check, its name, what runs it, options that repeat it."""
+    from refimpl.testing import LOW_PRECISION
+
+    for what, action in _of_the_function(form, seed, examples):
+        yield (target, "numpy", "float64"), what, action, ""
+    if backend == "cudasim":
+        yield (target, "sm_80", ""), "compiles", partial(compiler_says, target), ""
+    for dtype in (dtypes or LOW_PRECISION) if backend in SHAPES else ():
+        for name, what, action in _of_kernels(form, backend, dtype, seed, poisoned):
+            yield (name, backend, dtype), what, action, f" --dtype {dtype}"
+
+
+def _of_the_function(form: Form, seed: int, examples: int) -> Iterator[tuple[str, Check]]:
     options = form.options
     score = as_mod("score_mod", options["score_mod"], ("score",)) if "score_mod" in options else None
     vjp: Mod | None = None
@@ -202,7 +226,7 @@ def _gradient_of_attention(form: Form, seed: int) -> str | None:
 
 def _of_kernels(
     form: Form, backend: str, dtype: str, seed: int, poisoned: Callable[[], AbstractContextManager[None]]
-) -> Iterator[tuple[str, str, Callable[[], str | None]]]:
+) -> Iterator[tuple[str, str, Check]]:
     """Yield each tier, the pass, and what runs it: attention, as ``frugal bench flexible`` verifies it."""
     from cli.contest import supply_of
     from cli.flexible_problems import flexible_problem
@@ -211,7 +235,12 @@ def _of_kernels(
     # Limits of gradients are those of rounded operands, which says too little of float32.
     both = dtype != "float32" and ("score_mod" not in form.options or "score_mod_vjp" in form.options)
     for backward in (False, True) if both else (False,):
-        problem = flexible_problem(form, SHAPES[backend], dtype, backward=backward)
+        what = "backward" if backward else "forward"
+        try:
+            problem = flexible_problem(form, SHAPES[backend], dtype, backward=backward)
+        except Exception as error:  # of the mask, which is asked for dead tiles
+            yield "frugal portable", what, partial(_again, error)
+            return
         functions = {} if problem.functions is None else problem.functions(backend)
         for name, function in functions.items():
 
@@ -221,4 +250,8 @@ def _of_kernels(
                     wrong: str | None = problem.check(operands, function(*operands), to_host)
                 return wrong
 
-            yield name, "backward" if backward else "forward", action
+            yield name, what, action
+
+
+def _again(error: Exception) -> None:
+    raise error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,7 @@ import click
 if TYPE_CHECKING:
     from refimpl.registry import Technique
 
-__all__ = ["accepted_dtypes", "import_function", "untrusted"]
+__all__ = ["accepted_dtypes", "blame", "import_function", "untrusted", "users_functions"]
 
 
 @contextlib.contextmanager
@@ -45,6 +47,48 @@ def untrusted(target: str, option: str | None) -> Iterator[None]:
         if option is None:
             raise
         raise click.UsageError(f"{option}: {target}: {type(error).__name__}: {error}") from None
+
+
+def blame(error: BaseException, path: str) -> str | None:
+    """Return line and message of an error that code in the file `path` raised; None: it comes from elsewhere.
+
+    One of ours that names a line of the file, as of a function that returns no truth value, is about it too.
+
+    >>> try:
+    ...     click.UsageError(message=1 / 0)
+    ... except ZeroDivisionError as error:
+    ...     blame(error, "mine.py") is None
+    True
+    """
+    from refimpl.errors import FrugalError
+
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if not lines:
+        named = isinstance(error, FrugalError) and f"{path}, line " in str(error)
+        return str(error) if named else None
+    message = re.sub(r"^tid=\[.*?\] ctaid=\[.*?\](: )?", "", str(error))  # the simulator's thread
+    return f"{path}, line {lines[-1]}: {type(error).__name__}" + (f": {message}" if message else "")
+
+
+@contextlib.contextmanager
+def users_functions(targets: Sequence[str], option: str) -> Iterator[None]:
+    """Turn what functions ``FILE:FUNCTION`` raise into a line and exit code 1.
+
+    Raises
+    ------
+    click.ClickException
+        In the place of an error that comes from one of the files, as `blame` says.
+    """
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        for path in (target.rpartition(":")[0] for target in targets):
+            said = blame(error, path)
+            if said is not None:
+                raise click.ClickException(f"{option}: {said}") from None
+        raise
 
 
 def import_function(target: str) -> Callable[..., Any]:

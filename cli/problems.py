@@ -59,7 +59,7 @@ class Problem:
     operation: str
     shape: tuple[int, ...]
     dtype: str
-    causal: bool
+    causal: bool | None
     technique: str
     axes: Mapping[str, Any]
     work: int

@@ -12,7 +12,8 @@ from click.core import ParameterSource
 
 from cli.bench_problems import AXES, DIRECTIONS, Wanted, check_shapes, problems_of
 from cli.commands.env import why_not
-from cli.flexible_forms import FORMS, blaming
+from cli.flexible_forms import FORMS
+from cli.foreign import users_functions
 from cli.growth_methods import NAMES
 from cli.int8_problems import projections
 from cli.output import output_options, progress, say
@@ -229,8 +230,10 @@ def command(
     supply = supply_of(backend)
     shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
     wanted = Wanted(shapes, dtypes, causal, direction, forms, mods, splits)
-    with blaming(mods):
+    with users_functions(mods, "--mod"):
         problems = problems_of(what, backend, wanted)
+    if backend == "cudasim" and tier is not None:
+        _refuse_simulated(problems, tier)
     named = chosen or ("",) * rivals
     known = dict.fromkeys(name for problem in problems for name in problem.rival_names)
     for part in chosen:
@@ -238,7 +241,7 @@ def command(
             raise click.UsageError(f"--rival: none of {', '.join(known)} has {part!r} in its name")
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
-        with blaming(mods):
+        with users_functions(mods, "--mod"):
             found = result_rows(
                 problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
             )
@@ -246,6 +249,21 @@ def command(
         if backend == "cuda":
             say(_finished(found))
     return _result(rows, problems, backend, card, tier)
+
+
+def _masked(problems: Sequence[Problem]) -> bool:
+    """Return whether --causal says anything of the problems; a form has a mask of its own."""
+    return any(problem.causal is not None for problem in problems)
+
+
+def _refuse_simulated(problems: Sequence[Problem], tier: str) -> None:
+    """Say that a tier which GPUs have is none of the simulator's: a backend is missing, nothing is wrong."""
+    from cli.contest import tiers
+    from refimpl.errors import BackendUnavailableError
+
+    simulated, real = ({x for problem in problems for x in tiers(problem, on)} for on in ("cudasim", "cuda"))
+    if tier in real - simulated:
+        raise BackendUnavailableError(f"tier {tier} needs a GPU: --backend cuda")
 
 
 def _finished(rows: Sequence[dict[str, Any]]) -> str:
@@ -333,7 +351,7 @@ def _result(
     return Result(
         rows,
         (
-            *IDENTITY,
+            *(column for column in IDENTITY if column.key != "causal" or _masked(problems)),
             *(SIMULATION if backend == "cudasim" else MEASURED),
             *((ERROR,) if any(problem.error for problem in problems) else ()),
         ),

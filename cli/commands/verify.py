@@ -118,7 +118,8 @@ def command(
     on its activations, with the outliers that it finds there.
 
     With --mod, a score's gradient, the function with _vjp behind its name, is held to finite differences of
-    the score, and kernels with the functions, of a CUDA backend, to the definition.
+    the score, and kernels with the functions, of a CUDA backend, to the definition; cudasim compiles the
+    functions for a GPU as well, where the CUDA toolkit is installed.
     """
     if mod is not None:
         if names != ("attention.flexible",) or with_ is not None or model is not None or axes is not None:
@@ -161,7 +162,9 @@ def _of_mod(
     technique = registry.get("attention.flexible")
     with untrusted(mod, "--mod"):
         outcomes = mod_outcomes(mod, backend, dtypes, seed, examples, lambda: _poisoned(backend))
-    return _result(_rows(outcomes), [technique], [Job(technique, mod, lambda: None)], backend, all_failures)
+    result = _result(_rows(outcomes), [technique], [Job(technique, mod, lambda: None)], backend, all_failures)
+    note = ["Not compiled for a GPU: --backend cudasim and cuda do that."] if backend == "numpy" else []
+    return replace(result, details=[*result.details, *note])
 
 
 def _run(
@@ -321,7 +324,11 @@ def _result(
             details.append(f"FAILED {row['technique']} {row['implementation']}: {failure['check']}")
             details += [f"  {failure['detail']}", f"  reproduce: {failure['reproducer']}"]
         if row["refusals"]:
-            details.append(f"refused by {row['implementation']} in {row['dtype'] or 'every format'}:")
+            skipped = (
+                "" if any(row[status] for status in STATUSES if status != "refused") else "SKIPPED: all "
+            )
+            where = f"{row['implementation']} in {row['dtype'] or 'every format'}"
+            details.append(f"{skipped}refused by {where}:")
             reasons = sorted(row["refusals"].items(), key=lambda item: -item[1])
             details += [f"  {count} x {reason}" for reason, count in reasons[:SHOWN_REFUSALS]]
             if len(reasons) > SHOWN_REFUSALS:

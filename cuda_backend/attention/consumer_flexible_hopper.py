@@ -28,14 +28,16 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     """Return ``consume(base, thread, out, lse, masks, scale, factor, aux, problem)``, for a whole warpgroup.
 
     `masks` is the address of `mask_words`; `scale` is that of the scores, for the user's function; `factor`
-    is what the softmax multiplies them by: log2(e), times the scale if there is no such function.
+    is what the softmax multiplies them by: log2(e), times the scale if they come over the scale: without
+    such a function, or if the variant is `folded`.
     """
     tiles, work_slot, step_slot = variant.tiles, variant.work_slot, variant.step_slot
-    block_m, block_n, masked, modified = (
+    block_m, block_n, masked, modified, folded = (
         tiles.block_m,
         tiles.block_n,
         variant.masked,
         bool(variant.mods.score),
+        variant.folded,
     )
     s_count, o_count, p_count = block_n // 2, tiles.d_v // 2, block_n // 4
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
@@ -69,13 +71,13 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     @device_function
     def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
         """Turn products of a step into weights; return maxima, sums and factors of what was before."""
-        scale, factor, _, _ = numbers
+        scales, factor, _, _ = numbers
         b, h, row, last, column, tk, aux = place
         max_low, sum_low, max_high, sum_high = old
         tile, seen, low, high = step
         where = b, h, row, last, int32(tile * block_n + column), tk, aux
         if modified:
-            modify(s, scale, where)
+            modify(s, scales, where)
         if masked and seen >= 0:
             mask(s, low, high, where)
         max_low, sum_low, factor_low = softmax_row(s, int32(0), factor, max_low, sum_low)
@@ -94,7 +96,8 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
         lane = int32(thread & 31)
         quad_lane = int32(lane & 3)
         group_index = registers.uniform(int32(thread >> 7) - 1)
-        numbers = scale, factor, group_index, masks + uint64(WORD_BYTES) * uint64(thread & 127)
+        inverse = float32(1.0) / scale if folded else scale
+        numbers = (scale, inverse), factor, group_index, masks + uint64(WORD_BYTES) * uint64(thread & 127)
         stage, parity, q_stage, q_parity = int32(0), int32(0), int32(0), int32(0)
         while True:
             barrier.wait(base + q_full + 8 * q_stage, q_parity)

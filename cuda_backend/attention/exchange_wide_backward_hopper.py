@@ -98,7 +98,7 @@ def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable
     blocks of keys have added, and ``let(words, line, lane)`` after it lets the next one add; a `line` of -1
     is none.  Products run meanwhile: neither the word's way from the L2 cache nor the fence, which waits
     until all is added there, keeps the tensor cores waiting.  Nobody waits for ever for a turn that is passed
-    late: the tile of queries to be there first needs only turns of steps before.
+    late: the tile of queries that comes first needs no later turn.
     """
     first, count = variant.dq_shares(consumer)
     k_columns = variant.places.k_tile + first * 128 * variant.block_n

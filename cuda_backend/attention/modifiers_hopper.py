@@ -31,37 +31,39 @@ rolled = instruction(
 
 
 def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return ``modify(s, scale, where)`` and ``mask(s, low, high, where)`` for a tile of scores.
+    """Return ``modify(s, scales, where)`` and ``mask(s, low, high, where)`` for a tile of scores.
 
     `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
     are, and `aux`.
-    ``modify`` makes products into scores; ``mask`` makes scores -inf that the mask forbids, or that are those
-    of no key: it asks, unless the variant has the answers as bits `low` and `high` (`mask_words`).
+    ``modify`` makes products into scores, or scores over the scale if the variant is `folded`; `scales` are
+    the scale and 1 over it.  ``mask`` makes scores -inf that the mask forbids, or that are those of no key:
+    it asks, unless the variant has the answers as bits `low` and `high` (`mask_words`).
     """
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
     columns = 2 if variant.tiles.consumers == 3 else 4  # of a row asked at once: where registers are few, 2
-    allows, changed = traced_mask(mods.mask, mods.aux), traced_score(mods.score, mods.aux)
+    allows = traced_mask(mods.mask, mods.aux)
+    changed = traced_score(mods.score, mods.aux, variant.folded)
 
     @device_function
-    def modify_four(i: Any, s: Any, scale: Any, where: Any) -> None:
+    def modify_four(i: Any, s: Any, scales: Any, where: Any) -> None:
         b, h, row, last, first, tk, aux = where
         i_low, i_high = min(row, last), min(int32(row + 8), last)
-        x_low, x_high = float32(i_low), float32(i_high)
+        # Floats go on behind the last query and key, whose scores are nobody's.
+        x, y, low, high = float32(row), float32(first), float32(0.0), float32(8.0)
         for e in range(2):
             j = int32(first + 8 * i + e)
-            y = float32(float32(first) + float32(8 * i + e))
+            c = float32(8 * i + e)
             if ragged:
                 j = min(j, int32(tk - 1))
-                y = min(y, float32(tk - 1))
-            s[4 * i + e] = changed(s[4 * i + e] * scale, b, h, i_low, j, x_low, y, aux)
-            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e] * scale, b, h, i_high, j, x_high, y, aux)
+            s[4 * i + e] = changed(s[4 * i + e], scales, b, h, i_low, j, x, y, low, c, aux)
+            s[4 * i + 2 + e] = changed(s[4 * i + 2 + e], scales, b, h, i_high, j, x, y, high, c, aux)
 
     modify_all = _repeated(modify_four, count // 4)
 
     @device_function
-    def modify(s: Any, scale: Any, where: Any) -> None:
-        modify_all(int32(0), s, scale, where)
+    def modify(s: Any, scales: Any, where: Any) -> None:
+        modify_all(int32(0), s, scales, where)
 
     @device_function
     def pick(s: Any, low: Any, high: Any, _where: Any) -> None:

@@ -20,6 +20,7 @@ from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, enco
 from cuda_backend.attention.lists_hopper import key_lists, live_tiles
 from cuda_backend.attention.mask_words import MOST_BYTES, bytes_of, mask_words
 from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, early_config, section_of
+from cuda_backend.attention.traced import folds
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
 from cuda_backend.attention.variant_hopper import Variant
@@ -34,6 +35,7 @@ __all__ = ["FlexiblePlan", "Lists", "enqueue", "make_flexible_plan", "make_lists
 MAPS_BYTES = 3 * DESCRIPTOR_BYTES
 ADDRESSES, SETTLED = struct.Struct("6Q"), struct.Struct("2f6i")
 ARRAY_WORDS = 5  # of an array, before its shape and strides
+FOLDED = 2.0**-16, 2.0**16  # scales by which terms beside a score are divided: what overflows is no score
 
 
 class Lists(NamedTuple):
@@ -168,7 +170,6 @@ def make_flexible_plan(
     dtype = views[0].dtype
     batch, tq, heads, width = views[0].shape
     _, tk, kv_heads, value_width = views[2].shape
-    variant = FlexibleVariant(tiles, mods, tk % tiles.block_n != 0, words)
     sizes = [8 * (ARRAY_WORDS + 2 * ndim) for _, ndim in mods.aux or (("float32", 1),)]
     settled = MAPS_BYTES + ADDRESSES.size
     size = settled + SETTLED.size + sum(sizes)
@@ -177,7 +178,9 @@ def make_flexible_plan(
     base = ctypes.addressof(arguments) + start
     columns = -(-value_width // COLUMNS) * COLUMNS
     factor = width**-0.5 if scale is None else scale
-    exponent = LOG2_E if mods.score is not None else factor * LOG2_E
+    folded = FOLDED[0] <= factor <= FOLDED[1] and folds(mods.score, mods.aux)
+    variant = FlexibleVariant(tiles, mods, tk % tiles.block_n != 0, words, folded)
+    exponent = LOG2_E if mods.score is not None and not folded else factor * LOG2_E
     numbers = (count, heads, heads // kv_heads, tq, tk, columns)
     SETTLED.pack_into(arguments, start + settled, factor, exponent, *numbers)
     offsets = [0, *range(MAPS_BYTES, settled, 8), *range(settled, settled + SETTLED.size, 4)]
@@ -207,7 +210,7 @@ def _function(variant: FlexibleVariant, device: int) -> Any:
     mods = variant.mods
     keys = [None if mod is None else mod.key for mod in (mods.mask, mods.score)]
     with blamed(mods):
-        name: tuple[object, ...] = (variant.tiles, variant.ragged, variant.words, mods.aux, *keys)
+        name: tuple[object, ...] = (*variant._replace(mods=Mods()), mods.aux, *keys)
         if " object at 0x" in repr(keys):
             name = *name, uuid4()  # a function reads what has no name that another process would know
         function = load("attention_flexible_hopper", name, device, make)

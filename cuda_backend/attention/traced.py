@@ -17,6 +17,7 @@ import numpy as np
 from cuda_backend._numba import SIMULATOR, device_function
 from cuda_backend.attention.traced_values import (
     LONGEST,
+    SCALES,
     Array,
     Trace,
     UndecidedError,
@@ -28,7 +29,7 @@ from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import instruction, types
 from refimpl.attention.user_functions import Mod
 
-__all__ = ["is_short", "source_of", "traced_mask", "traced_score"]
+__all__ = ["folds", "is_short", "source_of", "traced_mask", "traced_score"]
 
 PATHS, SHORT = 32, 20
 LOG2_E = math.log2(math.e)  # a number: on the device `math` would compute it for every score
@@ -47,35 +48,37 @@ reciprocal = instruction(
 )
 
 
-@device_function
-def tanh(x: Any) -> Any:
-    """Return the hyperbolic tangent within 2**-22: as exact as a score, for two special functions."""
-    grown = registers.exp2(float32(x * float32(2.0 * LOG2_E)))
-    return float32(1.0) - float32(2.0) * reciprocal(grown + float32(1.0))
-
-
-@device_function
-def exp(x: Any) -> Any:
-    """Return e**x, with a relative error that grows with x as that of x * log2(e) in float32."""
-    return registers.exp2(float32(x * float32(LOG2_E)))
-
-
 def traced_mask(mod: Mod | None, arrays: Arrays) -> Any:
     """Return ``f(b, h, i, j, aux)`` for kernels, as `mask_on_device` does."""
     source = None if mod is None or SIMULATOR else source_of(mod, arrays, "bool")
     return mask_on_device(mod) if source is None else _compiled(source)
 
 
-def traced_score(mod: Mod | None, arrays: Arrays) -> Any:
-    """Return ``f(score, b, h, i, j, x, y, aux)`` for kernels, as `score_on_device`; x, y: i, j in float.
+def traced_score(mod: Mod | None, arrays: Arrays, folded: bool = False) -> Any:
+    """Return ``f(product, scales, b, h, i, j, x, y, r, c, aux)`` for kernels.
 
-    Turning an integer into a float costs as much as several products do, adding to a float does not.
+    `scales` are the scale and 1 over it; the score of a product is returned, or `folded` that score over the
+    scale.  x + r and y + c are i and j in float, r and c numbers when it is compiled: turning an integer into
+    a float costs as much as several products do, adding to a float does not, and where i - j is wanted, what
+    differs by rows and columns alone is found once.
     """
-    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "float")
+    source = None if mod is None or SIMULATOR else source_of(mod, arrays, "folded" if folded else "float")
     if source is not None:
         return _compiled(source)
     given = score_on_device(mod)
-    return device_function(lambda score, b, h, i, j, _x, _y, aux: given(score, b, h, i, j, aux))
+
+    def asked(
+        product: Any, scales: Any, b: Any, h: Any, i: Any, j: Any,
+        _x: Any, _y: Any, _r: Any, _c: Any, aux: Any,
+    ) -> Any:  # fmt: skip
+        return given(product * scales[0], b, h, i, j, aux)
+
+    return device_function(asked)
+
+
+def folds(mod: Mod | None, arrays: Arrays) -> bool:
+    """Return whether the scale may go into factors of what is added to a score."""
+    return mod is not None and not SIMULATOR and source_of(mod, arrays, "folded") is not None
 
 
 def is_short(mod: Mod | None, arrays: Arrays) -> bool:
@@ -87,7 +90,7 @@ def is_short(mod: Mod | None, arrays: Arrays) -> bool:
 def _compiled(source: str) -> Any:
     scope = {
         "int32": types.int32, "uint32": types.uint32, "float32": types.float32,
-        "infinity": np.float32(np.inf), "tanh": tanh, "exp": exp, "math": math,
+        "infinity": np.float32(np.inf), "math": math, "exp2": registers.exp2, "reciprocal": reciprocal,
     }  # fmt: skip
     exec(source, scope)
     return device_function(scope["traced"])
@@ -103,7 +106,8 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
     arrays : tuple
         Dtype and axes of each array of `aux`.
     result : str
-        ``"bool"`` for a mask, ``"float"`` for a score.
+        ``"bool"`` for a mask, ``"float"`` for a score, ``"folded"`` for a score over the scale, if that
+        saves a product: it goes into the factors of what is added to the score.
 
     Examples
     --------
@@ -116,20 +120,18 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         t4 = bool(t1 & t3)
         return t4
     """
-    leading = ("score",) if result == "float" else ()
-    floats = {"i": "x", "j": "y"} if leading else {}
-    lines = [f"def traced({', '.join((*leading, *NAMES, *floats.values()))}, aux):"]
-    left = PATHS
+    leading = ("score",) if result != "bool" else ()
+    lines: list[str] = []
+    left, gains = PATHS, False
 
     def follow(decisions: tuple[bool, ...], indent: str) -> None:
         """Write what happens after the last of some decisions."""
-        nonlocal left
+        nonlocal left, gains
         left -= 1
         if left < 0:
             raise UntraceableError("too many paths")
         trace = Trace(decisions)
-        trace.floats |= floats
-        given: list[Any] = [Value(trace, name, "float") for name in leading]
+        given: list[Any] = [_score(trace) for _ in leading]
         given += [Value(trace, name, "int", 0, LONGEST) for name in NAMES]
         if mod.takes_aux:
             given.append(tuple(Array(trace, f"aux[{n}]", *kind) for n, kind in enumerate(arrays)))
@@ -145,6 +147,9 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
             return
         if result == "float":
             found = found.as_float()
+        elif result == "folded":
+            gains = gains or _gains(found.as_float(), trace)
+            found = _folded(found.as_float(), trace)
         elif found.kind != "bool":
             raise UntraceableError("a mask that is no truth value")
         lines.extend(indent + line for line in trace.lines[max(trace.fresh, 1) :])
@@ -154,7 +159,44 @@ def source_of(mod: Mod, arrays: Arrays, result: str) -> str | None:
         follow((), "    ")
     except Exception:  # whatever is wrong with the function, Numba says it with the line
         return None
-    return "\n".join(lines)
+    if result == "folded" and not gains:
+        return None
+    names = ", ".join(NAMES)
+    if not leading:
+        return "\n".join([f"def traced({names}, aux):", *lines])
+    head = f"def traced(product, scales, {names}, x, y, r, c, aux):"
+    return "\n".join([head, "    scale, inverse = scales", "    score = float32(product * scale)", *lines])
+
+
+def _score(trace: Trace) -> Value:
+    """Return the score, of which a trace gets to know what it is, and its indices in float."""
+    for names, what in (("score product", "score"), ("i x r", "i"), ("j y c", "j")):
+        trace.needs |= {name: frozenset((what,)) for name in names.split()}
+    trace.needs |= {name: frozenset((name,)) for name in SCALES}
+    trace.floats["i"] = "x", 1, 0
+    trace.floats["j"] = "y", 0, 1
+    trace.products["score"] = Value(trace, "scale", "float"), Value(trace, "product", "float"), None
+    return Value(trace, "score", "float")
+
+
+def _folded(value: Any, trace: Trace) -> Any:
+    """Return a score over the scale, of the product itself, if it is a sum with the score."""
+    if value.code == "score":
+        return Value(trace, "product", "float")
+    if "score" not in trace.depends(value.code):
+        return value * Value(trace, "inverse", "float")
+    if value.code not in trace.sums:
+        raise UntraceableError("more than a sum with the score")
+    sign, x, y = trace.sums[value.code]
+    x, y = _folded(x, trace), _folded(y, trace)
+    return x + y if sign == "+" else x - y
+
+
+def _gains(value: Any, trace: Trace) -> bool:
+    """Return whether a term of a sum is a product whose factor the scale may go into."""
+    if "score" not in trace.depends(value.code):
+        return value.code in trace.products
+    return value.code in trace.sums and any(_gains(x, trace) for x in trace.sums[value.code][1:])
 
 
 def _truth(value: Value) -> str:
@@ -209,16 +251,20 @@ class _Module:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
 
-    def _called(self, code: str, x: Any) -> Any:
-        return self._trace.named(f"{code}({self._trace.of(x).as_float().code})", "float")
-
     def tanh(self, x: Any) -> Any:
-        """Return the tangent."""
-        return self._called("tanh", x)
+        """Return the tangent, 1 - 2 / (exp(2 x) + 1), within 2**-22: as exact as a score."""
+        trace: Trace = self._trace
+        half: Any = trace.of(x).as_float()
+        grown = half * (2.0 * LOG2_E)
+        r = trace.named(f"reciprocal(float32(exp2({grown.code}) + float32(1.0)))", "float")
+        made = trace.named(f"float32(float32(1.0) - float32(2.0) * {r.code})", "float")
+        trace.products[made.code] = trace.of(-2.0), r, trace.of(1.0)
+        return made
 
     def exp(self, x: Any) -> Any:
-        """Return e**x."""
-        return self._called("exp", x)
+        """Return e**x, with a relative error that grows with x as that of x * log2(e) in float32."""
+        given: Any = self._trace.of(x).as_float()
+        return self._trace.named(f"exp2({(given * LOG2_E).code})", "float")
 
     def float32(self, x: Any) -> Any:
         """Return the number in float32."""

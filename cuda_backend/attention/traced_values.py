@@ -7,6 +7,7 @@ an integer fits 32 bits, so does the code here; floats are float32, as they are 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ __all__ = ["LONGEST", "Array", "Trace", "UndecidedError", "UntraceableError", "V
 
 LONGEST = 1 << 24  # of an axis: float32 still counts so far
 _INT32 = 1 << 31
+SCALES = frozenset(("scale", "inverse"))
 _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 
 
@@ -38,14 +40,24 @@ class Trace:
 
     def __init__(self, decisions: tuple[bool, ...]) -> None:
         self.decisions, self.asked, self.lines = decisions, 0, [""]
-        self.floats: dict[str, str] = {}  # integers that there are in float32, too, exactly: their codes
+        # Of integers that there are in float32, too, exactly: what `_in_float` makes code of.
+        self.floats: dict[str, tuple[str, int, int]] = {}
+        self.needs: dict[str, frozenset[str]] = {}  # of a name: what, of a score, it depends on
+        # Of floats: a factor that all scores of a head have alike, the other, what is added, also alike.
+        self.products: dict[str, tuple[Value, Value, Value | None]] = {}
+        self.sums: dict[str, tuple[str, Value, Value]] = {}  # of floats: the sign and both terms
         self.fresh = 0  # lines that belong before the last decision
 
     def named(self, code: str, kind: str, low: int = 0, high: int = 0) -> Value:
         """Return the value of an expression, which gets a name."""
         name = f"t{len(self.lines)}"
         self.lines.append(f"{name} = {code}")
+        self.needs[name] = self.depends(code)
         return Value(self, name, kind, low, high)
+
+    def depends(self, code: str) -> frozenset[str]:
+        """Return what, of a score, a piece of code depends on."""
+        return frozenset().union(*(self.needs.get(word, ()) for word in re.findall(r"[a-z_]\w*", code)))
 
     def integer(self, code: str, low: int, high: int) -> Value:
         """Return an integer of a range, in 32 bits if it fits."""
@@ -81,6 +93,16 @@ def _narrow(low: int, high: int) -> bool:
     return low >= -_INT32 and high < _INT32
 
 
+def _in_float(base: str, rows: int, columns: int) -> str:
+    """Return the code of an integer in float32: `base`, and so many times `r` and `c`, all of it exact.
+
+    Row and column within a tile are numbers when it is compiled: so is what is made of both, which may be
+    the same for several scores.
+    """
+    terms = [f"float32({n}) * {name}" for n, name in ((rows, "r"), (columns, "c")) if n]
+    return f"float32({base} + float32({' + '.join(terms)}))" if terms else base
+
+
 class Value:
     """A number: "int" with a range, "bool", or "float" for float32."""
 
@@ -104,15 +126,14 @@ class Value:
         if max(abs(number.low), abs(number.high)) > LONGEST:
             raise UntraceableError("an integer that float32 cannot hold")
         if number.code in self.trace.floats:
-            return self.trace.named(self.trace.floats[number.code], "float")
+            return self.trace.named(_in_float(*self.trace.floats[number.code]), "float")
         return self.trace.named(f"float32({number.code})", "float")
 
     def index(self) -> str:
         """Return the code of an index; unsigned where it is not negative, so that nobody asks."""
         number = self.as_int()
-        return (
-            f"uint32({number.code})" if number.low >= 0 and _narrow(number.low, number.high) else number.code
-        )
+        fits = number.low >= 0 and _narrow(number.low, number.high)
+        return f"uint32({number.code})" if fits else number.code
 
     def __bool__(self) -> bool:
         return self.trace.choose(self)
@@ -125,7 +146,7 @@ class Value:
         least = 0 if number.low <= 0 <= number.high else min(ends)
         made = self.trace.integer(f"abs({number.code})", least, max(ends))
         if number.code in self.trace.floats:
-            self.trace.floats[made.code] = f"float32(abs({self.trace.floats[number.code]}))"
+            self.trace.floats[made.code] = f"float32(abs({_in_float(*self.trace.floats[number.code])}))", 0, 0
         return made
 
     def __neg__(self) -> Value:
@@ -163,9 +184,8 @@ class Array(NamedTuple):
             return self.trace.named(code, "bool", 0, 1)
         limits = np.iinfo(self.dtype)
         if limits.max >= 1 << 62:
-            return self.trace.named(
-                code, "int", -(1 << 61), 1 << 61
-            )  # a number that is compared, or an index
+            # A number that is compared, or an index.
+            return self.trace.named(code, "int", -(1 << 61), 1 << 61)
         return self.trace.integer(code, int(limits.min), int(limits.max))
 
 
@@ -174,15 +194,44 @@ def _arithmetic(sign: str, reach: Callable[..., int]) -> Callable[[Value, Value]
 
     def apply(x: Value, y: Value) -> Value:
         if "float" in (x.kind, y.kind):
-            return x.trace.named(f"float32({x.as_float().code} {sign} {y.as_float().code})", "float")
+            x, y = x.as_float(), y.as_float()
+            if sign == "*":
+                return _product(x, y)
+            made = x.trace.named(f"float32({x.code} {sign} {y.code})", "float")
+            x.trace.sums[made.code] = sign, x, y
+            return made
         x, y = x.as_int(), y.as_int()
         ends = [reach(a, b) for a in (x.low, x.high) for b in (y.low, y.high)]
         made, known = x.trace.integer(f"{x.code} {sign} {y.code}", min(ends), max(ends)), x.trace.floats
         if sign in "+-" and x.code in known and y.code in known and max(map(abs, ends)) <= LONGEST:
-            known[made.code] = f"float32({known[x.code]} {sign} {known[y.code]})"
+            (left, *m), (right, *n) = known[x.code], known[y.code]
+            rows, columns = (reach(a, b) for a, b in zip(m, n, strict=True))
+            known[made.code] = f"float32({left} {sign} {right})", rows, columns
         return made
 
     return apply
+
+
+def _product(x: Value, y: Value) -> Value:
+    """Return a product of floats: what all scores of a head have alike is multiplied first, once for all.
+
+    A rounding differs from the order in which the user multiplies, and no other: sums are left as they are,
+    but for those of `products`, where a number is added.  A mask is left as it is: its roundings decide.
+    """
+    trace = x.trace
+    if trace.depends(y.code) <= SCALES:
+        x, y = y, x
+    if "score" not in trace.products or not trace.depends(x.code) <= SCALES:
+        return trace.named(f"float32({x.code} * {y.code})", "float")
+    factor, y, addend = trace.products.get(y.code, (None, y, None))
+    if addend is not None:
+        addend = trace.named(f"float32({addend.code} * {x.code})", "float")
+    if factor is not None:
+        x = trace.named(f"float32({factor.code} * {x.code})", "float")
+    code = f"{x.code} * {y.code}" + (f" + {addend.code}" if addend is not None else "")
+    made = trace.named(f"float32({code})", "float")
+    trace.products[made.code] = x, y, addend
+    return made
 
 
 def _divided(sign: str) -> Callable[[Value, Value], Value]:
@@ -209,7 +258,7 @@ def _quotient(x: Value, y: Value) -> Value:
         raise UntraceableError("a quotient of integers is a double")
     code = y.code.removeprefix("float32(").removesuffix(")")
     if y.code.startswith("float32(") and float(code) != 0.0:
-        return x.trace.named(f"float32({x.as_float().code} * float32({1.0 / float(code)!r}))", "float")
+        return _product(x.as_float(), x.trace.of(1.0 / float(code)))
     return x.trace.named(f"float32({x.as_float().code} / {y.as_float().code})", "float")
 
 

@@ -26,12 +26,16 @@ class FlexibleVariant(NamedTuple):
         Whether the last key tile reaches beyond the last key.
     words
         Whether what may be seen of a tile is read (`mask_words`); otherwise the mask is asked.
+    folded
+        Whether the scale goes into what the score function adds (`traced.folds`): scores are over the scale,
+        by which the softmax multiplies them, as it does without such a function.
     """
 
     tiles: Variant
     mods: Mods
     ragged: bool
     words: bool = False
+    folded: bool = False
 
     @property
     def work_slot(self) -> int:

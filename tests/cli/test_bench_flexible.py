@@ -94,14 +94,14 @@ def test_a_users_file(tmp_path: Path, run: Callable[..., Any]) -> None:
         "def other(s, b, h, i, j):\n    return s\n"
         "def lacking(b, h, i, j):\n    import not_there_at_all\n    return j <= i\n"
         "def unknown(score, b, h, i, j):\n    return not_named(score)\n"
+        "def late(b, h, i, j):\n    if i == 2:\n        raise ValueError('the third')\n    return j <= i\n"
+        "def numbers(b, h, i, j):\n    return i - j\n"
     )
     assert set(users_form(f"{path}:bent").options) == {"score_mod", "score_mod_vjp"}
     for name, said in (
         ("reading", r"expected reading\(b, h, i, j\)"),
         ("none", "has no function 'none'"),
         ("other", r"other\(score, b, h, i, j\) of a score, its first argument so named, got other\(s, b, "),
-        ("lacking", "own.py, line 13: ModuleNotFoundError: No module named 'not_there_at_all'"),
-        ("unknown", "own.py, line 16: NameError: name 'not_named'"),
     ):
         with pytest.raises(click.UsageError, match=said):
             users_form(f"{path}:{name}")
@@ -115,7 +115,16 @@ def test_a_users_file(tmp_path: Path, run: Callable[..., Any]) -> None:
         *operands[:3], mask_mod=users_form(f"{path}:near").options["mask_mod"]
     )
     assert problem.check(operands, out.astype(np.float16), keep) is None
-    assert "--mod" in run("bench", "flexible", "--backend", "cudasim", "--mod", "near", code=2).stderr
+    simulated = ("bench", "flexible", "--backend", "cudasim", "--shape", "1,1,6,4", "--mod")
+    assert "--mod" in run(*simulated, "near", code=2).stderr
+    for name, said in (
+        ("lacking", "own.py, line 13: ModuleNotFoundError: No module named 'not_there_at_all'"),
+        ("unknown", "own.py, line 16: NameError: name 'not_named'"),
+        ("late", "own.py, line 19: ValueError: the third"),
+        ("numbers", "got int64 from"),
+    ):
+        (line,) = run(*simulated, f"{path}:{name}", code=1).stderr.splitlines()
+        assert said in line
 
 
 @pytest.mark.cudasim
@@ -138,7 +147,7 @@ def test_what_only_a_branch_lacks_is_the_users(
         "def wrong(b, h, i, j):\n    if i > 5:\n        return [][3]\n    return j <= i\n"
     )
     asked = "bench", "flexible", "--backend", "cudasim", "--shape", "1,1,10,4", "--mod", f"{path}:{name}"
-    assert f"--mod: {path}, {said}" in run(*asked, code=2).stderr
+    assert f"--mod: {path}, {said}" in run(*asked, code=1).stderr
 
 
 @pytest.mark.cudasim
@@ -152,6 +161,9 @@ def test_the_simulator_runs_both(run: Callable[..., Any], tmp_path: Path) -> Non
     for operation in ("softcap forward", "softcap backward", "near forward", "near backward"):
         assert operation in flexible
     assert flexible.count("timed") == 5  # four problems, and the total
+    assert "causal" not in flexible  # a form has its mask: --causal says nothing of it
+    lacking = run("bench", "flexible", "--backend", "cudasim", "--form", "causal", "--tier", "hopper", code=3)
+    assert "tier hopper needs a GPU" in lacking.stderr
     decode = run("bench", "decode", "--backend", "cudasim", "--shape", "1,2,1,9,4", "--splits", "2").stdout
     assert decode.count("timed") == 3
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from refimpl.errors import UnsupportedError
 
 OWN = """
 import math
@@ -69,6 +72,19 @@ def whole_mask(b, h, i, j):
 
 def numbers(b, h, i, j):
     return i - j
+
+def badline(score, b, h, i, j):
+    x = 1.0
+    return score.nothing + x
+
+def unnamed(b, h, i, j):
+    return not_named(i, j)
+
+def unwritten(b, h, i, j):
+    raise NotImplementedError
+
+def listed(b, h, i, j):
+    return sorted([i, j])[0] == j
 """
 
 
@@ -139,7 +155,7 @@ def test_kernels_have_the_users_function(
 ) -> None:
     rows = verified("bent", "--backend", "cudasim", "--dtype", "float16")["rows"]
     assert [(row["backend"], row["passed"], row["failed"]) for row in rows] == [
-        ("numpy", 8, 0), ("cudasim", 2, 0)
+        ("numpy", 8, 0), ("sm_80", 1, 0), ("cudasim", 2, 0)
     ]  # fmt: skip
     import cuda_backend
 
@@ -150,5 +166,64 @@ def test_kernels_have_the_users_function(
 
     monkeypatch.setattr(cuda_backend, "flexible_attention", without)
     rows = verified("bent", "--backend", "cudasim", "--dtype", "float16", code=1)["rows"]
-    assert rows[1]["failed"] >= 1
-    assert rows[1]["failures"][0]["check"] == "forward"
+    assert rows[2]["failed"] >= 1
+    assert rows[2]["failures"][0]["check"] == "forward"
+
+
+@pytest.mark.parametrize(
+    ("name", "culprit", "error"),
+    [
+        ("badline", "return score.nothing + x", "AttributeError"),
+        ("unnamed", "return not_named(i, j)", "NameError"),
+        ("unwritten", "raise NotImplementedError", "NotImplementedError"),
+    ],
+)
+def test_what_raises_is_said_once_with_its_line(
+    name: str, culprit: str, error: str, own: Path, verified: Callable[..., Any]
+) -> None:
+    line = 1 + [text.strip() for text in OWN.splitlines()].index(culprit)
+    for backend in ("numpy", "cudasim"):
+        (row,) = verified(name, "--backend", backend, code=1)["rows"]
+        (failure,) = row["failures"]
+        assert failure["detail"].startswith(f"{own}, line {line}: {error}")
+
+
+def test_what_is_no_mask_is_said_once(own: Path, verified: Callable[..., Any]) -> None:
+    (row,) = verified("numbers", code=1)["rows"]
+    (failure,) = row["failures"]
+    assert "expected True or False" in failure["detail"]
+    assert f"{own}, line" in failure["detail"]
+
+
+@pytest.mark.cudasim
+def test_what_no_compiler_takes_fails_in_the_simulator_too(verified: Callable[..., Any]) -> None:
+    rows = verified("listed", "--backend", "cudasim", "--dtype", "float32", code=1)["rows"]
+    assert [(row["backend"], row["failed"]) for row in rows] == [("numpy", 0), ("sm_80", 1), ("cudasim", 0)]
+    (failure,) = rows[1]["failures"]
+    assert failure["detail"].startswith("mask_mod: does not compile for the GPU: No implementation of")
+
+
+@pytest.mark.cudasim
+def test_without_a_compiler_that_is_said(
+    own: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(_target: str) -> None:
+        raise UnsupportedError("not compiled for a GPU: no libnvvm")
+
+    monkeypatch.setattr("cli.flexible_verify.compiler_says", lacking)
+    command = ("verify", "attention.flexible", "--mod", f"{own}:near", "--examples", "1")
+    said = run(*command, "--backend", "cudasim", "--dtype", "float32").stdout
+    assert "SKIPPED: all refused" in said
+    assert "not compiled for a GPU: no libnvvm" in said
+    assert "Not compiled for a GPU" in run(*command).stdout
+
+
+@pytest.mark.cudasim
+def test_a_format_that_is_not_there_is_skipped_aloud(
+    own: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    command = ("verify", "attention.flexible", "--mod", f"{own}:near", "--examples", "1")
+    said = run(*command, "--backend", "cudasim", "--dtype", "bfloat16").stdout
+    assert "SKIPPED: all refused by frugal portable in bfloat16" in said
+    assert "bfloat16 arrays need the package ml_dtypes" in said

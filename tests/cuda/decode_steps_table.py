@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.cuda import decode_table
 from tests.cuda.decode_table import HKV, HQ, D, say, sdpa
+from tests.cuda.need_gpu import need_gpu
 
 CACHES = ((1, 32768), (16, 32768))
 PAGE = 16
@@ -222,6 +223,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    need_gpu()
     if len(sys.argv) > 1:
         compiled(sys.argv[1])
     else:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from cuda_backend.attention.decode_variant_ampere import MOST_PARTS
+from tests.cuda.need_gpu import need_gpu
 
 HQ, HKV, D = 32, 8, 128
 CACHES = ((1, 32768), (16, 32768), (1, 131072), (16, 131072))
@@ -281,6 +282,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    need_gpu()
     if len(sys.argv) > 1:
         compiled(sys.argv[1])
     else:

@@ -23,7 +23,9 @@ from cuda_backend.attention.plan_backward_hopper import _function
 from cuda_backend.attention.variant_backward_hopper import choose_backward
 from cuda_backend.context import current_device
 from tests.cuda.flexible_backward_forms import FORMS, Form, form_of, functions, our_blocks, their_blocks
+from tests.cuda.flexible_hopper_forms import means
 from tests.cuda.hopper_table import EXPECTED_RATE, GRAPH_S, MOST_CALLS, seconds
+from tests.cuda.need_gpu import need_gpu
 
 SECONDS = 92.0
 SHORT = (2, 4, 2, 700)  # B, Hq, Hkv, N
@@ -181,7 +183,7 @@ def main(words: list[str]) -> None:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     torch.cuda.set_stream(stream)
     for D in widths:
-        ratios = []
+        ratios: dict[str, float] = {}
         for name in names:
             if time.perf_counter() - began > SECONDS:
                 sys.stdout.write("out of time\n")
@@ -190,13 +192,12 @@ def main(words: list[str]) -> None:
             compiled = torch.compile(flex_attention, dynamic=False)
             helpers[name].wait()
             try:
-                ratios.append(row(name, D, compiled, stream))
+                ratios[name] = row(name, D, compiled, stream)
             except Exception as error:  # the other rows are of use all the same
                 sys.stdout.write(f"{name} D={D}: {type(error).__name__}: {str(error)[-600:]}\n")
             torch.cuda.empty_cache()
         if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            sys.stdout.write(f"D={D}: geometric mean {mean:.2f} times FlexAttention, {len(ratios)} forms\n")
+            sys.stdout.write(f"D={D}: FlexAttention's time over ours: {means(ratios)}\n")
     sys.stdout.write(f"{time.perf_counter() - began:.0f} s\n")
 
 
@@ -211,4 +212,5 @@ def compile_all(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     (compile_all if "compile" in sys.argv else main)(sys.argv[1:])

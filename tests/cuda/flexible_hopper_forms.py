@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,16 @@ class Form(NamedTuple):
     their_score: Callable[..., Any] | None
     by_head: bool = False
     by_sequence: bool = False
+
+
+def means(ratios: Mapping[str, float]) -> str:
+    """Return geometric means by the page's rule: softcap left out, with and without BigBird."""
+    five = {name: ratio for name, ratio in ratios.items() if name != "softcap"}
+    four = {name: ratio for name, ratio in five.items() if name != "BigBird"}
+    found = (
+        math.exp(sum(map(math.log, some.values())) / len(some)) if some else math.nan for some in (five, four)
+    )
+    return "geometric mean of {} forms {:.2f}, without BigBird {:.2f}".format(len(five), *found)
 
 
 def sliding_causal(_b: Any, _h: Any, i: Any, j: Any) -> Any:

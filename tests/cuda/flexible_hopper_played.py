@@ -55,13 +55,14 @@ def played(
     blocks: int = 2,
     short: bool = False,
     words: bool = False,
+    folded: bool = False,
     mutant: Mutant | None = None,
 ) -> tuple[Any, Any]:
     """Return the output and the log-sum-exps that the kernel makes, in float32.
 
     `which` is that of the candidates for tiles; `short` says that the mask stands in the kernel for each
-    score, `words` that what it allows is read; `mutant` names one of `MODULES`, a part of it, and what
-    stands there instead.
+    score, `words` that what it allows is read, `folded` that scores stay over the scale; `mutant` names one
+    of `MODULES`, a part of it, and what stands there instead.
     """
     (B, Tq, H, D), (_, Tk, kv_heads, Dv) = q.shape, v.shape
     kind = "f16" if q.dtype == np.float16 else "bf16"
@@ -70,7 +71,7 @@ def played(
         None if mask_mod is None else as_mod("mask_mod", mask_mod),
         None if score_mod is None else as_mod("score_mod", score_mod, ("score",)),
     )
-    variant = FlexibleVariant(tiles, given, ragged=Tk % tiles.block_n != 0, words=words)
+    variant = FlexibleVariant(tiles, given, ragged=Tk % tiles.block_n != 0, words=words, folded=folded)
     states = np.full((1, 1, -(-Tq // ROWS), -(-Tk // tiles.block_n)), FULL, np.uint8)
     if mask_mod is not None:
         states = block_mask(mask_mod, B, H, Tq, Tk, block_sizes=(ROWS, tiles.block_n), aux=aux).states
@@ -87,12 +88,12 @@ def played(
         modules[mutant[0]] = mutated(*mutant)
     out, lse = np.full((B, Tq, H, Dv), np.nan, np.float32), np.full((B, H, Tq), np.nan, np.float32)
     install(monkeypatch, machine, [*modules.values(), softmax_hopper, schedule_hopper])
-    stand_in(monkeypatch, modules, out, lse, KINDS[kind])
+    stand_in(monkeypatch, modules, out, lse, KINDS[kind], Tk)
     monkeypatch.setattr(modules["modifiers"], "is_short", lambda *_: short)
     counter = np.zeros(2, np.int32)
     problem = tuple(map(np.int32, (len(work), H, H // kv_heads, Tq, Tk, Dv)))
     factor = D**-0.5 if scale is None else scale
-    numbers = np.float32(factor), np.float32(np.log2(np.e) * (factor if score_mod is None else 1))
+    numbers = np.float32(factor), np.float32(np.log2(np.e) * (factor if score_mod is None or folded else 1))
     start = modules["start"].build_start(tiles)
     produce = modules["producer"].build_flexible_producer(variant)
     consume = modules["consumer"].build_flexible_consumer(variant)
@@ -154,7 +155,12 @@ def mutated(name: str, part: str, instead: str) -> ModuleType:
 
 
 def stand_in(
-    monkeypatch: pytest.MonkeyPatch, modules: dict[str, ModuleType], out: Any, lse: Any, kind: Any
+    monkeypatch: pytest.MonkeyPatch,
+    modules: dict[str, ModuleType],
+    out: Any,
+    lse: Any,
+    kind: Any,
+    tk: int,
 ) -> None:
     """Give modules what works on all lanes at once."""
 
@@ -198,27 +204,35 @@ def stand_in(
         with np.errstate(invalid="ignore"):
             o[0::4], o[1::4], o[2::4], o[3::4] = o[0::4] * low, o[1::4] * low, o[2::4] * high, o[3::4] * high
 
-    def each(mod: Any, *_: Any) -> Any:
-        """Return a function that is asked for each lane alone."""
-        if mod is None:
-            return lambda *given: True if len(given) == 5 else given[0]
-        leading = 0 if mod.function.__code__.co_argcount - mod.takes_aux == 4 else 1
+    def of_lanes(mod: Any, leading: tuple[Any, ...], indices: tuple[Any, ...], aux: Any) -> list[Any]:
+        """Return what a function says of each lane alone."""
+        lanes = np.broadcast_arrays(*leading, *indices, np.zeros(128))[:-1]
+        kinds = [float] * len(leading) + [int] * 4
+        return [
+            mod.call(tuple(entry[: len(leading)]), tuple(entry[len(leading) :]), aux)
+            for entry in (
+                tuple(k(x) for k, x in zip(kinds, row, strict=True)) for row in zip(*lanes, strict=True)
+            )
+        ]
 
-        def asked(*given: Any) -> Any:
-            aux = given[-1]
-            if leading:
-                x, y, given = given[5], given[6], (*given[:5], aux)
-                assert np.all(x == given[3])
-                assert np.all(y == given[4])
-            lanes = np.broadcast_arrays(*given[:-1], np.zeros(128))[:-1]
-            kinds = [float] * leading + [int] * 4
-            values = [
-                mod.call(tuple(entry[:leading]), tuple(entry[leading:]), aux)
-                for entry in (
-                    tuple(k(x) for k, x in zip(kinds, row, strict=True)) for row in zip(*lanes, strict=True)
-                )
-            ]
-            return np.array(values, np.float32 if leading else bool)
+    def each_mask(mod: Any, _arrays: Any) -> Any:
+        def asked(b: Any, h: Any, i: Any, j: Any, aux: Any) -> Any:
+            return True if mod is None else np.array(of_lanes(mod, (), (b, h, i, j), aux), bool)
+
+        return asked
+
+    def each_score(mod: Any, _arrays: Any, folded: bool) -> Any:
+        """Return a function of a score, which holds the floats to the indices."""
+
+        def asked(
+            product: Any, scales: Any, b: Any, h: Any, i: Any, j: Any,
+            x: Any, y: Any, r: Any, c: Any, aux: Any,
+        ) -> Any:  # fmt: skip
+            assert np.all(np.minimum(x + r, out.shape[1] - 1) == i)
+            assert np.all(np.minimum(y + c, tk - 1) == j)
+            scale, inverse = scales
+            found = np.array(of_lanes(mod, (product * scale,), (b, h, i, j), aux), np.float32)
+            return found * inverse if folded else found
 
         return asked
 
@@ -235,7 +249,7 @@ def stand_in(
     }
     for name, value in replaced.items():
         monkeypatch.setattr(consumer, name, value)
-    for name, value in {"traced_mask": each, "traced_score": each, "rolled": lambda: None}.items():
+    for name, value in {"traced_mask": each_mask, "traced_score": each_score, "rolled": lambda: None}.items():
         monkeypatch.setattr(modifiers, name, value)
     for module, (name, function) in itertools.product(
         (consumer, modifiers), (("min", np.minimum), ("max", np.maximum))

@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pytest
 
 from cuda_backend.arrays import poisoned_outputs, view
 from cuda_backend.attention import mask_words, plan_flexible_hopper, remembered
@@ -31,8 +30,9 @@ from cuda_backend.attention.lists_hopper import live_tiles, resized
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_flexible_hopper import candidates
 from refimpl.attention.user_functions import as_mod
-from tests.cuda.flexible_hopper_forms import Form, forms, our_blocks, their_blocks
+from tests.cuda.flexible_hopper_forms import Form, forms, means, our_blocks, their_blocks
 from tests.cuda.hopper_table import EXPECTED_RATE, GRAPH_S, MOST_CALLS, seconds
+from tests.cuda.need_gpu import need_gpu
 
 SECONDS, PREPARED = 85.0, 45.0
 ROWS = 24  # of a head, compared with float64
@@ -50,6 +50,8 @@ WAYS: dict[str, Way] = {
 
 def in_way(way: str, call: Callable[[], Any]) -> Callable[[], Any]:
     """Return a call that is made in one of `WAYS`, with a memory of its own."""
+    import pytest
+
     fits, most = WAYS[way]
     answers: OrderedDict[Any, Any] = OrderedDict()
     chosen: Any = lambda kind, D, Dv: [  # noqa: E731
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str]) -> None:
     for D in widths:
         dense = dense_rate(D, stream)
         sys.stdout.write(f"dense D={D}: {1e-12 * dense:.0f} TFLOP/s\n")
-        ratios = []
+        ratios: dict[str, float] = {}
         for form in wanted:
             if time.perf_counter() - began > SECONDS:
                 sys.stdout.write("out of time\n")
@@ -249,15 +251,15 @@ def main(arguments: Sequence[str]) -> None:
             torch._dynamo.reset()
             compiled = torch.compile(flex_attention, dynamic=False)
             try:
-                ratios.append(row(form, D, compiled, dense, stream, ways))
+                ratios[form.name] = row(form, D, compiled, dense, stream, ways)
             except Exception as error:  # the other rows are of use all the same
                 sys.stdout.write(f"{form.name} D={D}: {type(error).__name__}: {str(error)[-600:]}\n")
             torch.cuda.empty_cache()
         if ratios:
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            sys.stdout.write(f"D={D}: geometric mean {mean:.2f} times FlexAttention, {len(ratios)} forms\n")
+            sys.stdout.write(f"D={D}: FlexAttention's time over ours: {means(ratios)}\n")
     sys.stdout.write(f"{time.perf_counter() - began:.0f} s\n")
 
 
 if __name__ == "__main__":
+    need_gpu("pytest")
     main(sys.argv[1:])

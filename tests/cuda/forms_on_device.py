@@ -18,6 +18,7 @@ import numpy as np
 import cuda_backend
 from refimpl.attention import block_mask, mods
 from tests.cuda.int8_benchmark import milliseconds
+from tests.cuda.need_gpu import need_gpu
 
 WINDOW = mods.both(mods.causal, mods.sliding(1024))
 CLOSE = {"float16": 4e-3, "float32": 2e-5}  # outputs of size 1
@@ -179,6 +180,7 @@ def models() -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     parts = {"masks": masks, "varlen": packed, "models": models}
     for part in sys.argv[1:] or parts:
         begin = time.perf_counter()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.cuda.hopper_table import BACKENDS, EXPECTED_RATE, FORMATS, GRAPH_S, MOST_CALLS, ROWS, seconds
+from tests.cuda.need_gpu import need_gpu
 
 PARTS = ("backward", "both")
 FLOORS = {"cuDNN": (0.9, 1.0), "FA2": (1.4, 1.6)}  # the floor and the target of the geometric mean
@@ -115,6 +116,7 @@ def main(parts: list[str], formats: list[str], widths: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     said = sys.argv[1:]
     chosen = ([x for x in said if x in names] or list(names) for names in (PARTS, FORMATS, WIDTHS))
     main(*chosen)

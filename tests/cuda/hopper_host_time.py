@@ -15,6 +15,8 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from tests.cuda.need_gpu import need_gpu
+
 CALLS, ROUNDS, SHAPE = 1000, 7, (1, 128, 4, 128)
 FIRST = """
 import time, torch
@@ -101,5 +103,6 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     calls()
     first_calls()

@@ -14,6 +14,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
+from tests.cuda.need_gpu import need_gpu
+
 # B, H, key heads, N, D
 ROWS = (
     (64, 16, 16, 1024, 64),
@@ -96,4 +98,5 @@ def main(formats: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     main(sys.argv[1:] or list(FORMATS))

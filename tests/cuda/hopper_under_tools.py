@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import sys
 
+from tests.cuda.need_gpu import need_gpu
+
 # B, Tq, Tk, Hq, Hkv, D, Dv, causal
 SMALL = (
     (1, 130, 130, 2, 1, 64, 64, "top_left"),
@@ -109,4 +111,8 @@ def gradient_traffic() -> None:
 COMMANDS = {"small": small, "traffic": traffic, "gradients": gradients, "gradient_traffic": gradient_traffic}
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in [[name] for name in COMMANDS]:
+        sys.stderr.write(f"Error: expected one of {', '.join(COMMANDS)}\n")
+        sys.exit(2)
+    need_gpu()
     COMMANDS[sys.argv[1]]()

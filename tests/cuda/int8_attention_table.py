@@ -15,6 +15,7 @@ from typing import Any
 
 from cuda_backend.attention import int8_call_hopper
 from cuda_backend.attention.int8_forward_hopper import choose
+from tests.cuda.need_gpu import need_gpu
 
 SHAPES = ((1, 16, 8192, 128), (1, 16, 16384, 128), (4, 16, 8192, 128))
 SMALL = ((1, 1, 1, 128), (1, 2, 200, 128), (2, 2, 700, 64), (1, 4, 2048, 128))
@@ -139,4 +140,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     main()

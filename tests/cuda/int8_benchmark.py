@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cuda_backend
+from tests.cuda.need_gpu import need_gpu
 
 SHAPES = ((4096, 4096, 4096), (8192, 4096, 4096))  # tokens, K, N
 OUTLIER_COLUMNS = 24
@@ -92,4 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     main()

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from tests.cuda.need_gpu import need_gpu
+
 # M, K, N
 TIMED = (
     (4096, 8192, 1024), (16_384, 8192, 1024), (4096, 4096, 4096), (16_384, 8192, 8192), (16, 4096, 4096),
@@ -201,4 +203,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     main()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from memsim.measured.nsight import METRICS
+from tests.cuda.need_gpu import need_gpu
 
 PYTHON = [sys.executable, "-m"]
 
@@ -54,4 +55,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    need_gpu()
     sys.exit(int(main(Path(sys.argv[1])) > 0))

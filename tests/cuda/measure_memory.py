@@ -14,6 +14,7 @@ from typing import Any
 
 from memsim.measured.measured_files import document, file_name, toml_text
 from memsim.measured.peak_memory import KIND
+from tests.cuda.need_gpu import need_gpu
 
 __all__ = ["built", "cases", "trained"]
 
@@ -132,4 +133,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu("transformers")
     main(Path(sys.argv[1]))

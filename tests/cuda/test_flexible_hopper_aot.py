@@ -16,6 +16,7 @@ PROGRAM = """
 import json, re, sys
 import numpy as np
 from cuda_backend.attention.forward_flexible_hopper import build, signature
+from cuda_backend.attention.traced import folds
 from cuda_backend.attention.user_device import Mods, blamed
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
 from refimpl.attention import samples_flexible as samples
@@ -33,7 +34,7 @@ aux = tuple(("float32" if x.dtype.kind == "f" else x.dtype.name, x.ndim) for x i
 mods = Mods(mod("mask_mod"), mod("score_mod", "score"), None, aux)
 if words:
     mods = mods._replace(mask=None, aux=aux if score == "alibi" else ())
-variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged, words)
+variant = FlexibleVariant(candidates(kind, D, Dv)[which][0], mods, ragged, words, folds(mods.score, mods.aux))
 try:
     with blamed(mods):
         found, ptx = measured(build, variant, signature(variant), variant.tiles.threads)
@@ -51,6 +52,7 @@ WIDTHS = ((64, 64, 0), (64, 64, 1), (128, 128, 0))
 CASES = [
     ("f16", 64, 64, 1, "sliding", "none", False, True),
     ("f16", 64, 64, 1, "bigbird", "none", False, False),
+    ("f16", 64, 64, 1, "sliding", "alibi", False, True),
     ("f16", 128, 128, 0, "documents", "alibi", True, True),
     ("bf16", 128, 128, 0, "causal", "softcap", True, False),
 ]

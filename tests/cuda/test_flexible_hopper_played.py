@@ -67,6 +67,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "ragged alone": ((1, 70, 140, 1, 1, 64, 128), {}, 0),
     "score of aux": ((1, 70, 140, 2, 1, 128, 64), {"score_mod": mods.alibi(), "aux": (SLOPES,)}, 0),
     "64 keys": ((1, 200, 300, 2, 1, 64, 64), {"mask_mod": _odd}, 2),
+    "score folded": ((1, 70, 140, 2, 1, 128, 64), {"score_mod": mods.alibi(), "aux": (SLOPES,)}, 0),
     "both": ((1, 66, 260, 1, 1, 64, 64), BOTH, 0),
     "both, wide": ((1, 66, 170, 1, 1, 192, 256), BOTH, 0),
     "scale below 0": ((1, 66, 128, 1, 1, 64, 64), {"score_mod": mods.softcap(2.0), "scale": -0.3}, 0),
@@ -80,7 +81,14 @@ def test_outputs(case: str, late: bool, words: bool, monkeypatch: pytest.MonkeyP
     sizes, options, which = CASES[case]
     kind = "bf16" if case == "both" else "f16"
     q, k, v = _arrays(kind, *sizes)
-    found = played(monkeypatch, q, k, v, which=which, late=late, short=late, words=words, **options)
+    how: dict[str, Any] = {
+        "which": which,
+        "late": late,
+        "short": late,
+        "words": words,
+        "folded": case == "score folded",
+    }
+    found = played(monkeypatch, q, k, v, **how, **options)
     assert _difference(found, q, k, v, options) <= 1
 
 
@@ -99,7 +107,10 @@ MISTAKES: dict[str, Mutant] = {
     "columns of the mask": ("modifiers", "e // 2) + e % 2", "e // 2)"),
     "a bit of the other row": ("modifiers", "int32(high & bit)", "int32(low & bit)"),
     "keys of padding": ("modifiers", "inside = j < tk", "inside = j <= tk"),
-    "score not scaled": ("modifiers", "changed(s[4 * i + e] * scale", "changed(s[4 * i + e]"),
+    "score not scaled": ("consumer", "(scale, inverse), factor", "(1, inverse), factor"),
+    "columns of the score": ("modifiers", "c = float32(8 * i + e)", "c = float32(8 * i)"),
+    "not over the scale": ("consumer", "float32(1.0) / scale", "scale"),
+    "the first row's score": ("modifiers", "float32(8.0)", "float32(0.0)"),
     "the list of the first tile": ("producer", "uint64(words[2])", "uint64(0)"),
     "a list one longer": ("producer", "int32(words[3])", "int32(words[3] + 1)"),
     "the step after K": ("producer", "STEP_BYTES * stage, at", "STEP_BYTES * stage, at + uint64(16)"),
@@ -111,7 +122,7 @@ MISTAKES: dict[str, Mutant] = {
 
 ASKED = ("the other row's mask", "columns of the mask", "keys of padding", "first column")
 ROLLED = ("columns of the mask", "a bit of the other row")
-READ = ("the bits of the first tile", "bits of another thread")
+READ = ("the bits of the first tile", "bits of another thread", "not over the scale")
 
 
 @pytest.mark.parametrize("how", ["rolled", "short", "words"])
@@ -134,6 +145,7 @@ def test_mistakes_are_seen(mistake: str, how: str, monkeypatch: pytest.MonkeyPat
             blocks=1,
             short=how == "short",
             words=how == "words",
+            folded=how == "words",
             mutant=MISTAKES[mistake],
             **options,
         )

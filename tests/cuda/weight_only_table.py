@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cuda_backend.weight_only.variant import Stream, Variant, Wide, choose, choose_nf4_hopper
+from tests.cuda.need_gpu import need_gpu
 
 LIMIT, PROCESSORS = 232_448, 132
 SHAPES = ((8192, 28672), (28672, 8192), (16384, 16384), (4096, 32000), (4096, 4096))
@@ -170,4 +171,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     main()

@@ -15,6 +15,8 @@ import sys
 import time
 from typing import Any
 
+from tests.cuda.need_gpu import need_gpu
+
 WIDTHS = ((256, 256), (192, 128))
 MASKS = (False, "bottom_right")
 LENGTHS = ((1, 1), (65, 300), (300, 65), (1000, 1000))
@@ -152,6 +154,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     if sys.argv[1:]:
         warm(int(sys.argv[1]))
     else:
