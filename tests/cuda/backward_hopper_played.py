@@ -243,11 +243,13 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
         turns: dict[int, list[int]] = {}
         for target, tile in machine.additions:
             turns.setdefault(target, []).append(tile)
+        each = 8 if isinstance(variant, WideBackwardVariant) else 1  # warps, or the thread of the producer
         for target, tiles in turns.items():
-            declared = declared_order(
-                variant, problem, machine.counts["blocks"], (target - sums) // line_bytes
-            )
+            line = (target - sums) // line_bytes
+            declared = declared_order(variant, problem, machine.counts["blocks"], line)
             assert tiles == declared(tiles), "they add in the order that is declared"
+            passed = at_address(int(words) + 4 * int(line), (1,), np.int32)[0]
+            assert passed == each * len(tiles), "who adds passes the turn, once"
 
 
 def declared_order(
