@@ -38,7 +38,7 @@ SIGNATURE = types.void(
     uint64,  # the counter, two words that are 0 before and after
     *[uint64] * 2,  # seed of the dropout; what its words are at least where a weight is kept
     *[float32] * 3,  # scale * log2(e), positive; scale; factor of what dropout keeps
-    *[int32] * 6,  # tiles, key blocks of a head, heads of a section, Hkv, B * Hkv, Hq / Hkv
+    *[int32] * 6,  # tiles, key blocks of a head, heads of a section or spacing, Hkv, B * Hkv, Hq / Hkv
     *[int32] * 6,  # query blocks of a head, Tq, Tk, offset of the causal diagonal, D, Dv: of 8 at least
 )  # fmt: skip
 

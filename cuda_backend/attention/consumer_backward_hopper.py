@@ -64,9 +64,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
     dq_full, dq_empty = places.dq_full, places.dq_empty
     dropout = variant.dropout
     one_ds = variant.ds_stages == 1
-    place, first_block, next_stage, next_ds = (
-        schedule.place, schedule.first_block, schedule.next_stage, schedule.next_ds
-    )  # fmt: skip
+    place, first_block, block_at, _, next_stage, next_ds = schedule
     mask, weights, gradient, pack = build_gradient(variant)
     lists, entry_places = variant.lists, places.entries
     allow, modify, weigh, fetch, modified, parked = build_mods(variant)
@@ -174,7 +172,7 @@ def build_backward_consumer(variant: BackwardVariant, schedule: BackwardSchedule
             while member < members:
                 at = begin
                 while at < end:
-                    block = at
+                    block = block_at(at, key_block, section, blocks)
                     if lists:
                         stage, parity = int32(state & 1), int32((state >> 1) & 1)
                         ds_stage, dq_parity = int32(state & 1), int32((state & 1) ^ 1)

@@ -91,10 +91,14 @@ def build_receiver(variant: WideBackwardVariant) -> Callable[..., None]:
 
 
 def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable[..., None], ...]:
-    """Return ``multiply`` and ``add``, device functions for a consumer's columns of dQ.
+    """Return ``multiply``, ``look``, ``add`` and ``let``, device functions for a consumer's columns of dQ.
 
-    ``multiply(dq, base)`` issues dS K; ``add(dq, sums, words, line, turn, thread)`` adds the result
-    to the sums of a tile, `line`; with the deterministic option not before `turn` blocks of keys have.
+    ``multiply(dq, base)`` issues dS K; ``add(dq, sums, line, thread)`` adds the result to the sums of a
+    tile, `line`.  With the deterministic option, ``look(words, line, turn)`` waits before that until `turn`
+    blocks of keys have added, and ``let(words, line, lane)`` after it lets the next one add; a `line` of -1
+    is none.  Products run meanwhile: neither the word's way from the L2 cache nor the fence, which waits
+    until all is added there, keeps the tensor cores waiting.  Nobody waits for ever for a turn that is passed
+    late: the tile of queries that comes first needs no later turn.
     """
     first, count = variant.dq_shares(consumer)
     k_columns = variant.places.k_tile + first * 128 * variant.block_n
@@ -112,15 +116,20 @@ def build_queries(variant: WideBackwardVariant, consumer: int) -> tuple[Callable
         wgmma.commit()
 
     @device_function
-    def add(dq: Any, sums: Any, words: Any, line: Any, turn: Any, thread: Any) -> None:
-        word = words + uint64(line) * uint64(4)
-        own = sums + uint64(line) * uint64(tile_bytes) + uint64(first * share_bytes) + uint64(16 * thread)
+    def look(words: Any, line: Any, turn: Any) -> None:
         if deterministic:
-            turns.wait_for_turn(word, int32(WARPS * turn))
+            turns.wait_for_turn(words + uint64(line) * uint64(4), int32(WARPS * turn))
+
+    @device_function
+    def add(dq: Any, sums: Any, line: Any, thread: Any) -> None:
+        own = sums + uint64(line) * uint64(tile_bytes) + uint64(first * share_bytes) + uint64(16 * thread)
         for i in range(columns // 8):
             at = 4 * i
             copy.add_global_16(own + uint64(2048 * i), dq[at], dq[at + 1], dq[at + 2], dq[at + 3])
-        if deterministic:
-            turns.pass_turn_of_warp(word, thread & 31)
 
-    return multiply, add
+    @device_function
+    def let(words: Any, line: Any, lane: Any) -> None:
+        if deterministic and line >= 0:
+            turns.pass_turn_of_warp(words + uint64(line) * uint64(4), lane)
+
+    return multiply, look, add, let

@@ -47,12 +47,12 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
     k_full, v_full, kv_empty = places.k_full, places.v_full, places.kv_empty
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
     ds_empty = places.ds_empty
-    place, first_block, turn, next_stage, _ = schedule
+    place, first_block, block_at, turn, next_stage, _ = schedule
     pack = build_gradient(variant)[3]
     receive = build_receiver(variant)
     meet = barrier.named(MEET, 128)
     store_ds, _, store_row = build_stores(variant)
-    multiply_queries, add_queries = build_queries(variant, 1)
+    multiply_queries, look, add_queries, let = build_queries(variant, 1)
     along_v, across_q = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_m)
     v_steps, do_steps = (wgmma.k_major_steps(variant.d_v, rows) for rows in (block_n, block_m))
     dp_product = wgmma.product_shared(block_m, variant.kind, v_steps, do_steps)
@@ -82,6 +82,7 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
         p_lane = base + p_tile + 16 * thread
         v_rows = along_v(base + v_tile)
         stage, parity, kv_parity, step_parity = int32(0), int32(0), int32(0), int32(0)
+        added = int32(-1)  # the tile that the next block of keys is not yet told of
         while True:
             barrier.wait(base + k_full, kv_parity)
             tile = copy.load_warp_word(base + tile_slot, lane)
@@ -95,12 +96,14 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
             begin = first_block(key_block, blocks, tq, offset)
             member = int32(0)
             while member < group:
-                block = begin
-                while block < blocks:
+                step = begin
+                while step < blocks:
+                    block = block_at(step, key_block, section, blocks)
                     barrier.wait(base + do_full + 8 * stage, parity)
                     wgmma.fence()
                     dp_product(dp, v_rows, along_v(base + do_tiles + stage * do_bytes))
                     wgmma.commit()
+                    let(words, added, lane)
                     dp_done(dp)
                     barrier.take_turn(P_TURN)
                     receive(dp, p_lane, base + delta_places + stage * stat_pitch + 8 * quad_lane, kept)
@@ -117,15 +120,19 @@ def build_keys_consumer(variant: WideBackwardVariant, schedule: BackwardSchedule
                     multiply_queries(dq, base)
                     key_product(dk, ds, across_q(base + q_tiles + stage * q_bytes))
                     wgmma.commit()
+                    added = int32((kv_head * group + member) * blocks + block)
+                    sizes = per_head, section, blocks, tq, tk, offset
+                    look(words, added, turn(key_block, step, block, sizes))
                     queries_done(dq)
                     barrier.arrive_warp(base + ds_empty, lane)
-                    line = int32((kv_head * group + member) * blocks + block)
-                    add_queries(dq, sums, words, line, turn(key_block, block, tq, tk, offset), thread)
+                    add_queries(dq, sums, added, thread)
                     keys_done(dk)
                     barrier.arrive_warp(base + q_empty + 8 * stage, lane)
                     stage, parity = next_stage(stage, parity)
-                    block = registers.successor(block)
+                    step = registers.successor(step)
                 member = registers.successor(member)
+            let(words, added, lane)
+            added = int32(-1)
             barrier.arrive_warp(base + kv_empty, lane)
             key = int32(key_block * block_n + 16 * warp + (lane >> 2))
             batch = registers.quotient(kv_head, heads)

@@ -23,6 +23,7 @@ from cuda_backend.attention.plan_hopper import (
     reasons,
     section_of,
 )
+from cuda_backend.attention.schedule_backward_hopper import rotates, spacing_of
 from cuda_backend.attention.user_device import blamed
 from cuda_backend.attention.variant_backward_hopper import (
     CONSUMERS,
@@ -165,6 +166,9 @@ def make_backward_plan(
     factor = width**-0.5 if scale is None else scale
     columns, value_columns = (-(-size // COLUMNS) * COLUMNS for size in (width, value_width))
     section = together(variant, all_heads, group * blocks) if variant.causal else 1
+    if rotates(variant):
+        section = spacing_of(key_blocks, blocks, min(tiles, processors))
+    wait_for_later = rotates(variant) and section > 0
     offset = tk - tq if causal == "bottom_right" else 0
     problem = (
         tiles, key_blocks, section, kv_heads, all_heads, group, blocks, tq, tk, offset, columns, value_columns
@@ -179,7 +183,9 @@ def make_backward_plan(
     encoders += [row_encoder(lines, variant.block_m)] * 2
     main = Packed(
         _function("main", variant, device),
-        early_config(min(tiles, processors), variant.threads, variant.shared_bytes, stream),
+        early_config(
+            min(tiles, processors), variant.threads, variant.shared_bytes, stream, together=wait_for_later
+        ),
         DESCRIPTORS * DESCRIPTOR_BYTES,
         f"{variant.addresses}Q3f12i",
         (factor * LOG2_E, factor, 1.0 / (1.0 - dropout_p), *problem),

@@ -190,18 +190,28 @@ def section_of(heads: int, head_bytes: int) -> int:
     return -(-heads // -(-heads // most))
 
 
-def early_config(blocks: int, threads: int, shared_bytes: int, stream: int) -> Any:
-    """Return a launch that may begin under the end of the one before it (`cuda_backend.ptx.grid`)."""
-    early = driver.CUlaunchAttribute()
-    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+def early_config(blocks: int, threads: int, shared_bytes: int, stream: int, *, together: bool = False) -> Any:
+    """Return a launch that may begin under the end of the one before it (`cuda_backend.ptx.grid`).
+
+    All its blocks run at the same time if they are to be `together`, whatever else the GPU does: a
+    cooperative launch.  CUDA C++ Programming Guide, "Cooperative Groups", grid synchronization.
+    """
+    kinds, attributes = driver.CUlaunchAttributeID, [driver.CUlaunchAttribute()]
+    attributes[0].id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     value = driver.CUlaunchAttributeValue()
     value.programmaticStreamSerializationAllowed = 1
-    early.value = value
+    attributes[0].value = value
+    if together:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[1].id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        value = driver.CUlaunchAttributeValue()
+        value.cooperative = 1
+        attributes[1].value = value
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
-    config.attrs, config.numAttrs = [early], 1
+    config.attrs, config.numAttrs = attributes, len(attributes)
     return config
 
 

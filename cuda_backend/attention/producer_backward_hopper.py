@@ -47,7 +47,8 @@ def build_backward_producer(
     one is loaded while the consumers write dK and dV of this one.
     """
     block_m, block_n = variant.block_m, variant.block_n
-    places, place, first_block = variant.places, schedule.place, schedule.first_block
+    places, place = variant.places, schedule.place
+    first_block, block_at = schedule.first_block, schedule.block_at
     tile_slot, kv_empty = places.tile_slot, places.kv_empty
     begin, load_keys, fill_stage, end = build_stages(variant)
 
@@ -71,12 +72,13 @@ def build_backward_producer(
             member = int32(0)
             while member < group:
                 head = int32(own_head * group + member)
-                block = first
-                while block < blocks:
+                step = first
+                while step < blocks:
+                    block = block_at(step, key_block, section, blocks)
                     line = int32((kv_head * group + member) * blocks + block)
                     where = line, int32(block * block_m), head, batch
                     state = fill_stage(base, descriptors, state, where, int32(0))
-                    block = registers.successor(block)
+                    step = registers.successor(step)
                 member = registers.successor(member)
             tile = int32(copy.fetch_add(counter, 1) + grid.blocks())
         end(base, counter, state >> 4)
@@ -86,7 +88,8 @@ def build_backward_producer(
 
 def build_writer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callable[..., None]:
     """Return ``write(base, sums, words, problem)``, a device function for one thread: it adds dQ up."""
-    places, place, first_block = variant.places, schedule.place, schedule.first_block
+    places, place = variant.places, schedule.place
+    first_block, block_at = schedule.first_block, schedule.block_at
     k_full, kv_empty, tile_slot = places.k_full, places.kv_empty, places.tile_slot
     add = build_adder(variant, schedule.turn)
 
@@ -105,12 +108,14 @@ def build_writer(variant: BackwardVariant, schedule: BackwardSchedule) -> Callab
             first = first_block(key_block, blocks, tq, offset)
             member = int32(0)
             while member < group:
-                block = first
-                while block < blocks:
+                step = first
+                while step < blocks:
+                    block = block_at(step, key_block, section, blocks)
                     line = int32((kv_head * group + member) * blocks + block)
-                    add(base, sums, words, line, parity, (key_block, block, tq, tk, offset))
+                    sizes = per_head, section, blocks, tq, tk, offset
+                    add(base, sums, words, line, parity, (key_block, step, block, sizes))
                     parity = int32(parity ^ 1)
-                    block = registers.successor(block)
+                    step = registers.successor(step)
                 member = registers.successor(member)
         bulk.wait_added()
 

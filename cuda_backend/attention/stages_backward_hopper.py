@@ -121,25 +121,37 @@ def build_adder(variant: BackwardVariant, turn: Callable[..., Any]) -> Callable[
     before ``turn(*where)`` blocks of keys have.  The consumers' shares of a tile lie in `sums` as in shared
     memory, one behind the other.
     """
-    share_bytes, deterministic, places = variant.share_bytes, variant.deterministic, variant.places
+    share_bytes, places = variant.share_bytes, variant.places
     dq_tile, dq_full, dq_empty = places.dq_tile, places.dq_full, places.dq_empty
 
     @device_function
-    def add(base: Any, sums: Any, words: Any, line: Any, parity: Any, where: Any) -> None:
-        word = words + uint64(line) * uint64(4)
+    def send(base: Any, sums: Any, line: Any, w: Any) -> None:
+        target = sums + uint64(line) * uint64(CONSUMERS * share_bytes) + uint64(w * share_bytes)
+        bulk.add_floats(target, base + dq_tile + w * share_bytes, share_bytes)
+        bulk.commit()
+
+    @device_function
+    def add(base: Any, sums: Any, _words: Any, line: Any, parity: Any, _where: Any) -> None:
         for w in range(CONSUMERS):
             barrier.wait(base + dq_full + 8 * w, parity)
-            if deterministic and w == 0:
-                mine = turn(*where)
-                while turns.word_seen(word) != mine:
-                    pass
-            target = sums + uint64(line) * uint64(CONSUMERS * share_bytes) + uint64(w * share_bytes)
-            bulk.add_floats(target, base + dq_tile + w * share_bytes, share_bytes)
-            bulk.commit()
+            send(base, sums, line, w)
             bulk.wait_read()
             barrier.arrive(base + dq_empty + 8 * w)
-        if deterministic:
-            bulk.wait_added()
-            turns.pass_turn(word)
 
-    return add
+    @device_function
+    def add_in_turn(base: Any, sums: Any, words: Any, line: Any, parity: Any, where: Any) -> None:
+        word = words + uint64(line) * uint64(4)
+        mine = turn(*where)
+        # Mostly the turn has come before the tile has: what it costs to see that is hidden behind the tile.
+        while turns.addition_seen(word) != mine:
+            pass
+        for w in range(CONSUMERS):
+            barrier.wait(base + dq_full + 8 * w, parity)
+            send(base, sums, line, w)
+        bulk.wait_read()
+        for w in range(CONSUMERS):
+            barrier.arrive(base + dq_empty + 8 * w)
+        bulk.wait_added()
+        turns.pass_addition(word)
+
+    return add_in_turn if variant.deterministic else add

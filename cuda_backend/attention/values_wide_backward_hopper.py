@@ -46,11 +46,11 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         places.shifts,
     )
     q_full, q_empty, do_full, do_empty = places.q_full, places.q_empty, places.do_full, places.do_empty
-    place, first_block, turn, next_stage, _ = schedule
+    place, first_block, block_at, turn, next_stage, _ = schedule
     mask, weights, _, pack = build_gradient(variant)
     send, mark, keep = build_sender(variant)
     store_row = build_stores(variant._replace(d=variant.d_v))[2]
-    multiply_queries, add_queries = build_queries(variant, 0)
+    multiply_queries, look, add_queries, let = build_queries(variant, 0)
     along_k, across_q = wgmma.descriptor_k_major, wgmma.descriptor_mn_major(128 * block_m)
     key_steps, query_steps = (wgmma.k_major_steps(variant.d, rows) for rows in (block_n, block_m))
     score_product = wgmma.product_shared(block_m, variant.kind, key_steps, query_steps)
@@ -77,6 +77,7 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
         p_lane = base + p_tile + 16 * thread
         k_rows = along_k(base + k_tile)
         stage, parity, kv_parity = int32(0), int32(0), int32(0)
+        added = int32(-1)  # the tile that the next block of keys is not yet told of
         while True:
             barrier.wait(base + k_full, kv_parity)
             kv_parity = int32(kv_parity ^ 1)
@@ -95,13 +96,15 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
             begin = first_block(key_block, blocks, tq, offset)
             member = int32(0)
             while member < group:
-                block = begin
-                while block < blocks:
+                step = begin
+                while step < blocks:
+                    block = block_at(step, key_block, section, blocks)
                     do_place = base + do_tiles + stage * do_bytes
                     barrier.wait(base + q_full + 8 * stage, parity)
                     wgmma.fence()
                     score_product(s, k_rows, along_k(base + q_tiles + stage * q_bytes))
                     wgmma.commit()
+                    let(words, added, lane)
                     scores_done(s)
                     row = int32(block * block_m)
                     if row < seeing:
@@ -133,12 +136,16 @@ def build_values_consumer(variant: WideBackwardVariant, schedule: BackwardSchedu
                     multiply_queries(dq, base)
                     values_done(dv)
                     barrier.arrive_warp(base + do_empty + 8 * stage, lane)
+                    added = int32((kv_head * group + member) * blocks + block)
+                    sizes = per_head, section, blocks, tq, tk, offset
+                    look(words, added, turn(key_block, step, block, sizes))
                     queries_done(dq)
-                    line = int32((kv_head * group + member) * blocks + block)
-                    add_queries(dq, sums, words, line, turn(key_block, block, tq, tk, offset), thread)
+                    add_queries(dq, sums, added, thread)
                     stage, parity = next_stage(stage, parity)
-                    block = registers.successor(block)
+                    step = registers.successor(step)
                 member = registers.successor(member)
+            let(words, added, lane)
+            added = int32(-1)
             barrier.arrive_warp(base + kv_empty, lane)
             batch = registers.quotient(kv_head, heads)
             rows = (uint64(batch) * uint64(tk) + uint64(key)) * uint64(heads) + uint64(

@@ -13,6 +13,8 @@ from __future__ import annotations
 from cuda_backend.ptx.assembly import instruction, types
 
 __all__ = [
+    "addition_seen",
+    "pass_addition",
     "pass_turn",
     "pass_turn_of_warp",
     "rest",
@@ -38,6 +40,26 @@ pass_turn = instruction(
     "fence.proxy.async; fence.acq_rel.gpu; red.release.gpu.global.add.s32 [$0], 1;",
     "l",
     'Add 1 to the word, after all that this thread has seen done.  PTX ISA, "red", .release.',
+)
+
+addition_seen = instruction(
+    "addition_seen",
+    types.int32,
+    {"address": types.uint64},
+    "ld.acquire.gpu.global.b32 $0, [$1]; fence.proxy.async.global;",
+    "=r,l",
+    "`word_seen` of who lets the copy engine add to global memory where others have: a fence of that memory "
+    'alone is no barrier of the multiprocessor.  PTX ISA, "membar, fence", fence.proxy.async.global.',
+)
+
+pass_addition = instruction(
+    "pass_addition",
+    types.void,
+    {"address": types.uint64},
+    "red.release.gpu.global.add.s32 [$0], 1;",
+    "l",
+    "`pass_turn` behind `bulk.wait_added`: what the copy engine has done is done for this thread, without a "
+    'fence between the proxies.  PTX ISA, "Async proxy": completion is followed by an implicit one.',
 )
 
 rest = instruction(
@@ -74,11 +96,12 @@ pass_turn_of_warp = instruction(
     "pass_turn_of_warp",
     types.void,
     {"address": types.uint64, "lane": types.int32},
-    "{ .reg .pred first; setp.eq.s32 first, $1, 0; fence.acq_rel.gpu; bar.warp.sync 0xffffffff; "
+    "{ .reg .pred first; setp.eq.s32 first, $1, 0; bar.warp.sync 0xffffffff; "
     "@first red.release.gpu.global.add.s32 [$0], 1; }",
     "l,r",
-    "Add 1 to the word, after all that a whole warp, of which this is lane `lane`, has done.  "
-    'PTX ISA, "red", .release.',
+    "Add 1 to the word, after all that a whole warp, of which this is lane `lane`, has done: causality goes "
+    "through the warp's barrier, so one lane releases what all have added.  "
+    'PTX ISA, "Memory Consistency Model", base causality order; "red", .release.',
 )
 
 take_number = instruction(

@@ -109,10 +109,11 @@ def played(
             if kind in TYPES
         ]
         launched.append(name)
-        blocks, threads, shared, _ = config
+        blocks, threads, shared, _, together = config
         machine.counts = {"blocks": blocks, "meet": CONSUMERS}
         if name == "main":
             assert (threads, shared) == (variant.threads, variant.shared_bytes)
+            assert together == waits_for_later(variant, values[-12:], blocks), "a launch that is cooperative"
             machine.maps = kept["maps"]
             {True: play_main, False: play_lists}[variant.mods is None](machine, modules, variant, values)
             assert not counter.any(), "the counter is for the next launch, too"
@@ -166,7 +167,8 @@ def played(
         "cuda": cuda, "workspace": workspace,
         "encoder": encoder, "row_encoder": row_encoder, "encode_together": encode_together,
         "tile_counters": lambda *_: counters,
-        "early_config": lambda *numbers: numbers, "_function": lambda name, variant, _: (name, variant),
+        "early_config": lambda *numbers, together=False: (*numbers, together),
+        "_function": lambda name, variant, _: (name, variant),
     }.items():  # fmt: skip
         monkeypatch.setattr(plan_backward_hopper, name, value)
     monkeypatch.setattr(plan_hopper, "cuda", cuda)
@@ -237,10 +239,43 @@ def play_main(machine: Machine, modules: dict[str, Any], variant: Any, values: l
         roles += [(block, lanes, role) for lanes, role in warpgroups]
     machine.run(roles)
     if variant.deterministic:
+        line_bytes = variant.shares * variant.share_bytes
         turns: dict[int, list[int]] = {}
         for target, tile in machine.additions:
             turns.setdefault(target, []).append(tile)
-        assert all(tiles == sorted(tiles) for tiles in turns.values()), "nobody waits for who comes later"
+        each = 8 if isinstance(variant, WideBackwardVariant) else 1  # warps, or the thread of the producer
+        for target, tiles in turns.items():
+            line = (target - sums) // line_bytes
+            declared = declared_order(variant, problem, machine.counts["blocks"], line)
+            assert tiles == declared(tiles), "they add in the order that is declared"
+            passed = at_address(int(words) + 4 * int(line), (1,), np.int32)[0]
+            assert passed == each * len(tiles), "who adds passes the turn, once"
+
+
+def declared_order(
+    variant: Any, problem: Sequence[Any], grid: int, line: int
+) -> Callable[[list[int]], list[int]]:
+    """Return what sorts tiles as they are to add to a tile of dQ, number `line`.
+
+    As they are drawn; without a mask, if all of a head run side by side, as they arrive: they begin at places
+    evenly around the ring of blocks of queries.
+    """
+    if not waits_for_later(variant, problem, grid):
+        return sorted
+    per_head, blocks = int(problem[1]), int(problem[6])
+
+    def arrival(tile: int) -> int:
+        beginning = -(tile % per_head) * (blocks // per_head)
+        return (int(line) - beginning) % blocks
+
+    return lambda tiles: sorted(tiles, key=arrival)
+
+
+def waits_for_later(variant: Any, problem: Sequence[Any], grid: int) -> bool:
+    """Return whether blocks of keys wait for some that are drawn after them."""
+    per_head, blocks = int(problem[1]), int(problem[6])
+    in_turn_without_mask = variant.deterministic and not variant.causal and variant.mods is None
+    return in_turn_without_mask and per_head <= min(blocks, grid)
 
 
 def play_threads(

@@ -149,6 +149,10 @@ def turns(machine: Machine) -> Any:
         with machine.changed:
             memory(int(address), 4).view(np.int32)[0] += 1
 
+    def pass_addition(address: Any) -> None:
+        assert not machine.own.added, "the turn is passed before all is added"
+        pass_turn(address)
+
     def wait_for_turn(address: Any, least: Any) -> None:
         while word_seen(address) < least:
             pass
@@ -158,6 +162,8 @@ def turns(machine: Machine) -> Any:
             pass_turn(address)
 
     return SimpleNamespace(
+        addition_seen=word_seen,
+        pass_addition=pass_addition,
         word_seen=word_seen,
         pass_turn=pass_turn,
         wait_for_turn=wait_for_turn,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -165,23 +167,24 @@ def test_dropout(widths: tuple[int, int]) -> None:
             assert (x.double() - exact).abs().max() <= 4e-3 * exact.abs().max()
 
 
-def repeats(dtype: str, sizes: tuple[int, ...]) -> bool:
+def repeats(dtype: str, sizes: tuple[int, ...], causal: bool) -> bool:
     """Return whether dK and dV repeat bit for bit, and dQ with the option; launches may follow each other."""
     q, k, v, do = inputs(dtype, sizes)
-    out, lse = flash_attention_hopper(q, k, v, causal=True, return_lse=True)
+    out, lse = flash_attention_hopper(q, k, v, causal=causal, return_lse=True)
     given = q, k, v, out, lse, do
-    first = flash_attention_vjp_hopper(*given, causal=True, deterministic=True)
+    first = flash_attention_vjp_hopper(*given, causal=causal, deterministic=True)
     alike = True
     for _ in range(20):
-        same = flash_attention_vjp_hopper(*given, causal=True, deterministic=True)
-        fast = flash_attention_vjp_hopper(*given, causal=True)
+        same = flash_attention_vjp_hopper(*given, causal=causal, deterministic=True)
+        fast = flash_attention_vjp_hopper(*given, causal=causal)
         alike &= all(torch.equal(x, y) for x, y in zip(first[:3], same[:3], strict=True))
         alike &= all(torch.equal(x, y) for x, y in zip(first[1:3], fast[1:3], strict=True))
     return alike
 
 
-def test_wide_heads_repeat() -> None:
-    assert repeats("bfloat16", (2, 1000, 1000, 8, 2, 256, 256))
+@pytest.mark.parametrize("causal", [False, True])
+def test_wide_heads_repeat(causal: bool) -> None:
+    assert repeats("bfloat16", (2, 1000, 1000, 8, 2, 256, 256), causal)
 
 
 @pytest.mark.parametrize("causal", [False, "top_left"])
@@ -211,33 +214,55 @@ def test_large_shapes(sizes: Any, causal: Any) -> None:
     judge("float16", sizes, causal)
 
 
-def test_repeats() -> None:
-    assert repeats("float16", (2, 2000, 2000, 8, 2, 64, 64))
+@pytest.mark.parametrize("causal", [False, True])
+def test_repeats(causal: bool) -> None:
+    assert repeats("float16", (2, 2000, 2000, 8, 2, 64, 64), causal)
 
 
-def test_strides_streams_and_graphs() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_strides_streams_and_graphs(causal: bool) -> None:
+    """Without a mask the launch is cooperative: a graph takes that, too."""
     q, k, v, do = (
         x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs("float16", (2, 300, 300, 4, 4, 64, 64))
     )
-    out, lse = flash_attention_hopper(q, k, v, causal=True, return_lse=True)
-    expected = flash_attention_vjp_hopper(q, k, v, out, lse, do, causal=True, deterministic=True)
+    out, lse = flash_attention_hopper(q, k, v, causal=causal, return_lse=True)
+    expected = flash_attention_vjp_hopper(q, k, v, out, lse, do, causal=causal, deterministic=True)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         late = torch.zeros_like(do)
         torch.cuda._sleep(50_000_000)
         late.copy_(do)
-        found = flash_attention_vjp_hopper(q, k, v, out, lse, late, causal=True, deterministic=True)
+        found = flash_attention_vjp_hopper(q, k, v, out, lse, late, causal=causal, deterministic=True)
     stream.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(expected[:3], found[:3], strict=True))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        found = flash_attention_vjp_hopper(q, k, v, out, lse, do, causal=True, deterministic=True)
+        found = flash_attention_vjp_hopper(q, k, v, out, lse, do, causal=causal, deterministic=True)
     for _ in range(3):
         for x in found[:3]:
             x.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(x, y) for x, y in zip(expected[:3], found[:3], strict=True))
+
+
+BESIDE = """
+import torch
+from cuda_backend import flash_attention_hopper, flash_attention_vjp_hopper
+x = torch.randn(2, 2048, 8, 128, device="cuda", dtype=torch.float16)
+out, lse = flash_attention_hopper(x, x, x, return_lse=True)
+streams = [torch.cuda.Stream() for _ in range(2)]
+torch.cuda.synchronize()
+for stream in streams * 100:
+    with torch.cuda.stream(stream):
+        flash_attention_vjp_hopper(x, x, x, out, lse, x, deterministic=True)
+torch.cuda.synchronize()
+"""
+
+
+def test_calls_that_wait_for_later_blocks_end_beside_each_other() -> None:
+    """A hang ends with its process."""
+    subprocess.run([sys.executable, "-c", BESIDE], timeout=120, check=True)
 
 
 def test_refusals_are_named() -> None:

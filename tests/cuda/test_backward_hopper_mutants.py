@@ -152,12 +152,17 @@ MUTANTS = {
     ),
     "dQ given back before it is read": (
         "stages",
-        "bulk.wait_read()\n",
-        "pass\n",
+        "bulk.wait_read()\n            barrier",
+        "barrier",
+    ),
+    "turn passed before dQ is added": (
+        "stages",
+        "bulk.wait_added()\n        turns.pass_addition(word)",
+        "turns.pass_addition(word)\n        bulk.wait_added()",
     ),
     "no turns": (
         "stages",
-        "while turns.word_seen(word) != mine:",
+        "while turns.addition_seen(word) != mine:",
         "while False:",
     ),
     "dO of the stage before": (
@@ -205,6 +210,34 @@ MUTANTS = {
         "(dp[at] * kept - delta)",
         "(dp[at] - delta)",
     ),
+    "dropout of another block of queries": (
+        "consumer",
+        "block = block_at(at, key_block, section, blocks)",
+        "block = at",
+    ),
+    "Q in order": (
+        "producer",
+        "block = block_at(step, key_block, section, blocks)\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    where",
+        "block = step\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    where",
+    ),
+    "dQ in order": (
+        "producer",
+        "block = block_at(step, key_block, section, blocks)\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    sizes",
+        "block = step\n"
+        "                    line = int32((kv_head * group + member) * blocks + block)\n"
+        "                    sizes",
+    ),
+    "turns of a ring that does not turn": (
+        "schedule",
+        "if spacing == 0:",
+        "if spacing >= 0:",
+    ),
     "turns from the wrong end": (
         "schedule",
         "block_n) - 1 - key_block)",
@@ -219,6 +252,7 @@ CASES: tuple[tuple[Any, ...], ...] = (
     (128, False, "bottom_right", True, {}, 3),
     (64, False, False, True, {"opposed": True, "scale": 4.0}, 3),
     (128, True, False, False, {"dropout_p": 0.3, "rng": 7}, 2),
+    (128, True, False, True, {"dropout_p": 0.3, "rng": 7}, 3),
 )
 
 
@@ -249,7 +283,7 @@ SOUND = {
     "loads": "full, c * SUBTILE, row",
     "producer": "head = int32(own_head * group + member)",
     "schedule": "block_n) - 1 - key_block)",
-    "stages": "bulk.wait_read()",
+    "stages": "bulk.wait_added()",
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cuda_backend.attention.call_backward_hopper import flash_attention_vjp_hopper
+from cuda_backend.attention.schedule_backward_hopper import spacing_of
 from cuda_backend.attention.variant_backward_hopper import BackwardVariant, choose_backward
 from cuda_backend.attention.variant_wide_backward_hopper import WideBackwardVariant
 from refimpl.attention import flash_attention_vjp, scaled_dot_product_attention
@@ -162,6 +163,29 @@ def repeats(monkeypatch: pytest.MonkeyPatch, tokens: int, width: int, causal: bo
 def test_turns_make_dq_repeat(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
     """Sums of 300 queries are added to by three blocks of keys."""
     assert repeats(monkeypatch, 300, 64, causal, processors=3)
+
+
+FULL = {
+    "as many as run": ((1, 300, 300, 2, 2, 64, 64), 3, 1),
+    "two apart, grouped": ((2, 250, 250, 4, 2, 128, 128), 3, 2),
+    "more queries, ragged": ((1, 321, 130, 2, 1, 64, 64), 2, 1),
+    "a grid of fewer blocks": ((1, 200, 330, 2, 1, 128, 128), 2, 0),
+    "more keys": ((1, 100, 300, 2, 1, 64, 64), 3, 0),
+    "one block of keys": ((2, 300, 90, 2, 2, 128, 128), 3, 5),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("shape", FULL)
+def test_turns_without_a_mask(monkeypatch: pytest.MonkeyPatch, shape: str, late: bool) -> None:
+    """Blocks of keys begin apart where all of a head run side by side; `played` knows the order of turns."""
+    sizes, processors, spacing = FULL[shape]
+    variant = choose_backward("f16", sizes[5], sizes[6], False, deterministic=True)
+    key_blocks, blocks = -(-sizes[2] // variant.block_n), -(-sizes[1] // variant.block_m)
+    tiles = key_blocks * sizes[0] * sizes[4]
+    assert spacing_of(key_blocks, blocks, min(processors, tiles)) == spacing
+    played(monkeypatch, late=late, processors=processors, seed=int(late))
+    assert difference("f16", sizes, False, variant) < LIMITS["f16"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

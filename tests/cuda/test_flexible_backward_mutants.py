@@ -178,7 +178,7 @@ SOUND = {
     "consumer": "scores_alone(s)",
     "mods": "int32(high & bit)",
     "lists": "state = int32(state - 32)",
-    "stages": "bulk.wait_read()",
+    "stages": "bulk.wait_added()",
 }
 
 

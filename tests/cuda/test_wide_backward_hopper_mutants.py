@@ -40,6 +40,9 @@ MUTANTS = {
         "(kv_head - batch * heads) * group + member)",
         "(kv_head - batch * heads) * group)",
     ),
+    "first columns of dQ in order": (V, "* blocks + block)", "* blocks + step)"),
+    "last columns of dQ in order": (K, "* blocks + block)", "* blocks + step)"),
+    "turns of the first columns in order": (V, "turn(key_block, step, block, sizes)", "key_block"),
     "V before it has arrived": (K, "barrier.wait(base + v_full, kv_parity)", "pass"),
     "dO before it has arrived": (K, "barrier.wait(base + do_full + 8 * stage, parity)", "pass"),
     "dP not waited for": (K, "dp_done(dp)", "pass"),
@@ -49,7 +52,14 @@ MUTANTS = {
     "last columns of dQ not waited for": (K, "queries_done(dq)", "pass"),
     "dK not waited for": (K, "keys_done(dk)", "pass"),
     "dK unscaled": (K, "int32(2 * half), factor,", "int32(2 * half), float32(1.0),"),
-    "no turn": (X, "turns.wait_for_turn(word, int32(WARPS * turn))", "pass"),
+    "no turn": (X, "turns.wait_for_turn(words + uint64(line) * uint64(4), int32(WARPS * turn))", "pass"),
+    "turn not passed": (K, "let(words, added, lane)\n                    dp_done", "dp_done"),
+    "last turn not passed": (V, "let(words, added, lane)\n            added", "added"),
+    "last turn passed twice": (
+        K,
+        "            added = int32(-1)\n            barrier",
+        "            barrier",
+    ),
     "turn of half the warps": (X, "WARPS = 8", "WARPS = 4"),
     "first columns of dQ twice": (X, "first * 128 * variant.block_n", "0 * 128 * variant.block_n"),
     "dQ to the first columns": (X, "uint64(first * share_bytes)", "uint64(0 * share_bytes)"),
@@ -62,12 +72,13 @@ MUTANTS = {
     "K released by one consumer": (S, "(places.kv_empty, 1, both)", "(places.kv_empty, 1, one)"),
     "Q released by one consumer": (S, "(places.q_empty, stages, both)", "(places.q_empty, stages, one)"),
 }
-# Widths, whether the machine is late, mask, whether blocks take turns, options, blocks side by side.
+# Widths, lengths, whether the machine is late, mask, whether blocks take turns, options, blocks side by side.
 CASES: tuple[tuple[Any, ...], ...] = (
-    ((192, 128), True, "bottom_right", True, {}, 2),
-    ((136, 256), False, "bottom_right", True, {}, 3),
-    ((192, 128), False, False, True, {"opposed": True, "scale": 4.0}, 3),
-    ((192, 128), True, False, False, {"dropout_p": 0.3, "rng": 7}, 2),
+    ((192, 128), (140, 200), True, "bottom_right", True, {}, 2),
+    ((136, 256), (140, 200), False, "bottom_right", True, {}, 3),
+    ((192, 128), (140, 200), False, False, True, {"opposed": True, "scale": 4.0}, 3),
+    ((192, 128), (140, 200), True, False, False, {"dropout_p": 0.3, "rng": 7}, 2),
+    ((192, 128), (200, 140), True, False, True, {}, 3),
 )
 
 
@@ -79,13 +90,13 @@ def test_mistakes_are_seen(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def seen(monkeypatch: pytest.MonkeyPatch, mutant: tuple[str, str, str], attempt: int, case: Any) -> bool:
     """Return whether one case shows the mistake."""
-    widths, late, causal, deterministic, options, processors = case
+    widths, lengths, late, causal, deterministic, options, processors = case
     variant = choose_wide_backward("f16", widths[0], widths[1], bool(causal), deterministic=deterministic)
     variant = variant._replace(dropout="rng" in options)
     played(monkeypatch, late=late, processors=processors, seed=attempt, mutant=mutant)
     try:
         with np.errstate(all="ignore"):
-            error = difference("f16", (1, 140, 200, 2, 1, *widths), causal, variant, **options)
+            error = difference("f16", (1, *lengths, 2, 1, *widths), causal, variant, **options)
     except Exception:
         return True
     return not error < LIMITS["f16"]
