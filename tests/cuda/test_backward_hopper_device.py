@@ -168,17 +168,21 @@ def test_dropout(widths: tuple[int, int]) -> None:
 
 
 def repeats(dtype: str, sizes: tuple[int, ...], causal: bool) -> bool:
-    """Return whether dK and dV repeat bit for bit, and dQ with the option; launches may follow each other."""
+    """Return whether dK and dV repeat bit for bit, and dQ with the option; launches may follow each other.
+
+    Without a mask the option sums dK and dV in an order of its own: its bits are not those of the fast ones.
+    """
     q, k, v, do = inputs(dtype, sizes)
     out, lse = flash_attention_hopper(q, k, v, causal=causal, return_lse=True)
     given = q, k, v, out, lse, do
     first = flash_attention_vjp_hopper(*given, causal=causal, deterministic=True)
+    first_fast = flash_attention_vjp_hopper(*given, causal=causal)
     alike = True
     for _ in range(20):
         same = flash_attention_vjp_hopper(*given, causal=causal, deterministic=True)
         fast = flash_attention_vjp_hopper(*given, causal=causal)
         alike &= all(torch.equal(x, y) for x, y in zip(first[:3], same[:3], strict=True))
-        alike &= all(torch.equal(x, y) for x, y in zip(first[1:3], fast[1:3], strict=True))
+        alike &= all(torch.equal(x, y) for x, y in zip(first_fast[1:3], fast[1:3], strict=True))
     return alike
 
 

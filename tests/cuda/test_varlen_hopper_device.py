@@ -16,7 +16,8 @@ from cuda_backend.arrays import poisoned_outputs
 from cuda_backend.attention.tiers import warn_slow
 from refimpl.errors import SlowPathWarning
 
-pytestmark = pytest.mark.cuda
+# PyTorch says so once of its thread of gradients.
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")]
 
 if os.environ.get("FRUGAL_TEST_GPU") == "1":
     torch = pytest.importorskip("torch")
