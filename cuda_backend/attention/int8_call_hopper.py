@@ -78,8 +78,8 @@ def int8_attention_hopper(
 
     Notes
     -----
-    Run on an H200 with D = 128 and 8192 or 16384 tokens: 1.04 to 1.15 times as fast as
-    `flash_attention_hopper` in bursts, 1.11 to 1.22 times without a pause, when power sets the clock
+    Run on an H200 with D = 128 and 8192 or 16384 tokens: 1.07 to 1.14 times as fast as
+    `flash_attention_hopper` in bursts, 1.15 to 1.21 times without a pause, when power sets the clock
     (docs/performance.md).
 
     References

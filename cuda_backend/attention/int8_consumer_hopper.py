@@ -7,8 +7,8 @@ MIDDLE * c, which moves the weights of a row and tile by a factor of 1 + c / 2 a
 largest score that the codes can express.
 
 A row's maximum stays as it is until it lags behind by more than `LAG`; where no row of a warp has moved its
-own, O is not rescaled.  The two warpgroups issue their products in turns, so that one is at its softmax while
-the other's run.  docs/performance.md has the kernels without either.
+own, O is not rescaled.  The two warpgroups issue Q Kᵀ in turns, so that one is at its softmax while the
+other's products run; the turn is given on before P V is issued.  docs/performance.md has the kernels without.
 
 A warpgroup's tile is a chain that is longer than its products: O is waited for before the last exponentials,
 beside which P is packed and the next sums are set to MIDDLE.
@@ -36,7 +36,7 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 CODE_BYTES = 128  # of a row of codes: a head of up to 128, filled with zeros
 STEPS = [0, 2, 4, 6]  # along a row of codes, 32 each, in units of 16 bytes
 LAG = 8.0  # binary orders that a maximum may lag behind: weights stay below 256
-EARLY = 8  # of 16: quads of scores whose exponentials are taken before O is waited for
+EARLY = 6  # of 16: quads of scores whose exponentials are taken before O is waited for
 TURNS = 2  # the number of the first warpgroup's turn
 
 
@@ -154,9 +154,9 @@ def build_consumer(variant: Variant, schedule: Schedule) -> Callable[..., None]:
                     barrier.take_turn(own_turn)
                     qk_product(codes, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                     wgmma.commit()
+                    barrier.give_turn(other_turn)
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
-                    barrier.give_turn(other_turn)
                     scores_first_done(codes)
                     if lane == 0:
                         barrier.arrive(base + k_empty + 8 * stage)

@@ -55,6 +55,27 @@ class Barrier:
                 raise RuntimeError("nobody completes a barrier")
 
 
+class Turn(Barrier):
+    """A named barrier of two warpgroups: one gives, the other takes; `left` are gives that nobody took."""
+
+    def __init__(self) -> None:
+        super().__init__(256)
+        self.left = 0
+
+    def give(self) -> None:
+        with self.changed:
+            self.left += 1
+            if self.left > 128:
+                raise RuntimeError("a turn is given twice")
+            self.step(1, 0)
+
+    def take(self) -> None:
+        """Wait until the turn is given; it is gone when the last of the 256 has come."""
+        with self.changed:
+            self.left -= 1
+        self.meet()
+
+
 def attention(monkeypatch: pytest.MonkeyPatch, build: Any, q: Any, k: Any, v: Any, causal: Any) -> Any:
     """Return what the kernel made by `build` writes for NumPy arrays of float16."""
     coded = functools.partial(portable_codes, width=128)
@@ -67,7 +88,7 @@ def attention(monkeypatch: pytest.MonkeyPatch, build: Any, q: Any, k: Any, v: An
         (call.keys.words.owner.view(np.uint8), variant.block_n),
         (np.ascontiguousarray(v).view(np.uint8), variant.block_n),
     ]
-    _play(monkeypatch, matrices)
+    turns = _play(monkeypatch, matrices)
     out = np.full((B, Tq, H, Dv), np.nan, np.float16)
     counter = np.zeros(2, np.uint32)
     per_head, all_heads = -(-Tq // variant.block_m), B * H
@@ -82,12 +103,13 @@ def attention(monkeypatch: pytest.MonkeyPatch, build: Any, q: Any, k: Any, v: An
             MAPS, *map(np.uint64, addresses), np.float32(call.scale * np.log2(np.e)), *map(np.int32, numbers)
         )
     assert not counter.any(), "the counter is 0 for the next launch"
+    assert sorted(turn.left for turn in turns) == [0, 0, 0, 128], "a turn is given for each time taken"
     return out
 
 
-def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> None:
+def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> list[Turn]:
     barriers: dict[int, Barrier] = {}
-    turns = [Barrier(256) for _ in range(4)]
+    turns = [Turn() for _ in range(4)]
     words: dict[int, int] = {}
     tiles: dict[int, Any] = {}
     lock = threading.Lock()
@@ -193,8 +215,8 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
             "expect_bytes": lambda at, count: barriers[int(at)].step(1, int(count)),
             "arrive": lambda at: barriers[int(at)].step(1, 0),
             "wait": wait,
-            "take_turn": lambda number: turns[int(number)].meet(),
-            "give_turn": lambda number: turns[int(number)].step(1, 0),
+            "take_turn": lambda number: turns[int(number)].take(),
+            "give_turn": lambda number: turns[int(number)].give(),
         }),
         (copy, {
             "shared_address": lambda _: np.uint32(0),
@@ -227,3 +249,4 @@ def _play(monkeypatch: pytest.MonkeyPatch, matrices: list[tuple[Any, int]]) -> N
     for module, functions in modules:
         for name, function in functions.items():
             monkeypatch.setattr(module, name, function)
+    return turns

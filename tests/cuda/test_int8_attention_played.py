@@ -10,6 +10,7 @@ import pytest
 
 from cuda_backend.attention import int8_consumer_hopper, int8_forward_hopper
 from refimpl.attention import int8_attention
+from tests.cuda import int8_attention_played
 from tests.cuda.int8_attention_played import attention
 
 pytestmark = pytest.mark.cudasim
@@ -56,6 +57,7 @@ MISTAKES = {
     "no rescaling": ("rescale(o, factor_low, factor_high)", "rescale(o, float32(1.0), float32(1.0))"),
     "sums that start elsewhere": ("s[i], zero, float32(middle)", "s[i], zero, float32(middle + 4096)"),
     "late weights are not summed": ("sum_high += weights(", "sum_high += 0 * weights("),
+    "an early weight is taken again": ("shift_low, EARLY, QUADS)", "shift_low, EARLY - 1, QUADS)"),
 }
 
 
@@ -89,3 +91,18 @@ def test_maxima_that_rise_and_lag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_forward_hopper, "build_consumer", space["build_consumer"])
     found = attention(monkeypatch, int8_forward_hopper.build, q, k, v, False)
     assert _difference(found, q, k, v, False) > 1
+
+
+def test_a_turn_given_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once between the products of the loop, and once more behind them."""
+    text = inspect.getsource(int8_consumer_hopper)
+    behind = "wgmma.commit()\n                    scores_first_done(codes)"
+    changed = text.replace(behind, f"barrier.give_turn(other_turn)\n                    {behind}")
+    assert changed != text
+    space: dict[str, Any] = {"__name__": "changed"}
+    exec(compile(changed, int8_consumer_hopper.__file__, "exec"), space)
+    monkeypatch.setattr(int8_forward_hopper, "build_consumer", space["build_consumer"])
+    monkeypatch.setattr(int8_attention_played, "PATIENCE", 10)  # others wait for whoever stopped
+    q, k, v = _arrays(66, 260, 1, 1, 128, 64)
+    with pytest.raises((RuntimeError, AssertionError), match=r"turn is given|completes a barrier"):
+        attention(monkeypatch, int8_forward_hopper.build, q, k, v, False)
