@@ -76,10 +76,10 @@ and the hardware not as long. Reads of Q Kᵀ over 16384 keys come out half of w
 of cuBLAS' tiles is not known; that is 2.2 % of what the kernel moves. Where less than a megabyte was counted,
 all arrays were in the cache, and errors are parts of a megabyte, under a bar of their own. Bytes of the L2
 are those that multiprocessors ask for and send (`l1tex__m_xbar2l1tex_read_bytes`,
-`l1tex__m_l1tex2xbar_write_bytes`). What passes through its slices, `lts__t_bytes`, is in the files but not
-compared: it also counts what fills the cache and crosses between halves, after equal requests of several
-multiprocessors were merged. With one block a multiprocessor the bytes of the L2 come out to 1.3 % and mostly
-to the last digit. Of PyTorch's kernels the L2 has not been counted.
+`l1tex__m_l1tex2xbar_write_bytes`). With one block a multiprocessor they come out to 1.3 % and mostly to the
+last digit. Of PyTorch's kernels there is only what passes through the slices of the L2, `lts__t_bytes`: it
+also counts what fills the cache and crosses between halves, after equal requests of several multiprocessors
+were merged. What multiprocessors ask for is set beside it without a bar, as it is not the same thing.
 
 **Several blocks of a multiprocessor.** Portable kernels load through the L1, where a block finds what another
 one of its multiprocessor has just read. `memsim/cache/l1.py` plays that in time: a load takes as long as it
