@@ -18,7 +18,7 @@ import numpy as np
 
 from cuda_backend._numba import SIMULATOR, cuda
 from cuda_backend.context import checked, current_device, driver
-from refimpl.errors import DTypeError, UnsupportedError
+from refimpl.errors import DTypeError, LostGradientError
 from refimpl.numerics import Array
 
 __all__ = [
@@ -146,11 +146,11 @@ def refuse_gradient(*tensors: Any) -> None:
 
     Raises
     ------
-    UnsupportedError
+    LostGradientError
         If PyTorch is recording, and one of them requires a gradient.
     """
     if sys.modules["torch"].is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise UnsupportedError(
+        raise LostGradientError(
             "a tensor requires a gradient, which functions of arrays do not record: take the operators of "
             "cuda_backend.torch_ops, or call under torch.no_grad() and use the function's own ..._vjp"
         )
@@ -161,7 +161,7 @@ def torch_layout(tensor: Any) -> Layout:
 
     Raises
     ------
-    UnsupportedError
+    LostGradientError
         As `refuse_gradient`.
     """
     if tensor.requires_grad:

@@ -16,6 +16,7 @@ __all__ = [
     "FrugalError",
     "Inconclusive",
     "LawViolation",
+    "LostGradientError",
     "OptionError",
     "ShapeError",
     "SlowPathWarning",
@@ -50,6 +51,10 @@ class BackendUnavailableError(FrugalError, RuntimeError):
 
 class UnsupportedError(FrugalError, NotImplementedError):
     """An implementation refuses a valid case, with its reasons; nothing falls back silently."""
+
+
+class LostGradientError(UnsupportedError):
+    """A tensor requires a gradient that nothing would record: no other kernel would do better."""
 
 
 class SlowPathWarning(UserWarning):

@@ -18,9 +18,9 @@ ahead.
 From compute capability 9.0 on a launch begins under the end of the one before it, and asks the L2 cache for
 its first keys; it reads nothing before the launch ahead has ended.
 
-On an H200 ran, for D = Dv = 128 in float16: turns of 16 keys by four warps, two blocks a multiprocessor, in
-seven cases of tests/cuda/decode_table.py, compared with PyTorch; and what `choose` takes now, over full
-caches of 32k keys, compared with the former (docs/performance.md).  All else was compiled and played.
+On an H200 what `choose` takes ran in the twelve cases of tests/cuda/decode_table.py, compared with PyTorch:
+whole caches and pages, ragged, up to five queries, float16 and bfloat16, D of 64 and 128.  Other widths were
+compiled and played.
 
 Sources: Dao, Haziza, Massa & Sizov 2023, Flash-Decoding; Kwon et al. 2023, arXiv:2309.06180, section 4.1;
 PTX ISA 8.7, "mma", "ldmatrix", "cp.async".

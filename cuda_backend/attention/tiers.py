@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
 from cuda_backend.arrays import dtype_name, is_host
 from cuda_backend.context import is_hopper
-from refimpl.errors import OptionError, SlowPathWarning, UnsupportedError
+from refimpl.errors import LostGradientError, OptionError, SlowPathWarning, UnsupportedError
 
 __all__ = ["Tier", "by_tier", "chosen_tier", "known_tier", "refused_by", "warn_slow"]
 
@@ -32,10 +32,8 @@ def known_tier(tier: Any) -> Tier:
     >>> known_tier("auto")
     'auto'
     """
-    for name in get_args(Tier):
-        if isinstance(tier, str) and tier == name:
-            found: Tier = name
-            return found
+    if isinstance(tier, str) and tier in get_args(Tier):
+        return cast("Tier", tier)
     raise OptionError(f"tier: expected one of {', '.join(get_args(Tier))}, got {tier!r}")
 
 
@@ -52,8 +50,9 @@ def chosen_tier(tier: Tier, q: Any) -> Literal["portable", "hopper"]:
     >>> chosen_tier("auto", np.ones((1, 3, 2, 4), np.float32))
     'portable'
     """
-    if known_tier(tier) != "auto":
-        return tier  # type: ignore[return-value]
+    named = known_tier(tier)
+    if named != "auto":
+        return named
     dtype = np.asarray(q).dtype.name if is_host(q) else dtype_name("q", q)
     return "hopper" if dtype in ("float16", "bfloat16") and is_hopper() else "portable"
 
@@ -90,7 +89,11 @@ def refused_by(tier: str, error: UnsupportedError) -> None:
     ------
     UnsupportedError
         If the tier was named.
+    LostGradientError
+        Itself: the other kernels would lose the gradient, too.
     """
+    if isinstance(error, LostGradientError):
+        raise error
     if tier != "auto":
         raise UnsupportedError(f"{error}; tier='portable' is slower and takes more") from None
     warn_slow(str(error))

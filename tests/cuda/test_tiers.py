@@ -13,7 +13,7 @@ import cuda_backend
 from cuda_backend.attention import decode, tiers
 from cuda_backend.attention.tiers import by_tier
 from refimpl.attention import mods
-from refimpl.errors import OptionError, SlowPathWarning, UnsupportedError
+from refimpl.errors import LostGradientError, OptionError, SlowPathWarning, UnsupportedError
 
 X, SUMS, STARTS = np.ones((1, 3, 2, 8), np.float16), np.zeros((1, 2, 3), np.float32), np.array([0, 3])
 # Each function that has tiers, as it is called, the module of its Hopper kernels, and their name there.
@@ -53,6 +53,18 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this be a Hopper GPU, as far as the choice goes."""
     monkeypatch.setattr(tiers, "is_hopper", lambda: True)
     tiers.warn_slow.cache_clear()
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("tier", ["auto", "hopper"])
+def test_a_lost_gradient_is_no_matter_of_the_tier(tier: Any) -> None:
+    """Other kernels would lose it, too: neither a warning that they run nor the advice to take them."""
+
+    def lost() -> None:
+        raise LostGradientError("a tensor requires a gradient")
+
+    with pytest.raises(LostGradientError, match=r"^a tensor requires a gradient$"):
+        by_tier(tier, X, lost, lambda: None)
 
 
 @pytest.mark.parametrize("name", CALLS)
