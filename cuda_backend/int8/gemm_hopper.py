@@ -1,7 +1,8 @@
 """Products of int8 codes for Hopper: one TMA producer, two wgmma consumers, persistent blocks.
 
 A block works on one tile of 128 rows after the other.  While consumers end a tile, the producer fills all
-stages for the next one, and another warp brings the scales of its columns.
+stages for the next one, and another warp brings the scales of its columns.  The weight's part of the first
+stages is under way before the grid ahead, which makes the codes of A, has ended.
 
 What follows the product happens in registers, in the reference's order::
 
@@ -107,21 +108,31 @@ def build(variant: Wide) -> Callable[..., None]:
     set_aside = build_set_aside(variant.kind, variant.outliers)
 
     @device_function
-    def load(
-        base: Any, stage: Any, a_map: Any, b_map: Any, column: Any, a_row: Any, b_row: Any, width: Any
-    ) -> None:
-        """Fill a stage with `width` bytes of each row."""
-        full, target = base + full_at + 8 * stage, base + stage * stage_bytes
+    def load_a(base: Any, stage: Any, a_map: Any, column: Any, row: Any) -> None:
+        matrix_copy.load(base + stage * stage_bytes, a_map, base + full_at + 8 * stage, column, row)
+
+    @device_function
+    def load_b(base: Any, stage: Any, b_map: Any, column: Any, row: Any, width: Any) -> None:
+        """Bring B's part of a stage, and announce `width` bytes of each row of A and B."""
+        full = base + full_at + 8 * stage
         barrier.expect_bytes(full, width * (block_m + block_n))
-        matrix_copy.load(target, a_map, full, column, a_row)
-        matrix_copy.load(target + a_bytes, b_map, full, column, b_row)
+        matrix_copy.load(base + stage * stage_bytes + a_bytes, b_map, full, column, row)
+
+    @device_function
+    def begin(base: Any, a_map: Any, b_map: Any, first: Any, problem: Any) -> None:
+        """Bring B's part of the first stages, which waits for nothing."""
+        _, rows, columns, steps, _, _, _ = problem
+        matrix_copy.acquire(a_map)
+        matrix_copy.acquire(b_map)
+        _, column = place(first, rows, columns)
+        for stage in range(min(steps, stages)):
+            load_b(base, int32(stage), b_map, int32(stage * STEP), int32(column * block_n), STEP)
 
     @device_function
     def produce(base: Any, maps: Any, marks: Any, first: Any, blocks: Any, number: Any, problem: Any) -> None:
         a_map, b_map, x_map, w_map = maps
         tiles, rows, columns, steps, _, _, side_by_side = problem
-        matrix_copy.acquire(a_map)
-        matrix_copy.acquire(b_map)
+        begun = int32(stages)
         chunks = int32(0)
         if beside and marks != uint64(0):
             matrix_copy.acquire(x_map)
@@ -137,8 +148,11 @@ def build(variant: Wide) -> Callable[..., None]:
             a_row, b_row = int32(row * block_m), int32(column * block_n)
             for step in range(steps):
                 barrier.wait(base + empty_at + 8 * stage, parity)
-                load(base, stage, a_map, b_map, int32(step * STEP), a_row, b_row, STEP)
+                if step >= begun:
+                    load_b(base, stage, b_map, int32(step * STEP), b_row, STEP)
+                load_a(base, stage, a_map, int32(step * STEP), a_row)
                 stage, parity = next_stage(stage, parity)
+            begun = int32(0)
             if beside and marks != uint64(0):
                 if tile == first:
                     barrier.wait(base + ready_at, 0)
@@ -152,11 +166,13 @@ def build(variant: Wide) -> Callable[..., None]:
                 for chunk in range(taken):
                     barrier.wait(base + empty_at + 8 * stage, parity)
                     column = int32(2 * side_by_side + chunk * TAKEN_CHUNK)
-                    load(base, stage, x_map, w_map, column, a_row, b_row, TAKEN_CHUNK)
+                    load_b(base, stage, w_map, column, b_row, TAKEN_CHUNK)
+                    load_a(base, stage, x_map, column, a_row)
                     stage, parity = next_stage(stage, parity)
             for chunk in range(chunks):
                 barrier.wait(base + empty_at + 8 * stage, parity)
-                load(base, stage, x_map, w_map, int32(chunk * 2 * CHUNK), a_row, b_row, 2 * CHUNK)
+                load_b(base, stage, w_map, int32(chunk * 2 * CHUNK), b_row, 2 * CHUNK)
+                load_a(base, stage, x_map, int32(chunk * 2 * CHUNK), a_row)
                 stage, parity = next_stage(stage, parity)
             tile = int32(tile + blocks)
 
@@ -275,8 +291,10 @@ def build(variant: Wide) -> Callable[..., None]:
             barrier.initialise(base + ready_at, 1)
             barrier.publish_initialisation()
         cuda.syncthreads()
-        grid.wait_for_earlier_grids()
         first, blocks = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        if thread == 0:
+            begin(base, a_map, b_map, first, problem)
+        grid.wait_for_earlier_grids()
         number = int32(0)
         if not beside and listed_number != uint64(0):
             number = copy.load_word(listed_number)
