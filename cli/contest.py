@@ -99,7 +99,7 @@ def _our_functions(
 
     if problem.functions is not None:
         for name, function in problem.functions(backend).items():
-            if tier is None or tier in name:
+            if tier is None or name == f"frugal {tier}":
                 yield name, function
         return
     for item in registry.implementations_of(problem.technique):

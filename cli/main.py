@@ -113,7 +113,7 @@ class _Frugal(click.Group):
 
 def verdict_of(error: Exception) -> tuple[int, str] | None:
     """Return exit code and message of an expected error, or None."""
-    from refimpl.errors import BackendUnavailableError, FrugalError, LawViolation
+    from refimpl.errors import BackendUnavailableError, DeadlockError, FrugalError, LawViolation
 
     match error:
         case click.UsageError(ctx=click.Context() as context):
@@ -122,7 +122,7 @@ def verdict_of(error: Exception) -> tuple[int, str] | None:
             return error.exit_code, error.format_message()
         case BackendUnavailableError() | ImportError():
             return BACKEND_MISSING, str(error)
-        case LawViolation():
+        case LawViolation() | DeadlockError():  # ranks that stall are no mistake of the command line
             return CHECK_FAILED, str(error)
         case FrugalError():
             return USAGE, str(error)

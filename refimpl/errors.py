@@ -13,6 +13,7 @@ __all__ = [
     "BackendUnavailableError",
     "CapacityError",
     "DTypeError",
+    "DeadlockError",
     "FrugalError",
     "Inconclusive",
     "LawViolation",
@@ -47,6 +48,10 @@ class CapacityError(FrugalError, ValueError):
 
 class BackendUnavailableError(FrugalError, RuntimeError):
     """A backend was asked for that this machine or installation does not have."""
+
+
+class DeadlockError(FrugalError, RuntimeError):
+    """Ranks wait for messages that will not come, or that did not come in time."""
 
 
 class UnsupportedError(FrugalError, NotImplementedError):

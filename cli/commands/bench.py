@@ -136,7 +136,7 @@ Examples:
     type=click.Choice(tuple(DIRECTIONS)),
     help="Which pass of attention or flexible.  [default: fwd]",
 )
-@click.option("--tier", help="Time this tier of ours only: portable, ampere, hopper.  [default: all]")
+@click.option("--tier", help="Time this tier of ours only, such as portable, ampere, hopper.  [default: all]")
 @click.option("--rivals", is_flag=True, help="Time PyTorch's functions in the same process, if installed.")
 @click.option("--rival", "chosen", multiple=True, help="Only those with this in their name; may be repeated.")
 @click.option(
@@ -232,8 +232,8 @@ def command(
     wanted = Wanted(shapes, dtypes, causal, direction, forms, mods, splits)
     with users_functions(mods, "--mod"):
         problems = problems_of(what, backend, wanted)
-    if backend == "cudasim" and tier is not None:
-        _refuse_simulated(problems, tier)
+    if tier is not None:
+        _refuse_tier(problems, tier, backend)
     named = chosen or ("",) * rivals
     known = dict.fromkeys(name for problem in problems for name in problem.rival_names)
     for part in chosen:
@@ -256,14 +256,17 @@ def _masked(problems: Sequence[Problem]) -> bool:
     return any(problem.causal is not None for problem in problems)
 
 
-def _refuse_simulated(problems: Sequence[Problem], tier: str) -> None:
-    """Say that a tier which GPUs have is none of the simulator's: a backend is missing, nothing is wrong."""
+def _refuse_tier(problems: Sequence[Problem], tier: str, backend: str) -> None:
+    """Refuse a tier that nothing has; one that GPUs have is no mistake in the simulator, but missing."""
     from cli.contest import tiers
     from refimpl.errors import BackendUnavailableError
 
-    simulated, real = ({x for problem in problems for x in tiers(problem, on)} for on in ("cudasim", "cuda"))
-    if tier in real - simulated:
+    here, real = ({x for problem in problems for x in tiers(problem, on)} for on in (backend, "cuda"))
+    if tier in here:
+        return
+    if tier in real:
         raise BackendUnavailableError(f"tier {tier} needs a GPU: --backend cuda")
+    raise click.UsageError(f"--tier: expected one of {', '.join(sorted(here | real))}; got {tier!r}")
 
 
 def _finished(rows: Sequence[dict[str, Any]]) -> str:

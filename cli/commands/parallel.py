@@ -115,7 +115,8 @@ def train(
 
     For every number of ranks and stage: the largest difference of a parameter to plain Adam on one device,
     the elements of the optimizer that exactly one rank owns, and, as counted on each rank and as the models
-    say, the bytes of model states held and the bytes and messages sent.  The exit code is 1 if they differ.
+    say, the bytes of model states held and the bytes and messages sent.  The exit code is 1 if they
+    differ, or if ranks stall.
     """
     if (save is not None or resume is not None) and len(ranks) * len(stages) > 1:
         raise click.UsageError("--save and --resume go with one number of ranks and one --stage")

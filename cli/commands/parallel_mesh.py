@@ -127,7 +127,8 @@ def mesh(
     For every mesh, stage and schedule: the largest difference of a parameter to plain AdamW on one device,
     and between copies of one parameter; as counted on each rank and as the models say, bytes of model
     states, activations in flight, and bytes and messages under each collective.  The exit code is 1 if they
-    differ.  With --experts the one device is the same program on one rank, which tests hold to PyTorch.
+    differ, or if ranks stall.  With --experts the one device is the same program on one rank, which tests
+    hold to PyTorch.
     """
     reason = why_not(backend)
     if reason is not None:

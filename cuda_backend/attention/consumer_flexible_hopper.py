@@ -43,7 +43,7 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     q_bytes, k_bytes, v_bytes = tiles.q_bytes, tiles.k_bytes, tiles.v_bytes
     _, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = tiles.places
     next_stage, next_q_stage = ring(tiles.stages), ring(tiles.q_stages)
-    (modify, mask), words = build_modifiers(variant), variant.words
+    foresee, modify, mask = build_modifiers(variant)
     _, softmax_row, pack_scores = build_softmax(tiles)
     (rescale, _, _), finish = build_output(tiles), build_finish(tiles)
     pin_scores = registers.pin(s_count)
@@ -55,27 +55,24 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
     output_done = wgmma.wait(0, o_count)
 
     @device_function
-    def look(base: Any, stage: Any, numbers: Any) -> Any:
-        """Return the key tile of a step, and what this warpgroup, and thread, may see of it."""
+    def look(base: Any, stage: Any, numbers: Any, place: Any) -> Any:
+        """Return where the scores of a step are, and what this warpgroup, and thread, may see of them."""
+        b, h, row, last, column, tk, aux = place
         _, _, group_index, masks = numbers
         slot = base + step_slot + STEP_BYTES * stage
         step, seen = registers.uniform(copy.load_shared_word(slot)), int32(0)
-        bits = cuda.local.array(2, uint32)
         if masked:
             seen = registers.uniform(copy.load_shared_word(slot + 4 + 4 * group_index))
-        if words:
-            at = masks + uint64(128 * WORD_BYTES) * uint64(max(seen, int32(0)))
-            copy.load_8(bits, int32(0), at)
-        return step, seen, bits[0], bits[1]
+        where = b, h, row, last, int32(step * block_n + column), tk, aux
+        low, high = foresee(seen, masks, where)
+        return where, seen, low, high
 
     @device_function
-    def softmax(s: Any, numbers: Any, step: Any, place: Any, old: Any) -> Any:
+    def softmax(s: Any, numbers: Any, step: Any, old: Any) -> Any:
         """Turn products of a step into weights; return maxima, sums and factors of what was before."""
         scales, factor, _, _ = numbers
-        b, h, row, last, column, tk, aux = place
         max_low, sum_low, max_high, sum_high = old
-        tile, seen, low, high = step
-        where = b, h, row, last, int32(tile * block_n + column), tk, aux
+        where, seen, low, high = step
         if modified:
             modify(s, scales, where)
         if masked and seen >= 0:
@@ -122,10 +119,10 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                 wgmma.fence()
                 qk_product(s, q_descriptor, k_descriptor(base + k_tiles + stage * k_bytes))
                 wgmma.commit()
-                step = look(base, stage, numbers)
+                step = look(base, stage, numbers, place)
                 scores_done(s)
                 barrier.arrive_warp(base + k_empty + 8 * stage, lane)
-                rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)
+                rows, factor_low, factor_high = softmax(s, numbers, step, rows)
                 barrier.wait(base + v_full + 8 * stage, parity)
                 pack_scores(p, s)
                 left = int32(left - 1)
@@ -138,10 +135,10 @@ def build_flexible_consumer(variant: FlexibleVariant) -> Callable[..., None]:
                     wgmma.commit()
                     pv_product(o, p, v_descriptor(base + v_tiles + old_stage * v_bytes))
                     wgmma.commit()
-                    step = look(base, stage, numbers)
+                    step = look(base, stage, numbers, place)
                     scores_first_done(s)
                     barrier.arrive_warp(base + k_empty + 8 * stage, lane)
-                    rows, factor_low, factor_high = softmax(s, numbers, step, place, rows)
+                    rows, factor_low, factor_high = softmax(s, numbers, step, rows)
                     # Without the pin, ptxas moves the exponentials behind the wait for O: no overlap.
                     pin_scores(s)
                     barrier.wait(base + v_full + 8 * stage, parity)

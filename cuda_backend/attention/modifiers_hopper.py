@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cuda_backend._numba import device_function
+from cuda_backend._numba import cuda, device_function
+from cuda_backend.attention.mask_words import WORD_BYTES
 from cuda_backend.attention.softmax_hopper import NO_KEY
 from cuda_backend.attention.traced import is_short, traced_mask, traced_score
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant
-from cuda_backend.ptx import registers
+from cuda_backend.ptx import copy, registers
 from cuda_backend.ptx.assembly import instruction, types
 
 __all__ = ["build_modifiers"]
 
-int32, uint32, float32 = types.int32, types.uint32, types.float32
+int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 rolled = instruction(
     "rolled",
@@ -30,14 +31,17 @@ rolled = instruction(
 )
 
 
-def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return ``modify(s, scales, where)`` and ``mask(s, low, high, where)`` for a tile of scores.
+def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., Any], ...]:
+    """Return ``foresee(seen, masks, where)``, ``modify(s, scales, where)`` and ``mask(s, low, high, where)``.
 
-    `where` is batch, head, this thread's first query, the last of all, its first key, how many keys there
-    are, and `aux`.
+    They are for a tile of scores.  `where` is batch, head, this thread's first query, the last of all, its
+    first key, how many keys there are, and `aux`.
+    ``foresee`` returns what the mask allows of a partial tile, whose `seen` is 0 or more, as bits `low` and
+    `high` of both rows: read at `masks` (`mask_words`), or asked.  It needs no scores, so it runs beside
+    their product, and its registers are free again before ``modify`` wants many.
     ``modify`` makes products into scores, or scores over the scale if the variant is `folded`; `scales` are
-    the scale and 1 over it.  ``mask`` makes scores -inf that the mask forbids, or that are those of no key:
-    it asks, unless the variant has the answers as bits `low` and `high` (`mask_words`).
+    the scale and 1 over it.  ``mask`` makes scores -inf that the mask forbids, or that are those of no key,
+    by the bits; a short mask has none and is asked here, beside each score.
     """
     count, ragged, masked = variant.tiles.block_n // 2, variant.ragged, variant.mods.mask is not None
     mods = variant.mods
@@ -74,12 +78,20 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
                 s[4 * i + 2 + e] = registers.select_float(int32(high & bit), s[4 * i + 2 + e], none)
 
     @device_function
-    def mask(s: Any, _low: Any, _high: Any, where: Any) -> None:
+    def read(seen: Any, masks: Any, _where: Any) -> Any:
+        bits = cuda.local.array(2, uint32)
+        copy.load_8(bits, int32(0), masks + uint64(128 * WORD_BYTES) * uint64(max(seen, int32(0))))
+        return bits[0], bits[1]
+
+    @device_function
+    def ask(seen: Any, _masks: Any, where: Any) -> Any:
+        low, high = uint32(0), uint32(0)
+        if seen < 0:
+            return low, high
         b, h, row, last, first, tk, aux = where
         # What the user's function makes of these is not kept from one tile to the next.
         b, h, row = registers.fresh(b), registers.fresh(h), registers.fresh(row)
         i_low, i_high = min(row, last), min(int32(row + 8), last)
-        low, high = uint32(0), uint32(0)
         step = int32(0)
         while step < count // (
             2 * columns
@@ -101,7 +113,11 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
             at = columns * step
             low, high = uint32(low | some_low << at), uint32(high | some_high << at)
             step = registers.successor(step)
-        pick(s, low, high, where)
+        return low, high
+
+    @device_function
+    def foresee_nothing(_seen: Any, _masks: Any, _where: Any) -> Any:
+        return uint32(0), uint32(0)
 
     @device_function
     def mask_four(i: Any, s: Any, _scale: Any, where: Any) -> None:
@@ -127,9 +143,10 @@ def build_modifiers(variant: FlexibleVariant) -> tuple[Callable[..., None], Call
         mask_all(int32(0), s, float32(0.0), where)
 
     if variant.words:
-        return modify, pick
-    short = not masked or is_short(mods.mask, mods.aux)
-    return modify, mask_at_once if short else mask
+        return read, modify, pick
+    if masked and not is_short(mods.mask, mods.aux):
+        return ask, modify, pick
+    return foresee_nothing, modify, mask_at_once
 
 
 def _repeated(function: Callable[..., None], count: int) -> Callable[..., None]:

@@ -3,6 +3,7 @@
 A function that bears its module's name is imported from there: ``from refimpl.parallel.zero import zero``.
 """
 
+from refimpl.errors import DeadlockError
 from refimpl.parallel.adam import AdamStep, AdamW, adam_step, adamw_step
 from refimpl.parallel.array_collectives import (
     all_gather,
@@ -12,7 +13,7 @@ from refimpl.parallel.array_collectives import (
     reduce,
     reduce_scatter,
 )
-from refimpl.parallel.comm import Comm, DeadlockError, Sent, Traffic, run_ranks
+from refimpl.parallel.comm import Comm, Sent, Traffic, run_ranks
 from refimpl.parallel.data import Replicas, data_parallel, data_parallel_step
 from refimpl.parallel.groups import group
 from refimpl.parallel.mesh import Mesh

@@ -24,20 +24,16 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from refimpl.errors import FrugalError, OptionError
+from refimpl.errors import DeadlockError, OptionError
 from refimpl.numerics import Array
 from refimpl.parallel.traffic import Sent, Traffic
 from refimpl.validation import as_array
 
-__all__ = ["Comm", "DeadlockError", "Launch", "Sent", "ThreadComm", "Traffic", "run_ranks", "say_waits"]
+__all__ = ["Comm", "Launch", "Sent", "ThreadComm", "Traffic", "run_ranks", "say_waits"]
 
 Result = TypeVar("Result")
 TIMEOUT = 30.0  # seconds without a message before a run is given up
 _GRACE = 0.2  # seconds that ranks get to end once one of them has failed
-
-
-class DeadlockError(FrugalError, RuntimeError):
-    """Ranks wait for messages that will not come, or that did not come in time."""
 
 
 class Comm(ABC):
@@ -165,8 +161,8 @@ def run_ranks(
     --------
     >>> run_ranks(2, lambda comm: comm.recv(1 - comm.rank))
     Traceback (most recent call last):
-    refimpl.parallel.comm.DeadlockError: deadlock: rank 0 waits for rank 1 (tag 0), rank 1 waits for rank 0 (tag 0)
-    """  # noqa: E501 (the message is one line)
+    refimpl.errors.DeadlockError: deadlock: rank 0 waits for rank 1 (tag 0), rank 1 waits for rank 0 (tag 0)
+    """
     if size < 1:
         raise OptionError(f"size: expected at least 1 rank, got {size}")
     post = _PostOffice(size)

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from refimpl.errors import BackendUnavailableError, OptionError, UnsupportedError
+from refimpl.errors import BackendUnavailableError, DeadlockError, OptionError, UnsupportedError
 from refimpl.numerics import Array
 from refimpl.parallel import array_collectives
-from refimpl.parallel.comm import TIMEOUT, Comm, DeadlockError, Sent, Traffic, say_waits
+from refimpl.parallel.comm import TIMEOUT, Comm, Sent, Traffic, say_waits
 from refimpl.parallel.data import data_parallel as _data_parallel
 from refimpl.parallel.mesh_training import mesh_training as _mesh_training
 from refimpl.parallel.pipedream import pipedream as _pipedream

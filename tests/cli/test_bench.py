@@ -169,6 +169,14 @@ def test_rates_shares_and_ratios(gpu: Callable[..., Times], rows: Callable[..., 
     assert any("H200" in source for source in document["sources"])
 
 
+def test_a_tier_that_nothing_has_is_refused(gpu: Callable[..., Times], run: Callable[..., Any]) -> None:
+    gpu({"portable": right, "hopper": right}, {}, {"frugal hopper": 1e-6})
+    done = run("bench", "attention", *SHAPE, "--tier", "fastest", code=2)
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+    assert "--tier: expected one of hopper, portable; got 'fastest'" in done.stderr
+    assert "frugal portable" not in run("bench", "attention", *SHAPE, "--tier", "hopper").stdout
+
+
 def test_without_a_mask_there_is_twice_the_work(gpu: Callable[..., Times], rows: Callable[..., Any]) -> None:
     gpu({"portable": right}, {}, {"frugal portable": 1e-6})
     masked, full = (
@@ -250,7 +258,10 @@ def test_names_that_nothing_bears_are_said(run: Callable[..., Any]) -> None:
     refused = run(*simulated, "--rival", "cudnn", code=2).stderr
     assert "_int_mm" in refused
     assert "has 'cudnn' in its name" in refused
-    assert "for cudasim in tier 'fastest'" in run(*simulated, "--tier", "fastest", code=1).stdout
+    for tier in ("fastest", "port", ""):
+        done = run(*simulated, "--tier", tier, code=2)
+        assert f"--tier: expected one of hopper, portable; got {tier!r}" in done.stderr
+        assert not done.stdout
 
 
 def test_the_sampled_rows_of_a_product_are_exact() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from unittest import mock
 
 import pytest
@@ -53,6 +54,30 @@ def test_a_rank_that_fails_ends_the_run(run):
     with mock.patch.object(zero_module, "ring_all_gather", fails):
         done = run("parallel", "train", "--ranks", "3", "--stage", "3", code=2)
     assert done.stderr.strip().splitlines()[-1] == "Error: lost"
+
+
+def _waits(comm, _chunk):
+    return comm.recv((comm.rank + 1) % comm.size, tag=9)
+
+
+def _stalls(comm, chunk):
+    if comm.rank == 1:
+        time.sleep(1)
+    return chunk if comm.rank == 1 else _waits(comm, chunk)
+
+
+@pytest.mark.parametrize(
+    ("gather", "said"),
+    [
+        (_waits, "Error: deadlock: rank 0 waits for rank 1 (tag 9), rank 1 waits for rank 0 (tag 9)"),
+        (_stalls, "Error: no message for 0.1 s: rank 1 has not returned, rank 0 waits for rank 1 (tag 9)"),
+    ],
+)
+def test_ranks_that_wait_for_nothing_fail_the_check(run, gather, said):
+    """Nothing is wrong with the command line, so it is no usage error."""
+    with mock.patch.object(zero_module, "ring_all_gather", gather):
+        done = run("parallel", "train", "--ranks", "2", "--stage", "3", "--timeout", "0.1", code=1)
+    assert done.stderr.strip().splitlines()[-1] == said
 
 
 def test_ideal_and_limited_scaling(rows):

@@ -240,7 +240,7 @@ def stand_in(
         array[:2] = np.stack([memory(int(place), 8).view(array.dtype) for place in address], 1)
 
     consumer, modifiers = modules["consumer"], modules["modifiers"]
-    vars(consumer)["copy"].load_8 = load_8
+    vars(modifiers)["copy"].load_8 = load_8
     replaced = {
         "build_softmax": lambda _: (None, softmax_row, pack_scores),
         "build_output": lambda _: (rescale, None, None),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.cuda.need_gpu import need_gpu
+from tests.cuda.need_gpu import need_arguments, need_gpu
 
 # B, Tq, Tk, Hq, Hkv, D, Dv, causal
 SMALL = (
@@ -111,8 +111,6 @@ def gradient_traffic() -> None:
 COMMANDS = {"small": small, "traffic": traffic, "gradients": gradients, "gradient_traffic": gradient_traffic}
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in [[name] for name in COMMANDS]:
-        sys.stderr.write(f"Error: expected one of {', '.join(COMMANDS)}\n")
-        sys.exit(2)
+    (name,) = need_arguments(*COMMANDS)
     need_gpu()
-    COMMANDS[sys.argv[1]]()
+    COMMANDS[name]()

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from memsim.measured.nsight import METRICS
-from tests.cuda.need_gpu import need_gpu
+from tests.cuda.need_gpu import need_arguments, need_gpu
 
 PYTHON = [sys.executable, "-m"]
 
@@ -55,5 +55,6 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    (named,) = need_arguments("FOLDER")
     need_gpu()
-    sys.exit(int(main(Path(sys.argv[1])) > 0))
+    sys.exit(int(main(Path(named)) > 0))

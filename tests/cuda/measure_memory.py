@@ -14,7 +14,7 @@ from typing import Any
 
 from memsim.measured.measured_files import document, file_name, toml_text
 from memsim.measured.peak_memory import KIND
-from tests.cuda.need_gpu import need_gpu
+from tests.cuda.need_gpu import need_arguments, need_gpu
 
 __all__ = ["built", "cases", "trained"]
 
@@ -118,6 +118,7 @@ def main(folder: Path) -> None:
     from cli.commands.bench import recognised
     from memsim.hardware import hardware_names
 
+    folder.mkdir(parents=True, exist_ok=True)  # one that cannot be is known before anything is measured
     found = []
     for case in cases():
         try:
@@ -133,5 +134,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    (named,) = need_arguments("FOLDER")
     need_gpu("transformers")
-    main(Path(sys.argv[1]))
+    main(Path(named))

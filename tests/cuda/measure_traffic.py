@@ -22,7 +22,7 @@ from memsim.measured.counted_traffic import SCHEDULES, schedule_of
 from memsim.measured.measured_files import document, file_name, toml_text
 from memsim.measured.nsight import between_markers, parse_report
 from tests.cuda import algorithm_1
-from tests.cuda.need_gpu import need_gpu
+from tests.cuda.need_gpu import need_arguments, need_gpu
 
 __all__ = ["MARKER", "cases", "run", "traffic_document"]
 
@@ -305,6 +305,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:
+    words = need_arguments("run FILE", "write FILE COLD WARM FOLDER")
+    if words[0] == "run":
         need_gpu()
-    main(sys.argv[1:])
+    main(words)

@@ -51,7 +51,7 @@ WIDTHS = ((64, 64, 0), (64, 64, 1), (128, 128, 0))
 # (kind, D, Dv, which tiles, mask, score, ragged, words)
 CASES = [
     ("f16", 64, 64, 1, "sliding", "none", False, True),
-    ("f16", 64, 64, 1, "bigbird", "none", False, False),
+    ("f16", 64, 64, 1, "bigbird", "softcap", False, False),  # asked beside the product: else it spills
     ("f16", 64, 64, 1, "sliding", "alibi", False, True),
     ("f16", 128, 128, 0, "documents", "alibi", True, True),
     ("bf16", 128, 128, 0, "causal", "softcap", True, False),
@@ -92,8 +92,8 @@ def test_functions_compile_into_registers(case: Case) -> None:
 @pytest.mark.parametrize("case", FULL)
 def test_next_to_nothing_spills_and_nothing_waits(case: Case) -> None:
     found = compiled(case)
-    # Of some forms a few words of a tile of query rows, written and read once for it, are no registers.
-    assert found["stack"] <= 40
+    # Groups with a softcap in tiles of 192 rows: up to six words of a tile of query rows are no registers.
+    assert found["stack"] <= (24 if case[3] == 1 and case[4:6] == ("groups", "softcap") else 0)
     assert found["warnings"] == []
 
 

@@ -96,6 +96,7 @@ def test_outputs(case: str, late: bool, words: bool, monkeypatch: pytest.MonkeyP
 MISTAKES: dict[str, Mutant] = {
     "the word of the first stage": ("consumer", "step_slot + STEP_BYTES * stage", "step_slot"),
     "the mask of the first warpgroup": ("consumer", "slot + 4 + 4 * group_index", "slot + 4"),
+    "the mask of the first keys": ("consumer", "int32(step * block_n + column)", "column"),
     "no mask": ("consumer", "mask(s, low, high, where)", "pass"),
     "K not waited for": ("consumer", "barrier.wait(base + k_full + 8 * stage, parity)", "pass"),
     "Q not released without keys": (
@@ -114,14 +115,17 @@ MISTAKES: dict[str, Mutant] = {
     "the list of the first tile": ("producer", "uint64(words[2])", "uint64(0)"),
     "a list one longer": ("producer", "int32(words[3])", "int32(words[3] + 1)"),
     "the step after K": ("producer", "STEP_BYTES * stage, at", "STEP_BYTES * stage, at + uint64(16)"),
-    "the bits of the first tile": ("consumer", "uint64(max(seen, int32(0)))", "uint64(1)"),
+    "the bits of the first tile": ("modifiers", "uint64(max(seen, int32(0)))", "uint64(1)"),
     "bits of another thread": ("consumer", "thread & 127", "(thread + 1) & 127"),
     "drawn twice": ("producer", "if left == 1:", "if left <= 2:"),
 }  # fmt: skip
 
 
-ASKED = ("the other row's mask", "columns of the mask", "keys of padding", "first column")
-ROLLED = ("columns of the mask", "a bit of the other row")
+ASKED = (
+    *("the other row's mask", "columns of the mask", "keys of padding", "first column"),
+    "the mask of the first keys",
+)
+ROLLED = ("columns of the mask", "a bit of the other row", "the bits of the first tile")
 READ = ("the bits of the first tile", "bits of another thread", "not over the scale")
 
 

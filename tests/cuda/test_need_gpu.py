@@ -1,4 +1,4 @@
-"""Commands of this folder end in a line and exit code 3 where there is no GPU, PyTorch or pytest."""
+"""Commands of this folder end in a line: code 3 without a GPU, PyTorch or pytest, 2 for wrong arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ COMMANDS = sorted(
     for path in FOLDER.glob("[!t]*.py")
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 )
-ARGUMENTS = {"hopper_under_tools": ["small"], "measure_traffic": ["run", "file"]}
+ARGUMENTS = {
+    "hopper_under_tools": ["small"],
+    "measure": ["folder"],
+    "measure_memory": ["folder"],
+    "measure_traffic": ["run", "file"],
+}
 
 
 def ended(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
@@ -45,8 +50,21 @@ def test_without_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert capsys.readouterr().err.endswith("pip install torch pytest\n")
 
 
-def test_a_tool_is_told_what_to_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("hopper_under_tools", "", "small or traffic or gradients or gradient_traffic; got no argument"),
+        ("measure", "", "FOLDER; got no argument"),
+        ("measure", "one two", "FOLDER; got one two"),
+        ("measure_memory", "", "FOLDER; got no argument"),
+        ("measure_memory", "--help", "FOLDER; got --help"),
+        ("measure_traffic", "", "run FILE or write FILE COLD WARM FOLDER; got no argument"),
+        ("measure_traffic", "write a b c", "run FILE or write FILE COLD WARM FOLDER; got write a b c"),
+    ],
+)
+def test_wrong_arguments(
+    name: str, given: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert ended("hopper_under_tools", monkeypatch) == 2
-    assert "expected one of small, traffic, gradients, gradient_traffic" in capsys.readouterr().err
+    """Said first, on a machine with a GPU as on others."""
+    assert ended(name, monkeypatch, *given.split()) == 2
+    assert capsys.readouterr().err == f"Error: expected {said}\n"

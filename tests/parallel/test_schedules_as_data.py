@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from memsim.timeline import replay
 from refimpl.errors import OptionError
+from refimpl.parallel import DeadlockError
 from refimpl.parallel.adam import AdamW
-from refimpl.parallel.comm import DeadlockError, run_ranks
+from refimpl.parallel.comm import run_ranks
 from refimpl.parallel.decoder_stages import stage_units
 from refimpl.parallel.laws_mesh import trained_on_one_device
 from refimpl.parallel.laws_pipeline import on_one_device
