@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from refimpl.errors import UnsupportedError
+from refimpl.errors import OptionError, UnsupportedError
 
-__all__ = ["int8_linear", "replace_linear"]
+__all__ = ["int8_linear", "merged_int8_linear", "replace_linear"]
 
 
 def int8_linear(
@@ -45,6 +45,62 @@ def int8_linear(
         module.bias = type(layer.bias)(layer.bias.detach(), requires_grad=False)
     module.quantize(layer.weight)
     return module.train(layer.training)
+
+
+def merged_int8_linear(
+    layers: Sequence[Any], *, threshold: float | None = 6.0, compute: Callable[..., Any] | None = None
+) -> Any:
+    """Return one module for layers that read the same input, such as q, k and v: it returns a tuple.
+
+    Parameters
+    ----------
+    layers : sequence of torch.nn.Linear
+        With one ``in_features``, dtype and device; they are quantised now and not kept.
+    threshold, compute
+        As for `int8_linear`.
+
+    Returns
+    -------
+    torch.nn.Module
+        As from `int8_linear`, for all outputs side by side; what it returns are views of each layer's.  It
+        loads its own state, or that of a `torch.nn.Linear` with all outputs.
+
+    Raises
+    ------
+    OptionError
+        If there are no layers, or they differ in ``in_features``, dtype or device.
+    UnsupportedError
+        As `int8_linear`.
+
+    Notes
+    -----
+    Rows of the input and columns of a weight are quantised each for itself, and outliers belong to the input:
+    merging changes no output by more than the order in which outliers are summed.  The input is quantised
+    once in place of once a layer, which is much of the time of a layer with few outputs.
+
+    References
+    ----------
+    .. [1] Dettmers et al., 2022, arXiv:2208.07339, section 3.
+    """
+    import torch
+
+    kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in layers}
+    if len(kinds) != 1:
+        found = "; ".join(sorted(map(str, kinds))) or "no layers"
+        raise OptionError(f"layers: expected one in_features, dtype and device, got {found}")
+    sizes = [layer.out_features for layer in layers]
+    module = _int8_linear_class()(layers[0].in_features, sum(sizes), threshold, compute, sizes)
+    if any(layer.bias is not None for layer in layers):
+        module.bias = torch.nn.Parameter(torch.cat([_bias_of(layer) for layer in layers]), False)
+    module.quantize(torch.cat([layer.weight.detach() for layer in layers]))
+    return module.train(layers[0].training)
+
+
+def _bias_of(layer: Any) -> Any:
+    """Return the bias of a layer; of one without -0.0, which added changes no number, as 0.0 does -0.0."""
+    if layer.bias is None:
+        return layer.weight.new_full((layer.out_features,), -0.0)
+    return layer.bias.detach()
 
 
 def replace_linear(model: Any, *, keep: tuple[str, ...] = ("lm_head",), **options: Any) -> int:
@@ -94,9 +150,11 @@ def _int8_linear_class() -> Any:
             out_features: int,
             threshold: float | None,
             compute: Callable[..., Any] | None,
+            sizes: list[int] | None = None,
         ) -> None:
             super().__init__()
             self.in_features, self.out_features, self.threshold = in_features, out_features, threshold
+            self.sizes = sizes  # outputs of the layers that were merged
             self.compute = compute or llm_int8_linear_hopper
             self.register_buffer("codes", None)
             self.register_buffer("absmax", None)
@@ -110,13 +168,14 @@ def _int8_linear_class() -> Any:
             self.absmax = prepared.absmax
 
         def forward(self, x: Any) -> Any:
-            """Return the outputs for x of any shape [..., in_features]."""
+            """Return the outputs for x [..., in_features]; of layers that were merged, a tuple."""
             if torch.is_grad_enabled() and x.requires_grad:
                 raise UnsupportedError("int8_linear: no gradient; call it under torch.no_grad()")
             rows = x.reshape(-1, self.in_features)
             weight = Int8Columns(self.codes[:, : self.in_features].t(), self.absmax)
             out = self.compute(rows, weight, bias=self.bias, threshold=self.threshold)
-            return out.view(*x.shape[:-1], self.out_features)
+            out = out.view(*x.shape[:-1], self.out_features)
+            return out if self.sizes is None else out.split(self.sizes, dim=-1)
 
         def extra_repr(self) -> str:
             """Return the sizes, as `torch.nn.Linear` does."""

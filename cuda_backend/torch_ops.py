@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cuda_backend.attention.tiers import Tier
-from cuda_backend.torch_layers import int8_linear, replace_linear
+from cuda_backend.torch_layers import int8_linear, merged_int8_linear, replace_linear
 from refimpl.attention.scores import Causal
 from refimpl.errors import OptionError, UnsupportedError
 from refimpl.numerics import Array
@@ -24,6 +24,7 @@ __all__ = [
     "drawn_seed",
     "int8_linear",
     "masked_attention",
+    "merged_int8_linear",
     "missing",
     "replace_linear",
     "to_host",

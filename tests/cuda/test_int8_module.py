@@ -12,7 +12,7 @@ import cuda_backend
 from cuda_backend import torch_layers, torch_ops
 from cuda_backend.int8 import linear_hopper
 from refimpl import quant
-from refimpl.errors import UnsupportedError
+from refimpl.errors import OptionError, UnsupportedError
 
 torch: Any = pytest.importorskip("torch")
 
@@ -102,3 +102,40 @@ def test_no_gradient_is_given() -> None:
     with pytest.raises(UnsupportedError, match="no gradient"):
         layer(torch.ones(1, 4, requires_grad=True))
     assert not layer(torch.ones(1, 4)).requires_grad
+
+
+def test_merged_layers_give_what_each_gives_alone() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(2, 7, 20)
+    x[:, :, 3] = 50.0
+    layers = [torch.nn.Linear(20, size, bias=size != 8) for size in (32, 8, 5)]
+    k = layers[1]
+    with torch.no_grad():
+        merged = torch_ops.merged_int8_linear(layers, compute=compute)
+        found = merged(x)
+        expected = [torch_ops.int8_linear(layer, compute=compute)(x) for layer in layers]
+        assert isinstance(found, tuple)
+        assert [each.shape for each in found] == [(2, 7, 32), (2, 7, 8), (2, 7, 5)]
+        for one, alone in zip(found, expected, strict=True):
+            assert torch.equal(one, alone)
+        other = torch_ops.merged_int8_linear([torch.nn.Linear(20, s) for s in (32, 8, 5)], compute=compute)
+        other.load_state_dict(merged.state_dict())
+        assert all(map(torch.equal, other(x), found))
+        (single,) = torch_ops.merged_int8_linear([k], compute=compute)(x)
+        assert torch.equal(single, expected[1])
+        assert torch_ops.merged_int8_linear([k, k], compute=compute).bias is None
+        # Products that underflow: a layer without a bias keeps its -0.0 beside one that has a bias.
+        k.weight.fill_(1e-20)
+        _, zeros, _ = torch_ops.merged_int8_linear(layers, compute=compute)(torch.full((1, 20), -1e-30))
+        assert zeros.eq(0).all()
+        assert zeros.signbit().all()
+
+
+def test_layers_that_do_not_merge_are_refused() -> None:
+    with pytest.raises(OptionError, match="got no layers"):
+        torch_ops.merged_int8_linear([], compute=compute)
+    with pytest.raises(OptionError, match="expected one in_features"):
+        torch_ops.merged_int8_linear([torch.nn.Linear(4, 4), torch.nn.Linear(5, 4)], compute=compute)
+    half = torch.nn.Linear(4, 4, dtype=torch.float16)
+    with pytest.raises(OptionError, match=r"torch\.float16"):
+        torch_ops.merged_int8_linear([torch.nn.Linear(4, 4), half], compute=compute)
