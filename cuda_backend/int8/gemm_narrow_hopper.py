@@ -5,6 +5,7 @@ place of A, 128 of its rows in a tile, and X that of B, with as many columns as 
 multiprocessors reading, the blocks of a cluster work on one tile, each on a part of K.  Their int32 sums stay
 in shared memory, where the whole cluster reads them: each block adds up, scales and writes a share of the
 tile.  The first tiles of the weight are on their way before the kernel that made the codes of X has ended.
+Of a layer it sees to the outliers as well (`outliers_few_hopper`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.int8.arithmetic import product
-from cuda_backend.int8.epilogue_hopper import INVERSE, NO_BIAS, build_weight, kind_of
+from cuda_backend.int8.epilogue_hopper import INVERSE, NO_BIAS, kind_of
 from cuda_backend.int8.gemm_hopper import STEPS_OF_A_STAGE
-from cuda_backend.int8.outliers_hopper import clear_marks
+from cuda_backend.int8.outliers_few_hopper import build_outliers
 from cuda_backend.int8.variant_hopper import CONSUMERS, STEP, Narrow
 from cuda_backend.ptx import barrier, cluster, copy, grid, matrix_copy, registers, wgmma
 from cuda_backend.ptx.assembly import types
@@ -29,10 +30,10 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 SIGNATURE = types.void(
     *[uint64] * 2,  # descriptors of the weight and of X
     *[uint64] * 4,  # out; absmax of the rows of X and of the weight; bias, or 0
-    *[uint64] * 3,  # number of outliers, or 0 if there are none; their indices; the marks to be cleared
-    *[uint64] * 2,  # outliers of X and of the weight, side by side
+    *[uint64] * 3,  # indices of outliers, those that shared memory has no room for; marks; counters
+    *[uint64] * 2,  # codes of x, bytes from a row to the next
     *[uint64] * 6,  # x, its strides by row and feature; what outliers meet, by feature and column: bytes
-    *[int32] * 7,  # tiles of tokens, steps of a block, steps, M, N, outliers side by side, K
+    *[int32] * 6,  # tiles of tokens, steps of a block, steps, M, N, K
 )
 PAD = 4  # words between the sums of two tokens: what the lanes of a warp store lies in different banks
 
@@ -98,24 +99,35 @@ def build(variant: Narrow) -> Callable[..., None]:
     full_at = stages * stage_bytes
     empty_at = full_at + 8 * stages
     token_bytes = 4 * (features + PAD)
+    beside, together, token_step = variant.beside, variant.together, variant.token_step
+    turns = variant.own_tokens // together
 
     next_stage = ring(stages)
     pack, unpack = registers.pack_pair(kind_of(variant.kind)), registers.unpack_low(kind_of(variant.kind))
-    weight = build_weight(variant.kind, variant.outliers)
+    outliers = build_outliers(variant, empty_at + 8 * stages)
+    make_list, gather, count = outliers
 
     @device_function
-    def produce(base: Any, w_map: Any, x_map: Any, first: Any, end: Any, row: Any, token: Any) -> None:
+    def begin(base: Any, w_map: Any, x_map: Any, first: Any, ahead: Any, row: Any) -> None:
+        """Bring the weight's part of the first stages, which waits for nothing."""
         matrix_copy.acquire(w_map)
         matrix_copy.acquire(x_map)
-        ahead = int32(min(end - first, stages))
         for stage in range(ahead):
             full = base + full_at + 8 * stage
             barrier.expect_bytes(full, stage_bytes)
             matrix_copy.load(base + stage * stage_bytes, w_map, full, int32((first + stage) * STEP), row)
-        grid.wait_for_earlier_grids()
+
+    @device_function
+    def go_on(base: Any, x_map: Any, first: Any, ahead: Any, token: Any) -> None:
+        """Bring the part of x of these stages."""
         for stage in range(ahead):
             full, target = base + full_at + 8 * stage, base + stage * stage_bytes
             matrix_copy.load(target + w_bytes, x_map, full, int32((first + stage) * STEP), token)
+
+    @device_function
+    def produce(
+        base: Any, w_map: Any, x_map: Any, first: Any, ahead: Any, end: Any, row: Any, token: Any
+    ) -> None:
         stage, parity = int32(0), int32(0)
         step = int32(first + ahead)
         while step < end:
@@ -134,51 +146,43 @@ def build(variant: Narrow) -> Callable[..., None]:
     accumulate = build_accumulate(tokens, stages, stage_bytes, full_at, x_place)
 
     @device_function
-    def outlier_sum(token: Any, n: Any, factor: Any, number: Any, addresses: Any, side_by_side: Any) -> Any:
-        indices, x_aside, w_aside, x, x_row, x_feature, w, w_feature, w_column = addresses
-        y = float32(0.0)
-        near = int32(min(number, side_by_side))
-        a = x_aside + uint64(2) * uint64(token) * uint64(side_by_side)
-        b = w_aside + uint64(2) * uint64(n) * uint64(side_by_side)
-        for j in range(near):
-            y += unpack(copy.load_half(a + uint64(2 * j))) * unpack(copy.load_half(b + uint64(2 * j)))
-        for j in range(near, number):
-            feature = uint64(copy.load_word(indices + uint64(4) * uint64(j)))
-            left = unpack(copy.load_half(x + uint64(token) * x_row + feature * x_feature))
-            y += left * weight(w, uint64(n) * w_column + feature * w_feature, factor)
-        return y
-
-    @device_function
     def finish(
-        base: Any, thread: Any, start: Any, first: Any, out: Any, scales: Any, number: Any, addresses: Any,
-        M: Any, N: Any, side_by_side: Any,
+        base: Any, thread: Any, start: Any, first: Any, out: Any, scales: Any, number: Any, weight: Any,
+        rest: Any, N: Any,
     ) -> None:  # fmt: skip
         x_absmax, factor, shift = scales
-        own = int32(thread & (features - 1))
-        n = int32(start + own)
-        place = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features) + thread // features)
-        end = int32(min(M - first, tokens))
-        if n < N:
-            while place < end:
-                total, token = int32(0), int32(first + place)
-                for block in range(blocks):
-                    total += cluster.load_word(uint32(base + place * token_bytes + 4 * own), uint32(block))
-                at = uint64(token) * uint64(N) + uint64(n)
-                if scaled:
-                    row = copy.load_float(x_absmax + uint64(4) * uint64(token))
-                    y = product(product(product(float32(total), row), factor), float32(INVERSE)) + shift
-                    if number > 0:
-                        y += outlier_sum(token, n, factor, number, addresses, side_by_side)
-                    copy.store_global_half(out + uint64(2) * at, pack(y, float32(0.0)))
-                else:
-                    copy.store_global_word(out + uint64(4) * at, uint32(total))
-                place = int32(place + blocks * (consumers // features))
+        removed = cuda.local.array(together, int32)
+        far = cuda.local.array(together, float32)
+        feature = int32(thread & (features - 1))
+        n = int32(start + feature)
+        own = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features) + thread // features)
+        end, turn = rest[4], int32(0)
+        while n < N and turn < turns:
+            for i in range(together):
+                removed[i], far[i] = int32(0), float32(0.0)
+            if number > 0:
+                count(base, removed, far, own, number, n, weight, rest)
+            for i in range(together):
+                place = int32(own + token_step * i)
+                if place < end:
+                    total, token = int32(-removed[i]), int32(first + place)
+                    for block in range(blocks):
+                        at_sum = uint32(base + place * token_bytes + 4 * feature)
+                        total += cluster.load_word(at_sum, uint32(block))
+                    at = uint64(token) * uint64(N) + uint64(n)
+                    if scaled:
+                        row = copy.load_float(x_absmax + uint64(4) * uint64(token))
+                        y = product(product(product(float32(total), row), factor), float32(INVERSE)) + shift
+                        copy.store_global_half(out + uint64(2) * at, pack(y + far[i], float32(0.0)))
+                    else:
+                        copy.store_global_word(out + uint64(4) * at, uint32(total))
+            own, turn = int32(own + token_step * together), int32(turn + 1)
 
     def product_of_few(
         w_map: Any, x_map: Any, out: Any, x_absmax: Any, w_absmax: Any, bias: Any,
-        number_at: Any, indices: Any, marks: Any, x_aside: Any, w_aside: Any,
+        indices: Any, marks: Any, counters: Any, codes: Any, codes_row: Any,
         x: Any, x_row: Any, x_feature: Any, w: Any, w_feature: Any, w_column: Any,
-        token_tiles: Any, own_steps: Any, steps: Any, M: Any, N: Any, side_by_side: Any, K: Any,
+        token_tiles: Any, own_steps: Any, steps: Any, M: Any, N: Any, K: Any,
     ) -> None:  # fmt: skip
         shared = cuda.shared.array(0, types.uint8)
         base = uint32((copy.shared_address(shared) + uint32(1023)) & uint32(0xFFFFFC00))
@@ -187,6 +191,8 @@ def build(variant: Narrow) -> Callable[..., None]:
             for i in range(stages):
                 barrier.initialise(base + full_at + 8 * i, 1)
                 barrier.initialise(base + empty_at + 8 * i, consumers // 32)
+            if beside:
+                barrier.initialise(base + empty_at + 8 * stages, 1)
             barrier.publish_initialisation()
         cuda.syncthreads()
         tile = int32(cuda.blockIdx.x // blocks)
@@ -202,23 +208,31 @@ def build(variant: Narrow) -> Callable[..., None]:
             factor = copy.load_float(w_absmax + uint64(4) * uint64(n))
             if bias != uint64(0):
                 shift = unpack(copy.load_half(bias + uint64(2) * uint64(n)))
+        number = int32(0)
+        x_there, codes_there = (x, x_row, x_feature), (codes, codes_row)
         if registers.uniform(thread >> 5) == consumers // 32:
-            if thread == consumers and first < end:
-                produce(base, w_map, x_map, first, end, start, token)
+            lane, ahead = int32(thread - consumers), int32(min(end - first, stages))
+            if lane == 0:
+                begin(base, w_map, x_map, first, ahead, start)
+            grid.wait_for_earlier_grids()
+            if lane == 0:
+                go_on(base, x_map, first, ahead, token)
+            if beside:
+                barrier.warp()
+                make_list(base, lane, marks, indices, counters, K, int32(cuda.gridDim.x))
+            if lane == 0:
+                produce(base, w_map, x_map, first, ahead, end, start, token)
+            barrier.warp()
         else:
             accumulate(base, thread, first, end)
+            if beside:
+                number = gather(base, thread, token, x_there, codes_there, M)
         cluster.synchronise()
         if thread < consumers:
             grid.wait_for_earlier_grids()
-            number = int32(0)
-            if number_at != uint64(0):
-                number = copy.load_word(number_at)
-            addresses = (indices, x_aside, w_aside, x, x_row, x_feature, w, w_feature, w_column)
-            scales = (x_absmax, factor, shift)
-            finish(base, thread, start, token, out, scales, number, addresses, M, N, side_by_side)
-            if number > 0:
-                own = int32(cuda.blockIdx.x * consumers + thread)
-                clear_marks(marks, K, own, int32(cuda.gridDim.x * consumers))
+            scales, weight = (x_absmax, factor, shift), (w, w_feature, w_column, factor)
+            rest = (indices, x_there, codes_there, token, int32(min(M - token, tokens)))
+            finish(base, thread, start, token, out, scales, number, weight, rest, N)
         cluster.synchronise()  # a block's sums stay until all have read them
 
     return product_of_few

@@ -36,6 +36,9 @@ class Launch:
         Blocks of a cluster.
     early : bool
         It may start before the launch ahead of it has ended (`cuda_backend.ptx.grid`).
+    sharing : bool
+        Its multiprocessors are to have as much shared memory as they can, at the cost of L1: blocks of the
+        next launch that need it cannot start beside this one where they have less.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Launch:
         shared_bytes: int = 0,
         cluster: int = 1,
         early: bool = False,
+        sharing: bool = False,
     ) -> None:
         self._addresses = struct.Struct(f"{addresses}Q")
         start = self._addresses.size
@@ -62,6 +66,7 @@ class Launch:
         self._grid = (blocks, 1, 1, threads, 1, 1)
         attributes = [_cluster_of(cluster)] if cluster > 1 else []
         attributes += [_early()] if early else []
+        attributes += [_sharing()] if sharing else []
         self._config = _configured(self._grid, shared_bytes, attributes) if attributes else None
 
     def __call__(self, stream: int, *addresses: int) -> None:
@@ -89,6 +94,13 @@ def _early() -> Any:
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def _sharing() -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    attribute.value.sharedMemCarveout = 100  # percent
     return attribute
 
 

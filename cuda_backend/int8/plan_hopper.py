@@ -116,16 +116,18 @@ class LinearPlan(_Plan):
             self.settle()
             return
         variant = choose(x.dtype, convention, T, N, K, self.where["processors"])
-        beside = isinstance(variant, Wide) and threshold is not None
-        if isinstance(variant, Wide):
-            variant = variant._replace(beside=beside)
-        self.rows = Rows(x, threshold, convention, N, zeros=self.zeros, beside=beside, **self.where)
+        beside, wide = threshold is not None, isinstance(variant, Wide)
+        self.rows = Rows(
+            x, threshold, convention, N if wide else 0, zeros=self.zeros, beside=beside, sharing=not wide,
+            **self.where,
+        )  # fmt: skip
         pitch = self.rows.pitch
         self._codes, self._absmax = self.scratch.reserve(T * pitch), self.scratch.reserve(4 * T)
         quantised = View((T, K), (pitch, 1), "int8", 0, None)
         self.product = Product(
-            quantised, codes, x.dtype, convention, early=True, variant=variant, **self.where
-        )
+            quantised, codes, x.dtype, convention, early=True, variant=variant._replace(beside=beside),
+            **self.where,
+        )  # fmt: skip
         self._met = (1, codes.strides[0]) if weight is None else (weight.strides[0], weight.strides[1])
         if weight is None:
             self._met = codes.strides[1], codes.strides[0]

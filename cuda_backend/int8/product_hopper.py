@@ -151,7 +151,7 @@ class Product:
             ]
             tiles = -(-M // variant.tokens)
             blocks = tiles * -(-N // variant.features) * cluster
-            numbers = [tiles, -(-steps // cluster), steps, M, N, aside, K]
+            numbers = [tiles, -(-steps // cluster), steps, M, N, K]
         self._launch = Launch(
             function, 22 if self._wide else 17, numbers, blocks=blocks, cluster=cluster, early=early,
             threads=variant.threads, shared_bytes=variant.shared_bytes,
@@ -176,7 +176,8 @@ class Product:
                 stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:16], *aside
             )
         else:
-            self._launch(stream, maps, maps + 128, out, *after[:14])
+            seen = after.indices, after.marks, after.counters, after.codes, after.codes_row
+            self._launch(stream, maps, maps + 128, out, *after[:3], *seen, *after[8:14])
 
 
 class Pack:

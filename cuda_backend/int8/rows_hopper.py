@@ -35,7 +35,9 @@ class Rows:
     N : int
         Columns of the weight whose outliers are wanted; 0 for none.
     beside : bool
-        The product sets outliers aside.
+        The product sees to the outliers.
+    sharing : bool
+        As of `Launch`.
     scratch, zeros : Arena
         Where memory is reserved.
     device, processors : int
@@ -54,6 +56,7 @@ class Rows:
         device: int,
         processors: int,
         beside: bool = False,
+        sharing: bool = False,
     ) -> None:
         T, K = x.shape
         self._beside = beside
@@ -70,7 +73,8 @@ class Rows:
         for what in passes:
             variant = quantize_hopper.choose(x.dtype, what, aligned, K)
             function = function_of("quantize", variant, device)
-            self._passes.append(Launch(function, 6, [K, limit], blocks=T, threads=variant.threads))
+            launch = Launch(function, 6, [K, limit], blocks=T, threads=variant.threads, sharing=sharing)
+            self._passes.append(launch)
         if threshold is None:
             return
         aside = side_by_side(K)

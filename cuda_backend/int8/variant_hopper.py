@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
-    "CHUNK", "CONSUMERS", "LISTED", "STEP", "TAKEN_CHUNK", "Few", "Narrow", "Wide", "blocks_of_narrow",
-    "choose", "choose_few", "one_kernel_wins",
+    "CHUNK", "CONSUMERS", "LISTED", "NEAR", "STEP", "TAKEN_CHUNK", "Few", "Narrow", "Wide",
+    "blocks_of_narrow", "choose", "choose_few", "one_kernel_wins",
 ]  # fmt: skip
 
 SHARED_LIMIT = 232_448  # bytes a block may use on sm_90 (227 KiB)
 STEP = 128  # codes of a row in one stage: one swizzled row of 128 bytes
 CHUNK = 16  # outliers that one product of 16-bit numbers takes
 TAKEN_CHUNK = 32  # outliers whose codes one product takes away
+NEAR = 32  # outliers that a block of few rows has in shared memory: one for each lane of a warp
 LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
@@ -92,12 +93,15 @@ class Narrow(NamedTuple):
         Rows of X in a tile, a multiple of 8 up to 64.
     blocks
         Of a cluster, which shares a tile: 1, 2, 4 or 8.
+    beside
+        Whether it sees to outliers itself, from marks that an earlier kernel has left.
     """
 
     kind: str
     outliers: str
     tokens: int
     blocks: int
+    beside: bool = False
 
     @property
     def features(self) -> int:
@@ -120,14 +124,34 @@ class Narrow(NamedTuple):
         return self.tokens * STEP
 
     @property
+    def token_step(self) -> int:
+        """Tokens from one whose outputs a thread writes to its next."""
+        return self.blocks * 128 * CONSUMERS // self.features
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens whose outputs a thread writes, at most."""
+        return max(1, self.tokens // self.token_step)
+
+    @property
+    def together(self) -> int:
+        """Of these, how many at once."""
+        return min(4, self.own_tokens)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes behind the stages: barriers; the first outliers, their numbers in x, their codes."""
+        return 256 + self.beside * (4 * NEAR + 5 * self.tokens * NEAR)
+
+    @property
     def stages(self) -> int:
         """Tiles in flight."""
-        return min(8, (SHARED_LIMIT // 2 - 2048 - 256) // (self.w_bytes + self.x_bytes))
+        return min(8, (SHARED_LIMIT // 2 - 2048 - self.other_bytes) // (self.w_bytes + self.x_bytes))
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment slack, stages, barriers; two blocks have room."""
-        return 1024 + self.stages * (self.w_bytes + self.x_bytes) + 256
+        """Dynamic shared memory: alignment slack, stages, and what is behind them; two blocks have room."""
+        return 1024 + self.stages * (self.w_bytes + self.x_bytes) + self.other_bytes
 
 
 class Few(NamedTuple):

@@ -41,6 +41,7 @@ __all__ = [
     "store_global_word",
     "store_shared_8",
     "store_shared_16",
+    "store_shared_byte",
     "store_shared_float",
     "store_shared_half",
     "store_shared_word",
@@ -124,6 +125,7 @@ store_global_8 = _store("store_global_8", "global", "b32", _word, "two words, at
 store_global_16 = _store("store_global_16", "global", "b32", _word, "four words, at a multiple of 16,", 4)
 store_shared_float = _store("store_shared_float", "shared", "f32", _float, "one float32")
 store_shared_word = _store("store_shared_word", "shared", "b32", _int, "one 32-bit word")
+store_shared_byte = _store("store_shared_byte", "shared", "b8", _word, "the low byte of a word")
 store_shared_half = _store_half("store_shared_half", "shared")
 store_shared_8 = _store("store_shared_8", "shared", "b32", _word, "two words, at a multiple of 8,", 2)
 store_shared_16 = _store("store_shared_16", "shared", "f32", _float, "four float32, at a multiple of 16,", 4)

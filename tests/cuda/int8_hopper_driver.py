@@ -51,6 +51,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         kernel = "narrow" if isinstance(variant, Narrow) else name
         item = SimpleNamespace(name=kernel, variant=variant, blocks=blocks, threads=threads, stream=stream)
         item.shared, item.values, item.cluster, item.early = shared, values_of(kernel, pointers), 1, False
+        item.sharing = False
         found.append(item)
 
     def launch(function: Any, gx: int, gy: int, gz: int, tx: int, *rest: Any) -> tuple[int]:
@@ -65,6 +66,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         said = {each.id: each.value for each in config.attrs}
         found[-1].cluster = said[4].clusterDim.x if 4 in said else 1
         found[-1].early = said[6].programmaticStreamSerializationAllowed == 1 if 6 in said else False
+        found[-1].sharing = said[14].sharedMemCarveout == 100 if 14 in said else False
         return (0,)
 
     def attribute() -> Any:
@@ -77,6 +79,7 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         CUlaunchAttributeID=SimpleNamespace(
             CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION=4,
             CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6,
+            CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=14,
         ),
         CUlaunchConfig=SimpleNamespace,
     )

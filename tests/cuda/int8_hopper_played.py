@@ -213,13 +213,17 @@ def product(item: SimpleNamespace, matrices: Any) -> None:
 
 
 def narrow(item: SimpleNamespace, matrices: Any) -> None:
-    after, (x_aside, w_aside), met_by = item.values[2:9], item.values[9:11], item.values[11:17]
-    tiles, own, steps, M, N, room, K = item.values[17:]
+    out, a_absmax, b_absmax, bias, indices, marks, counters, codes, _ = item.values[2:11]
+    tiles, own, steps, M, N, K = item.values[17:]
     assert item.blocks == tiles * -(-N // 128) * item.variant.blocks
     assert own * item.variant.blocks >= steps == -(-K // 128)
     assert tiles * item.variant.tokens >= M
-    asides = [(x_aside, room), (w_aside, room)]
-    finish(item, matrices[::-1], (M, N, K), after, asides, met_by)
+    if item.variant.beside:
+        assert matrices[1][0] == codes
+        assert at(counters, (3,), np.int32).tolist() == [0, 0, 0]
+        at(indices, (K,), np.int32)[...] = GARBAGE  # all of it can be written
+    after = out, a_absmax, b_absmax, bias, 0, indices, marks
+    finish(item, matrices[::-1], (M, N, K), after, (), item.values[11:17], item.variant.beside)
 
 
 def finish(
