@@ -151,31 +151,39 @@ def build(variant: Narrow) -> Callable[..., None]:
         rest: Any, N: Any,
     ) -> None:  # fmt: skip
         x_absmax, factor, shift = scales
+        total = cuda.local.array(together, int32)
         removed = cuda.local.array(together, int32)
         far = cuda.local.array(together, float32)
+        rows = cuda.local.array(together, float32)
         feature = int32(thread & (features - 1))
         n = int32(start + feature)
         own = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features) + thread // features)
         end, turn = rest[4], int32(0)
         while n < N and turn < turns:
+            # Without branches in between, what all these loads wait for is waited for once.
             for i in range(together):
-                removed[i], far[i] = int32(0), float32(0.0)
+                place = int32(min(own + token_step * i, end - 1))
+                removed[i], far[i], total[i], rows[i] = int32(0), float32(NO_BIAS), int32(0), float32(0.0)
+                for block in range(blocks):
+                    at_sum = uint32(base + place * token_bytes + 4 * feature)
+                    total[i] += cluster.load_word(at_sum, uint32(block))
+                if scaled:
+                    rows[i] = copy.load_float(x_absmax + uint64(4) * uint64(first + place))
             if number > 0:
                 count(base, removed, far, own, number, n, weight, rest)
             for i in range(together):
                 place = int32(own + token_step * i)
                 if place < end:
-                    total, token = int32(-removed[i]), int32(first + place)
-                    for block in range(blocks):
-                        at_sum = uint32(base + place * token_bytes + 4 * feature)
-                        total += cluster.load_word(at_sum, uint32(block))
-                    at = uint64(token) * uint64(N) + uint64(n)
+                    at = uint64(first + place) * uint64(N) + uint64(n)
+                    exact = int32(total[i] - removed[i])
                     if scaled:
-                        row = copy.load_float(x_absmax + uint64(4) * uint64(token))
-                        y = product(product(product(float32(total), row), factor), float32(INVERSE)) + shift
+                        y = (
+                            product(product(product(float32(exact), rows[i]), factor), float32(INVERSE))
+                            + shift
+                        )
                         copy.store_global_half(out + uint64(2) * at, pack(y + far[i], float32(0.0)))
                     else:
-                        copy.store_global_word(out + uint64(4) * at, uint32(total))
+                        copy.store_global_word(out + uint64(4) * at, uint32(exact))
             own, turn = int32(own + token_step * together), int32(turn + 1)
 
     def product_of_few(

@@ -17,7 +17,7 @@ NEAR = 32  # outliers that a block of few rows has in shared memory: one for eac
 LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
-LARGEST_FEW, ALWAYS_FEW, MUCH_WEIGHT = 16, 2, 1 << 26  # rows, rows, codes
+LARGEST_FEW, LARGEST_OF_MANY, FEW_COLUMNS, LONG = 16, 4, 1024, 8192  # rows, rows, columns, numbers
 SMALL_TILE = 0.6
 HELD = 8  # vectors of x in the registers of a thread
 START = 4
@@ -242,17 +242,20 @@ def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None
 
 
 def one_kernel_wins(M: int, N: int, K: int) -> bool:
-    """Return whether a layer is faster as one kernel than as a quantiser, a kernel for outliers, a product.
+    """Return whether a layer of few rows is faster as one kernel than as a quantiser and a product.
 
-    Every cluster quantises x again, which costs more the more rows there are; the time of two launches is
-    saved.  Measured on an H200 in float16: of 4096 x 4096 codes 1 row takes 17.6 us in place of 19.6, but 16
-    rows 26.3 in place of 23.3, 32 rows 34.4 in place of 24.2; of 8192 x 8192 codes 1 row 24.5 in place of
-    33.1, 16 rows 43.7 in place of 51.0.  What is between those lines was not measured.
+    Every cluster quantises x again, which costs more the more rows there are, and the more the shorter the
+    rest takes; the time of a launch is saved.  Measured on an H200 in float16, us of one kernel and of two:
+    4096 x 4096 codes 17.6 and 16.3 for 1 row, 18.5 and 17.4 for 4, 24.0 and 18.7 for 16; 8192 x 8192 24.1
+    and 26.1, 28.3 and 33.7, 43.7 and 34.9; 4096 x 11008 18.0 and 23.1, 21.6 and 24.1, 31.6 and 25.7;
+    8192 x 1024 10.2 and 13.8, 11.3 and 16.2, 13.6 and 17.0.  What is between was not measured.
 
-    >>> [one_kernel_wins(M, N, N) for M, N in ((1, 4096), (16, 4096), (16, 8192), (32, 8192))]
-    [True, False, True, False]
+    >>> [one_kernel_wins(M, N, K) for M, N, K in ((1, 4096, 4096), (4, 8192, 8192), (16, 8192, 8192))]
+    [False, True, False]
     """
-    return M <= ALWAYS_FEW or (M <= LARGEST_FEW and K * N >= MUCH_WEIGHT)
+    if N <= FEW_COLUMNS:
+        return M <= LARGEST_FEW
+    return M <= LARGEST_OF_MANY and max(K, N) >= LONG
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:

@@ -221,7 +221,6 @@ def narrow(item: SimpleNamespace, matrices: Any) -> None:
     if item.variant.beside:
         assert matrices[1][0] == codes
         assert at(counters, (3,), np.int32).tolist() == [0, 0, 0]
-        at(indices, (K,), np.int32)[...] = GARBAGE  # all of it can be written
     after = out, a_absmax, b_absmax, bias, 0, indices, marks
     finish(item, matrices[::-1], (M, N, K), after, (), item.values[11:17], item.variant.beside)
 

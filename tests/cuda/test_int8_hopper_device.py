@@ -123,6 +123,9 @@ def test_linear_layers(convention: str, outliers: str, dtype: str) -> None:
         (1, 64, 33),
         (5, 33, 7),
         (9, 1504, 40),
+        (7, 304, 1100),
+        (30, 520, 40),
+        (60, 304, 130),
         (140, 304, 4500),
         (140, 1504, 4500),
         (300, 1100, 257),
@@ -131,6 +134,17 @@ def test_linear_layers(convention: str, outliers: str, dtype: str) -> None:
             case = judge.case_of(K, dtype, T=T, K=K, N=N, convention=convention, outliers=outliers, bias=bias)
             f, name = cuda_backend.llm_int8_linear_hopper, "llm_int8_linear_fused"
             assert judge.linear_difference(f, name, case, dtype) is None, (T, K, N)
+
+
+@pytest.mark.parametrize("number", [1, 4, 31, 32, 33, 70])
+@pytest.mark.parametrize("convention", ["released", "paper"])
+def test_outliers_around_what_shared_memory_holds(convention: str, number: int) -> None:
+    for T, N in ((6, 1100), (16, 1100), (25, 130), (64, 4096)):
+        case = judge.case_of(number, "float16", T=T, K=304, N=N, convention=convention, outliers="none")
+        x = case.args[0].copy()
+        x[np.arange(number) % T, 3 * np.arange(number)] = 9.0 + np.arange(number)
+        f, name = cuda_backend.llm_int8_linear_hopper, "llm_int8_linear_fused"
+        assert judge.linear_difference(f, name, case.replace(x, case.args[1]), "float16") is None, (T, N)
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 2), (2, 0, 3), (2, 3, 0), (1, 1, 1)])
@@ -178,7 +192,7 @@ def test_all_ways_to_give_a_weight_agree(sizes: tuple[int, int, int]) -> None:
 def test_marks_do_not_outlive_a_call() -> None:
     """Outliers of one call are none of the next, in other sizes and without a product too."""
     weight = cuda_backend.prepare_weight(torch.randn(512, 4400, device="cuda", dtype=torch.float16))
-    for T in (2, 7, 300):
+    for T in (2, 7, 40, 300):
         x = torch.randn(T, 512, device="cuda", dtype=torch.float16).clamp_(-4, 4)
         plain = cuda_backend.llm_int8_linear_hopper(x, weight)
         wild = x.clone()
@@ -220,7 +234,7 @@ def test_streams_and_memory_between_kernels() -> None:
     assert torch.equal(explicit, expected)
 
 
-@pytest.mark.parametrize("T", [2, 4, 300])
+@pytest.mark.parametrize("T", [2, 40, 300])
 def test_graphs(T: int) -> None:
     """A captured call follows its inputs, outliers and their number among them; nothing waits in it."""
     x, weight, _ = layer(3, T, 512, 4400)

@@ -84,11 +84,9 @@ def test_a_large_layer_is_two_kernels(launched: list[SimpleNamespace], kept: boo
         assert x_codes >> 41 == absmax >> 41 == 1
 
 
-@pytest.mark.parametrize(("N", "bytes_aside"), [(70, 2), (9000, 3)])
-def test_what_lies_in_memory_does_not_overlap(
-    launched: list[SimpleNamespace], N: int, bytes_aside: int
-) -> None:
-    """Of outliers set aside by a kernel of its own, and by the product, which holds their codes too."""
+@pytest.mark.parametrize(("N", "few"), [(70, True), (9000, False)])
+def test_what_lies_in_memory_does_not_overlap(launched: list[SimpleNamespace], N: int, few: bool) -> None:
+    """Of few tiles, where outliers stay in shared memory, and of many, where they are set aside."""
     T, K = 133, 100
     plan = linear_plan(
         layout(T, K), codes_layout(K, N, 112), None, layout(N, dtype="float32", size=4), None,
@@ -96,14 +94,16 @@ def test_what_lies_in_memory_does_not_overlap(
     )  # fmt: skip
     plan.run(X, CODES, ABSMAX, 0, 0, OUT)
     quantize, product = launched[0], launched[-1]
-    number, indices = product.values[6:8] if bytes_aside == 2 else product.values[8:10]
-    x_aside, w_aside = product.values[9:11] if bytes_aside == 2 else product.values[19:21]
-    parts = {
-        quantize.values[2]: T * 112, quantize.values[4]: 4 * T, indices: 4 * K, number: 4,
-        x_aside: T * bytes_aside * 128, w_aside: N * bytes_aside * 128,
-    }  # fmt: skip
+    parts = {quantize.values[2]: T * 112, quantize.values[4]: 4 * T}
+    if few:
+        parts[product.values[6]] = 4 * K
+        assert product.values[7:11] == [quantize.values[5], quantize.values[5] + 256, quantize.values[2], 112]
+    else:
+        number, indices, *_ = product.values[8:]
+        x_aside, w_aside, _ = product.values[19:22]
+        parts |= {indices: 4 * K, number: 4, x_aside: T * 3 * 128, w_aside: N * 3 * 128}
     places = sorted(parts)
-    assert len(places) == 6
+    assert len(places) == (3 if few else 6)
     for place, following in itertools.pairwise(places):
         assert place + parts[place] <= following
         assert place % 256 == 0
@@ -115,11 +115,12 @@ def test_the_paper_reads_x_twice_and_meets_the_weight(launched: list[SimpleNames
         6.0, "paper", 0, 0,
     )  # fmt: skip
     plan.run(X, CODES, ABSMAX, WEIGHT, 0, OUT)
-    assert [item.name for item in launched] == ["quantize", "quantize", "outliers", "narrow"]
+    assert [item.name for item in launched] == ["quantize", "quantize", "narrow"]
     assert [item.variant.aside for item in launched[:2]] == ["mark", "columns"]
     assert launched[0].values[-1] == 0x4601
-    assert launched[2].values[8:12] == [WEIGHT, 64, 2, ABSMAX]
-    assert launched[3].values[-13:-7] == [X, 128, 2, WEIGHT, 64, 2]
+    assert launched[2].values[11:17] == [X, 128, 2, WEIGHT, 64, 2]
+    assert launched[2].variant.beside
+    assert [item.sharing for item in launched] == [True, True, False]
 
 
 def test_without_a_threshold_nothing_is_set_aside(launched: list[SimpleNamespace]) -> None:
@@ -136,9 +137,9 @@ def test_without_a_threshold_nothing_is_set_aside(launched: list[SimpleNamespace
 @pytest.mark.parametrize(
     ("sizes", "one"),
     [
-        ((1, 4096, 4096), True), ((2, 64, 40), True), ((3, 64, 40), False), ((16, 4096, 4096), False),
-        ((16, 8192, 8192), True), ((3, 8192, 8192), True), ((16, 8192, 8184), False),
-        ((17, 8192, 8192), False), ((32, 4096, 4096), False), ((1, 4100, 4096), False),
+        ((1, 4096, 4096), False), ((2, 64, 40), True), ((16, 8192, 1024), True), ((17, 8192, 1024), False),
+        ((4, 8192, 8192), True), ((5, 8192, 8192), False), ((4, 4096, 11_008), True),
+        ((4, 4096, 8184), False), ((32, 4096, 4096), False), ((1, 4100, 1024), False),
     ],
 )  # fmt: skip
 def test_when_few_rows_are_one_kernel(
@@ -151,7 +152,7 @@ def test_when_few_rows_are_one_kernel(
         6.0, "released", 0, 0,
     )  # fmt: skip
     plan.run(X, CODES, ABSMAX, 0, 0, OUT)
-    assert [item.name for item in launched] == (["layer_few"] if one else ["quantize", "outliers", "narrow"])
+    assert [item.name for item in launched] == (["layer_few"] if one else ["quantize", "narrow"])
 
 
 def test_few_rows_are_one_kernel(launched: list[SimpleNamespace]) -> None:
@@ -182,7 +183,7 @@ def test_codes_that_the_copy_engine_cannot_read_are_packed(launched: list[Simple
     assert (second.name, second.values[:3], second.values[4:]) == ("pack", [CODES, 1, 9], [9, 35, 3])
     assert first.values[3] != second.values[3]
     assert not product.early, "the codes of the weight are being made"
-    assert (product.name, product.variant.tokens, product.values[-4:-2]) == ("narrow", 8, [5, 9])
+    assert (product.name, product.variant.tokens, product.values[-3:-1]) == ("narrow", 8, [5, 9])
 
 
 def test_addresses_of_codes_that_are_not_packed(launched: list[SimpleNamespace]) -> None:

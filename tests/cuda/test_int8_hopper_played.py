@@ -95,7 +95,7 @@ def test_layers_in_one_kernel(
     launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, outliers: str, dtype: str
 ) -> None:
     """Of more rows than two too, for which a weight would have to be large."""
-    monkeypatch.setattr(variant_hopper, "MUCH_WEIGHT", 0)
+    monkeypatch.setattr(variant_hopper, "FEW_COLUMNS", 1 << 30)
     for seed, (T, K, N) in enumerate(((1, 8, 1), (2, 136, 130), (3, 64, 40), (9, 40, 7), (16, 520, 9))):
         case = case_of(seed, dtype, T=T, K=K, N=N, convention="released", outliers=outliers)
         assert linear_difference(llm_int8_linear_hopper, FUSED, case, dtype) is None, (T, K, N)
@@ -161,8 +161,9 @@ MISTAKES: dict[str, tuple[str, Callable[[list[int]], list[int]]]] = {
     "no bias": ("narrow", lambda v: [*v[:5], 0, *v[6:]]),
     "row of x": ("quantize", lambda v: [v[0], v[1] - 2, *v[2:]]),
     "limit": ("quantize", lambda v: [*v[:7], v[7] + 1]),
-    "marks stay": ("narrow", lambda v: [*v[:8], v[7], *v[9:]]),
-    "weight turned": ("outliers", lambda v: [*v[:9], v[10], v[9], *v[11:]]),
+    "marks stay": ("narrow", lambda v: [*v[:7], v[6], *v[8:]]),
+    "weight turned": ("narrow", lambda v: [*v[:15], v[16], v[15], *v[17:]]),
+    "outliers of another row": ("narrow", lambda v: [*v[:11], v[11] + 2, *v[12:]]),
     "a feature less": ("outliers", lambda v: [*v[:15], v[15] - 1, *v[16:]]),
     "codes not cleared": ("outliers", lambda v: [*v[:6], v[6] + 1, *v[7:]]),
     "row of x, few": ("layer_few", lambda v: [*v[:2], v[2] - 16, *v[3:]]),
@@ -181,8 +182,8 @@ def test_mistakes_around_the_kernels_are_seen(
 ) -> None:
     name, change = MISTAKES[wrong]
     K, (T, N) = 32, (130, 4300) if name == "product" else (5, 7)
-    if name == "layer_few":
-        monkeypatch.setattr(variant_hopper, "MUCH_WEIGHT", 0)
+    if name != "layer_few":
+        monkeypatch.setattr(variant_hopper, "FEW_COLUMNS", 0)
     x = np.clip(matrix(0, (T, K), "float16"), -2, 2).astype(DTYPES["float16"])
     x[2, 5], x[3, K - 1], x[4, 7] = 6.0, 9.0, -20.0
     case = case_of(1, "float16", T=T, K=K, N=N).replace(x, matrix(1, (K, N), "float16"))
