@@ -1,10 +1,10 @@
-"""LLM.int8() on Hopper: weights prepared once, a layer in one to three kernels, with little time on the host.
+"""LLM.int8() on Hopper: weights prepared once, a layer in one or two kernels, with little time on the host.
 
-Many rows take two: a quantiser, and a product that sets outliers aside itself (`aside_hopper`).  Few rows
-take one where that was measured to be faster (`layer_few_hopper`, `variant_hopper.one_kernel_wins`), else
-three: a quantiser, a kernel that sets outliers aside, a product (`gemm_narrow_hopper`).  The paper's
-convention reads x once more.  Who asks for the codes of x gets them from the kernel that sets aside, which
-makes outliers' 0.
+A quantiser, and a product that sees to the outliers itself: set aside beside the product of many rows
+(`gemm_hopper`, `aside_hopper`), in shared memory for few (`gemm_narrow_hopper`, `outliers_few_hopper`).  The
+fewest rows take one kernel where that was measured to be faster (`layer_few_hopper`,
+`variant_hopper.one_kernel_wins`).  The paper's convention reads x once more.  Who asks for the codes of x
+gets them from a kernel in between, which makes outliers' 0.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class RowsPlan(_Plan):
 
 
 class LinearPlan(_Plan):
-    """LLM.int8(): rows quantised into memory of the stream, outliers set aside, one product."""
+    """LLM.int8(): rows quantised into memory of the stream, one product, which sees to outliers."""
 
     def __init__(
         self,

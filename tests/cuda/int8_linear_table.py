@@ -19,7 +19,7 @@ from tests.cuda.need_gpu import need_gpu
 TIMED = (
     (4096, 8192, 1024), (4096, 8192, 2048), (16_384, 8192, 1024), (16_384, 8192, 2048), (4096, 4096, 4096),
     (16_384, 8192, 8192), (16, 4096, 4096), (1, 8192, 8192), (1, 4096, 4096), (16, 8192, 8192),
-    (32, 4096, 4096),
+    (32, 4096, 4096), (64, 4096, 11_008), (256, 8192, 1024),
 )  # fmt: skip
 CHECKED = (
     (200, 1504, 4360), (129, 304, 9000), (300, 4096, 8192), (700, 1000, 4104), (1, 8192, 1100),
@@ -31,16 +31,14 @@ THRESHOLD, LIMIT_S = 6.0, 58
 
 def jobs(processors: int) -> set[tuple[str, Any]]:
     """Return the kernels that the shapes ask for, by name and variant."""
-    from cuda_backend.int8 import outliers_hopper, quantize_hopper
-    from cuda_backend.int8.variant_hopper import Wide, choose, choose_few, one_kernel_wins
+    from cuda_backend.int8 import quantize_hopper
+    from cuda_backend.int8.variant_hopper import choose, choose_few, one_kernel_wins
 
-    found: set[tuple[str, Any]] = {
-        ("outliers", outliers_hopper.Variant("float16", outliers)) for outliers in ("released", "paper")
-    }
+    found: set[tuple[str, Any]] = set()
     for M, K, N in (*TIMED, *CHECKED):
         for outliers in ("released", "paper") if (M, K, N) in CHECKED[:1] else ("released",):
             product = choose("float16", outliers, M, N, K, processors)
-            found.add(("product", product._replace(beside=True) if isinstance(product, Wide) else product))
+            found.add(("product", product._replace(beside=True)))
         few = choose_few("float16", M, N, K, processors) if one_kernel_wins(M, N, K) else None
         if few is not None:
             found.add(("layer_few", few))

@@ -74,6 +74,9 @@ RECORDED = [
     ("few", "float16", 16, 8, 8, False),
     ("narrow", "float16", "released", 16, 8),
     ("narrow", "bfloat16", "paper", 64, 4),
+    ("narrow", "float16", "released", 16, 4, True),
+    ("narrow", "bfloat16", "released", 64, 1, True),
+    ("narrow", "bfloat16", "paper", 64, 4, True),
     ("outliers", "float16", "released"),
     ("quantize", "float16", "cells", True, 8192),
     ("quantize", "bfloat16", "columns", False, 28_672),
@@ -90,6 +93,8 @@ FULL = [
       for room in (2, 8, 32, 128) if rows * room <= 128],
     *[("wide", "int32", "released", aligned, block_n) for aligned in (True, False) for block_n in (128, 256)],
     *[("narrow", kind, "released", tokens, blocks) for kind in (*KINDS, "int32")
+      for tokens in (8, 16, 32, 64) for blocks in (1, 2, 4, 8)],
+    *[("narrow", kind, outliers, tokens, blocks, True) for kind in KINDS for outliers in ("released", "paper")
       for tokens in (8, 16, 32, 64) for blocks in (1, 2, 4, 8)],
     *[("quantize", kind, aside, aligned, width) for kind in KINDS for aligned in (True, False)
       for aside in ("", "cells", "mark", "columns") for width in WIDTHS],
