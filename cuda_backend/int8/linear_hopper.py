@@ -145,9 +145,10 @@ def llm_int8_linear_hopper(
 
     Notes
     -----
-    The number of outlier columns stays on the device, and no call but with `return_parts` waits for it.  Up
-    to 1024 outlier columns are multiplied by tensor cores, further ones number by number.  Any output repeats
-    bit for bit; without outliers it equals the reference's.
+    The number of outlier columns stays on the device, and no call but with `return_parts` waits for it.  With
+    many rows up to 1024 outlier columns are multiplied by tensor cores, with few rows the first 32 lie in
+    shared memory; further ones follow number by number.  Any output repeats bit for bit; without outliers it
+    equals the reference's.
 
     References
     ----------

@@ -159,10 +159,14 @@ class LinearPlan(_Plan):
         met = After(b_absmax=absmax, bias=bias, w=weight or codes, w_feature=feature, w_column=column)
         with self.shared.lock:
             after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met, kept is not None)
-            if self.shape[1]:
-                self.product.run(self.shared, self.stream, self.memory[0], x_codes, codes, out, after)
-            else:
+            try:
+                if self.shape[1]:
+                    self.product.run(self.shared, self.stream, self.memory[0], x_codes, codes, out, after)
+                else:
+                    self.rows.clear(self.stream, self.memory[1])
+            except BaseException:  # the product clears the marks, if it is queued
                 self.rows.clear(self.stream, self.memory[1])
+                raise
         return after
 
     @functools.cached_property

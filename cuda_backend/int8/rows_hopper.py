@@ -81,7 +81,7 @@ class Rows:
         self._marks = zeros.reserve(self.pitch)
         self._indices, self._number = scratch.reserve(4 * K), scratch.reserve(4)
         self._counters = zeros.reserve(16)
-        room = (3 if beside else 2) * aside
+        room = 3 * aside if N else 0  # numbers of 16 bits and codes, for a product that sets aside
         self._x_aside, self._w_aside = scratch.reserve(T * room), scratch.reserve(N * room)
         function = function_of("outliers", outliers_hopper.Variant(x.dtype, convention), device)
         rows = outliers_hopper.THREADS // outliers_hopper.MEMBERS
@@ -103,7 +103,7 @@ class Rows:
     ) -> After:
         """Queue the kernels; return `met`, which says what outliers meet, with what was set aside.
 
-        Unless the codes are `kept`, those of outliers are 0 only where the product does not set aside.
+        Codes of outliers are 0 if codes are `kept`, or no product follows that takes them away.
         """
         scratch, zeros = memory
         marks = zeros + self._marks if self._set_aside else 0

@@ -242,20 +242,21 @@ def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None
 
 
 def one_kernel_wins(M: int, N: int, K: int) -> bool:
-    """Return whether a layer of few rows is faster as one kernel than as a quantiser and a product.
+    """Return whether a layer of few rows is taken as one kernel, not as a quantiser and a product.
 
     Every cluster quantises x again, which costs more the more rows there are, and the more the shorter the
     rest takes; the time of a launch is saved.  Measured on an H200 in float16, us of one kernel and of two:
-    4096 x 4096 codes 17.6 and 16.3 for 1 row, 18.5 and 17.4 for 4, 24.0 and 18.7 for 16; 8192 x 8192 24.1
-    and 26.1, 28.3 and 33.7, 43.7 and 34.9; 4096 x 11008 18.0 and 23.1, 21.6 and 24.1, 31.6 and 25.7;
-    8192 x 1024 10.2 and 13.8, 11.3 and 16.2, 13.6 and 17.0.  What is between was not measured.
+    4096 x 4096 codes 17.5 and 16.5 for 1 row, 18.5 and 17.2 for 4, 24.1 and 18.6 for 16; 8192 x 8192 24.4
+    and 26.3, 28.0 and 33.6, 44.2 and 34.9; 4096 x 11008 17.9 and 23.8, 22.0 and 24.0, 31.7 and 25.5;
+    8192 x 1024 10.2 and 13.8, 11.3 and 16.4, 13.7 and 17.0.  What is between these was not measured; with
+    more features, and more columns than 1024, it is two kernels.
 
     >>> [one_kernel_wins(M, N, K) for M, N, K in ((1, 4096, 4096), (4, 8192, 8192), (16, 8192, 8192))]
     [False, True, False]
     """
     if N <= FEW_COLUMNS:
         return M <= LARGEST_FEW
-    return M <= LARGEST_OF_MANY and max(K, N) >= LONG
+    return M <= LARGEST_OF_MANY and K <= LONG <= max(K, N)
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:

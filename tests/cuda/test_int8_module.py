@@ -12,7 +12,7 @@ import cuda_backend
 from cuda_backend import torch_layers, torch_ops
 from cuda_backend.int8 import linear_hopper
 from refimpl import quant
-from refimpl.errors import OptionError, UnsupportedError
+from refimpl.errors import BackendUnavailableError, DTypeError, OptionError, ShapeError, UnsupportedError
 
 torch: Any = pytest.importorskip("torch")
 
@@ -139,3 +139,59 @@ def test_layers_that_do_not_merge_are_refused() -> None:
     half = torch.nn.Linear(4, 4, dtype=torch.float16)
     with pytest.raises(OptionError, match=r"torch\.float16"):
         torch_ops.merged_int8_linear([torch.nn.Linear(4, 4), half], compute=compute)
+    with pytest.raises(OptionError, match="got one Linear"):
+        torch_ops.merged_int8_linear(half, compute=compute)
+    done = torch_ops.int8_linear(torch.nn.Linear(4, 4), compute=compute)
+    with pytest.raises(OptionError, match=r"layers\[1\]: expected a torch.nn.Linear, got Int8Linear"):
+        torch_ops.merged_int8_linear([torch.nn.Linear(4, 4), done], compute=compute)
+
+
+def test_casts_leave_codes_and_scales() -> None:
+    x, layer = torch.randn(3, 20), torch_ops.int8_linear(torch.nn.Linear(20, 6, bias=False), compute=compute)
+    with torch.no_grad():
+        expected = layer(x)
+        for cast in (layer.half, layer.bfloat16, lambda: layer.to(torch.float16), layer.double):
+            assert cast() is layer
+            assert layer.codes.dtype == torch.int8
+            assert layer.absmax.dtype == torch.float32
+            assert torch.equal(layer(x), expected)
+
+
+def test_what_is_kept_is_there() -> None:
+    for keep, message in (
+        (("lmhead",), "no child named lmhead"),
+        (("0.1.0", "lm_head"), r"no child named 0\.1\.0"),
+        ("lm_head", "one string"),
+    ):
+        linear = model()
+        with pytest.raises(OptionError, match=message):
+            torch_ops.replace_linear(linear, keep=keep, compute=compute)
+        assert type(linear[0][0]) is torch.nn.Linear
+    linear = model()
+    assert torch_ops.replace_linear(linear, keep=("0.2", "lm_head"), compute=compute) == 1
+    assert type(linear[0][2]) is torch.nn.Linear
+    del linear.lm_head
+    assert torch_ops.replace_linear(linear, compute=compute) == 1, "there need be no head"
+    with pytest.raises(OptionError, match="linear layer itself"):
+        torch_ops.replace_linear(torch.nn.Linear(4, 4))
+
+
+def test_mistakes_are_said_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match=r"expected a torch\.nn\.Linear, got Conv1d"):
+        torch_ops.int8_linear(torch.nn.Conv1d(4, 4, 1))
+    with pytest.raises(ShapeError, match=r"expected \[..., 4\], got \[2, 5\]"):
+        torch_ops.int8_linear(torch.nn.Linear(4, 4), compute=compute)(torch.ones(2, 5))
+
+    def no_device() -> int:
+        raise BackendUnavailableError("no GPU")
+
+    linear = model()
+    monkeypatch.setattr(torch_layers, "current_device", no_device)
+    with pytest.raises(BackendUnavailableError, match="no GPU"):
+        torch_ops.replace_linear(linear)
+    monkeypatch.setattr(torch_layers, "current_device", lambda: 0)
+    with pytest.raises(DTypeError, match="0.0: expected a layer on the GPU, got one on cpu"):
+        torch_ops.replace_linear(linear)
+    assert type(linear[0][0]) is torch.nn.Linear
+    merged = torch_ops.merged_int8_linear([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)], compute=compute)
+    assert repr(merged) == "Int8Linear(in_features=4, out_features=5, threshold=6.0, merged=[3, 2])"
