@@ -94,8 +94,8 @@ def merged_int8_linear(
     Rows of the input and columns of a weight are quantised each for itself, and outliers belong to the input:
     merging changes no output by more than the order in which outliers are summed.  The input is quantised
     once in place of once a layer, which is much of the time of a layer with few outputs.  The model has to
-    call the merged module, and its own layers can go: nothing in it is changed here.  Views begin at
-    multiples of 16 bytes, as `llm_int8_linear_hopper` wants its input, if ``out_features`` are multiples of 8.
+    call the merged module, and its own layers can go: nothing in it is changed here.  If ``out_features`` are
+    multiples of 8, views begin at multiples of 16 bytes, as `llm_int8_linear_hopper` wants its input.
 
     References
     ----------

@@ -1,9 +1,9 @@
-"""Setting outliers aside on Hopper: marked columns become a list, their codes 0, their numbers neighbours.
+"""Outliers of codes that are handed out, on Hopper: marked columns become a list, their codes 0.
 
 Every block makes the list of marked columns for itself, by a scan over the marks, in shared memory; what does
 not fit there all blocks write to the same place in global memory, all the same.  Then blocks share the rows
-of x and the columns of the weight: of each, the outliers' numbers are put side by side for the product,
-padded with zeros to a multiple of 16, and the codes of x there become 0.  The product clears the marks.
+of x, whose codes there become 0.  Asked for N columns of a weight, too, they put the outliers' numbers side
+by side for a product, padded with zeros to a multiple of 16; the products here do that themselves now.
 
 Source: Dettmers et al. 2022, arXiv:2208.07339, section 3; `refimpl.quant.quantize_rows` is the definition.
 """

@@ -190,7 +190,7 @@ def test_mistakes_are_said_before_anything_changes(monkeypatch: pytest.MonkeyPat
     with pytest.raises(BackendUnavailableError, match="no GPU"):
         torch_ops.replace_linear(linear)
     monkeypatch.setattr(torch_layers, "current_device", lambda: 0)
-    with pytest.raises(DTypeError, match="0.0: expected a layer on the GPU, got one on cpu"):
+    with pytest.raises(DTypeError, match=r"0\.0: expected a layer on the GPU, got one on cpu"):
         torch_ops.replace_linear(linear)
     assert type(linear[0][0]) is torch.nn.Linear
     merged = torch_ops.merged_int8_linear([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)], compute=compute)
