@@ -103,38 +103,42 @@ _HOME = {
     "qlora_linear_vjp": f"{_WEIGHT_ONLY}.qlora:qlora_linear_vjp",
 }
 
-for _technique, _function in (
-    ("attention.flash", "flash_attention"),
-    ("attention.flash_backward", "flash_attention_vjp"),
-    ("attention.flexible", "flexible_attention"),
-    ("attention.varlen", "varlen_attention"),
-    ("attention.split_kv", "split_kv_attention"),
-    ("attention.paged", "paged_attention"),
-    ("attention.dense", "scaled_dot_product_attention"),
-    ("quant.int8_matmul", "int8_matmul"),
-    ("quant.llm_int8", "llm_int8_linear"),
-    ("quant.llm_int8_fused", "llm_int8_linear_fused"),
-    ("quant.weight_only_int8", "int8_weight_linear"),
-    ("quant.weight_only_nf4", "nf4_linear"),
-    ("quant.qlora", "qlora_linear"),
-    ("attention.int8", "int8_attention"),
+_ANYWHERE = ("cuda", "cudasim")
+# Techniques, the functions of their kernels, where these run, and which GPUs they are made for.
+for _technique, _function, _backend, _tier in (
+    ("attention.dense", "scaled_dot_product_attention", _ANYWHERE, "portable"),
+    ("attention.flash", "flash_attention", _ANYWHERE, "portable"),
+    ("attention.flash", "flash_attention_hopper", "cuda", "hopper"),
+    ("attention.flash_backward", "flash_attention_vjp", _ANYWHERE, "portable"),
+    ("attention.flash_backward", "flash_attention_vjp_hopper", "cuda", "hopper"),
+    ("attention.flash_backward", "flash_attention_vjp_deterministic", "cuda", "hopper deterministic"),
+    ("attention.int8", "int8_attention", _ANYWHERE, "portable"),
+    ("attention.int8", "int8_attention_hopper", "cuda", "hopper"),
+    ("quant.int8_matmul", "int8_matmul", _ANYWHERE, "portable"),
+    ("quant.int8_matmul", "int8_matmul_hopper", "cuda", "hopper"),
+    ("quant.llm_int8", "llm_int8_linear", _ANYWHERE, "portable"),
+    ("quant.llm_int8_fused", "llm_int8_linear_fused", _ANYWHERE, "portable"),
+    ("quant.llm_int8_fused", "llm_int8_linear_hopper", "cuda", "hopper"),
+    ("quant.qlora", "qlora_linear", _ANYWHERE, "portable"),
+    ("quant.weight_only_int8", "int8_weight_linear", _ANYWHERE, "portable"),
+    ("quant.weight_only_int8", "int8_linear_decode", "cuda", "ampere"),
+    ("quant.weight_only_nf4", "nf4_linear", _ANYWHERE, "portable"),
+    ("quant.weight_only_nf4", "nf4_linear_decode", "cuda", "ampere"),
 ):
-    add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
-for _technique, _function in (
-    ("attention.flash", "flash_attention_hopper"),
-    ("attention.flash_backward", "flash_attention_vjp_hopper"),
-    ("quant.int8_matmul", "int8_matmul_hopper"),
-    ("quant.llm_int8_fused", "llm_int8_linear_hopper"),
+    add_implementation(_technique, _HOME[_function], backend=_backend, tier=_tier)
+# Functions that have kernels for several, and are told which: those that run anywhere, and the fast ones.
+for _technique, _function, _tier in (
+    ("attention.flexible", "flexible_attention", "hopper"),
+    ("attention.flexible_backward", "flexible_attention_vjp", "hopper"),
+    ("attention.varlen", "varlen_attention", "hopper"),
+    ("attention.varlen_backward", "varlen_attention_vjp", "hopper"),
+    ("attention.split_kv", "split_kv_attention", "ampere"),
+    ("attention.paged", "paged_attention", "ampere"),
 ):
-    add_implementation(_technique, _HOME[_function], backend="cuda", tier="hopper")
-
-
-add_implementation(
-    "attention.flash_backward",
-    _HOME["flash_attention_vjp_deterministic"],
-    backend="cuda",
-    tier="hopper deterministic",
-)
+    for _backend, _named in ((_ANYWHERE, "portable"), ("cuda", _tier)):
+        add_implementation(
+            _technique, _HOME[_function], backend=_backend, tier=_named, options={"tier": _named}
+        )
 
 
 def availability(backend: str) -> str | None:

@@ -24,6 +24,7 @@ from refimpl.validation import as_array, bind_axes, floating, whole
 __all__ = [
     "EVERYWHERE",
     "Packing",
+    "Seen",
     "checked_window",
     "key_ranges",
     "packing",
@@ -170,7 +171,7 @@ def varlen_attention(
     """
     q, k, v = floating(q=q, k=k, v=v)
     pack, moved = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal), memory or Memory()
-    seen = _Seen(pack, causal, window_size)
+    seen = Seen(pack, causal, window_size)
     out = np.zeros((pack.shape.Tq, pack.shape.Hq, pack.shape.Dv), q.dtype)
     lse = np.full((pack.shape.Tq, pack.shape.Hq), -np.inf, wide_dtype(q.dtype))
     for queries, keys in pack.parts():
@@ -230,7 +231,7 @@ def varlen_attention_vjp(
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
     pack = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal)
     bind_axes({"q": (q, "Tq Hq D"), "v": (v, "Tk Hkv Dv"), "do": (do, "Tq Hq Dv")})
-    seen = _Seen(pack, causal, window_size)
+    seen = Seen(pack, causal, window_size)
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
     for queries, keys in pack.parts():
         parts = (x[part][None] for x, part in ((q, queries), (k, keys), (v, keys), (do, queries)))
@@ -288,7 +289,7 @@ def key_ranges(
     return first, behind
 
 
-class _Seen:
+class Seen:
     """What the queries of a sequence see of its keys, as options of `scaled_dot_product_attention`."""
 
     def __init__(self, pack: Packing, causal: Causal, window_size: tuple[int, int]) -> None:
