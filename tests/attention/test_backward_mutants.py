@@ -13,7 +13,8 @@ from tests.survivors import Mutants
 registry.load()
 
 MUTANTS = Mutants()
-flexible, varlen = attention.flexible_attention_backward, attention.varlen_attention_backward
+flexible: Any = attention.flexible_attention_backward
+varlen: Any = attention.varlen_attention_backward
 
 
 @MUTANTS.of("attention.flexible_backward")
