@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.attention.dense import AttentionOutput, scaled_dot_product_attention
+from refimpl.attention.output_spread import output_spread
 from refimpl.attention.samples import attention_terms
 from refimpl.attention.samples_decode import AXES, EDGES, OPTIONS, PAGED_EDGES, sample_decode, sample_paged
 from refimpl.attention.scores import attention_shape
@@ -51,6 +52,7 @@ def merged(outs: FloatArray, lses: FloatArray) -> AttentionOutput:
     edges=EDGES,
     sample=sample_decode,
     terms=lambda case: attention_terms(_as_dense(case)),
+    spread=lambda case: output_spread(split_kv_attention, case),
 )
 def split_kv_attention(
     q: FloatArray,
@@ -152,6 +154,7 @@ def gathered(pages: FloatArray, page_table: IntArray) -> FloatArray:
     edges=PAGED_EDGES,
     sample=sample_paged,
     terms=lambda case: attention_terms(_as_dense(_without_pages(case))),
+    spread=lambda case: output_spread(paged_attention, case),
 )
 def paged_attention(
     q: FloatArray,

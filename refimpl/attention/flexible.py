@@ -10,6 +10,7 @@ import numpy as np
 from refimpl.attention.block_mask import FULL, PARTIAL, BlockMask, checked_block_mask
 from refimpl.attention.dense import AttentionGradients, AttentionOutput
 from refimpl.attention.online_softmax import softmax
+from refimpl.attention.output_spread import output_spread
 from refimpl.attention.samples_flexible import AXES, EDGES, OPTIONS, flexible_terms, sample_flexible
 from refimpl.attention.scores import AttentionShape, attention_shape
 from refimpl.attention.user_functions import Aux, Mod, as_mod, modified_scores, where_allowed
@@ -109,6 +110,7 @@ def mod_rule(
     edges=EDGES,
     sample=sample_flexible,
     terms=flexible_terms,
+    spread=lambda case: output_spread(flexible_attention, case),
     vjp="refimpl.attention.flexible:flexible_attention_vjp",
 )
 def flexible_attention(

@@ -13,6 +13,7 @@ from refimpl.attention.dense import (
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
+from refimpl.attention.output_spread import output_spread
 from refimpl.attention.samples_varlen import AXES, EDGES, OPTIONS, sample_varlen, varlen_terms
 from refimpl.attention.scores import AttentionShape, Causal, attention_shape
 from refimpl.errors import DTypeError, OptionError, ShapeError
@@ -99,6 +100,7 @@ def _starts(name: str, value: Any, total: int) -> IntArray:
     edges=EDGES,
     sample=sample_varlen,
     terms=varlen_terms,
+    spread=lambda case: output_spread(varlen_attention, case),
     vjp="refimpl.attention.varlen:varlen_attention_vjp",
 )
 def varlen_attention(
