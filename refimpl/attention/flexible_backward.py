@@ -57,7 +57,8 @@ def _spread(case: Case) -> AttentionGradients:
     source=Source("Dong et al. 2024", "arXiv:2412.05496", "section 4"),
     axes=AXES,
     options={**OPTIONS, "return_lse": (False,)},
-    edges=tuple({**edge, "return_lse": False} for edge in EDGES),
+    # Of equal keys dQ is what the rounding of O leaves of a sum that cancels: no number to be held to.
+    edges=tuple({**edge, "return_lse": False} for edge in EDGES if edge.get("extra") != "ties"),
     sample=sample_flexible_backward,
     spread=_spread,
     kernel_factor=3.0,
