@@ -16,16 +16,16 @@ from refimpl.attention.scores import AttentionShape, attention_shape
 from refimpl.attention.user_functions import Aux, Mod, as_mod, modified_scores, where_allowed
 from refimpl.errors import DTypeError, OptionError
 from refimpl.numerics import Array, FloatArray, contract, is_floating, round_to, wide_dtype, widen
-from refimpl.registry import Source, technique
+from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, bind_axes, finite, floating
 
 __all__ = [
     "ModRule",
+    "changed_scores",
     "flexible_attention",
     "flexible_attention_vjp",
     "input_gradients",
     "mod_rule",
-    "rounded_scores",
 ]
 
 
@@ -100,6 +100,10 @@ def mod_rule(
     )
 
 
+def _spread(case: Case) -> Any:
+    return output_spread(flexible_attention, case)
+
+
 @technique(
     "attention.flexible",
     entries=(8, 18, 19, 20, 21, 105),
@@ -110,7 +114,7 @@ def mod_rule(
     edges=EDGES,
     sample=sample_flexible,
     terms=flexible_terms,
-    spread=lambda case: output_spread(flexible_attention, case),
+    spread=_spread,
     vjp="refimpl.attention.flexible:flexible_attention_vjp",
 )
 def flexible_attention(
@@ -256,18 +260,19 @@ def flexible_attention_vjp(
 
 def _probabilities(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return scores before `score_mod` in the wide dtype, probabilities rounded, and the log-sum-exp."""
-    score, modified = rounded_scores(q, k, rule)
-    p, lse = softmax(modified, return_lse=True)
+    score, modified = changed_scores(q, k, rule)
+    rounded = round_to(modified, q.dtype).astype(score.dtype, copy=False)
+    p, lse = softmax(rounded, return_lse=True)
     return score, round_to(p, q.dtype), lse
 
 
-def rounded_scores(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatArray, FloatArray]:
-    """Return scores in the wide dtype: before `score_mod`; and behind it and the mask, rounded to `q`'s.
+def changed_scores(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatArray, FloatArray]:
+    """Return scores in the wide dtype: before `score_mod`, and behind it and the mask.
 
     Examples
     --------
     >>> x = np.ones((1, 2, 1, 4))
-    >>> [y.tolist() for y in rounded_scores(x, x, mod_rule(x, x, x, mask_mod=lambda b, h, i, j: j < 1))]
+    >>> [y.tolist() for y in changed_scores(x, x, mod_rule(x, x, x, mask_mod=lambda b, h, i, j: j < 1))]
     [[[[[2.0, 2.0], [2.0, 2.0]]]], [[[[2.0, -inf], [2.0, -inf]]]]]
     """
     product = contract("bihd,bjhd->bhij", q, np.repeat(k, rule.shape.group, axis=2))
@@ -279,7 +284,7 @@ def rounded_scores(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatAr
         if rule.states is not None:
             allowed = np.where(rule.states == PARTIAL, allowed, rule.states == FULL)
         modified = np.where(allowed, modified, score.dtype.type(-np.inf))
-    return score, round_to(modified, q.dtype).astype(score.dtype, copy=False)
+    return score, modified
 
 
 def input_gradients(

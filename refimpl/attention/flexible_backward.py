@@ -10,10 +10,10 @@ import numpy as np
 from refimpl.attention.block_mask import BlockMask
 from refimpl.attention.dense import AttentionGradients
 from refimpl.attention.flexible import (
+    changed_scores,
     flexible_attention,
     input_gradients,
     mod_rule,
-    rounded_scores,
 )
 from refimpl.attention.gradient_spread import spread_of_gradients
 from refimpl.attention.online_softmax import rescale
@@ -45,7 +45,7 @@ def _spread(case: Case) -> AttentionGradients:
     """Return the sizes of the gradients' terms, as `gradient_spread` does."""
     q, k, v, o, lse, do = case.args
     rule = mod_rule(q, k, v, **case.kwargs)
-    score, modified = rounded_scores(q, k, rule)
+    score, modified = changed_scores(q, k, rule)
     p = rescale(modified, lse[..., None])
     return spread_of_gradients((q, k, v, o, do), p, lambda ds: rule.product_gradient(ds, score, p > 0))[0]
 
@@ -135,7 +135,7 @@ def flexible_attention_backward(
     bind_axes({**axes, "lse": (lse, "B Hq Tq")})
     if rule.score is not None and rule.vjp is None:
         raise OptionError("score_mod_vjp: needed for gradients through score_mod")
-    score, modified = rounded_scores(q, k, rule)
+    score, modified = changed_scores(q, k, rule)
     p = rescale(modified, lse.astype(score.dtype, copy=False)[..., None])
     dp = contract("bihd,bjhd->bhij", do, np.repeat(v, rule.shape.group, axis=2))
     rows_sum = np.sum(do.astype(p.dtype) * o, axis=-1).transpose(0, 2, 1)[..., None]

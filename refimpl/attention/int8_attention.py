@@ -169,6 +169,10 @@ _PLAIN: dict[str, int | str | bool] = {
 }  # fmt: skip
 
 
+def _spread(case: Case) -> Any:
+    return output_spread(int8_attention, case)
+
+
 @technique(
     "attention.int8",
     entries=(29, 72),
@@ -203,7 +207,7 @@ _PLAIN: dict[str, int | str | bool] = {
     ),
     sample=sample_int8_attention,
     terms=_terms,
-    spread=lambda case: output_spread(int8_attention, case),
+    spread=_spread,
 )
 def int8_attention(
     q: FloatArray,

@@ -19,7 +19,7 @@ from refimpl.attention.scores import AttentionShape, Causal, attention_shape
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.numerics import Array, FloatArray, IntArray, round_to, wide_dtype
-from refimpl.registry import Source, technique
+from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, bind_axes, floating, whole
 
 __all__ = [
@@ -90,6 +90,10 @@ def _starts(name: str, value: Any, total: int) -> IntArray:
     return starts
 
 
+def _spread(case: Case) -> Any:
+    return output_spread(varlen_attention, case)
+
+
 @technique(
     "attention.varlen",
     entries=(8, 29),
@@ -100,7 +104,7 @@ def _starts(name: str, value: Any, total: int) -> IntArray:
     edges=EDGES,
     sample=sample_varlen,
     terms=varlen_terms,
-    spread=lambda case: output_spread(varlen_attention, case),
+    spread=_spread,
     vjp="refimpl.attention.varlen:varlen_attention_vjp",
 )
 def varlen_attention(

@@ -47,7 +47,7 @@ def _spread(case: Case) -> AttentionGradients:
     entries=(8, 30),
     kind="function",
     source=Source("Dao et al. 2022", "github.com/Dao-AILab/flash-attention", "_flash_attn_varlen_backward"),
-    axes=AXES,
+    axes={**AXES, "S": (2, 4), "Lq": (2, 6), "Lk": (2, 6)},  # few without a query or a key
     options={**OPTIONS, "return_lse": (False,)},
     edges=tuple({**edge, "return_lse": False} for edge in EDGES),
     sample=sample_varlen_backward,
