@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-# What a GPU of each kind is made for: on Hopper kernels for Ampere's tensor cores are fast, too.
 KERNELS = ("cuda", "cudasim")
+# Whose kernels ``--tier`` means: on Hopper those for Ampere's tensor cores are the fast ones of some techniques.
 TIERS = {"portable": ("portable",), "ampere": ("ampere",), "hopper": ("ampere", "hopper")}
 STATUSES = ("passed", "failed", "refused", "invalid")
 SHOWN_FAILURES = 3
