@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 KERNELS = ("cuda", "cudasim")
-# Whose kernels ``--tier`` means: on Hopper those for Ampere's tensor cores are the fast ones of some techniques.
+# Whose kernels ``--tier`` means: on Hopper those for Ampere's tensor cores are some techniques' fast ones.
 TIERS = {"portable": ("portable",), "ampere": ("ampere",), "hopper": ("ampere", "hopper")}
 STATUSES = ("passed", "failed", "refused", "invalid")
 SHOWN_FAILURES = 3
