@@ -17,7 +17,7 @@ from cuda_backend.attention.user_device import Mods
 from refimpl.attention.block_mask import FULL, PARTIAL, BlockMask
 from refimpl.attention.user_functions import Mod, as_mod
 
-__all__ = ["divides", "ruled"]
+__all__ = ["divides", "ruled", "ruled_functions"]
 
 
 def divides(given: BlockMask, sizes: tuple[int, int]) -> bool:
@@ -48,16 +48,20 @@ def ruled(
     on : int
         The stream.
     """
+    states = states_on_device(given, on)
+    B, _, Hq, _ = q[0]
+    return ruled_functions(mods, given.block_sizes), (*arrays, broadcast(states, (B, Hq, *states.shape[2:])))
+
+
+def ruled_functions(mods: Mods, block_sizes: tuple[int, int]) -> Mods:
+    """Return functions of which the mask obeys states of tiles of `block_sizes`, the last array."""
     mask: Any = mods.mask
-    found = Mods(
-        _obedient(mask, given.block_sizes),
+    return Mods(
+        _obedient(mask, block_sizes),
         mods.score and _blind(mods.score, "score_mod"),
         mods.vjp and _blind(mods.vjp, "score_mod_vjp"),
         (*mods.aux, ("uint8", 4)),
     )
-    states = states_on_device(given, on)
-    B, _, Hq, _ = q[0]
-    return found, (*arrays, broadcast(states, (B, Hq, *states.shape[2:])))
 
 
 @functools.lru_cache(maxsize=256)
