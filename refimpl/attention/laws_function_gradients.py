@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refimpl.attention.laws_flexible import by_name, first_three, overruling
 from refimpl.numerics import Array, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close, require
@@ -48,6 +49,15 @@ def keys_behind_the_mask_have_no_gradient(f: Backward, case: Case, close: Close)
     found = _forwarded(case.without(*FUNCTIONS).replace(mask_mod=_first_two)).call(f)
     for name in ("dk", "dv"):
         require(widen(getattr(found, name))[:, 2:] == 0, f"{name} of a key that nobody sees is not 0")
+
+
+@law("attention.flexible_backward")
+def tiles_rule_gradients(f: Backward, case: Case, close: Close) -> None:
+    """Dead tiles have no gradient and full ones all of it, whatever the function says of their scores."""
+    tiles, meant = overruling(case.args[0].shape[1], case.args[1].shape[1])
+    named = _forwarded(case.without(*FUNCTIONS).replace(mask_mod=by_name, aux=(meant,)))
+    asked = named.without("aux").replace(mask_mod=first_three, block_mask=tiles)
+    close.on(named)(asked.call(f), named.call(f), "gradients where states overrule the function")
 
 
 @law("attention.varlen_backward")

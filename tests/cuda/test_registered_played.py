@@ -11,6 +11,7 @@ import pytest
 
 from cuda_backend.arrays import View
 from cuda_backend.attention import call_flexible_backward_hopper, call_flexible_hopper, flexible, padding
+from cuda_backend.attention.ruled_masks import ruled_functions
 from refimpl import registry
 from refimpl.attention import AttentionOutput
 from refimpl.errors import UnsupportedError
@@ -37,13 +38,18 @@ def _forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def kernel(
         q: Any, k: Any, v: Any, *, mods: Any, aux: Any, blocks: Any, return_lse: bool, **more: Any
     ) -> Any:
-        if blocks is not None or 0 in (*q.shape, *k.shape, *v.shape):
+        if 0 in (*q.shape, *k.shape, *v.shape):
             raise UnsupportedError("flexible_attention_hopper: it is not played")
+        arrays = as_read(aux)
+        if blocks is not None:  # lists and bits of block masks: test_ruled_masks
+            mods = ruled_functions(mods, blocks.block_sizes)
+            heads = q.shape[0], q.shape[2]
+            arrays = (*arrays, np.broadcast_to(blocks.states, (*heads, *blocks.states.shape[2:])))
         functions = {"mask_mod": mods.mask, "score_mod": mods.score}
         given: dict[str, Any] = {name: mod and mod.function for name, mod in functions.items()}
         with pytest.MonkeyPatch.context() as patch:
             out, lse = flexible_hopper_played.played(
-                patch, q, k, v, aux=as_read(aux), scale=more["scale"], words=mods.mask is not None, **given
+                patch, q, k, v, aux=arrays, scale=more["scale"], words=mods.mask is not None, **given
             )
         return AttentionOutput(round_to(out, q.dtype), lse) if return_lse else round_to(out, q.dtype)
 
