@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refimpl.registry import add_implementation, resolve
+from refimpl.registry import Backend, add_implementation, resolve
 
 __all__ = [
     "availability",
@@ -103,37 +103,49 @@ _HOME = {
     "qlora_linear_vjp": f"{_WEIGHT_ONLY}.qlora:qlora_linear_vjp",
 }
 
-for _technique, _function in (
-    ("attention.flash", "flash_attention"),
-    ("attention.flash_backward", "flash_attention_vjp"),
-    ("attention.flexible", "flexible_attention"),
-    ("attention.varlen", "varlen_attention"),
-    ("attention.split_kv", "split_kv_attention"),
-    ("attention.paged", "paged_attention"),
-    ("attention.dense", "scaled_dot_product_attention"),
-    ("quant.int8_matmul", "int8_matmul"),
-    ("quant.llm_int8", "llm_int8_linear"),
-    ("quant.llm_int8_fused", "llm_int8_linear_fused"),
-    ("quant.weight_only_int8", "int8_weight_linear"),
-    ("quant.weight_only_nf4", "nf4_linear"),
-    ("quant.qlora", "qlora_linear"),
-    ("attention.int8", "int8_attention"),
+_ANYWHERE: tuple[Backend, ...] = ("cuda", "cudasim")
+# Techniques, the functions of their kernels, and which GPUs these are made for.
+for _technique, _function, _tier in (
+    ("attention.dense", "scaled_dot_product_attention", "portable"),
+    ("attention.flash", "flash_attention", "portable"),
+    ("attention.flash", "flash_attention_hopper", "hopper"),
+    ("attention.flash_backward", "flash_attention_vjp", "portable"),
+    ("attention.flash_backward", "flash_attention_vjp_hopper", "hopper"),
+    ("attention.flash_backward", "flash_attention_vjp_deterministic", "hopper deterministic"),
+    ("attention.int8", "int8_attention", "portable"),
+    ("attention.int8", "int8_attention_hopper", "hopper"),
+    ("quant.int8_matmul", "int8_matmul", "portable"),
+    ("quant.int8_matmul", "int8_matmul_hopper", "hopper"),
+    ("quant.llm_int8", "llm_int8_linear", "portable"),
+    ("quant.llm_int8_fused", "llm_int8_linear_fused", "portable"),
+    ("quant.llm_int8_fused", "llm_int8_linear_hopper", "hopper"),
+    ("quant.qlora", "qlora_linear", "portable"),
+    ("quant.weight_only_int8", "int8_weight_linear", "portable"),
+    ("quant.weight_only_int8", "int8_linear_decode", "ampere"),
+    ("quant.weight_only_nf4", "nf4_linear", "portable"),
+    ("quant.weight_only_nf4", "nf4_linear_decode", "ampere"),
 ):
-    add_implementation(_technique, _HOME[_function], backend=("cuda", "cudasim"), tier="portable")
-for _technique, _function in (
-    ("attention.flash", "flash_attention_hopper"),
-    ("attention.flash_backward", "flash_attention_vjp_hopper"),
-    ("quant.int8_matmul", "int8_matmul_hopper"),
-    ("quant.llm_int8_fused", "llm_int8_linear_hopper"),
+    _backend = _ANYWHERE if _tier == "portable" else ("cuda",)
+    add_implementation(_technique, _HOME[_function], backend=_backend, tier=_tier)
+# Functions that have kernels of two tiers, and are told which.
+for _technique, _function, _fast in (
+    ("attention.flexible", "flexible_attention", "hopper"),
+    ("attention.flexible_backward", "flexible_attention_vjp", "hopper"),
+    ("attention.varlen", "varlen_attention", "hopper"),
+    ("attention.varlen_backward", "varlen_attention_vjp", "hopper"),
+    ("attention.split_kv", "split_kv_attention", "ampere"),
+    ("attention.paged", "paged_attention", "ampere"),
 ):
-    add_implementation(_technique, _HOME[_function], backend="cuda", tier="hopper")
-
-
+    for _tier in ("portable", _fast):
+        _backend = _ANYWHERE if _tier == "portable" else ("cuda",)
+        _told = {"tier": _tier}
+        add_implementation(_technique, _HOME[_function], backend=_backend, tier=_tier, options=_told)
 add_implementation(
-    "attention.flash_backward",
-    _HOME["flash_attention_vjp_deterministic"],
+    "attention.flexible_backward",
+    _HOME["flexible_attention_vjp"],
     backend="cuda",
     tier="hopper deterministic",
+    options={"tier": "hopper", "deterministic": True},
 )
 
 

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ __all__ = [
 Argument = View | np.generic | tuple[View, ...]
 
 SLOTS = {"float32": "f4x", "uint64": "Q", "int64": "q"}
+_raising = Lock()  # what a function is allowed is read, then raised
 
 
 def launch(
@@ -82,9 +84,15 @@ def wait_for(views: Iterable[View], stream: int) -> None:
 
 
 def allow_shared_memory(function: Any, size: int) -> Any:
-    """Return CUfunction `function`, allowed to use `size` bytes of shared memory, beyond 48 KB too."""
+    """Return CUfunction `function`, allowed to use `size` bytes of shared memory, beyond 48 KB too.
+
+    Plans of several sizes share a function: what one was allowed no later one takes back, which the driver
+    would say by refusing the next launch of the first.
+    """
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuFuncSetAttribute(function, attribute, size))
+    with _raising:
+        if checked(driver.cuFuncGetAttribute(attribute, function)) < size:
+            checked(driver.cuFuncSetAttribute(function, attribute, size))
     return function
 
 

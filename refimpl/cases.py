@@ -45,7 +45,13 @@ def plan(
 
 
 def reproducer(
-    name: str, target: str | None, backend: str, dtype: str, seed: int, shape: Mapping[str, Option]
+    name: str,
+    target: str | None,
+    backend: str,
+    tier: str,
+    dtype: str,
+    seed: int,
+    shape: Mapping[str, Option],
 ) -> str:
     """Return the command that runs this one case again."""
     parts = ["frugal verify", name]
@@ -53,6 +59,8 @@ def reproducer(
         parts.append(f"--with {target}")
     if backend != "numpy":
         parts.append(f"--backend {backend}")
+    if tier:
+        parts.append(f"--tier {tier}")
     if dtype != "float64":
         parts.append(f"--dtype {dtype}")
     axes = ",".join(f"{key}={_text(value)}" for key, value in shape.items())

@@ -4,7 +4,8 @@ A record ties a technique's name to the function that defines it, to other imple
 kernels, ranks), to the models that price it, and to the laws, oracles and mistakes that hold all of them to
 each other.  `frugal list`, `show`, `verify`, README and the contract tests are made from these records alone.
 
-The decorators return the function unchanged.  This module imports nothing of the project but its errors.
+The decorators return the function unchanged.  This module imports nothing of the project but its errors and
+`refimpl.implementation`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from refimpl.errors import UnknownNameError
+from refimpl.implementation import Backend, Implementation, resolve
 
 __all__ = [
     "ERRATA",
@@ -48,7 +50,6 @@ __all__ = [
 ]
 
 Kind = Literal["function", "cost", "identity", "data"]
-Backend = Literal["numpy", "cudasim", "cuda", "mpi"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 Option = str | int | float | bool | None
 
@@ -183,20 +184,6 @@ class Law:
 
 
 @dataclass(frozen=True, slots=True)
-class Implementation:
-    """Another way to compute a technique: a formulation, a kernel, a program of ranks."""
-
-    technique: str
-    target: str
-    backends: tuple[Backend, ...]
-    tier: str
-
-    def load(self) -> Callable[..., Any]:
-        """Import and return the function."""
-        return resolve(self.target)
-
-
-@dataclass(frozen=True, slots=True)
 class Price:
     """A cost model of a technique or its implementation `of`: ``function(case) -> {counter: exact int}``."""
 
@@ -294,11 +281,16 @@ def implements(
 
 
 def add_implementation(
-    name: str, target: str, *, backend: Backend | tuple[Backend, ...], tier: str = ""
+    name: str,
+    target: str,
+    *,
+    backend: Backend | tuple[Backend, ...],
+    tier: str = "",
+    options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Register ``module:attribute`` as an implementation without importing it."""
+    """Register ``module:attribute`` as an implementation without importing it (see `Implementation`)."""
     backends = (backend,) if isinstance(backend, str) else backend
-    record = Implementation(name, target, backends, tier)
+    record = Implementation(name, target, backends, tier, dict(options or {}))
     if record not in IMPLEMENTATIONS:
         IMPLEMENTATIONS.append(record)
 
@@ -359,28 +351,6 @@ def laws_of(name: str) -> list[Law]:
 def implementations_of(name: str) -> list[Implementation]:
     """Return the registered implementations of technique `name`, in order of target."""
     return sorted((item for item in IMPLEMENTATIONS if item.technique == name), key=lambda item: item.target)
-
-
-def resolve(target: str) -> Callable[..., Any]:
-    """Import ``package.module:attribute`` and return the attribute.
-
-    Raises
-    ------
-    ValueError
-        If `target` is not of that form.
-    ImportError, AttributeError
-        If the module does not import or has no such attribute.
-    """
-    module, colon, attribute = target.partition(":")
-    if not (module and colon and attribute):
-        raise ValueError(f"expected MODULE:FUNCTION, got {target!r}")
-    value: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        value = getattr(value, part)
-    if not callable(value):
-        raise TypeError(f"{target} is not callable")
-    function: Callable[..., Any] = value
-    return function
 
 
 _loaded = False

@@ -151,6 +151,7 @@ def check(
     dtypes: Sequence[str] | None = None,
     edges: bool = True,
     target: str | None = None,
+    tier: str = "",
 ) -> Report:
     """Hold `f` to the record of technique `name` on sampled cases, and say what passed.
 
@@ -162,8 +163,8 @@ def check(
         The candidate; its arguments are the reference's.  A keyword that it does not take is no failure:
         it is left out where it has the reference's default, other cases are counted as refused, and so is
         what it refuses itself with NotImplementedError.  Default: the reference.
-    label, target : str, optional
-        Names for the report, and for ``--with`` in the reproducers.
+    label, target, tier : str, optional
+        Names for the report, and for ``--with`` and ``--tier`` in the reproducers.
     backend : str
         Where `f` runs; it chooses the default dtypes.
     seed : int
@@ -191,7 +192,7 @@ def check(
     """
     technique = registry.get(name)
     candidate = technique.function if f is None else f
-    context = _Context(technique, candidate, label or label_of(candidate), backend, target)
+    context = _Context(technique, candidate, label or label_of(candidate), backend, target, tier)
     report = Report()
     if technique.sample is None:
         return report
@@ -227,6 +228,7 @@ class _Context:
     label: str
     backend: str
     target: str | None
+    tier: str
     judged: set[str] = field(default_factory=set)  # dtypes in which an output that is not empty passed
 
     @property
@@ -380,4 +382,5 @@ def dtype_named(name: str) -> np.dtype[Any]:
 
 
 def _again(context: _Context, seed: int, shape: Mapping[str, Option], dtype: str) -> str:
-    return reproducer(context.technique.name, context.target, context.backend, dtype, seed, shape)
+    names = context.technique.name, context.target, context.backend, context.tier
+    return reproducer(*names, dtype, seed, shape)

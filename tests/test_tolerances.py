@@ -137,6 +137,46 @@ def test_no_row_that_cancels_may_be_zeroed(dtype: np.dtype[Any]) -> None:
         assert not kept, f"{name}: zeroed rows pass: {kept}"
 
 
+def _base_two(*, exponent: Any = np.float32, scores: Any = np.float32) -> Any:
+    """Return attention whose log-sum-exp is made as kernels make it, with parts of it in other formats."""
+
+    def attention(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        out, _ = scaled_dot_product_attention(q, k, v, return_lse=True)
+        q, k = (widen(x).astype(np.float32) for x in (q, k))
+        factor = np.float32(q.shape[-1] ** -0.5 * np.log2(np.e))
+        s = round_to(np.einsum("bihd,bjhd->bhij", q, k), scores).astype(np.float32)
+        top = s.max(-1)
+        total = np.exp2((s - top[..., None]) * factor).sum(-1)
+        ln2 = np.float32(exponent(np.log(2.0)))
+        return out, (top * factor + np.log2(total)) * ln2
+
+    return attention
+
+
+@pytest.mark.parametrize("keys", [1, 2, 40])
+def test_log_sum_exps_keep_the_roundings_of_float32_and_no_others(keys: int) -> None:
+    """In bfloat16 the baseline's of one key is exact: a kernel is held to what float32 can hold."""
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    record, rng = registry.get("attention.dense"), np.random.default_rng(0)
+    failed = {"kernel": 0, "ln2": 0, "scores": 0, "moved": 0}
+    for _ in range(60):
+        q, k = (round_to(rng.standard_normal((1, n, 1, 1)), dtype) for n in (1, keys))
+        v = np.ones_like(k)
+        case = Case((q, k, v), {"return_lse": True})
+        truth, _, limits, invalid = baseline_limits(record, case, dtype)
+        assert invalid is None
+        found = {
+            "kernel": _base_two()(q, k, v)[1],
+            "ln2": _base_two(exponent=np.float16)(q, k, v)[1],
+            "scores": _base_two(scores=dtype)(q, k, v)[1],
+            "moved": truth["lse"] + 2e-6 * np.abs(truth["lse"]),
+        }
+        for name, lse in found.items():
+            failed[name] += mismatch(lse, truth["lse"], limits["lse"], name="lse") is not None
+    assert failed["kernel"] == 0
+    assert min(failed["ln2"], failed["scores"], failed["moved"]) > 50
+
+
 @given(st.floats(-1e30, 1e30, allow_nan=False))
 def test_bfloat16_rounds_to_nearest_even(x: float) -> None:
     ours = round_to(np.array([x]), ml_dtypes.bfloat16)

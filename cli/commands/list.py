@@ -117,6 +117,8 @@ def command(words: tuple[str, ...], family: str | None, kind: str | None) -> Res
         totals={
             "techniques": len(rows),
             "entries": len({entry for row in rows for entry in row["entries"]}),
-            "implementations": len({item["target"] for row in rows for item in row["implementations"]}),
+            "implementations": len(
+                {(item["target"], item["tier"]) for row in rows for item in row["implementations"]}
+            ),
         },
     )

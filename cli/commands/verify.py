@@ -18,11 +18,14 @@ from cli.processes import another_speaks, together
 from cli.result import Column, Result
 
 if TYPE_CHECKING:
-    from refimpl.registry import Technique
+    from refimpl.registry import Implementation, Technique
     from refimpl.testing import Outcome
 
 __all__ = ["command"]
 
+KERNELS = ("cuda", "cudasim")
+# Whose kernels ``--tier`` means: on Hopper those for Ampere's tensor cores are some techniques' fast ones.
+TIERS = {"portable": ("portable",), "ampere": ("ampere",), "hopper": ("ampere", "hopper")}
 STATUSES = ("passed", "failed", "refused", "invalid")
 SHOWN_FAILURES = 3
 SHOWN_REFUSALS = 5
@@ -43,6 +46,12 @@ class Job:
     target: str
     load: Callable[[], Callable[..., Any] | None]
     with_: str | None = None
+    item: Implementation | None = None
+
+    @property
+    def tier(self) -> str:
+        """The kind of GPU that a kernel is made for, as ``--tier`` names it."""
+        return self.item.tier.partition(" ")[0] if self.item else ""
 
 
 @click.command(
@@ -52,6 +61,7 @@ Examples:
   frugal verify attention.flash --axes Tq=65,D=80 --seed 7
   frugal verify attention.flash --with my.module:f --dtype float32
   frugal verify attention.dense --backend cudasim
+  frugal verify --backend cuda --tier hopper               kernels for tensor cores
   frugal verify attention.flexible --mod mine.py:capped --backend cudasim
   frugal verify --model path/to/all-MiniLM-L6-v2""",
     short_help="Hold implementations to their definitions.",
@@ -59,6 +69,11 @@ Examples:
 @click.argument("names", metavar="[NAME]...", nargs=-1, type=TECHNIQUE)
 @click.option(
     "--backend", type=click.Choice(BACKENDS), default="numpy", show_default=True, help="Where to run."
+)
+@click.option(
+    "--tier",
+    type=click.Choice(list(TIERS)),
+    help="Only kernels of this tier; hopper has those for Ampere's tensor cores, too.  [default: all]",
 )
 @click.option(
     "--with",
@@ -93,6 +108,7 @@ Examples:
 def command(
     names: tuple[str, ...],
     backend: str,
+    tier: str | None,
     with_: str | None,
     mod: str | None,
     model: str | None,
@@ -113,6 +129,9 @@ def command(
     refused, with the reason.  Cases of which a law says nothing are invalid, and count for nobody.  For
     attention, causal is False, "top_left" or "bottom_right".  The simulator runs about one case a second.
 
+    Kernels of all tiers are held to the same cases; those of shapes, formats or GPUs that a kernel does not
+    take are counted as refused, with the reason.
+
     With --model, twenty sentences go through the encoder: it is held to transformers (where installed), every
     registered attention to the definition on its queries, keys and values, and LLM.int8() to its error bound
     on its activations, with the outliers that it finds there.
@@ -121,6 +140,8 @@ def command(
     the score, and kernels with the functions, of a CUDA backend, to the definition; cudasim compiles the
     functions for a GPU as well, where the CUDA toolkit is installed.
     """
+    if tier is not None and (backend not in KERNELS or (with_, mod, model) != (None, None, None)):
+        raise click.UsageError("--tier needs --backend cuda or cudasim, and no --with, --mod or --model")
     if mod is not None:
         if names != ("attention.flexible",) or with_ is not None or model is not None or axes is not None:
             raise click.UsageError(
@@ -136,17 +157,22 @@ def command(
         return check_model(model, backend, dtypes or ("float32",))
     if with_ is not None and len(names) != 1:
         raise click.UsageError(f"--with checks one function against one NAME; got {len(names)} names")
-    _open(backend)
+    _open(backend, tier)
     from refimpl import registry
 
     registry.load()
     techniques = [registry.get(name) for name in dict.fromkeys(names) or sorted(registry.TECHNIQUES)]
     fixed = {record.name: _known_axes(record, axes) for record in techniques} if axes is not None else {}
-    jobs = [job for record in techniques for job in _jobs(record, backend, with_)]
+    jobs = [
+        job
+        for record in techniques
+        for job in _jobs(record, backend, with_)
+        if tier is None or job.tier in TIERS[tier]
+    ]
     rows: list[dict[str, Any]] = []
     with together(backend):
         _run(jobs, rows, backend, seed, examples, fixed, dtypes, axes)
-    result = _result(rows, techniques, jobs, backend, all_failures)
+    result = _result(rows, techniques, jobs, backend, all_failures, tier)
     return replace(result, silent=another_speaks(backend))
 
 
@@ -195,12 +221,13 @@ def _run(
                     axes=fixed.get(job.technique.name),
                     dtypes=dtypes or (accepted_dtypes(job.technique, f, seed) if job.with_ and f else None),
                     target=job.with_,
+                    tier=job.tier if backend in KERNELS else "",
                 ).outcomes
         rows += [refusal] if refusal else _rows(outcomes)
 
 
-def _open(backend: str) -> None:
-    """Make `backend` ready, or say why it cannot be.
+def _open(backend: str, tier: str | None = None) -> None:
+    """Make `backend` ready, or say why it cannot be, or have such a tier.
 
     Raises
     ------
@@ -210,6 +237,8 @@ def _open(backend: str) -> None:
     if backend == "cudasim":
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
     reason = why_not(backend)
+    if reason is None and backend == "cudasim" and tier not in (None, "portable"):
+        reason = f"tier {tier} needs a GPU: --backend cuda"
     if reason is not None:
         from refimpl.errors import BackendUnavailableError
 
@@ -218,7 +247,7 @@ def _open(backend: str) -> None:
 
 def _poisoned(backend: str) -> AbstractContextManager[None]:
     """Fill outputs on the device with NaN before a kernel runs, so that what it does not write shows."""
-    if backend not in ("cuda", "cudasim"):
+    if backend not in KERNELS:
         return nullcontext()
     from cuda_backend.arrays import poisoned_outputs
 
@@ -263,7 +292,7 @@ def _jobs(technique: Technique, backend: str, with_: str | None) -> Iterator[Job
         yield Job(technique, technique.home, lambda: None)
     for item in registry.implementations_of(technique.name):
         if backend in item.backends:
-            yield Job(technique, item.target, item.load)
+            yield Job(technique, item.label, item.load, item=item)
 
 
 def _load(job: Job, backend: str) -> tuple[Callable[..., Any] | None, dict[str, Any] | None]:
@@ -313,7 +342,12 @@ def _rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
 
 
 def _result(
-    rows: list[dict[str, Any]], techniques: list[Technique], jobs: list[Job], backend: str, all_failures: bool
+    rows: list[dict[str, Any]],
+    techniques: list[Technique],
+    jobs: list[Job],
+    backend: str,
+    all_failures: bool,
+    tier: str | None = None,
 ) -> Result:
     totals = {status: sum(row[status] for row in rows) for status in STATUSES}
     tried = {job.technique.name for job in jobs}
@@ -340,7 +374,11 @@ def _result(
     if totals["failed"]:
         problem = f"{totals['failed']} checks failed"
     elif not totals["passed"]:
-        why = f"all {totals['refused']} were refused" if totals["refused"] else f"no function for {backend}"
+        why = (
+            f"all {totals['refused']} were refused"
+            if totals["refused"]
+            else f"no function for {backend}{f' in tier {tier}' if tier else ''}"
+        )
         problem = f"nothing was checked: {why}"
     return Result(
         rows,

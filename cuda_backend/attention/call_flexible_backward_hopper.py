@@ -23,6 +23,7 @@ from cuda_backend.attention.plan_backward_hopper import (
 )
 from cuda_backend.attention.plan_hopper import KINDS
 from cuda_backend.attention.remembered import remembered
+from cuda_backend.attention.ruled_masks import divides, ruled
 from cuda_backend.attention.tile_lists import Draw, key_tile_lists
 from cuda_backend.attention.tile_states import known_block_mask
 from cuda_backend.attention.user_device import Mods
@@ -79,7 +80,7 @@ def flexible_attention_vjp_hopper(
     arrays, aux : tuple
         Arrays of the functions on the GPU, and as the caller gave them.
     blocks : BlockMask, optional
-        States of tiles, of any size, that are known already.
+        States of tiles, of any size, that are known already; they have the last word over the mask.
     scale
         As for `refimpl.attention.flexible_attention`.
     deterministic : bool
@@ -141,6 +142,9 @@ def flexible_attention_vjp_hopper(
             raise UnsupportedError(f"{CALLER}: {'; '.join(found)}")
         layouts = tuple(x.layout for x in inputs)
         chosen = variant or flexible_variant(layouts, mods, deterministic=deterministic)
+        if blocks is not None and not divides(blocks, (chosen.block_m, chosen.block_n)):
+            mods, arrays = ruled(mods, arrays, blocks, layouts[0], stream)
+            chosen = chosen._replace(mods=mods)
         lists = _lists(layouts, chosen, mods, arrays, aux, blocks, stream)
         plan = make_backward_plan(layouts, False, scale, deterministic, stream, device, chosen)
         made = [empty(shape, plan.dtype, q, stream) for shape in plan.shapes]

@@ -14,6 +14,7 @@ from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_flexible_hopper import Lists, enqueue, make_flexible_plan, make_lists
 from cuda_backend.attention.plan_hopper import MISALIGNED, reasons
 from cuda_backend.attention.remembered import knowable, remembered
+from cuda_backend.attention.ruled_masks import divides, ruled
 from cuda_backend.attention.tile_states import known_block_mask
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.context import current_device
@@ -54,7 +55,7 @@ def flexible_attention_hopper(
     arrays, aux : tuple
         Arrays of the functions on the GPU, and as the caller gave them.
     blocks : BlockMask, optional
-        States of tiles, of any size, that are known already.
+        States of tiles, of any size, that are known already; they have the last word over the mask.
     scale, return_lse
         As for `refimpl.attention.flexible_attention`.
     stream : int
@@ -99,6 +100,8 @@ def flexible_attention_hopper(
         lists = _lists(layouts, mods, arrays, aux, blocks, stream)
         if lists.words is not None:  # one kernel for all masks
             mods = mods._replace(mask=None)
+        elif blocks is not None and not divides(blocks, (ROWS, lists.tiles.block_n)):
+            mods, arrays = ruled(mods, arrays, blocks, layouts[0], stream)
         if not any(mod is not None and mod.takes_aux for mod in (mods.mask, mods.score)):
             mods, arrays = mods._replace(aux=()), ()
         which = lists.tiles, lists.words is not None, lists.work_items
@@ -139,5 +142,11 @@ def _lists(
     if blocks is not None and not knowable(read):  # with lists that are, the mask is asked in the kernel
         mods, read = Mods(), ()
     question = "lists", q, v, mods.mask, mods.aux if read else (), blocks, stream
-    found: Lists = remembered(question, read, lambda: make_lists(q, v, states, stream, mods, arrays))
+
+    def make() -> Lists:
+        if blocks is None or mods.mask is None:
+            return make_lists(q, v, states, stream, mods, arrays)
+        return make_lists(q, v, states, stream, *ruled(mods, arrays, blocks, q, stream))
+
+    found: Lists = remembered(question, read, make)
     return found

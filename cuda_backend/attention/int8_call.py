@@ -14,7 +14,7 @@ from cuda_backend.attention.int8_codes_portable import PART, THREADS
 from cuda_backend.formats import FORMATS
 from cuda_backend.int8.memory import allocated
 from cuda_backend.int8.operands import described, one_library
-from cuda_backend.launch import launch, stream_of
+from cuda_backend.launch import launch, stream_of, wait_for
 from refimpl.attention.int8_attention import DEFAULT_BLOCKS
 from refimpl.attention.scores import Causal, score_rule
 from refimpl.errors import DTypeError, OptionError, UnsupportedError
@@ -157,6 +157,7 @@ def prepare(
         raise UnsupportedError(f"{caller}: scale is {rule.scale}; the kernel needs it positive")
     on = stream_of(q, stream)
     views = {name: view(name, array, on) for name, array in named.items()}
+    wait_for(views.values(), on)
     queries, keys = (coded or portable_codes)(views["q"], views["k"], smooth, block_sizes, dtype, q, on)
     return Prepared(
         queries,

@@ -17,6 +17,7 @@ from cuda_backend.attention.descriptors import ALIGNMENT, DESCRIPTOR_BYTES, enco
 from cuda_backend.attention.int8_call import prepare
 from cuda_backend.attention.int8_codes_call_hopper import coded
 from cuda_backend.attention.int8_forward_hopper import KEYS, QUERIES, WIDEST, choose
+from cuda_backend.attention.padding import aligned_rows
 from cuda_backend.attention.plan_hopper import COLUMNS, KINDS, LOG2_E, MISALIGNED, early_config, section_of
 from cuda_backend.attention.variant_hopper import SUBTILE, Variant
 from cuda_backend.context import checked, current_device, driver, is_hopper
@@ -56,7 +57,7 @@ def int8_attention_hopper(
     ----------
     q, k, v : array of float16 or bfloat16, shapes (B, Tq, Hq, D), (B, Tk, Hkv, D), (B, Tk, Hkv, Dv)
         As for `cuda_backend.int8_attention`; D and Dv up to 128.  The last axis of `v` is contiguous, its
-        other strides multiples of 8 numbers.
+        other strides are multiples of 8 numbers, or it is contiguous and copied to such rows first.
     causal, scale, smooth, stream
         As for `cuda_backend.int8_attention`.
     block_sizes : tuple of int
@@ -111,21 +112,22 @@ def int8_attention_hopper(
     out, result = allocated((B, Tq, H, columns), call.dtype, call.like, call.on)
     if 0 in call.shape:
         return result()
-    values = call.v
-    if 0 in values.shape:
+    if 0 in call.v.shape:
         raise UnsupportedError(f"{caller}: there are no keys")
-    used = [step for step, size in zip(values.strides[:3], values.shape, strict=False) if size > 1]
-    if values.strides[3] != 2 or any(step % 16 or step <= 0 for step in used):
-        raise UnsupportedError(f"{caller}: v has strides of {values.strides} bytes; expected multiples of 16")
-    if values.address % 16:
-        raise UnsupportedError(f"{caller}: {MISALIGNED}")
-    queries, keys = (_rows(codes.words) for codes in (call.queries, call.keys))
-    plan = _plan(
-        queries.shape, keys.shape, values.shape, values.strides, call.dtype, bool(causal), call.offset,
-        call.scale, columns, call.on, device,
-    )  # fmt: skip
-    addresses = out.address, call.queries.scale.address, call.keys.scale.address
-    plan.enqueue((queries.address, keys.address, values.address), addresses)
+    with aligned_rows(call.v, call.on) as values:
+        used = [step for step, size in zip(values.strides[:3], values.shape, strict=False) if size > 1]
+        if values.strides[3] != 2 or any(step % 16 or step <= 0 for step in used):
+            rule = "expected multiples of 16"
+            raise UnsupportedError(f"{caller}: v has strides of {values.strides} bytes; {rule}")
+        if values.address % 16:
+            raise UnsupportedError(f"{caller}: {MISALIGNED}")
+        queries, keys = (_rows(codes.words) for codes in (call.queries, call.keys))
+        plan = _plan(
+            queries.shape, keys.shape, values.shape, values.strides, call.dtype, bool(causal), call.offset,
+            call.scale, columns, call.on, device,
+        )  # fmt: skip
+        addresses = out.address, call.queries.scale.address, call.keys.scale.address
+        plan.enqueue((queries.address, keys.address, values.address), addresses)
     return result() if columns == Dv else result()[..., :Dv]
 
 

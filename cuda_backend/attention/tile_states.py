@@ -20,7 +20,15 @@ from refimpl.attention.user_functions import as_mod
 from refimpl.errors import DTypeError, UnsupportedError
 from refimpl.numerics import is_floating, widen
 
-__all__ = ["aux_views", "block_mask", "device_bytes", "known_block_mask", "queue_states", "tile_states"]
+__all__ = [
+    "aux_views",
+    "block_mask",
+    "device_bytes",
+    "known_block_mask",
+    "queue_states",
+    "states_on_device",
+    "tile_states",
+]
 
 AUX = ("bool", "int32", "int64", "uint8", "float32")
 THREADS, SIMULATED_THREADS = 256, 4
@@ -80,6 +88,16 @@ def queue_states(
             blocks=math.prod(tiles), threads=threads, shared_bytes=0, stream=on,
         )  # fmt: skip
     return states
+
+
+def states_on_device(given: BlockMask, on: int) -> View:
+    """Return the states of a block mask where kernels on stream `on` read them, copied once."""
+
+    def make() -> View:
+        return view("block_mask", given.states, on)
+
+    found: View = remembered(("states", given, on), (), make)
+    return found
 
 
 def device_bytes(shape: tuple[int, ...], on: int, dtype: str = "uint8") -> View:

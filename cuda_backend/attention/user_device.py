@@ -103,20 +103,23 @@ def blamed(mods: Mods) -> Iterator[None]:
         names = ("mask_mod", "score_mod", "score_mod_vjp")
         for file, line in reversed(found):
             for name, mod in zip(names, mods[:3], strict=True):
-                if isinstance(mod, Mod) and _covers(mod.function, file, line):
-                    where = mod.function.__code__.co_filename
+                where = _covering(mod.function, file, line) if isinstance(mod, Mod) else None
+                if where is not None:
                     raise OptionError(
                         f"{name}: does not compile for the GPU; {where}, line {line}: {_cause(text)}"
                     ) from error
         raise
 
 
-def _covers(function: Any, file: str, line: int) -> bool:
+def _covering(function: Any, file: str, line: int) -> str | None:
+    """Return the path of `file` if that line of it is of the function, or of one that it closes over."""
     code = function.__code__
     lines = [number for _, _, number in code.co_lines() if number is not None]
+    if Path(code.co_filename).name == file and min(lines) <= line <= max(lines):
+        return str(code.co_filename)
     inner = [cell.cell_contents for cell in function.__closure__ or ()]
-    inside = Path(code.co_filename).name == file and min(lines) <= line <= max(lines)
-    return inside or any(_covers(item, file, line) for item in inner if isinstance(item, FunctionType))
+    found = (_covering(item, file, line) for item in inner if isinstance(item, FunctionType))
+    return next((path for path in found if path is not None), None)
 
 
 def _cause(text: str) -> str:

@@ -13,10 +13,17 @@ from cuda_backend.context import current_device
 from cuda_backend.int8.memory import allocated
 from cuda_backend.int8.operands import described, one_format, one_library
 from cuda_backend.launch import stream_of, torch_stream, wait_for
+from cuda_backend.weight_only.operands import stored_weight
 from cuda_backend.weight_only.plan import Plan, address_of, plan_of
-from cuda_backend.weight_only.prepared import PreparedInt8, PreparedNF4, check_kind
+from cuda_backend.weight_only.prepared import (
+    PreparedInt8,
+    PreparedNF4,
+    prepare_int8_groups,
+    prepare_nf4,
+)
 from cuda_backend.weight_only.variant import MOST_TOKENS, deep
 from refimpl.errors import UnsupportedError
+from refimpl.quant import Int8Groups, NF4Weight, nf4_quantize, quantize_groups
 from refimpl.validation import bind_axes, floating
 
 __all__ = ["int8_linear_decode", "nf4_linear_decode"]
@@ -24,7 +31,9 @@ __all__ = ["int8_linear_decode", "nf4_linear_decode"]
 KINDS = {"float16": "f16", "bfloat16": "bf16"}
 
 
-def int8_linear_decode(x: Any, weight: PreparedInt8, /, *, bias: Any = None, stream: Any = None) -> Any:
+def int8_linear_decode(
+    x: Any, weight: Any, /, *, bias: Any = None, group_size: int = 128, stream: Any = None
+) -> Any:
     """Return ``x @ dequantised(weight) + bias`` for up to 16 tokens, the weight widened in registers.
 
     Parameters
@@ -32,11 +41,14 @@ def int8_linear_decode(x: Any, weight: PreparedInt8, /, *, bias: Any = None, str
     x : array of float16 or bfloat16, shape (M, K)
         Tokens, 1 to 16: NumPy's, or of a GPU library on the current GPU; rows are whole and begin at
         multiples of 8 bytes.
-    weight : PreparedInt8
+    weight : PreparedInt8, Int8Groups, or a NumPy array, shape (K, N)
         As `prepare_int8_groups` makes it, in the library of `x`; constant, as
-        `cuda_backend.weight_only.prepared` says.
+        `cuda_backend.weight_only.prepared` says.  Any other, which `cuda_backend.int8_weight_linear` takes
+        too, is prepared in every call, and waited for.
     bias : array like `x`, shape (N,), optional
         Added in float32.
+    group_size : int
+        Of a weight that is not prepared yet.
     stream : int or stream object, optional
         Where to run.  Default: the stream that the library of `x` works on.
 
@@ -49,8 +61,10 @@ def int8_linear_decode(x: Any, weight: PreparedInt8, /, *, bias: Any = None, str
     ------
     ShapeError, DTypeError
         If the arrays do not fit, or are of several libraries.
+    OptionError
+        As the reference.
     UnsupportedError
-        For other formats, more tokens, or rows that lie elsewhere.
+        For other formats, more tokens, or rows that lie elsewhere; as `prepare_int8_groups`.
     BackendUnavailableError
         If there is neither a GPU nor the simulator.
 
@@ -72,22 +86,33 @@ def int8_linear_decode(x: Any, weight: PreparedInt8, /, *, bias: Any = None, str
     ...     x = np.arange(128, dtype=np.float16)[None]
     ...     assert np.abs(int8_linear_decode(x, weight) - x).max() < 0.07
     """
-    check_kind(weight, PreparedInt8)
+    if not isinstance(weight, PreparedInt8):
+        weight = _int8_prepared(weight, group_size, stream)
     groups = -(-weight.shape[0] // weight.group_size)
     share = max(1, -(-weight.group_size // deep("int8")))
     return _decode("int8", x, weight.shape, [weight.codes, weight.scale], groups, share, bias, stream)
 
 
-def nf4_linear_decode(x: Any, weight: PreparedNF4, /, *, bias: Any = None, stream: Any = None) -> Any:
+def nf4_linear_decode(
+    x: Any,
+    weight: Any,
+    /,
+    *,
+    bias: Any = None,
+    block_size: int = 64,
+    scale_block_size: int = 256,
+    stream: Any = None,
+) -> Any:
     """Return ``x @ doubleDequant(weight) + bias`` for up to 16 tokens, the weight looked up in registers.
 
     Parameters
     ----------
     x, bias, stream
         As for `int8_linear_decode`.
-    weight : PreparedNF4
-        As `prepare_nf4` makes it, in the library of `x`; constant, as
-        `cuda_backend.weight_only.prepared` says.
+    weight : PreparedNF4, NF4Weight, or a NumPy array, shape (K, N)
+        As `prepare_nf4` makes it; otherwise as for `int8_linear_decode`.
+    block_size, scale_block_size : int
+        Of a weight that is not stored yet.
 
     Returns
     -------
@@ -96,8 +121,8 @@ def nf4_linear_decode(x: Any, weight: PreparedNF4, /, *, bias: Any = None, strea
 
     Raises
     ------
-    ShapeError, DTypeError, UnsupportedError, BackendUnavailableError
-        As `int8_linear_decode`.
+    ShapeError, DTypeError, OptionError, UnsupportedError, BackendUnavailableError
+        As `int8_linear_decode`, and as `prepare_nf4`.
 
     Notes
     -----
@@ -118,10 +143,26 @@ def nf4_linear_decode(x: Any, weight: PreparedNF4, /, *, bias: Any = None, strea
     ...     x = np.arange(256, dtype=np.float16)[None]
     ...     assert np.array_equal(nf4_linear_decode(x, weight), x)
     """
-    check_kind(weight, PreparedNF4)
+    if not isinstance(weight, PreparedNF4):
+        weight = _nf4_prepared(weight, block_size, scale_block_size, stream)
     share = weight.scale_block_size.bit_length() - 1
     parts = [weight.codes, weight.absmax_codes, weight.scale, weight.offset]
     return _decode("nf4", x, weight.shape, parts, 0, share, bias, stream)
+
+
+def _int8_prepared(weight: Any, group_size: int, stream: Any) -> PreparedInt8:
+    stored = stored_weight(
+        "int8_linear_decode", weight, Int8Groups, lambda w: quantize_groups(w, group_size=group_size)
+    )
+    return prepare_int8_groups(stored, group_size=group_size, stream=stream)
+
+
+def _nf4_prepared(weight: Any, block_size: int, scale_block_size: int, stream: Any) -> PreparedNF4:
+    sizes = {"block_size": block_size, "scale_block_size": scale_block_size}
+    return prepare_nf4(
+        stored_weight("nf4_linear_decode", weight, NF4Weight, lambda w: nf4_quantize(w, **sizes)),
+        stream=stream,
+    )
 
 
 def _decode(

@@ -24,6 +24,7 @@ from refimpl.attention.dilated_window import (
 from refimpl.attention.flash import block_sizes_for, flash_attention, flash_attention_steps
 from refimpl.attention.flash_backward import flash_attention_vjp
 from refimpl.attention.flexible import flexible_attention, flexible_attention_vjp
+from refimpl.attention.flexible_backward import flexible_attention_backward
 from refimpl.attention.global_tokens import (
     global_tokens_attention,
     global_tokens_attention_blocked,
@@ -74,6 +75,7 @@ from refimpl.attention.sliding_window_banded import (
 )
 from refimpl.attention.standard import standard_attention, standard_attention_vjp
 from refimpl.attention.varlen import varlen_attention, varlen_attention_vjp
+from refimpl.attention.varlen_backward import varlen_attention_backward
 from refimpl.attention.varlen_masked import varlen_attention_masked, varlen_attention_masked_vjp
 
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "flash_attention_steps",
     "flash_attention_vjp",
     "flexible_attention",
+    "flexible_attention_backward",
     "flexible_attention_vjp",
     "global_tokens_attention",
     "global_tokens_attention_blocked",
@@ -151,6 +154,7 @@ __all__ = [
     "standard_attention",
     "standard_attention_vjp",
     "varlen_attention",
+    "varlen_attention_backward",
     "varlen_attention_masked",
     "varlen_attention_masked_vjp",
     "varlen_attention_vjp",

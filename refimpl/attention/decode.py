@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from refimpl.attention.dense import AttentionOutput, scaled_dot_product_attention
+from refimpl.attention.output_spread import output_spread
 from refimpl.attention.samples import attention_terms
 from refimpl.attention.samples_decode import AXES, EDGES, OPTIONS, PAGED_EDGES, sample_decode, sample_paged
 from refimpl.attention.scores import attention_shape
@@ -41,6 +42,10 @@ def merged(outs: FloatArray, lses: FloatArray) -> AttentionOutput:
     return AttentionOutput(np.sum(np.swapaxes(shares, 2, 3)[..., None] * outs, axis=0), lse)
 
 
+def _split_kv_spread(case: Case) -> Any:
+    return output_spread(split_kv_attention, case)
+
+
 @technique(
     "attention.split_kv",
     entries=(15, 27),
@@ -51,6 +56,7 @@ def merged(outs: FloatArray, lses: FloatArray) -> AttentionOutput:
     edges=EDGES,
     sample=sample_decode,
     terms=lambda case: attention_terms(_as_dense(case)),
+    spread=_split_kv_spread,
 )
 def split_kv_attention(
     q: FloatArray,
@@ -142,6 +148,10 @@ def gathered(pages: FloatArray, page_table: IntArray) -> FloatArray:
     return round_to(widen(rows), pages.dtype).reshape(B, count * pages.shape[1], *pages.shape[2:])
 
 
+def _paged_spread(case: Case) -> Any:
+    return output_spread(paged_attention, case)
+
+
 @technique(
     "attention.paged",
     entries=(15,),
@@ -152,6 +162,7 @@ def gathered(pages: FloatArray, page_table: IntArray) -> FloatArray:
     edges=PAGED_EDGES,
     sample=sample_paged,
     terms=lambda case: attention_terms(_as_dense(_without_pages(case))),
+    spread=_paged_spread,
 )
 def paged_attention(
     q: FloatArray,

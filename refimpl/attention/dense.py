@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 import numpy as np
 
 from refimpl.attention.online_softmax import softmax
+from refimpl.attention.output_spread import lse_spread
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, attention_terms, sample_attention
 from refimpl.attention.scores import AttentionOptions, Causal, ScoreRule, backward_rule, score_rule
 from refimpl.numerics import BoolArray, FloatArray, IntArray, contract, round_to, wide_dtype, widen
@@ -67,6 +68,7 @@ def scaled_dot_product_attention(
     edges=EDGES,
     sample=sample_attention,
     terms=attention_terms,
+    spread=lambda case: lse_spread(scaled_dot_product_attention, case),
     vjp="refimpl.attention.dense:scaled_dot_product_attention_vjp",
 )
 def scaled_dot_product_attention(

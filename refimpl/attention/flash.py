@@ -12,8 +12,9 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from refimpl.attention.dense import AttentionOutput
+from refimpl.attention.dense import AttentionOutput, scaled_dot_product_attention
 from refimpl.attention.online_softmax import SoftmaxState, block_state, merge, rescale
+from refimpl.attention.output_spread import lse_spread
 from refimpl.attention.samples import AXES, EDGES, OPTIONS, attention_terms, sample_tiled_attention
 from refimpl.attention.scores import AttentionOptions, ScoreRule, score_rule
 from refimpl.errors import DTypeError, OptionError
@@ -90,6 +91,7 @@ def blocks(length: int, size: int) -> list[slice]:
     edges=EDGES,
     sample=sample_tiled_attention,
     terms=attention_terms,
+    spread=lambda case: lse_spread(scaled_dot_product_attention, case.without("block_sizes", "sram")),
     vjp="refimpl.attention.flash_backward:flash_attention_recomputed_vjp",
 )
 def flash_attention(

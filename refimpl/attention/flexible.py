@@ -10,15 +10,23 @@ import numpy as np
 from refimpl.attention.block_mask import FULL, PARTIAL, BlockMask, checked_block_mask
 from refimpl.attention.dense import AttentionGradients, AttentionOutput
 from refimpl.attention.online_softmax import softmax
+from refimpl.attention.output_spread import output_spread
 from refimpl.attention.samples_flexible import AXES, EDGES, OPTIONS, flexible_terms, sample_flexible
 from refimpl.attention.scores import AttentionShape, attention_shape
 from refimpl.attention.user_functions import Aux, Mod, as_mod, modified_scores, where_allowed
 from refimpl.errors import DTypeError, OptionError
 from refimpl.numerics import Array, FloatArray, contract, is_floating, round_to, wide_dtype, widen
-from refimpl.registry import Source, technique
+from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, bind_axes, finite, floating
 
-__all__ = ["ModRule", "flexible_attention", "flexible_attention_vjp", "mod_rule"]
+__all__ = [
+    "ModRule",
+    "changed_scores",
+    "flexible_attention",
+    "flexible_attention_vjp",
+    "input_gradients",
+    "mod_rule",
+]
 
 
 class ModRule(NamedTuple):
@@ -34,6 +42,15 @@ class ModRule(NamedTuple):
     vjp: Mod | None
     aux: Aux
     states: Array | None = None
+
+    def product_gradient(self, ds: FloatArray, score: FloatArray, alive: Array) -> FloatArray:
+        """Return the gradient of q·k, given that of the scores behind `score_mod`.
+
+        Where a score is not `alive` but masked, its gradient is not asked for: it may be no number.
+        """
+        if self.vjp is not None:
+            ds = np.where(alive, modified_scores(self.vjp, (ds, score), _indices(self.shape), self.aux), 0)
+        return ds * score.dtype.type(self.scale)
 
 
 def mod_rule(
@@ -83,6 +100,10 @@ def mod_rule(
     )
 
 
+def _spread(case: Case) -> Any:
+    return output_spread(flexible_attention, case)
+
+
 @technique(
     "attention.flexible",
     entries=(8, 18, 19, 20, 21, 105),
@@ -93,6 +114,7 @@ def mod_rule(
     edges=EDGES,
     sample=sample_flexible,
     terms=flexible_terms,
+    spread=_spread,
     vjp="refimpl.attention.flexible:flexible_attention_vjp",
 )
 def flexible_attention(
@@ -230,24 +252,29 @@ def flexible_attention_vjp(
     if rule.score is not None and rule.vjp is None:
         raise OptionError("score_mod_vjp: needed for gradients through score_mod")
     score, p, _ = _probabilities(q, k, rule)
-    group = rule.shape.group
-    dp = contract("bihd,bjhd->bhij", do, np.repeat(v, group, axis=2))
+    dp = contract("bihd,bjhd->bhij", do, np.repeat(v, rule.shape.group, axis=2))
     ds = p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
-    if rule.vjp is not None:
-        alive = p > 0  # where a score is masked its gradient is not asked for: it may be no number
-        ds = np.where(alive, modified_scores(rule.vjp, (ds, score), _indices(rule.shape), rule.aux), 0)
-    dproduct = round_to(ds * score.dtype.type(rule.scale), q.dtype)
-    dq = contract("bhij,bjhd->bihd", dproduct, np.repeat(k, group, axis=2))
-    dk = contract("bhij,bihd->bjhd", dproduct, q)
-    dv = contract("bhij,bihd->bjhd", p, do)
-    return AttentionGradients(
-        round_to(dq, dtype),
-        *(round_to(x.reshape(*k.shape[:3], group, x.shape[3]).sum(axis=3), dtype) for x in (dk, dv)),
-    )
+    found = input_gradients(q, k, do, p, rule.product_gradient(ds, score, p > 0))
+    return AttentionGradients(*(round_to(x, dtype) for x in found))
 
 
 def _probabilities(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return scores before `score_mod` in the wide dtype, probabilities rounded, and the log-sum-exp."""
+    score, modified = changed_scores(q, k, rule)
+    rounded = round_to(modified, q.dtype).astype(score.dtype, copy=False)
+    p, lse = softmax(rounded, return_lse=True)
+    return score, round_to(p, q.dtype), lse
+
+
+def changed_scores(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatArray, FloatArray]:
+    """Return scores in the wide dtype: before `score_mod`, and behind it and the mask.
+
+    Examples
+    --------
+    >>> x = np.ones((1, 2, 1, 4))
+    >>> [y.tolist() for y in changed_scores(x, x, mod_rule(x, x, x, mask_mod=lambda b, h, i, j: j < 1))]
+    [[[[[2.0, 2.0], [2.0, 2.0]]]], [[[[2.0, -inf], [2.0, -inf]]]]]
+    """
     product = contract("bihd,bjhd->bhij", q, np.repeat(k, rule.shape.group, axis=2))
     score = product * product.dtype.type(rule.scale)
     indices = _indices(rule.shape)
@@ -257,9 +284,27 @@ def _probabilities(q: FloatArray, k: FloatArray, rule: ModRule) -> tuple[FloatAr
         if rule.states is not None:
             allowed = np.where(rule.states == PARTIAL, allowed, rule.states == FULL)
         modified = np.where(allowed, modified, score.dtype.type(-np.inf))
-    rounded = round_to(modified, q.dtype).astype(score.dtype, copy=False)
-    p, lse = softmax(rounded, return_lse=True)
-    return score, round_to(p, q.dtype), lse
+    return score, modified
+
+
+def input_gradients(
+    q: FloatArray, k: FloatArray, do: FloatArray, p: FloatArray, dproduct: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return dq, dk and dv from the probabilities and the gradient of q·k, both rounded to the dtype of `q`.
+
+    Examples
+    --------
+    >>> x, p = np.ones((1, 1, 1, 4)), np.ones((1, 1, 1, 1))
+    >>> [float(y.sum()) for y in input_gradients(x, x, x, p, 2 * p)]
+    [8.0, 8.0, 4.0]
+    """
+    group = q.shape[2] // k.shape[2]
+    p, dproduct = round_to(p, q.dtype), round_to(dproduct, q.dtype)
+    dq = contract("bhij,bjhd->bihd", dproduct, np.repeat(k, group, axis=2))
+    dk = contract("bhij,bihd->bjhd", dproduct, q)
+    dv = contract("bhij,bihd->bjhd", p, do)
+    dk, dv = (x.reshape(*k.shape[:3], group, x.shape[3]).sum(axis=3) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def _indices(shape: AttentionShape) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refimpl.attention.online_softmax import softmax
+from refimpl.attention.output_spread import output_spread
 from refimpl.attention.samples import sample_attention
 from refimpl.attention.scores import Causal, ScoreRule, score_rule
 from refimpl.errors import OptionError
@@ -168,6 +169,10 @@ _PLAIN: dict[str, int | str | bool] = {
 }  # fmt: skip
 
 
+def _spread(case: Case) -> Any:
+    return output_spread(int8_attention, case)
+
+
 @technique(
     "attention.int8",
     entries=(29, 72),
@@ -202,6 +207,7 @@ _PLAIN: dict[str, int | str | bool] = {
     ),
     sample=sample_int8_attention,
     terms=_terms,
+    spread=_spread,
 )
 def int8_attention(
     q: FloatArray,

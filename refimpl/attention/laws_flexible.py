@@ -9,7 +9,7 @@ import numpy as np
 
 from refimpl.attention.block_mask import DEAD, FULL, PARTIAL, BlockMask, block_mask
 from refimpl.errors import LawViolation
-from refimpl.numerics import round_to, widen
+from refimpl.numerics import BoolArray, round_to, widen
 from refimpl.registry import Case, law
 from refimpl.testing import Close
 
@@ -33,7 +33,8 @@ def _odd_rows(_b: Any, _h: Any, i: Any, _j: Any) -> Any:
     return i % 2 == 1
 
 
-def _first_three(_b: Any, _h: Any, _i: Any, j: Any) -> Any:
+def first_three(_b: Any, _h: Any, _i: Any, j: Any) -> Any:
+    """Return whether a key is one of the first three."""
     return j < 3
 
 
@@ -71,14 +72,14 @@ def a_term_alike_for_all_keys_cancels(f: Attention, case: Case, close: Close) ->
 def an_infinite_score_is_a_mask(f: Attention, case: Case, close: Close) -> None:
     """A score_mod that returns -inf does what a mask_mod that says no does."""
     bare = case.without(*FUNCTIONS)
-    masked, infinite = bare.replace(mask_mod=_first_three), bare.replace(score_mod=_infinite_behind_three)
+    masked, infinite = bare.replace(mask_mod=first_three), bare.replace(score_mod=_infinite_behind_three)
     close.on(masked)(_out(infinite, f), _out(masked, f), "-inf in place of a mask")
 
 
 @law("attention.flexible")
 def keys_behind_the_mask_do_not_matter(f: Attention, case: Case, close: Close) -> None:
     """What stands at keys that the mask leaves out changes nothing."""
-    masked = case.without(*FUNCTIONS).replace(mask_mod=_first_three)
+    masked = case.without(*FUNCTIONS).replace(mask_mod=first_three)
     q, k, v = masked.args
     hidden = (np.arange(k.shape[1]) >= 3)[:, None, None]
     other = [np.where(hidden, round_to(widen(x) + np.float32(1.0), x.dtype), x) for x in (k, v)]
@@ -109,16 +110,22 @@ def states_of_tiles_computed_before_change_nothing(f: Attention, case: Case, clo
 @law("attention.flexible")
 def tiles_have_the_last_word(f: Attention, case: Case, close: Close) -> None:
     """Dead tiles are masked and full ones are not, whatever the function says; it speaks in partial ones."""
-    bare, (Tq, Tk) = case.without(*FUNCTIONS), (x.shape[1] for x in case.args[:2])
-    rows, columns = np.ogrid[: -(-Tq // 2), : -(-Tk // 3)]
-    states = np.array([DEAD, PARTIAL, FULL], np.uint8)[(rows + columns) % 3][None, None]
-    tiles = BlockMask(states, (2, 3), (Tq, Tk))
-    state = states[0, 0].repeat(2, axis=0)[:Tq].repeat(3, axis=1)[:, :Tk]
-    meant = np.where(state == PARTIAL, np.arange(Tk) < 3, state == FULL)
-    asked = bare.replace(mask_mod=_first_three, block_mask=tiles)
-    named = bare.replace(mask_mod=_named, aux=(meant,))
+    tiles, meant = overruling(case.args[0].shape[1], case.args[1].shape[1])
+    bare = case.without(*FUNCTIONS)
+    asked = bare.replace(mask_mod=first_three, block_mask=tiles)
+    named = bare.replace(mask_mod=by_name, aux=(meant,))
     close.on(named)(_out(asked, f), _out(named, f), "states that overrule the function")
 
 
-def _named(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+def overruling(Tq: int, Tk: int) -> tuple[BlockMask, BoolArray]:
+    """Return states of small tiles, and what they and `first_three` allow together."""
+    rows, columns = np.ogrid[: -(-Tq // 2), : -(-Tk // 3)]
+    states = np.array([DEAD, PARTIAL, FULL], np.uint8)[(rows + columns) % 3]
+    state = states.repeat(2, axis=0)[:Tq].repeat(3, axis=1)[:, :Tk]
+    meant = np.where(state == PARTIAL, np.arange(Tk) < 3, state == FULL)
+    return BlockMask(states[None, None], (2, 3), (Tq, Tk)), meant
+
+
+def by_name(_b: Any, _h: Any, i: Any, j: Any, aux: Any) -> Any:
+    """Return what the first array says of a score."""
     return aux[0][i, j]

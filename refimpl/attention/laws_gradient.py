@@ -16,7 +16,7 @@ Backward = Callable[..., Any]
 BACKWARD = ("attention.flash_backward", "attention.standard_backward")
 
 
-@law(*BACKWARD)
+@law(*BACKWARD, "attention.flexible_backward", "attention.varlen_backward")
 def gradients_are_linear_in_the_output_gradient(f: Backward, case: Case, close: Close) -> None:
     """Doubling the gradient of the output doubles every gradient."""
     do = case.args[-1]

@@ -59,6 +59,9 @@ class Mod(NamedTuple):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mod) and self.key == other.key
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a tuple has one of its own
+
     def __hash__(self) -> int:
         return hash(self.key)
 

@@ -13,17 +13,19 @@ from refimpl.attention.dense import (
     scaled_dot_product_attention,
     scaled_dot_product_attention_vjp,
 )
+from refimpl.attention.output_spread import output_spread
 from refimpl.attention.samples_varlen import AXES, EDGES, OPTIONS, sample_varlen, varlen_terms
 from refimpl.attention.scores import AttentionShape, Causal, attention_shape
 from refimpl.errors import DTypeError, OptionError, ShapeError
 from refimpl.memory import Memory
 from refimpl.numerics import Array, FloatArray, IntArray, round_to, wide_dtype
-from refimpl.registry import Source, technique
+from refimpl.registry import Case, Source, technique
 from refimpl.validation import as_array, bind_axes, floating, whole
 
 __all__ = [
     "EVERYWHERE",
     "Packing",
+    "Seen",
     "checked_window",
     "key_ranges",
     "packing",
@@ -88,6 +90,10 @@ def _starts(name: str, value: Any, total: int) -> IntArray:
     return starts
 
 
+def _spread(case: Case) -> Any:
+    return output_spread(varlen_attention, case)
+
+
 @technique(
     "attention.varlen",
     entries=(8, 29),
@@ -98,6 +104,7 @@ def _starts(name: str, value: Any, total: int) -> IntArray:
     edges=EDGES,
     sample=sample_varlen,
     terms=varlen_terms,
+    spread=_spread,
     vjp="refimpl.attention.varlen:varlen_attention_vjp",
 )
 def varlen_attention(
@@ -170,7 +177,7 @@ def varlen_attention(
     """
     q, k, v = floating(q=q, k=k, v=v)
     pack, moved = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal), memory or Memory()
-    seen = _Seen(pack, causal, window_size)
+    seen = Seen(pack, causal, window_size)
     out = np.zeros((pack.shape.Tq, pack.shape.Hq, pack.shape.Dv), q.dtype)
     lse = np.full((pack.shape.Tq, pack.shape.Hq), -np.inf, wide_dtype(q.dtype))
     for queries, keys in pack.parts():
@@ -230,7 +237,7 @@ def varlen_attention_vjp(
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
     pack = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal)
     bind_axes({"q": (q, "Tq Hq D"), "v": (v, "Tk Hkv Dv"), "do": (do, "Tq Hq Dv")})
-    seen = _Seen(pack, causal, window_size)
+    seen = Seen(pack, causal, window_size)
     dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
     for queries, keys in pack.parts():
         parts = (x[part][None] for x, part in ((q, queries), (k, keys), (v, keys), (do, queries)))
@@ -288,7 +295,7 @@ def key_ranges(
     return first, behind
 
 
-class _Seen:
+class Seen:
     """What the queries of a sequence see of its keys, as options of `scaled_dot_product_attention`."""
 
     def __init__(self, pack: Packing, causal: Causal, window_size: tuple[int, int]) -> None:

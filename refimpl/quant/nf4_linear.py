@@ -17,6 +17,7 @@ from refimpl.numerics import FloatArray, contract, round_to, widen
 from refimpl.quant.qlora import NF4Weight, qlora_dequantize, qlora_quantize
 from refimpl.quant.weight_only import (
     EDGES,
+    NF4_EDGES,
     WeightOnlyGradients,
     gradients,
     linear_terms,
@@ -72,7 +73,7 @@ def nf4_quantize(weight: FloatArray, /, *, block_size: int = 64, scale_block_siz
     source=Source("Dettmers et al. 2023", "arXiv:2305.14314", "eq. 5 without the adapter, and eq. 6"),
     axes={"M": (1, 4), "K": (1, 40), "N": (1, 7), "block_size": (1, 40), "scale_block_size": (1, 5)},
     options={"bias": (False, True), "values": ("normal", "zero", "scaled")},
-    edges=EDGES,
+    edges=(*EDGES, *NF4_EDGES),
     sample=sample_weight_only,
     terms=linear_terms,
     vjp="refimpl.quant.nf4_linear:nf4_linear_vjp",

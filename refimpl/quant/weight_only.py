@@ -187,6 +187,18 @@ EDGES: tuple[dict[str, int | str | bool], ...] = (
     {"M": 16, "K": 24, "N": 17, "bias": True, "values": "normal"},
     {"M": 17, "K": 9, "N": 3, "bias": False, "values": "normal"},
 )
+# What kernels for tensor cores take: whole steps of their products, and sizes of groups that fit these.
+_WHOLE: dict[str, int | str | bool] = {"K": 256, "bias": True, "values": "scaled"}
+INT8_EDGES = (
+    {**_WHOLE, "M": 1, "N": 5, "group_size": 128},
+    {**_WHOLE, "M": 3, "N": 17, "group_size": 256, "values": "zero"},
+    {**_WHOLE, "M": 16, "N": 5, "group_size": 128, "bias": False},
+)
+NF4_EDGES = (
+    {**_WHOLE, "M": 1, "N": 5, "block_size": 64, "scale_block_size": 4},
+    {**_WHOLE, "M": 3, "N": 17, "block_size": 64, "scale_block_size": 8, "values": "zero"},
+    {**_WHOLE, "M": 16, "N": 5, "block_size": 64, "scale_block_size": 16, "bias": False},
+)
 
 
 @technique(
@@ -196,7 +208,7 @@ EDGES: tuple[dict[str, int | str | bool], ...] = (
     source=Source("Yao et al. 2022", "arXiv:2206.01861", "section 4.1, group-wise quantization for weights"),
     axes={"M": (1, 4), "K": (1, 40), "N": (1, 7), "group_size": (1, 48)},
     options={"bias": (False, True), "values": ("normal", "zero", "scaled")},
-    edges=EDGES,
+    edges=(*EDGES, *INT8_EDGES),
     sample=sample_weight_only,
     terms=linear_terms,
     vjp="refimpl.quant.weight_only:int8_weight_linear_vjp",

@@ -70,6 +70,12 @@ def test_long_masks_are_made_in_seconds_and_little_memory() -> None:
     assert most < 1 << 26
 
 
+def test_a_function_made_anew_is_no_other_function() -> None:
+    tiles = block_mask(mods.sliding(3), 2, 2, 11, 13, block_sizes=(4, 4))
+    found = flexible_attention(Q, K, K, mask_mod=mods.sliding(3), block_mask=tiles)
+    assert np.array_equal(found, flexible_attention(Q, K, K, block_mask=tiles))
+
+
 def test_what_is_refused() -> None:
     tiles = block_mask(mods.causal, 2, 2, 11, 13, block_sizes=(4, 4))
     with pytest.raises(ShapeError, match=r"states of 2 sequences, 2 heads and \(11, 12\) scores"):

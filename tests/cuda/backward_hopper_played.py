@@ -36,6 +36,7 @@ from cuda_backend.attention import (
     schedule_backward_hopper,
     schedule_hopper,
     stages_backward_hopper,
+    tile_states,
     values_wide_backward_hopper,
     wide_backward_hopper,
 )
@@ -180,6 +181,7 @@ def played(
         for module in (call_backward_hopper, call_flexible_backward_hopper):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(tile_states, "view", viewed)
     monkeypatch.setattr(remembered, "_answers", OrderedDict())
     plan_backward_hopper.make_backward_plan.cache_clear()
     return launched

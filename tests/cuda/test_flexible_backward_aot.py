@@ -12,14 +12,17 @@ from tests.cuda.ahead import answer
 PROGRAM = """
 import json, re, sys
 from cuda_backend.attention.flexible_backward_hopper import build_flexible_backward, flexible_signature
+from cuda_backend.attention.ruled_masks import ruled_functions
 from cuda_backend.attention.user_device import Mods
 from cuda_backend.attention.variant_backward_hopper import choose_backward
 from tests.cuda.ahead import measured
 from tests.cuda.flexible_backward_forms import functions
 
+TILES = " in tiles"
 name, width, deterministic, kind = json.loads(sys.argv[1])
 variant = choose_backward(kind, width, width, False, deterministic=deterministic)
-variant = variant._replace(mods=Mods() if name == "none" else functions(name))
+mods = Mods() if name == "none" else functions(name.removesuffix(TILES))
+variant = variant._replace(mods=ruled_functions(mods, (32, 48)) if name.endswith(TILES) else mods)
 signature = flexible_signature(variant.mods)
 found, ptx = measured(build_flexible_backward, variant, signature, variant.threads)
 print(json.dumps(found | {
@@ -57,6 +60,13 @@ def clean(found: dict[str, Any], most: int) -> None:
 )
 def test_nothing_spills(case: Any) -> None:
     clean(compiled(*case), 0)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["sliding", "ALiBi"])
+def test_masks_that_obey_tiles(name: str) -> None:
+    """A block mask of other tiles than the kernel's: states in the loop that asks for bits."""
+    clean(compiled(f"{name} in tiles", 64, False, "f16"), 24 if name == "ALiBi" else 0)
 
 
 @pytest.mark.aot_full

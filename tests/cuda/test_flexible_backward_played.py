@@ -19,6 +19,7 @@ from refimpl.attention import (
     varlen_attention,
     varlen_attention_vjp,
 )
+from refimpl.attention.block_mask import DEAD, FULL, BlockMask
 from refimpl.attention.user_functions import as_mod
 from refimpl.errors import OptionError, UnsupportedError
 from tests.cuda.backward_hopper_played import played
@@ -106,8 +107,8 @@ def gradients(
     wide: list[Any] = [x.astype(np.float64) for x in (q, k, v, do)]
     blocks = more.pop("blocks", None)
     given = {**options(name, sizes), **more}
-    forward: Any = flexible_attention(*wide[:3], return_lse=True, **given)
-    truth = flexible_attention_vjp(*wide, **given)
+    forward: Any = flexible_attention(*wide[:3], return_lse=True, block_mask=blocks, **given)
+    truth = flexible_attention_vjp(*wide, block_mask=blocks, **given)
     aux = tuple(x.astype(np.float32) if x.dtype.kind == "f" else x for x in given.get("aux", ()))
     arrays = tuple(viewed("aux", array, 0) for array in aux)
     functions = Mods(
@@ -197,6 +198,27 @@ def test_block_masks_of_any_size(monkeypatch: pytest.MonkeyPatch, sizes: tuple[i
     played(monkeypatch)
     blocks = block_mask(options("sliding", shape)["mask_mod"], 1, 2, 150, 270, block_sizes=sizes)
     assert difference("f16", shape, "sliding", blocks=blocks) < LIMITS["f16"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "name"),
+    [
+        ((64, 128), (100, 270), "sliding"),  # the kernel's own tiles, ragged at both ends
+        ((5, 3), (70, 150), "documents"),
+        ((96, 64), (128, 256), "branching"),
+        ((300, 300), (150, 270), "by head"),  # one tile
+    ],
+)
+def test_states_overrule_the_function(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int], lengths: tuple[int, int], name: str
+) -> None:
+    """Dead tiles have no gradient and full ones all of it, whatever the mask says of them."""
+    shape = (2, *lengths, 2, 1, 64, 64)
+    played(monkeypatch)
+    tiles = (2, 2, *(-(-length // size) for length, size in zip(lengths, sizes, strict=True)))
+    states = np.random.default_rng(3).integers(0, 3, tiles).astype(np.uint8)
+    states[..., -1, -1] = (FULL, DEAD)
+    assert difference("f16", shape, name, blocks=BlockMask(states, sizes, lengths)) < LIMITS["f16"]
 
 
 @pytest.mark.parametrize(

@@ -203,12 +203,31 @@ def test_clear_refusals() -> None:
     for function, given, expected in (
         (prepared.prepare_nf4, (other,), "NF4Weight, got ndarray"),
         (prepared.prepare_int8_groups, (weight,), "Int8Groups, got PreparedNF4"),
-        (call.nf4_linear_decode, (x, other), "PreparedNF4, got ndarray"),
-        (call.int8_linear_decode, (x, weight), "PreparedInt8, got PreparedNF4"),
+        (call.nf4_linear_decode, (x, (1, 2)), "NF4Weight or an array, got tuple"),
+        (call.int8_linear_decode, (x, weight), "Int8Groups or an array, got PreparedNF4"),
     ):
         wrong: Any = function
         with pytest.raises(DTypeError, match=f"weight: expected {expected}"):
             wrong(*given)
+
+
+@pytest.mark.parametrize("kind", ["given", "stored", "prepared"])
+def test_a_weight_is_prepared_by_the_call_if_it_is_not(kind: str) -> None:
+    x, w = np.ones((2, 256), np.float16), np.random.default_rng(0).standard_normal((256, 5))
+    eight = [w, quantize_groups(w.astype(np.float32), group_size=256)]
+    four = [w, nf4_quantize(w.astype(np.float32), scale_block_size=8)]
+    eight.append(prepared.prepare_int8_groups(eight[1], group_size=256))
+    four.append(prepared.prepare_nf4(four[1]))
+    at = ("given", "stored", "prepared").index(kind)
+    bias = np.arange(5, dtype=np.float16)
+    found = call.int8_linear_decode(x, _half(eight[at]), bias=bias, group_size=256)
+    assert np.abs(found - cuda_backend.int8_weight_linear(x, eight[1], bias=bias, group_size=256)).max() < 0.1
+    found = call.nf4_linear_decode(x, _half(four[at]), bias=bias, scale_block_size=8)
+    assert np.abs(found - cuda_backend.nf4_linear(x, four[1], bias=bias)).max() < 0.1
+
+
+def _half(weight: Any) -> Any:
+    return weight.astype(np.float16) if isinstance(weight, np.ndarray) else weight
 
 
 def _on_gpu(array: Any, dtype: str | None = None) -> Any:
