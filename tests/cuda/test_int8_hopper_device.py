@@ -207,6 +207,7 @@ def test_marks_do_not_outlive_a_call() -> None:
         plain = cuda_backend.llm_int8_linear_hopper(x, weight)
         wild = x.clone()
         wild[0, ::3] = 50.0
+        disturb: Any
         for disturb in (
             lambda: cuda_backend.llm_int8_linear_hopper(wild, weight),  # noqa: B023
             lambda: cuda_backend.quantize_rows_hopper(wild, threshold=6.0),  # noqa: B023
