@@ -1,6 +1,7 @@
 """What threads of the Hopper int8 product of few rows do one by one: outliers in shared memory, sums, scales.
 
-The quantiser and the tensor cores are NumPy's; what they leave for outliers is garbage, to be taken away.
+The quantiser, the copy engine and the tensor cores are NumPy's.  Codes of outliers are garbage, which the
+kernel takes away.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.cuda.test_int8_lanes import mutant, placed
 MODULES = (
     arithmetic, aside_hopper, epilogue_hopper, gemm_narrow_hopper, outliers_few_hopper, outliers_hopper
 )  # fmt: skip
+W_MAP, X_MAP = 1, 2
 
 
 class Asked(NamedTuple):
@@ -46,10 +48,11 @@ class Asked(NamedTuple):
     outliers: int
 
 
-ONE_BLOCK = Asked("float16", "released", 13, 300, 9, 16, 1, NEAR - 1)  # two rounds, two turns
-MANY = Asked("bfloat16", "released", 11, 290, 5, 8, 2, NEAR + 5)  # two tiles of tokens
-PAPER = Asked("float16", "paper", 7, 140, 131, 8, 1, NEAR + 3)  # two tiles of the weight
-IDLE = Asked("float16", "released", 3, 300, 5, 8, 4, 2)  # a block without a step
+# Two rounds and two turns, more steps than stages; two tiles of tokens; two of the weight; an idle block.
+ONE_BLOCK = Asked("float16", "released", 13, 1000, 9, 16, 1, NEAR - 1)
+MANY = Asked("bfloat16", "released", 11, 290, 5, 8, 2, NEAR + 5)
+PAPER = Asked("float16", "paper", 7, 140, 131, 8, 1, NEAR + 3)
+IDLE = Asked("float16", "released", 3, 300, 5, 8, 4, 2)
 
 
 def case_with(asked: Asked) -> Case:
@@ -65,23 +68,35 @@ def case_with(asked: Asked) -> Case:
     return case.replace(x, case.args[1])
 
 
-def multiplied(lanes: Lanes, asked: Asked, x_codes: Any, w_codes: Any) -> Any:
-    """Return what stands for the product of tensor cores: it reads codes where descriptors would."""
-    tiles = -(-asked.T // asked.tokens)
+def copied_and_multiplied(lanes: Lanes, barrier: Any, tokens: int, w_codes: Any, x_codes: Any) -> Any:
+    """Return what stands for the copy engine and for the product of tensor cores."""
+    held: dict[tuple[int, int], Any] = {}
+    matrices = {W_MAP: (128, w_codes), X_MAP: (tokens, x_codes)}
 
-    def build(tokens: int, *_: Any) -> Any:
+    def load(target: Any, matrix: Any, full: Any, column: Any, row: Any) -> None:
+        rows, codes = matrices[int(matrix)]
+        found = codes[row : row + rows, column : column + 128]
+        held[lanes.own.block.number, int(target)] = box = np.zeros((rows, 128), np.int64)
+        box[: found.shape[0], : found.shape[1]] = found
+        if matrix == X_MAP:  # which comes last
+            barrier.arrive(full)
+
+    def build(_tokens: int, stages: int, stage_bytes: int, full_at: int, x_place: Any) -> Any:
         def accumulate(base: Any, thread: Any, first: Any, end: Any) -> None:
-            block = lanes.own.block
+            block, total = lanes.own.block, np.zeros((tokens, 128), np.int64)
+            for i in range(int(end - first) if thread % 32 == 0 else 0):
+                full = base + full_at + 8 * (i % stages)
+                barrier.wait(full, i // stages & 1)
+                if thread == 0:
+                    x = held[block.number, int(x_place(base, i % stages, i))]
+                    total += x @ held[block.number, int(base + i % stages * stage_bytes)].T
+                barrier.arrive(full + 8 * stages)
             if thread == 0:
-                tile, part = block.number // asked.blocks, slice(128 * int(first), 128 * int(end))
-                x = x_codes[tile % tiles * tokens :][:tokens, : asked.K][:, part].astype(np.int64)
-                w = w_codes[tile // tiles * 128 :][:128, part].astype(np.int64)
-                place = block.shared[int(base) :][: tokens * 528].view(np.int32).reshape(tokens, 132)
-                place[: len(x), : len(w)] = x @ w.T
+                block.shared[int(base) :][: tokens * 528].view(np.int32).reshape(tokens, 132)[:, :128] = total
 
         return accumulate
 
-    return build
+    return SimpleNamespace(acquire=lambda _: None, load=load), build
 
 
 def difference(
@@ -112,12 +127,23 @@ def difference(
         assert marks.sum() == asked.outliers
         lanes = Lanes(tiles * -(-N // 128) * blocks, variant.threads, blocks)
         lanes.install(monkeypatch, (*MODULES, module, outliers))
-        monkeypatch.setattr(module, "build_accumulate", multiplied(lanes, asked, codes, w_codes))
+        played = copied_and_multiplied(lanes, module.barrier, tokens, w_codes, codes[:, :K])
+        for name, each in zip(("matrix_copy", "build_accumulate"), played, strict=True):
+            monkeypatch.setattr(module, name, each)
         monkeypatch.setattr(module, "build_outliers", outliers.build_outliers)
         kernel = module.build(variant)
         met = (weight.ctypes.data, 2 * N, 2) if convention == "paper" else (w_codes.ctypes.data, 1, K)
         arrays = (out, x_absmax, w_absmax, bias, indices, marks, counters, codes)
-        addresses = (0, 0, *(each.ctypes.data for each in arrays), pitch, x.ctypes.data, 2 * K, 2, *met)
+        addresses = (
+            W_MAP,
+            X_MAP,
+            *(each.ctypes.data for each in arrays),
+            pitch,
+            x.ctypes.data,
+            2 * K,
+            2,
+            *met,
+        )
         numbers = (tiles, -(-steps // blocks), steps, T, N, K)
         lanes.run(lambda: kernel(*map(np.uint64, addresses), *map(np.int32, numbers)))
         assert not marks.any()
@@ -150,6 +176,9 @@ MISTAKES_IN_FINISH = {
     "the first turn again": (ONE_BLOCK, "own, turn = int32(own + token_step * together)", "own, turn = own"),
     "scales of the first tile": (MANY, "uint64(first + place))", "uint64(place))"),
     "outliers not added": (ONE_BLOCK, "y + far[i]", "y"),
+    "steps of the first block": (MANY, "int32(cuda.blockIdx.x % blocks) * own_steps", "0 * own_steps"),
+    "first step in a later stage": (ONE_BLOCK, "full, int32(step * STEP), row)", "full, int32(first), row)"),
+    "x of another tile": (MANY, "int32((first + stage) * STEP), token)", "int32((first + stage) * STEP), 0)"),
     "no bias": (ONE_BLOCK, "shift = unpack(", "_ = unpack("),
 }
 
