@@ -31,6 +31,7 @@ class Block:
         self.warps = [threading.Barrier(32, timeout=PATIENCE) for _ in range(threads // 32)]
         self.slots: list[Any] = [0] * threads
         self.arrived: dict[int, int] = {}
+        self.expected: dict[int, int] = {}
 
 
 class Lanes:
@@ -57,6 +58,8 @@ class Lanes:
                 for each in self.blocks:
                     for barrier in (*each.barriers.values(), *each.warps):
                         barrier.abort()
+                with self.changed:
+                    self.changed.notify_all()
 
         each = [
             threading.Thread(target=play, args=(block, thread), daemon=True)
@@ -89,7 +92,7 @@ class Lanes:
         families = {
             "barrier": self._barrier(), "cluster": self._cluster(), "copy": self._copy(),
             "cuda": self._cuda(), "registers": self._registers(), "turns": self._turns(),
-            "matrix_copy": nothing,
+            "matrix_copy": nothing, "grid": nothing,
             "device_function": lambda function: function,
         }  # fmt: skip
         for module in modules:
@@ -149,15 +152,29 @@ class Lanes:
                 block.barriers[number] = threading.Barrier(threads, timeout=PATIENCE)
             return lambda: self.own.block.barriers[number].wait()
 
+        def initialise(address: Any, count: int) -> None:
+            self.own.block.expected[int(address)] = count
+
         def arrive(address: Any) -> None:
-            with self.lock:
+            with self.changed:
                 arrived = self.own.block.arrived
                 arrived[int(address)] = arrived.get(int(address), 0) + 1
+                self.changed.notify_all()
+
+        def wait(address: Any, parity: Any) -> None:
+            block, place = self.own.block, int(address)
+            self._wait_for(lambda: block.arrived.get(place, 0) // block.expected[place] & 1 != int(parity))
 
         return SimpleNamespace(
-            named=named, warp=self.warp, arrive=arrive, initialise=lambda *_: None, wait=lambda *_: None,
+            named=named, warp=self.warp, arrive=arrive, initialise=initialise, wait=wait,
             expect_bytes=lambda *_: None, publish_initialisation=lambda: None, publish_stores=lambda: None,
         )  # fmt: skip
+
+    def _wait_for(self, seen: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: seen() or self.problems, PATIENCE), "a wait does not end"
+        if self.problems:
+            raise threading.BrokenBarrierError
 
     def _cluster(self) -> Any:
         def mine() -> int:
@@ -166,17 +183,13 @@ class Lanes:
         def arrive() -> None:
             with self.changed:
                 self.arrivals[mine()] += 1
-                self.changed.notify_all()
+                if self.arrivals[mine()] % (self.threads * self.cluster) == 0:
+                    self.changed.notify_all()
 
         def wait() -> None:
             self.own.phase += 1
             wanted = self.own.phase * self.threads * self.cluster
-            with self.changed:
-                assert self.changed.wait_for(
-                    lambda: self.arrivals[mine()] >= wanted or self.problems, PATIENCE
-                ), "a wait does not end"
-            if self.problems:
-                raise threading.BrokenBarrierError
+            self._wait_for(lambda: self.arrivals[mine()] >= wanted)
 
         def there(address: Any, block: Any) -> Any:
             return self.blocks[mine() * self.cluster + int(block)].shared[int(address) :][:4]
@@ -219,6 +232,10 @@ class Lanes:
             assert int(address) % 16 == 0
             words[int(first) :][:4] = memory(int(address), 16).view(words.dtype)
 
+        def load_shared_16(words: Any, first: Any, address: Any) -> None:
+            assert int(address) % 16 == 0
+            words[int(first) :][:4] = self.own.block.shared[int(address) :][:16].view(words.dtype)
+
         def put(address: Any, *values: Any) -> None:
             data = np.array([int(value) & 0xFFFFFFFF for value in values], np.uint32).view(np.uint8)
             assert int(address) % data.size == 0
@@ -234,6 +251,9 @@ class Lanes:
                 place(address, kind)[0] = value
 
             return store
+
+        def store_shared_byte(address: Any, value: Any) -> None:
+            self.own.block.shared[int(address)] = int(value) & 0xFF
 
         def store_shared_8(address: Any, low: Any, high: Any) -> None:
             assert int(address) % 8 == 0
@@ -263,7 +283,8 @@ class Lanes:
             store_global_word=put, store_global_8=put, store_global_16=put, store_global_half=store_half,
             load_shared_word=lambda address: place(address, np.int32)[0],
             store_shared_word=store_shared(np.int32), store_shared_float=store_shared(np.float32),
-            store_shared_8=store_shared_8, shared_address=shared_address,
+            store_shared_8=store_shared_8, store_shared_byte=store_shared_byte,
+            load_shared_16=load_shared_16, shared_address=shared_address,
             fetch_add=counted(lambda old, value: old + value),
             fetch_increment=counted(lambda old, bound: 0 if old >= bound else old + 1),
         )  # fmt: skip
@@ -301,4 +322,5 @@ class Lanes:
             word_below=below, uniform=uniform, pack_pair=pack_pair, unpack_low=unpack_low,
             from_lane=lambda value, other: np.uint32(self.warp(value)[int(other)]),
             low_bytes=low_bytes, maximum_halves=maximum_halves,
+            quotient=lambda a, b: np.int32(int(a) // int(b)),
         )  # fmt: skip

@@ -164,7 +164,17 @@ def layer(seed: int, T: int, K: int, N: int, kind: str = "float16") -> tuple[Any
     return x, torch.randn(K, N, **make) / K**0.5, torch.randn(N, **make)
 
 
-@pytest.mark.parametrize("sizes", [(1, 4096, 300), (16, 1000, 513), (16, 8192, 8200), (300, 4096, 4096)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 4096, 300),
+        (16, 1000, 513),
+        (16, 8192, 8200),
+        (300, 4096, 4096),
+        (4, 8192, 8192),
+        (3, 4096, 11008),
+    ],
+)
 def test_all_ways_to_give_a_weight_agree(sizes: tuple[int, int, int]) -> None:
     from cuda_backend.arrays import poisoned_outputs
 
@@ -197,6 +207,7 @@ def test_marks_do_not_outlive_a_call() -> None:
         plain = cuda_backend.llm_int8_linear_hopper(x, weight)
         wild = x.clone()
         wild[0, ::3] = 50.0
+        disturb: Any
         for disturb in (
             lambda: cuda_backend.llm_int8_linear_hopper(wild, weight),  # noqa: B023
             lambda: cuda_backend.quantize_rows_hopper(wild, threshold=6.0),  # noqa: B023
@@ -204,6 +215,22 @@ def test_marks_do_not_outlive_a_call() -> None:
             disturb()
             assert torch.equal(cuda_backend.llm_int8_linear_hopper(x, weight), plain)
             assert cuda_backend.quantize_rows_hopper(x, threshold=6.0).outliers.numel() == 0
+
+
+@pytest.mark.parametrize(("T", "N"), [(2, 1024), (2, 4400), (40, 4400), (300, 4400)])
+def test_a_refused_call_leaves_no_marks(T: int, N: int) -> None:
+    """Codes at an odd address are refused when x is quantised already, except in a layer of one kernel."""
+    K = 504
+    prepared = cuda_backend.prepare_weight(torch.randn(512, N, device="cuda", dtype=torch.float16))
+    weight, odd = (prepared._replace(codes=prepared.codes[first:][:K]) for first in (0, 3))
+    x = torch.randn(T, K, device="cuda", dtype=torch.float16).clamp_(-4, 4)
+    wild = x.clone()
+    wild[0, ::3] = 50.0
+    plain = cuda_backend.llm_int8_linear_hopper(x, weight)
+    with pytest.raises(UnsupportedError, match="multiple of 16"):
+        cuda_backend.llm_int8_linear_hopper(wild, odd)
+    assert torch.equal(cuda_backend.llm_int8_linear_hopper(x, weight), plain)
+    assert cuda_backend.quantize_rows_hopper(x, threshold=6.0).outliers.numel() == 0
 
 
 def test_nan_and_infinity_stay_in_their_row() -> None:
@@ -234,10 +261,10 @@ def test_streams_and_memory_between_kernels() -> None:
     assert torch.equal(explicit, expected)
 
 
-@pytest.mark.parametrize("T", [2, 40, 300])
-def test_graphs(T: int) -> None:
+@pytest.mark.parametrize(("T", "N"), [(2, 1024), (2, 4400), (40, 4400), (300, 4400)])
+def test_graphs(T: int, N: int) -> None:
     """A captured call follows its inputs, outliers and their number among them; nothing waits in it."""
-    x, weight, _ = layer(3, T, 512, 4400)
+    x, weight, _ = layer(3, T, 512, N)
     prepared = cuda_backend.prepare_weight(weight)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):

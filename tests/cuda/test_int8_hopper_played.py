@@ -11,15 +11,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cuda_backend.int8 import product_hopper, rows_hopper, variant_hopper
+from cuda_backend.int8 import plan_hopper, product_hopper, rows_hopper, variant_hopper
 from cuda_backend.int8.call_hopper import int8_matmul_hopper, quantize_rows_hopper, scaled_int8_matmul
 from cuda_backend.int8.linear_hopper import llm_int8_linear_hopper, prepare_weight
 from refimpl import quant
-from refimpl.errors import OptionError
+from refimpl.errors import OptionError, UnsupportedError
 from refimpl.testing import check
 from tests.cuda.int8_hopper_driver import forget_plans
 from tests.cuda.int8_hopper_played import played
-from tests.cuda.int8_judge import DTYPES, case_of, differing, linear_difference, matrix
+from tests.cuda.int8_judge import case_of, differing, linear_difference, matrix
+from tests.cuda.judge import DTYPES
 
 HALVES = ("float16", "bfloat16")
 FUSED = "llm_int8_linear_fused"
@@ -94,7 +95,7 @@ def test_linear_layers(launched: list[SimpleNamespace], outliers: str, conventio
 def test_layers_in_one_kernel(
     launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, outliers: str, dtype: str
 ) -> None:
-    """Of more rows than two too, for which a weight would have to be large."""
+    """Of up to 16 rows, whatever the weight: as if no layer had too many columns for one kernel."""
     monkeypatch.setattr(variant_hopper, "FEW_COLUMNS", 1 << 30)
     for seed, (T, K, N) in enumerate(((1, 8, 1), (2, 136, 130), (3, 64, 40), (9, 40, 7), (16, 520, 9))):
         case = case_of(seed, dtype, T=T, K=K, N=N, convention="released", outliers=outliers)
@@ -137,6 +138,46 @@ def test_options_are_those_of_the_reference(launched: list[SimpleNamespace]) -> 
         quantize_rows_hopper(x, convention="other")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="got -128"):
         int8_matmul_hopper(np.full((2, 3), -128, np.int8), np.ones((3, 2), np.int8))
+
+
+def inliers(T: int, K: int) -> Any:
+    return np.clip(matrix(0, (T, K), "float16"), -2, 2).astype(DTYPES["float16"])
+
+
+def refused(x: Any, weight: Any) -> None:
+    """Make a call whose codes begin at an odd address, seen when x is quantised already."""
+    run = plan_hopper.LinearPlan.run
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(
+            plan_hopper.LinearPlan, "run", lambda self, x, codes, *rest: run(self, x, codes + 1, *rest)
+        )
+        with pytest.raises(UnsupportedError, match="multiple of 16"):
+            llm_int8_linear_hopper(x, weight)
+
+
+@pytest.mark.parametrize(("T", "N", "columns"), [(5, 7, 0), (5, 7, 1 << 30), (130, 4300, 0)])
+def test_a_refused_call_leaves_no_marks(
+    launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch, T: int, N: int, columns: int
+) -> None:
+    monkeypatch.setattr(variant_hopper, "FEW_COLUMNS", columns)
+    x, weight = inliers(T, 32), matrix(1, (32, N), "float16")
+    wild = x.copy()
+    wild[2, 5], wild[3, 17] = 60.0, -50.0
+    expected = llm_int8_linear_hopper(x, weight)
+    refused(wild, weight)
+    assert np.array_equal(llm_int8_linear_hopper(x, weight), expected)
+
+
+def test_a_refused_call_leaves_counters_at_zero(
+    launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a shorter row the counters lie where a longer one has marks; the product asserts that they are 0."""
+    monkeypatch.setattr(variant_hopper, "FEW_COLUMNS", 0)
+    wild = inliers(5, 512)
+    wild[2, 264] = 60.0
+    refused(wild, matrix(1, (512, 7), "float16"))
+    case = case_of(1, "float16", T=5, K=256, N=7).replace(inliers(5, 256), matrix(1, (256, 7), "float16"))
+    assert linear_difference(llm_int8_linear_hopper, FUSED, case, "float16") is None
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -184,7 +225,7 @@ def test_mistakes_around_the_kernels_are_seen(
     K, (T, N) = 32, (130, 4300) if name == "product" else (5, 7)
     if name != "layer_few":
         monkeypatch.setattr(variant_hopper, "FEW_COLUMNS", 0)
-    x = np.clip(matrix(0, (T, K), "float16"), -2, 2).astype(DTYPES["float16"])
+    x = inliers(T, K)
     x[2, 5], x[3, K - 1], x[4, 7] = 6.0, 9.0, -20.0
     case = case_of(1, "float16", T=T, K=K, N=N).replace(x, matrix(1, (K, N), "float16"))
     assert linear_difference(llm_int8_linear_hopper, FUSED, case, "float16") is None
