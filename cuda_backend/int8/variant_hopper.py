@@ -279,7 +279,7 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
     Examples
     --------
     >>> choose("float16", "released", 16, 4096, 4096, 132)
-    Narrow(kind='float16', outliers='released', tokens=16, blocks=4)
+    Narrow(kind='float16', outliers='released', tokens=16, blocks=4, beside=False)
     >>> [choose("float16", "released", M, 4096, 4096, 132)[3] for M in (4096, 256)]
     [256, 128]
     """
