@@ -182,15 +182,15 @@ def replace_linear(model: Any, *, keep: Sequence[str] = HEAD, **options: Any) ->
     if unknown and keep is not HEAD:
         raise OptionError(f"keep: the model has no child named {', '.join(unknown)}")
     found = list(_linear_children(model, "", keep))
-    for path, _, _, layer in found:
-        _check(path, layer, options.get("compute"))
-    for _, parent, name, layer in found:
-        setattr(parent, name, int8_linear(layer, **options))
+    for path, parent, name in found:
+        _check(path, getattr(parent, name), options.get("compute"))
+    for _, parent, name in found:  # no layer is held here: each can go as soon as it has been replaced
+        setattr(parent, name, int8_linear(getattr(parent, name), **options))
     return len(found)
 
 
-def _linear_children(module: Any, prefix: str, keep: Sequence[str]) -> Iterator[tuple[str, Any, str, Any]]:
-    """Yield whole name, parent, name and layer of each linear layer that is not kept."""
+def _linear_children(module: Any, prefix: str, keep: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield whole name, parent and name of each linear layer that is not kept."""
     import torch
 
     for name, child in module.named_children():
@@ -198,7 +198,7 @@ def _linear_children(module: Any, prefix: str, keep: Sequence[str]) -> Iterator[
         if name in keep or path in keep:
             continue
         if type(child) is torch.nn.Linear:
-            yield path, module, name, child
+            yield path, module, name
         else:
             yield from _linear_children(child, f"{path}.", keep)
 

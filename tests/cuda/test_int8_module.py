@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,3 +196,19 @@ def test_mistakes_are_said_before_anything_changes(monkeypatch: pytest.MonkeyPat
     assert type(linear[0][0]) is torch.nn.Linear
     merged = torch_ops.merged_int8_linear([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)], compute=compute)
     assert repr(merged) == "Int8Linear(in_features=4, out_features=5, threshold=6.0, merged=[3, 2])"
+
+
+def test_each_layer_goes_when_it_has_been_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that fills half of the memory has to find room for its codes."""
+    linear = model()
+    originals = [weakref.ref(layer) for layer in (linear[0][0], linear[0][2])]
+    alive: list[list[bool]] = []
+    real = torch_layers.int8_linear
+
+    def watched(layer: Any, **options: Any) -> Any:
+        alive.append([each() is not None for each in originals])
+        return real(layer, **options)
+
+    monkeypatch.setattr(torch_layers, "int8_linear", watched)
+    assert torch_ops.replace_linear(linear, compute=compute) == 2
+    assert alive == [[True, True], [False, True]]
