@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "Packing",
     "Seen",
     "checked_window",
+    "gradients_by_sequence",
     "key_ranges",
     "packing",
     "varlen_attention",
@@ -237,12 +238,39 @@ def varlen_attention_vjp(
     q, k, v, do = floating(q=q, k=k, v=v, do=do)
     pack = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal)
     bind_axes({"q": (q, "Tq Hq D"), "v": (v, "Tk Hkv Dv"), "do": (do, "Tq Hq Dv")})
-    seen = Seen(pack, causal, window_size)
-    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
+    return gradients_by_sequence(
+        scaled_dot_product_attention_vjp, (q, k, v), pack, Seen(pack, causal, window_size),
+        lambda queries: (do[queries],), softcap=softcap, scale=scale,
+    )  # fmt: skip
+
+
+def gradients_by_sequence(
+    gradients: Callable[..., AttentionGradients],
+    arrays: tuple[FloatArray, FloatArray, FloatArray],
+    pack: Packing,
+    seen: Seen,
+    of_queries: Callable[[slice], tuple[FloatArray, ...]],
+    **options: Any,
+) -> AttentionGradients:
+    """Return what `gradients` says of each sequence of packed q, k and v, packed again; 0 for padding.
+
+    ``of_queries(part)`` returns what it takes behind them, of the queries of a sequence.
+
+    Examples
+    --------
+    >>> x, starts = np.ones((3, 1, 4)), np.array([0, 2, 3])
+    >>> pack = packing(x, x, x, starts, starts)
+    >>> def twice(q, k, v, do, **_):
+    ...     return AttentionGradients(2 * q, 2 * k, 2 * do)
+    >>> seen = Seen(pack, False, EVERYWHERE)
+    >>> gradients_by_sequence(twice, (x, x, x), pack, seen, lambda part: (x[part],)).dv[:, 0, 0]
+    array([2., 2., 2.])
+    """
+    q, k, v = arrays
+    dq, dk, dv = (np.zeros_like(x) for x in arrays)
     for queries, keys in pack.parts():
-        parts = (x[part][None] for x, part in ((q, queries), (k, keys), (v, keys), (do, queries)))
-        options = seen.within(queries, keys)
-        found = scaled_dot_product_attention_vjp(*parts, **options, softcap=softcap, scale=scale)
+        parts = q[queries], k[keys], v[keys], *of_queries(queries)
+        found = gradients(*(x[None] for x in parts), **seen.within(queries, keys), **options)
         dq[queries], dk[keys], dv[keys] = found.dq[0], found.dk[0], found.dv[0]
     return AttentionGradients(dq, dk, dv)
 

@@ -11,7 +11,13 @@ from refimpl.attention.flash_backward import flash_attention_vjp
 from refimpl.attention.gradient_spread import gradient_spread
 from refimpl.attention.samples_varlen import AXES, EDGES, OPTIONS, sample_varlen
 from refimpl.attention.scores import Causal
-from refimpl.attention.varlen import EVERYWHERE, Seen, packing, varlen_attention
+from refimpl.attention.varlen import (
+    EVERYWHERE,
+    Seen,
+    gradients_by_sequence,
+    packing,
+    varlen_attention,
+)
 from refimpl.numerics import FloatArray, IntArray
 from refimpl.registry import Case, Source, technique
 from refimpl.validation import bind_axes, floating
@@ -125,10 +131,7 @@ def _by_sequence(
 ) -> AttentionGradients:  # fmt: skip
     """Return what `gradients` says of each sequence, packed again."""
     pack = packing(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal)
-    seen = Seen(pack, causal, window_size)
-    dq, dk, dv = (np.zeros_like(x) for x in (q, k, v))
-    for queries, keys in pack.parts():
-        parts = q[queries], k[keys], v[keys], o[queries], lse[:, queries], do[queries]
-        found = gradients(*(x[None] for x in parts), **seen.within(queries, keys), **options)
-        dq[queries], dk[keys], dv[keys] = found.dq[0], found.dk[0], found.dv[0]
-    return AttentionGradients(dq, dk, dv)
+    return gradients_by_sequence(
+        gradients, (q, k, v), pack, Seen(pack, causal, window_size),
+        lambda queries: (o[queries], lse[:, queries], do[queries]), **options,
+    )  # fmt: skip
