@@ -18,7 +18,10 @@ from cuda_backend.ptx import copy, registers
 from cuda_backend.ptx.assembly import types
 from refimpl.quant.absmax import LIMIT
 
-__all__ = ["build_columns", "build_epilogue", "build_removal", "build_surplus", "build_weight", "kind_of"]
+__all__ = [
+    "build_columns", "build_epilogue", "build_removal", "build_surplus", "build_value", "build_weight",
+    "kind_of",
+]  # fmt: skip
 
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
@@ -152,13 +155,24 @@ def build_columns(variant: Wide) -> Callable[..., Any]:
     return write_columns
 
 
+def build_value(kind: str) -> Callable[..., Any]:
+    """Return ``value_of(code, absmax)``: the code of a weight times absmax / 127, rounded to `kind`."""
+    pack, unpack = registers.pack_pair(kind_of(kind)), registers.unpack_low(kind_of(kind))
+
+    @device_function
+    def value_of(code: Any, absmax: Any) -> Any:
+        return unpack(pack(product(float32(code), absmax / float32(LIMIT)), float32(0.0)))
+
+    return value_of
+
+
 def build_weight(kind: str, outliers: str) -> Callable[..., Any]:
     """Return the device function that gives the weight an outlier meets, as float32.
 
     ``weight(w, offset, absmax)``: under "released" the code at ``w + offset`` times absmax / 127, rounded to
     `kind`; under "paper" the number there.
     """
-    pack, unpack = registers.pack_pair(kind_of(kind)), registers.unpack_low(kind_of(kind))
+    unpack = registers.unpack_low(kind_of(kind))
     if outliers == "paper":
 
         @device_function
@@ -167,10 +181,11 @@ def build_weight(kind: str, outliers: str) -> Callable[..., Any]:
 
         return as_given
 
+    value_of = build_value(kind)
+
     @device_function
     def dequantised(w: Any, offset: Any, absmax: Any) -> Any:
-        value = product(float32(copy.load_byte(w + offset)), absmax / float32(LIMIT))
-        return unpack(pack(value, float32(0.0)))
+        return value_of(copy.load_byte(w + offset), absmax)
 
     return dequantised
 

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cuda_backend._numba import cuda, device_function
-from cuda_backend.int8.arithmetic import dot_product, product
+from cuda_backend.int8.arithmetic import dot_product
 from cuda_backend.int8.aside_hopper import LEFT, build_list
-from cuda_backend.int8.epilogue_hopper import kind_of
+from cuda_backend.int8.epilogue_hopper import build_value, kind_of
 from cuda_backend.int8.outliers_hopper import clear_marks
 from cuda_backend.int8.variant_hopper import NEAR, Narrow
 from cuda_backend.ptx import barrier, copy, registers
 from cuda_backend.ptx.assembly import types
-from refimpl.quant.absmax import LIMIT
 
 __all__ = ["Outliers", "build_outliers"]
 
@@ -62,7 +61,7 @@ def build_outliers(variant: Narrow, at: int) -> Outliers:
     x_at = listed + 4 * NEAR
     codes_at = x_at + 4 * tokens * NEAR
     make_list = build_list(NEAR)
-    unpack, pack = registers.unpack_low(kind_of(variant.kind)), registers.pack_pair(kind_of(variant.kind))
+    unpack, value_of = registers.unpack_low(kind_of(variant.kind)), build_value(variant.kind)
 
     @device_function
     def listing(base: Any, lane: Any, marks: Any, indices: Any, counters: Any, K: Any, grid: Any) -> None:
@@ -112,8 +111,7 @@ def build_outliers(variant: Narrow, at: int) -> Outliers:
         at = w + uint64(n) * w_column + feature * w_feature
         if released:
             code = copy.load_byte(at)
-            value = product(float32(code), factor / float32(LIMIT))
-            return unpack(pack(value, float32(0.0))), code
+            return value_of(code, factor), code
         return unpack(copy.load_half(at)), int32(0)
 
     @device_function
