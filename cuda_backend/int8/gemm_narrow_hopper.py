@@ -17,7 +17,7 @@ from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.int8.arithmetic import product
 from cuda_backend.int8.epilogue_hopper import INVERSE, NO_BIAS, kind_of
-from cuda_backend.int8.gemm_hopper import STEPS_OF_A_STAGE
+from cuda_backend.int8.gemm_layout_hopper import STEPS_OF_A_STAGE
 from cuda_backend.int8.outliers_few_hopper import build_outliers
 from cuda_backend.int8.variant_hopper import CONSUMERS, STEP, Narrow
 from cuda_backend.ptx import barrier, cluster, copy, grid, matrix_copy, registers, wgmma

@@ -9,6 +9,7 @@ from cuda_backend.arrays import View
 from cuda_backend.context import current_device
 from cuda_backend.int8 import pack_hopper
 from cuda_backend.int8.descriptors_hopper import encoder
+from cuda_backend.int8.gemm_layout_hopper import LAST
 from cuda_backend.int8.launches_hopper import Launch, function_of
 from cuda_backend.int8.memory_hopper import Arena, Shared, padded
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Narrow, Wide, choose
@@ -142,7 +143,8 @@ class Product:
                 encoder(N, room, room, b_rows, 2 * CHUNK),
             ]
             cluster, blocks = 1, min(rows * columns, processors)
-            numbers = [rows * columns, rows, columns, steps, M, N, aside, K]
+            # A short K has steps of zeros, which the copy engine puts where there are no codes.
+            numbers = [rows * columns, rows, columns, max(steps, LAST), M, N, aside, K]
         else:
             cluster = variant.blocks
             self._encoders = [
@@ -153,7 +155,7 @@ class Product:
             blocks = tiles * -(-N // variant.features) * cluster
             numbers = [tiles, -(-steps // cluster), steps, M, N, K]
         self._launch = Launch(
-            function, 22 if self._wide else 17, numbers, blocks=blocks, cluster=cluster, early=early,
+            function, 21 if self._wide else 17, numbers, blocks=blocks, cluster=cluster, early=early,
             threads=variant.threads, shared_bytes=variant.shared_bytes,
         )  # fmt: skip
 
@@ -173,8 +175,9 @@ class Product:
         if self._wide:
             aside = after.x_aside, after.w_aside, after.counters
             self._launch(
-                stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:6], *after[8:16], *aside
-            )
+                stream, maps, maps + 128, maps + 256, maps + 384, out, *after[:3], after.indices, after.marks,
+                *after[8:16], *aside,
+            )  # fmt: skip
         else:
             seen = after.indices, after.marks, after.counters, after.codes, after.codes_row
             self._launch(stream, maps, maps + 128, out, *after[:3], *seen, *after[8:14])

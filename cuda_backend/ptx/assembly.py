@@ -18,7 +18,17 @@ from llvmlite import ir
 from cuda_backend import _numba
 from refimpl.errors import BackendUnavailableError
 
-__all__ = ["Intrinsic", "Lowering", "declare", "element_pointers", "emit", "instruction", "passed", "types"]
+__all__ = [
+    "Intrinsic",
+    "Lowering",
+    "declare",
+    "element_pointers",
+    "emit",
+    "instruction",
+    "passed",
+    "passed_at",
+    "types",
+]
 
 types: Any = _numba.types
 
@@ -128,11 +138,25 @@ def passed(
     the array is only written (`read` False).
     """
     pointers = element_pointers(context, builder, kind, array, count)
+    passed_at(builder, kind.dtype, pointers, text, others, other_constraints, read=read)
+
+
+def passed_at(
+    builder: Any,
+    dtype: Any,
+    pointers: Sequence[Any],
+    text: str,
+    others: Sequence[Any] = (),
+    other_constraints: Sequence[str] = (),
+    *,
+    read: bool = True,
+) -> None:
+    """Do as `passed` with registers of several arrays, by their `element_pointers`."""
     inputs = [builder.load(pointer) for pointer in pointers] if read else []
     tied = [str(i) for i in range(len(inputs))]
-    output = "=f" if kind.dtype == types.float32 else "=r"
-    constraints = ",".join([output] * count + tied + list(other_constraints) + ["~{memory}"])
-    result = ir.LiteralStructType([LLVM_TYPES[kind.dtype]] * count)
+    output = "=f" if dtype == types.float32 else "=r"
+    constraints = ",".join([output] * len(pointers) + tied + list(other_constraints) + ["~{memory}"])
+    result = ir.LiteralStructType([LLVM_TYPES[dtype]] * len(pointers))
     out = emit(builder, result, [*inputs, *others], text, constraints)
     for i, pointer in enumerate(pointers):
         builder.store(builder.extract_value(out, i), pointer)

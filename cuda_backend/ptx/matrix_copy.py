@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["acquire", "load"]
+__all__ = ["acquire", "load", "prefetch"]
 
 acquire = instruction(
     "acquire",
@@ -36,4 +36,14 @@ load = instruction(
     "r,l,r,r,r",
     "Copy the box at a column and a row to shared address `target`; it completes on `barrier`, by bytes.  "
     'PTX ISA, "cp.async.bulk.tensor".',
+)
+
+prefetch = instruction(
+    "prefetch",
+    types.void,
+    {"descriptor": types.uint64, "column": types.int32, "row": types.int32},
+    "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [$0, {$1, $2}];",
+    "l,r,r",
+    "Ask for a box in the L2 cache; what is written to it later is seen all the same.  "
+    'PTX ISA, "cp.async.bulk.prefetch.tensor".',
 )

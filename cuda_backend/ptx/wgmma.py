@@ -26,6 +26,7 @@ from cuda_backend.ptx.assembly import (
     emit,
     instruction,
     passed,
+    passed_at,
     types,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "product_codes",
     "product_codes_behind_fence",
     "product_codes_from_middle",
+    "product_codes_in_halves",
     "product_registers",
     "product_shared",
     "product_step",
@@ -49,6 +51,7 @@ __all__ = [
 
 SWIZZLE_128, SWIZZLE_32 = 1 << 62, 3 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
 MIDDLE, MIDDLE_BITS = 3.0 * 2**22, 0x4B400000  # float32, in whose neighbourhood a unit in the last place is 1
+HALVES = ("left", "right")  # arrays of accumulators: those of the left and of the right columns of a tile
 PRODUCT = 'One chain of products.  PTX ISA, "wgmma.mma_async".'
 
 fence = instruction(
@@ -81,18 +84,32 @@ wait_for_older = instruction(
 )
 
 
-def wait(pending: int, count: int) -> Intrinsic:
-    """Return the wait until at most `pending` groups run, tied to the `count` accumulators then complete."""
+def wait(pending: int, count: int, *, parts: int = 1) -> Intrinsic:
+    """Return the wait until at most `pending` groups run, tied to the `count` accumulators then complete.
 
-    def lower(accumulators: Any) -> Lowering:
+    They are one array, or two arrays of half as many: ``wait(left, right)`` with `parts` = 2.
+    """
+
+    def lower(*arrays: Any) -> Lowering:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointers = _pointers(context, builder, signature.args, values, count // parts)
             text = f"wgmma.wait_group.sync.aligned {pending};"
-            passed(context, builder, signature.args[0], values[0], count, text)
+            passed_at(builder, signature.args[0].dtype, pointers, text)
             return context.get_dummy_value()
 
-        return types.void(accumulators), codegen
+        return types.void(*arrays), codegen
 
-    return declare(f"wait_{pending}", ("accumulators",), 'PTX ISA, "wgmma.wait_group".', lower)
+    names = ("accumulators",) if parts == 1 else HALVES
+    return declare(f"wait_{pending}", names, 'PTX ISA, "wgmma.wait_group".', lower)
+
+
+def _pointers(context: Any, builder: Any, kinds: Any, arrays: Any, count: int) -> list[Any]:
+    """Return pointers to the first `count` registers of each array."""
+    return [
+        pointer
+        for kind, array in zip(kinds, arrays, strict=True)
+        for pointer in element_pointers(context, builder, kind, array, count)
+    ]
 
 
 def descriptor_mn_major(leading_bytes: int) -> Intrinsic:
@@ -256,6 +273,58 @@ def _product_codes(name: str, n: int, offsets: Sequence[int], before: str) -> In
         return types.void(accumulators, types.uint64, types.uint64), codegen
 
     return declare(name, ("accumulators", "a", "b"), PRODUCT, lower)
+
+
+def product_codes_in_halves(
+    n: int, offsets: Sequence[int], right: int, *, stages: int = 1, apart: bool = False
+) -> Intrinsic:
+    """Return D += A B of int8, 64 x n, as two products of n / 2 columns, fence and commit included.
+
+    Two vectors of registers, which are free one after the other, are what ptxas can use: with one vector for
+    all columns in some products, and half of it in others, it serialises them (C7511).
+
+    Parameters
+    ----------
+    n, offsets
+        As in `product_codes`.
+    right : int
+        Where the right half of B's rows starts, in units of 16 bytes.
+    stages : int
+        How many pairs of tiles.
+    apart : bool
+        Whether each half is a group of its own, all stages of the left one first.
+
+    Returns
+    -------
+    Intrinsic
+        ``product(left[n // 4] of int32, right[n // 4], tiles[2 * stages] of uint64)``: descriptors of A and B
+        of each stage in turn.
+    """
+    count = n // 4
+    opcode = f"wgmma.mma_async.sync.aligned.m64n{n // 2}k32.s32.s8.s8"
+    lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;", "wgmma.fence.sync.aligned;"]
+    for side in range(2):
+        for tile in range(4 * count, 4 * count + 2 * stages, 2):
+            for offset in offsets:
+                lines.append(
+                    f"add.s64 a, ${tile}, {offset}; add.s64 b, ${tile + 1}, {offset + side * right};"
+                )
+                lines.append(f"{opcode} {_registers(side * count, count)}, a, b, add;")
+        if apart or side == 1:
+            lines.append("wgmma.commit_group.sync.aligned;")
+    text = "\n".join([*lines, "}"])
+
+    def lower(*kinds: Any) -> Lowering:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointers = _pointers(context, builder, signature.args[:2], values[:2], count)
+            tiles = element_pointers(context, builder, signature.args[2], values[2], 2 * stages)
+            descriptors = [builder.load(pointer) for pointer in tiles]
+            passed_at(builder, types.int32, pointers, text, descriptors, ["l"] * (2 * stages))
+            return context.get_dummy_value()
+
+        return types.void(*kinds), codegen
+
+    return declare(f"product_codes_in_halves_{n}_{stages}", (*HALVES, "tiles"), PRODUCT, lower)
 
 
 def product_codes_from_middle(n: int, offsets: Sequence[int]) -> Intrinsic:

@@ -194,12 +194,12 @@ def met(variant: Any, w: int, w_feature: int, w_column: int, absmax_at: int, K: 
 
 
 def product(item: SimpleNamespace, matrices: Any) -> None:
-    after, met_by = item.values[4:11], item.values[11:17]
-    codes, _, x_aside, w_aside, counters = item.values[17:22]
-    M, N, room, K = item.values[26:]
+    out, a_absmax, b_absmax, bias, _, marks = item.values[4:10]
+    codes, _, x_aside, w_aside, counters = item.values[16:21]
+    M, N, room, K = item.values[25:]
     rows, columns = -(-M // 128), -(-N // item.variant.block_n)
-    assert item.values[22:26] == [rows * columns, rows, columns, -(-K // 128)]
-    beside = item.variant.beside and after[-1]
+    assert item.values[21:25] == [rows * columns, rows, columns, max(2, -(-K // 128))]
+    beside = item.variant.beside and marks
     if beside:
         assert matrices[0][0] == codes
         assert [(address, row, pitch) for address, _, row, pitch in matrices[2:]] == [
@@ -208,12 +208,12 @@ def product(item: SimpleNamespace, matrices: Any) -> None:
         assert at(counters, (3,), np.int32).tolist() == [0, 0, 0]
         for address, count in ((x_aside, M), (w_aside, N)):  # all of it can be written
             at(address, (count, 3 * room), np.uint8)[...] = GARBAGE
-    asides = [(address, pitch // 2) for address, _, _, pitch in matrices[2:]]
-    finish(item, matrices[:2], (M, N, K), after, asides, met_by, beside)
+    after = out, a_absmax, b_absmax, bias, marks
+    finish(item, matrices[:2], (M, N, K), after, item.values[10:16], beside)
 
 
 def narrow(item: SimpleNamespace, matrices: Any) -> None:
-    out, a_absmax, b_absmax, bias, indices, marks, counters, codes, _ = item.values[2:11]
+    out, a_absmax, b_absmax, bias, _, marks, counters, codes, _ = item.values[2:11]
     tiles, own, steps, M, N, K = item.values[17:]
     assert item.blocks == tiles * -(-N // 128) * item.variant.blocks
     assert own * item.variant.blocks >= steps == -(-K // 128)
@@ -221,8 +221,8 @@ def narrow(item: SimpleNamespace, matrices: Any) -> None:
     if item.variant.beside:
         assert matrices[1][0] == codes
         assert at(counters, (3,), np.int32).tolist() == [0, 0, 0]
-    after = out, a_absmax, b_absmax, bias, 0, indices, marks
-    finish(item, matrices[::-1], (M, N, K), after, (), item.values[11:17], item.variant.beside)
+    after = out, a_absmax, b_absmax, bias, marks
+    finish(item, matrices[::-1], (M, N, K), after, item.values[11:17], item.variant.beside)
 
 
 def finish(
@@ -230,12 +230,11 @@ def finish(
     codes: Any,
     sizes: Any,
     after: Any,
-    asides: Any,
     met_by: Any,
-    beside: bool = False,
+    beside: bool,
 ) -> None:
     M, N, K = sizes
-    out, a_absmax, b_absmax, bias, number, indices, marks = after
+    out, a_absmax, b_absmax, bias, marks = after
     a, b = (at(address, (rows, K), np.int8, (pitch, 1)) for address, rows, _, pitch in codes)
     assert (a.shape, b.shape) == ((M, K), (N, K))
     x, x_row, x_feature, w, w_feature, w_column = met_by
@@ -254,20 +253,9 @@ def finish(
         y = total.astype(np.float32) * scales[0][:, None] * scales[1] * np.float32(1 / LIMIT**2)
         if bias:
             y = y + at(bias, (N,), kind).astype(np.float32)
-        count = int(at(number, (1,), np.int32)[0]) if number else 0
         if found is not None:
             far = met(item.variant, w, w_feature, w_column, b_absmax, K, N)[:, found].astype(np.float32)
             y = y + at(x, (M, K), kind, (x_row, x_feature))[:, found].astype(np.float32) @ far.T
-            at(marks, (K,), np.uint8)[...] = 0
-        elif count:
-            (x_side, x_room), (w_side, w_room) = asides
-            assert x_room == w_room
-            near = min(count, x_room)
-            left, right = at(x_side, (M, x_room), kind), at(w_side, (N, w_room), kind)
-            y = y + left[:, :near].astype(np.float32) @ right[:, :near].astype(np.float32).T
-            rest = at(indices, (count,), np.int32)[near:]
-            far = met(item.variant, w, w_feature, w_column, b_absmax, K, N)[:, rest].astype(np.float32)
-            y = y + at(x, (M, K), kind, (x_row, x_feature))[:, rest].astype(np.float32) @ far.T
             at(marks, (K,), np.uint8)[...] = 0
         at(out, (M, N), kind)[...] = round_to(y, kind)
 

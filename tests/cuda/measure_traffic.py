@@ -191,7 +191,7 @@ def _int8(M: int, N: int, K: int, processors: int) -> tuple[dict[str, Any], Call
     import torch
 
     import cuda_backend
-    from cuda_backend.int8.gemm_hopper import GROUP
+    from cuda_backend.int8.gemm_layout_hopper import GROUP
     from cuda_backend.int8.variant_hopper import STEP, choose
 
     wide: Any = choose("float16", "released", M, N, K, processors)
