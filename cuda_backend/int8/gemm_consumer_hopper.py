@@ -15,7 +15,7 @@ from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.int8.epilogue_hopper import build_epilogue, build_removal, build_surplus, kind_of
 from cuda_backend.int8.gemm_layout_hopper import GROUP, LAST, STEPS_OF_A_STAGE, layout_of, placing
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Wide
-from cuda_backend.ptx import barrier, copy, registers, wgmma
+from cuda_backend.ptx import barrier, copy, registers, wgmma, wgmma_halves
 from cuda_backend.ptx.assembly import types
 
 __all__ = ["build_consumer"]
@@ -34,13 +34,13 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
     next_stage, place = ring(variant.stages), placing(GROUP)
     descriptor, short_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_k_major_32
     right_at = half * STEP // 16
-    multiply = wgmma.product_codes_in_halves(block_n, STEPS_OF_A_STAGE, right_at)
-    multiply_apart = wgmma.product_codes_in_halves(
+    multiply = wgmma_halves.product_codes_in_halves(block_n, STEPS_OF_A_STAGE, right_at)
+    multiply_apart = wgmma_halves.product_codes_in_halves(
         block_n, STEPS_OF_A_STAGE, right_at, stages=LAST, apart=True
     )
-    remove = wgmma.product_codes_in_halves(block_n, [0], short_right // 16)
+    remove = wgmma_halves.product_codes_in_halves(block_n, [0], short_right // 16)
     multiply_outliers = wgmma.product_step(half, kind_of(variant.kind))
-    both_done = wgmma.wait(0, 2 * count, parts=2)
+    both_done = wgmma_halves.wait_for_both(count)
     left_done, right_done = wgmma.wait(1, count), wgmma.wait(0, count)
     scale, store, store_codes = build_epilogue(variant)
     add_surplus, remove_surplus = build_surplus(variant), build_removal(variant)

@@ -26,7 +26,6 @@ from cuda_backend.ptx.assembly import (
     emit,
     instruction,
     passed,
-    passed_at,
     types,
 )
 
@@ -41,17 +40,16 @@ __all__ = [
     "product_codes",
     "product_codes_behind_fence",
     "product_codes_from_middle",
-    "product_codes_in_halves",
     "product_registers",
     "product_shared",
     "product_step",
+    "register_list",
     "wait",
     "wait_for_older",
 ]
 
 SWIZZLE_128, SWIZZLE_32 = 1 << 62, 3 << 62  # PTX ISA, "Matrix Descriptor Format", bits 62 and 63
 MIDDLE, MIDDLE_BITS = 3.0 * 2**22, 0x4B400000  # float32, in whose neighbourhood a unit in the last place is 1
-HALVES = ("left", "right")  # arrays of accumulators: those of the left and of the right columns of a tile
 PRODUCT = 'One chain of products.  PTX ISA, "wgmma.mma_async".'
 
 fence = instruction(
@@ -84,32 +82,18 @@ wait_for_older = instruction(
 )
 
 
-def wait(pending: int, count: int, *, parts: int = 1) -> Intrinsic:
-    """Return the wait until at most `pending` groups run, tied to the `count` accumulators then complete.
+def wait(pending: int, count: int) -> Intrinsic:
+    """Return the wait until at most `pending` groups run, tied to the `count` accumulators then complete."""
 
-    They are one array, or two arrays of half as many: ``wait(left, right)`` with `parts` = 2.
-    """
-
-    def lower(*arrays: Any) -> Lowering:
+    def lower(accumulators: Any) -> Lowering:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            pointers = _pointers(context, builder, signature.args, values, count // parts)
             text = f"wgmma.wait_group.sync.aligned {pending};"
-            passed_at(builder, signature.args[0].dtype, pointers, text)
+            passed(context, builder, signature.args[0], values[0], count, text)
             return context.get_dummy_value()
 
-        return types.void(*arrays), codegen
+        return types.void(accumulators), codegen
 
-    names = ("accumulators",) if parts == 1 else HALVES
-    return declare(f"wait_{pending}", names, 'PTX ISA, "wgmma.wait_group".', lower)
-
-
-def _pointers(context: Any, builder: Any, kinds: Any, arrays: Any, count: int) -> list[Any]:
-    """Return pointers to the first `count` registers of each array."""
-    return [
-        pointer
-        for kind, array in zip(kinds, arrays, strict=True)
-        for pointer in element_pointers(context, builder, kind, array, count)
-    ]
+    return declare(f"wait_{pending}", ("accumulators",), 'PTX ISA, "wgmma.wait_group".', lower)
 
 
 def descriptor_mn_major(leading_bytes: int) -> Intrinsic:
@@ -182,7 +166,7 @@ def product_shared(
     lines = ["{ .reg .b64 a, b;"]
     for step, (da, db) in enumerate(zip(a_offsets, b_offsets, strict=True)):
         lines.append(f"add.s64 a, ${count}, {da}; add.s64 b, ${count + 1}, {db};")
-        lines.append(f"{_opcode(n, kind)} {_registers(0, count)}, a, b, {int(step > 0)}, 1, 1, {turned};")
+        lines.append(f"{_opcode(n, kind)} {register_list(0, count)}, a, b, {int(step > 0)}, 1, 1, {turned};")
     text = "\n".join([*lines, "}"])
 
     def lower(accumulators: Any, *_: Any) -> Lowering:
@@ -215,7 +199,7 @@ def product_step(n: int, kind: str) -> Intrinsic:
     text = "\n".join(
         (
             "wgmma.fence.sync.aligned;",
-            f"{_opcode(n, kind)} {_registers(0, count)}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;",
+            f"{_opcode(n, kind)} {register_list(0, count)}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;",
             "wgmma.commit_group.sync.aligned;",
             "wgmma.wait_group.sync.aligned 0;",
         )
@@ -261,7 +245,7 @@ def _product_codes(name: str, n: int, offsets: Sequence[int], before: str) -> In
     lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;", before]  # no immediate is taken here
     for offset in offsets:
         lines.append(f"add.s64 a, ${first}, {offset}; add.s64 b, ${first + 1}, {offset};")
-        lines.append(f"{opcode} {_registers(0, count)}, a, b, add;")
+        lines.append(f"{opcode} {register_list(0, count)}, a, b, add;")
     text = "\n".join([*lines, "}"])
 
     def lower(accumulators: Any, *_: Any) -> Lowering:
@@ -273,58 +257,6 @@ def _product_codes(name: str, n: int, offsets: Sequence[int], before: str) -> In
         return types.void(accumulators, types.uint64, types.uint64), codegen
 
     return declare(name, ("accumulators", "a", "b"), PRODUCT, lower)
-
-
-def product_codes_in_halves(
-    n: int, offsets: Sequence[int], right: int, *, stages: int = 1, apart: bool = False
-) -> Intrinsic:
-    """Return D += A B of int8, 64 x n, as two products of n / 2 columns, fence and commit included.
-
-    Two vectors of registers, which are free one after the other, are what ptxas can use: with one vector for
-    all columns in some products, and half of it in others, it serialises them (C7511).
-
-    Parameters
-    ----------
-    n, offsets
-        As in `product_codes`.
-    right : int
-        Where the right half of B's rows starts, in units of 16 bytes.
-    stages : int
-        How many pairs of tiles.
-    apart : bool
-        Whether each half is a group of its own, all stages of the left one first.
-
-    Returns
-    -------
-    Intrinsic
-        ``product(left[n // 4] of int32, right[n // 4], tiles[2 * stages] of uint64)``: descriptors of A and B
-        of each stage in turn.
-    """
-    count = n // 4
-    opcode = f"wgmma.mma_async.sync.aligned.m64n{n // 2}k32.s32.s8.s8"
-    lines = ["{ .reg .b64 a, b; .reg .pred add; setp.eq.b32 add, 0, 0;", "wgmma.fence.sync.aligned;"]
-    for side in range(2):
-        for tile in range(4 * count, 4 * count + 2 * stages, 2):
-            for offset in offsets:
-                lines.append(
-                    f"add.s64 a, ${tile}, {offset}; add.s64 b, ${tile + 1}, {offset + side * right};"
-                )
-                lines.append(f"{opcode} {_registers(side * count, count)}, a, b, add;")
-        if apart or side == 1:
-            lines.append("wgmma.commit_group.sync.aligned;")
-    text = "\n".join([*lines, "}"])
-
-    def lower(*kinds: Any) -> Lowering:
-        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            pointers = _pointers(context, builder, signature.args[:2], values[:2], count)
-            tiles = element_pointers(context, builder, signature.args[2], values[2], 2 * stages)
-            descriptors = [builder.load(pointer) for pointer in tiles]
-            passed_at(builder, types.int32, pointers, text, descriptors, ["l"] * (2 * stages))
-            return context.get_dummy_value()
-
-        return types.void(*kinds), codegen
-
-    return declare(f"product_codes_in_halves_{n}_{stages}", (*HALVES, "tiles"), PRODUCT, lower)
 
 
 def product_codes_from_middle(n: int, offsets: Sequence[int]) -> Intrinsic:
@@ -352,7 +284,7 @@ def product_codes_from_middle(n: int, offsets: Sequence[int]) -> Intrinsic:
     lines.append("wgmma.fence.sync.aligned;")
     for offset in offsets:
         lines.append(f"add.s64 a, ${count}, {offset}; add.s64 b, ${count + 1}, {offset};")
-        lines.append(f"{opcode} {_registers(0, count)}, a, b, add;")
+        lines.append(f"{opcode} {register_list(0, count)}, a, b, add;")
     text = "\n".join([*lines, "}"])
 
     def lower(accumulators: Any, *_: Any) -> Lowering:
@@ -389,9 +321,9 @@ def product_registers(n: int, kind: str, b_offsets: Sequence[int]) -> Intrinsic:
     first = 2 * count
     lines = ["{ .reg .b64 b;"]
     for step, db in enumerate(b_offsets):
-        fragment = _registers(first + 4 * step, 4)
+        fragment = register_list(first + 4 * step, 4)
         lines.append(f"add.s64 b, ${first + words}, {db};")
-        lines.append(f"{_opcode(n, kind)} {_registers(0, count)}, {fragment}, b, 1, 1, 1, 1;")
+        lines.append(f"{_opcode(n, kind)} {register_list(0, count)}, {fragment}, b, 1, 1, 1, 1;")
     text = "\n".join([*lines, "}"])
 
     def lower(accumulators: Any, a: Any, _b: Any) -> Lowering:
@@ -411,5 +343,6 @@ def _opcode(n: int, kind: str) -> str:
     return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
 
 
-def _registers(first: int, count: int) -> str:
+def register_list(first: int, count: int) -> str:
+    """Return operands `first` to ``first + count - 1`` as wgmma takes its accumulators."""
     return "{" + ", ".join(f"${i}" for i in range(first, first + count)) + "}"
