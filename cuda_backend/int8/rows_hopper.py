@@ -33,9 +33,9 @@ class Rows:
     threshold, convention
         As for `refimpl.quant.quantize_rows`.
     N : int
-        Columns of the weight whose outliers are wanted; 0 for none.
+        Columns of the weight, if a product that follows puts outliers side by side; otherwise 0.
     beside : bool
-        The product sees to the outliers.
+        A product follows and sees to the outliers.
     sharing : bool
         As of `Launch`.
     scratch, zeros : Arena
@@ -83,13 +83,11 @@ class Rows:
         self._counters = zeros.reserve(16)
         room = 3 * aside if N else 0  # numbers of 16 bits and codes, for a product that sets aside
         self._x_aside, self._w_aside = scratch.reserve(T * room), scratch.reserve(N * room)
-        function = function_of("outliers", outliers_hopper.Variant(x.dtype, convention), device)
+        function = function_of("outliers", outliers_hopper.Variant(), device)
         rows = outliers_hopper.THREADS // outliers_hopper.MEMBERS
-        blocks = max(1, min(BLOCKS * processors, -(-(T + N) // rows)))
-        self._set_aside = Launch(
-            function, 14, [T, K, 0 if beside else N, aside], blocks=blocks, threads=outliers_hopper.THREADS,
-            early=True,
-        )  # fmt: skip
+        blocks = max(1, min(BLOCKS * processors, -(-T // rows)))
+        threads = outliers_hopper.THREADS
+        self._set_aside = Launch(function, 5, [T, K], blocks=blocks, threads=threads, early=True)
 
     def run(
         self,
@@ -114,10 +112,7 @@ class Rows:
         number, indices = scratch + self._number, scratch + self._indices
         x_aside, w_aside = scratch + self._x_aside, scratch + self._w_aside
         if kept or not self._beside:
-            self._set_aside(
-                stream, marks, indices, number, x, self._row, 2, codes, self.pitch,
-                met.w, met.w_feature, met.w_column, met.b_absmax, x_aside, w_aside,
-            )  # fmt: skip
+            self._set_aside(stream, marks, indices, number, codes, self.pitch)
         return After(
             absmax, met.b_absmax, met.bias, number, indices, marks, x_aside, w_aside, x, self._row, 2,
             met.w, met.w_feature, met.w_column, codes, self.pitch, zeros + self._counters,

@@ -167,21 +167,11 @@ def quantize(item: SimpleNamespace, _matrices: Any) -> None:
 
 
 def outliers(item: SimpleNamespace, _matrices: Any) -> None:
-    marks, indices, number, x_at, x_row, x_feature, codes_at, pitch = item.values[:8]
-    w, w_feature, w_column, absmax_at, x_aside, w_aside, T, K, N, room = item.values[8:]
+    marks, indices, number, codes_at, pitch, T, K = item.values
     found = np.flatnonzero(at(marks, (K,), np.uint8))
     at(number, (1,), np.int32)[0] = found.size
     at(indices, (found.size,), np.int32)[...] = found
     at(codes_at, (T, K), np.int8, (pitch, 1))[:, found] = 0
-    if N == 0 or found.size == 0:
-        return
-    kind, near = KINDS[item.variant.kind], min(found.size, room)
-    padded = min(room, -(-found.size // 16) * 16)
-    x_side = at(x_aside, (T, room), kind)[:, :padded]
-    w_side = at(w_aside, (N, room), kind)[:, :padded]
-    x_side[...], w_side[...] = 0, 0
-    x_side[:, :near] = at(x_at, (T, K), kind, (x_row, x_feature))[:, found[:near]]
-    w_side[:, :near] = met(item.variant, w, w_feature, w_column, absmax_at, K, N)[:, found[:near]]
 
 
 def met(variant: Any, w: int, w_feature: int, w_column: int, absmax_at: int, K: int, N: int) -> Any:

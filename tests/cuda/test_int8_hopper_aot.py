@@ -77,7 +77,7 @@ RECORDED = [
     ("narrow", "float16", "released", 16, 4, True),
     ("narrow", "bfloat16", "released", 64, 1, True),
     ("narrow", "bfloat16", "paper", 64, 4, True),
-    ("outliers", "float16", "released"),
+    ("outliers",),
     ("quantize", "float16", "cells", True, 8192),
     ("quantize", "bfloat16", "columns", False, 28_672),
     ("quantize", "float16", "mark", True, 131_072),
