@@ -205,15 +205,15 @@ MISTAKES: dict[str, tuple[str, Callable[[list[int]], list[int]]]] = {
     "marks stay": ("narrow", lambda v: [*v[:7], v[6], *v[8:]]),
     "weight turned": ("narrow", lambda v: [*v[:15], v[16], v[15], *v[17:]]),
     "outliers of another row": ("narrow", lambda v: [*v[:11], v[11] + 2, *v[12:]]),
-    "a feature less": ("outliers", lambda v: [*v[:15], v[15] - 1, *v[16:]]),
-    "codes not cleared": ("outliers", lambda v: [*v[:6], v[6] + 1, *v[7:]]),
+    "a feature less": ("outliers", lambda v: [*v[:6], v[6] - 1]),
+    "codes not cleared": ("outliers", lambda v: [*v[:3], v[3] + 1, *v[4:]]),
     "row of x, few": ("layer_few", lambda v: [*v[:2], v[2] - 16, *v[3:]]),
     "no scales, few": ("layer_few", lambda v: [*v[:4], v[4] + 4, *v[5:]]),
     "no bias, few": ("layer_few", lambda v: [*v[:5], 0, *v[6:]]),
     "limit, few": ("layer_few", lambda v: [*v[:14], v[14] + 1]),
     "weight turned, few": ("layer_few", lambda v: [*v[:7], v[8], v[7], *v[9:]]),
-    "marks stay, many": ("product", lambda v: [*v[:10], v[9], *v[11:]]),
-    "weight of outliers, many": ("product", lambda v: [*v[:14], v[14] + 1, *v[15:]]),
+    "marks stay, many": ("product", lambda v: [*v[:9], v[8], *v[10:]]),
+    "weight of outliers, many": ("product", lambda v: [*v[:13], v[13] + 1, *v[14:]]),
 }
 
 
