@@ -1,7 +1,7 @@
 """PyTorch, if it is installed: our functions and layers under its names, arrays for measurements.
 
-This file, `torch_layers` and `torch_rivals` alone name torch, and only inside functions: nothing else of
-frugal needs it.
+This file, `torch_layers`, `torch_modules` and `torch_rivals` alone name torch, and only inside functions:
+nothing else of frugal needs it.
 """
 
 from __future__ import annotations
