@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cuda_backend.context import current_device
-from cuda_backend.torch_modules import classes
-from refimpl.errors import DTypeError, OptionError
+from cuda_backend.torch_modules import check_linear, classes
+from refimpl.errors import OptionError
 
 __all__ = ["int8_linear", "merged_int8_linear", "replace_linear"]
 
@@ -57,12 +56,9 @@ def int8_linear(
     ----------
     .. [1] Dettmers et al., 2022, arXiv:2208.07339, section 3.
     """
-    _check("layer", layer, compute)
+    check_linear("layer", layer, compute)
     module = classes().Int8Linear(layer.in_features, layer.out_features, threshold, compute)
-    if layer.bias is not None:
-        module.bias = type(layer.bias)(layer.bias.detach(), requires_grad=False)
-    module.codes, module.absmax = module.quantized(layer.weight)
-    return module.train(layer.training)
+    return module.replace(layer)
 
 
 def merged_int8_linear(
@@ -108,7 +104,7 @@ def merged_int8_linear(
     if not hasattr(layers, "__len__"):
         raise OptionError(f"layers: expected a sequence of torch.nn.Linear, got one {type(layers).__name__}")
     for place, layer in enumerate(layers):
-        _check(f"layers[{place}]", layer, compute)
+        check_linear(f"layers[{place}]", layer, compute)
     _check_alike("layers", layers)
     parts = [int8_linear(layer, threshold=threshold, compute=compute) for layer in layers]
     return classes().MergedInt8Linear(parts).train(layers[0].training)
@@ -120,28 +116,6 @@ def _check_alike(name: str, layers: Sequence[Any]) -> None:
     if len(kinds) != 1:
         found = "; ".join(sorted(map(str, kinds))) or "no layers"
         raise OptionError(f"{name}: expected one in_features, dtype and device, got {found}")
-
-
-def _check(name: str, layer: Any, compute: Callable[..., Any] | None) -> None:
-    """Raise for what is no linear layer, or none that the kernels take."""
-    import torch
-
-    if not isinstance(layer, torch.nn.Linear):
-        raise OptionError(f"{name}: expected a torch.nn.Linear, got {type(layer).__name__}")
-    weight: Any = layer.weight
-    bias: Any = layer.bias
-    if bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device):
-        raise DTypeError(
-            f"{name}: expected a bias as the weight is, {weight.dtype} on {weight.device}, "
-            f"got {bias.dtype} on {bias.device}"
-        )
-    if compute is not None:
-        return
-    if not (weight.is_cuda or weight.is_meta):
-        current_device()  # which says that there is no GPU
-        raise DTypeError(f"{name}: expected a layer on the GPU, got one on {weight.device}")
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        raise DTypeError(f"{name}: expected float16 or bfloat16, got {weight.dtype}")
 
 
 def replace_linear(
@@ -199,7 +173,7 @@ def replace_linear(
         raise OptionError(f"keep: the model has no child named {', '.join(unknown)}")
     found = list(_linear_children(model, "", keep, set()))
     for path, parent, name in found:
-        _check(path, getattr(parent, name), options.get("compute"))
+        check_linear(path, getattr(parent, name), options.get("compute"))
     groups = list(_groups(found, merge))
     for _, parent, name in found:  # no layer is held here: each can go as soon as it has been replaced
         setattr(parent, name, int8_linear(getattr(parent, name), **options))

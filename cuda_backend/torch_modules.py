@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from cuda_backend.context import current_device
 from cuda_backend.launch import torch_stream
-from refimpl.errors import FrugalError, ShapeError, UnsupportedError
+from refimpl.errors import DTypeError, FrugalError, OptionError, ShapeError, UnsupportedError
 from refimpl.quant import Int8Columns
 
-__all__ = ["classes"]
+__all__ = ["check_linear", "classes", "rows_of"]
 
 
 @functools.cache
@@ -34,13 +35,89 @@ def classes() -> Any:
 
     import cuda_backend
 
-    class Int8Linear(torch.nn.Module):
+    class QuantizedLinear(torch.nn.Module):
+        """What layers with a quantised weight have in common: their state, and how they are moved."""
+
+        bias: Any
+
+        def __init__(self, in_features: int, out_features: int, stored: Sequence[str]) -> None:
+            super().__init__()
+            self.in_features, self.out_features, self.stored = in_features, out_features, tuple(stored)
+            for name in stored:
+                self.register_buffer(name, None)
+            self.register_parameter("bias", None)
+            self.forget()
+
+        def quantized(self, weight: Any) -> Sequence[Any]:
+            """Return what is stored of a weight [out_features, in_features] in floating point."""
+            raise NotImplementedError
+
+        def forget(self) -> None:
+            """Drop what was made of the buffers, which are about to change."""
+
+        def replace(self, layer: Any) -> Any:
+            """Take the place of a `torch.nn.Linear`; return this module."""
+            if layer.bias is not None:
+                self.bias = type(layer.bias)(layer.bias.detach(), requires_grad=False)
+            for name, value in zip(self.stored, self.quantized(layer.weight.detach()), strict=True):
+                setattr(self, name, value)
+            return self.train(layer.training)
+
+        def check_input(self, x: Any) -> None:
+            """Raise for an input of another size, or one that wants a gradient."""
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise UnsupportedError("int8_linear: no gradient; call it under torch.no_grad()")
+            if x.shape[-1:] != (self.in_features,):
+                raise ShapeError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
+
+        def extra_repr(self) -> str:
+            """Return the sizes, as `torch.nn.Linear` does."""
+            return f"in_features={self.in_features}, out_features={self.out_features}"
+
+        def _apply(self, fn: Any, *rest: Any, **named: Any) -> Any:
+            """Move, but do not cast: the kernels want scales in float32, whatever the model computes in."""
+            self.forget()
+            before = [(name, getattr(self, name)) for name in self.stored]
+            move: Any = super()._apply
+            move(fn, *rest, **named)
+            for name, value in before:
+                if value is not None and getattr(self, name).dtype != value.dtype:
+                    setattr(self, name, value.to(getattr(self, name).device))
+            return self
+
+        def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+            """Load what is stored, or quantise a weight now; say what is wrong with it as PyTorch does."""
+            self.forget()
+            weight, errors = state.pop(f"{prefix}weight", None), rest[-1]
+            own = {f"{prefix}{name}": getattr(self, name) for name in self.stored}
+            expected, device = [self.out_features, self.in_features], own[f"{prefix}codes"].device
+            if weight is None:
+                found = {name: state[name].to(value.dtype) for name, value in own.items() if name in state}
+            elif list(weight.shape) != expected:
+                errors.append(f"size mismatch for {prefix}weight: {list(weight.shape)}, expected {expected}.")
+                found = own
+            else:
+                weight = weight.detach() if device.type == "meta" else weight.detach().to(device)
+                try:
+                    found = dict(zip(own, self.quantized(weight), strict=True))
+                except FrugalError as error:
+                    errors.append(f"While quantising {prefix}weight: {error}")
+                    found = own
+            state.update(found)
+            super()._load_from_state_dict(state, prefix, *rest)
+
+        def __setstate__(self, state: Any) -> None:
+            """Fill a copy, whose memory is another."""
+            fill: Any = super().__setstate__
+            fill(state)
+            self.forget()
+
+    class Int8Linear(QuantizedLinear):
         """A linear layer in int8; see `cuda_backend.torch_layers.int8_linear`."""
 
         __qualname__ = "Int8Linear"  # pickle asks this file for it, which has `__getattr__`
         codes: Any
         absmax: Any
-        bias: Any
         no_bias: Any
 
         def __init__(
@@ -50,14 +127,13 @@ def classes() -> Any:
             threshold: float | None,
             compute: Callable[..., Any] | None,
         ) -> None:
-            super().__init__()
-            self.in_features, self.out_features, self.threshold = in_features, out_features, threshold
-            self.compute = compute or cuda_backend.llm_int8_linear_hopper
-            self.register_buffer("codes", None)
-            self.register_buffer("absmax", None)
-            self.register_parameter("bias", None)
+            super().__init__(in_features, out_features, ("codes", "absmax"))
+            self.threshold, self.compute = threshold, compute or cuda_backend.llm_int8_linear_hopper
             self.register_buffer("no_bias", None, persistent=False)  # -0.0, beside layers with a bias
             self.rest: tuple[Any, ...] = ()  # layers to compute with this one: a tuple, so no children
+
+        def forget(self) -> None:
+            """Drop what other layers have left, and what shares memory with the buffers."""
             self.ahead: tuple[Any, Any, Any] | None = None  # input, its state, output that was left here
             self.joined: tuple[Any, Any, Any] | None = None  # addresses, weight and bias of it and the rest
 
@@ -66,7 +142,7 @@ def classes() -> Any:
             if weight.is_meta:
                 N, room = self.out_features, -(-self.in_features // 16) * 16
                 return weight.new_empty((N, room), dtype=torch.int8), weight.new_empty(N, dtype=torch.float32)
-            prepared = cuda_backend.prepare_weight(weight.detach().t())
+            prepared = cuda_backend.prepare_weight(weight.t())
             codes = prepared.codes.t()  # rows may be longer than they are wide: all of it is kept
             whole = codes.as_strided((self.out_features, codes.stride(0)), (codes.stride(0), 1))
             return whole, prepared.absmax
@@ -78,7 +154,7 @@ def classes() -> Any:
 
         def forward(self, x: Any) -> Any:
             """Return the outputs for x [..., in_features]."""
-            _check_input(self, x)
+            self.check_input(x)
             ahead, self.ahead = self.ahead, None
             state = None if x.is_inference() else (x._version, torch_stream(x))
             if ahead is not None and ahead[0] is x and ahead[1] == state:
@@ -91,39 +167,8 @@ def classes() -> Any:
             return own
 
         def extra_repr(self) -> str:
-            """Return the sizes, as `torch.nn.Linear` does."""
-            sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-            return f"{sizes}, threshold={self.threshold}"
-
-        def _apply(self, fn: Any, *rest: Any, **named: Any) -> Any:
-            """Move, but do not cast: the kernels want absmax in float32, whatever the model computes in."""
-            absmax, self.ahead, self.joined = self.absmax, None, None
-            move: Any = super()._apply
-            move(fn, *rest, **named)
-            if absmax is not None and self.absmax.dtype != absmax.dtype:
-                self.absmax = absmax.to(self.absmax.device)
-            return self
-
-        def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-            """Load codes, or a weight that is quantised now; say what is wrong with it as PyTorch does."""
-            self.ahead = self.joined = None
-            weight, errors = state.pop(f"{prefix}weight", None), rest[-1]
-            stored = {f"{prefix}{name}": getattr(self, name) for name in ("codes", "absmax")}
-            expected = [self.out_features, self.in_features]
-            if weight is None:
-                found = {name: state[name].to(own.dtype) for name, own in stored.items() if name in state}
-            elif list(weight.shape) != expected:
-                errors.append(f"size mismatch for {prefix}weight: {list(weight.shape)}, expected {expected}.")
-                found = stored
-            else:
-                place = weight if self.absmax.is_meta else weight.to(self.absmax.device)
-                try:
-                    found = dict(zip(stored, self.quantized(place), strict=True))
-                except FrugalError as error:
-                    errors.append(f"While quantising {prefix}weight: {error}")
-                    found = stored
-            state.update(found)
-            super()._load_from_state_dict(state, prefix, *rest)
+            """Return the sizes and the threshold."""
+            return f"{super().extra_repr()}, threshold={self.threshold}"
 
     class MergedInt8Linear(torch.nn.ModuleList):
         """Layers of one input; see `cuda_backend.torch_layers.merged_int8_linear`."""
@@ -136,11 +181,12 @@ def classes() -> Any:
 
         def forward(self, x: Any) -> Any:
             """Return a tuple of the outputs of each layer for x [..., in_features]."""
-            layers = list(self)
-            _check_input(layers[0], x)
+            layers: list[Any] = list(self)
+            layers[0].check_input(x)
             return outputs(layers, x)
 
-    return SimpleNamespace(Int8Linear=Int8Linear, MergedInt8Linear=MergedInt8Linear)
+    made = QuantizedLinear, Int8Linear, MergedInt8Linear
+    return SimpleNamespace(**{each.__name__: each for each in made})
 
 
 def __getattr__(name: str) -> Any:
@@ -149,24 +195,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _check_input(layer: Any, x: Any) -> None:
-    import torch
-
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise UnsupportedError("int8_linear: no gradient; call it under torch.no_grad()")
-    if x.shape[-1:] != (layer.in_features,):
-        raise ShapeError(f"x: expected [..., {layer.in_features}], got {list(x.shape)}")
-
-
 def outputs(layers: Sequence[Any], x: Any) -> tuple[Any, ...]:
     """Return what each layer gives for the same x, in one call of the kernels."""
     first = layers[0]
     weight, bias = operands(layers)
-    rows = x.reshape(-1, first.in_features)
+    rows = rows_of(x)
     out = first.compute(rows, weight, bias=bias, threshold=first.threshold)
     sizes = [layer.out_features for layer in layers]
     found: tuple[Any, ...] = out.view(*x.shape[:-1], sum(sizes)).split(sizes, dim=-1)
     return found
+
+
+def rows_of(x: Any) -> Any:
+    """Return x as a matrix whose rows are whole, which those of a transposed x are not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def operands(layers: Sequence[Any]) -> tuple[Any, Any]:
@@ -243,3 +286,25 @@ def _laid(layers: Sequence[Any]) -> tuple[Any, Any, Any]:
             elif shift:
                 layer.no_bias = shift[0]
     return codes, absmax, bias
+
+
+def check_linear(name: str, layer: Any, compute: Callable[..., Any] | None) -> None:
+    """Raise for what is no linear layer, or none that the kernels take."""
+    import torch
+
+    if not isinstance(layer, torch.nn.Linear):
+        raise OptionError(f"{name}: expected a torch.nn.Linear, got {type(layer).__name__}")
+    weight: Any = layer.weight
+    bias: Any = layer.bias
+    if bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device):
+        raise DTypeError(
+            f"{name}: expected a bias as the weight is, {weight.dtype} on {weight.device}, "
+            f"got {bias.dtype} on {bias.device}"
+        )
+    if compute is not None:
+        return
+    if not (weight.is_cuda or weight.is_meta):
+        current_device()  # which says that there is no GPU
+        raise DTypeError(f"{name}: expected a layer on the GPU, got one on {weight.device}")
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        raise DTypeError(f"{name}: expected float16 or bfloat16, got {weight.dtype}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import cuda_backend
-from cuda_backend import torch_layers, torch_ops
+from cuda_backend import torch_layers, torch_modules, torch_ops
 from refimpl.errors import BackendUnavailableError, DTypeError, OptionError, ShapeError, UnsupportedError
 from tests.cuda.int8_on_host import compute, prepare_weight
 
@@ -73,6 +73,27 @@ def test_outliers_are_set_aside() -> None:
         exact = layer(x)
     # The outliers meet int8 weights, whose error remains.
     assert (near - exact).norm() < 0.5 * (far - exact).norm()
+
+
+def test_an_input_with_any_strides() -> None:
+    layer = torch.nn.Linear(20, 6)
+    given: list[int] = []
+
+    def strided(x: Any, *rest: Any, **options: Any) -> Any:
+        given.append(x.stride(1))
+        return compute(x, *rest, **options)
+
+    module = torch_ops.int8_linear(layer, compute=strided)
+    with torch.no_grad():
+        for x in (
+            torch.randn(1, 20, 7).transpose(1, 2),
+            torch.randn(20),
+            torch.randn(0, 20),
+            torch.randn(9, 40)[:, ::2],
+        ):
+            assert torch.equal(module(x), module(x.contiguous()))
+            assert module(x).shape == layer(x).shape
+    assert set(given) == {1}
 
 
 def test_no_gradient_is_given() -> None:
@@ -164,10 +185,10 @@ def test_mistakes_are_said_before_anything_changes(monkeypatch: pytest.MonkeyPat
         raise BackendUnavailableError("no GPU")
 
     linear = model()
-    monkeypatch.setattr(torch_layers, "current_device", no_device)
+    monkeypatch.setattr(torch_modules, "current_device", no_device)
     with pytest.raises(BackendUnavailableError, match="no GPU"):
         torch_ops.replace_linear(linear)
-    monkeypatch.setattr(torch_layers, "current_device", lambda: 0)
+    monkeypatch.setattr(torch_modules, "current_device", lambda: 0)
     with pytest.raises(DTypeError, match=r"0\.0: expected a layer on the GPU, got one on cpu"):
         torch_ops.replace_linear(linear)
     assert type(linear[0][0]) is torch.nn.Linear
