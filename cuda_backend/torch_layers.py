@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cuda_backend.torch_modules import check_linear, classes
+from cuda_backend.torch_weight_only import Form, check_weight_only, weight_only_linear
 from refimpl.errors import OptionError
 
 __all__ = ["int8_linear", "merged_int8_linear", "replace_linear"]
@@ -119,7 +120,12 @@ def _check_alike(name: str, layers: Sequence[Any]) -> None:
 
 
 def replace_linear(
-    model: Any, *, keep: Sequence[str] = HEAD, merge: Sequence[Sequence[str]] = (), **options: Any
+    model: Any,
+    *,
+    keep: Sequence[str] = HEAD,
+    merge: Sequence[Sequence[str]] = (),
+    weight_only: Form | None = None,
+    **options: Any,
 ) -> int:
     """Put `int8_linear` in the place of every `torch.nn.Linear` of a model but those named in `keep`.
 
@@ -135,8 +141,10 @@ def replace_linear(
         ``[("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]``: wherever a module has all of them they
         are computed in one call, as by `merged_int8_linear`.  The model's code stays as it is, and so do the
         names in its state.
+    weight_only : {"nf4", "int8"}, optional
+        Take `weight_only_linear` with this `weight` in place of `int8_linear`; nothing is merged then.
     **options
-        Those of `int8_linear`.
+        Those of `int8_linear`, or of `weight_only_linear`.
 
     Returns
     -------
@@ -148,13 +156,13 @@ def replace_linear(
     OptionError
         If `model` is a linear layer itself, or has no child of a name that was given, or layers cannot be
         merged.
-    DTypeError, BackendUnavailableError
-        As `int8_linear`, with the layer's name.
+    DTypeError, UnsupportedError, BackendUnavailableError
+        As `int8_linear`, or `weight_only_linear`, with the layer's name.
 
     Notes
     -----
-    A model that is called with few tokens at a time gets slower where its layers are small, and its host
-    has more to do: see docs/performance.md, and `cuda_backend.int8_linear_decode` for 1 to 16 tokens.
+    A model that is called with few tokens at a time gets slower in LLM.int8() where its layers are small, and
+    its host has more to do: see docs/performance.md, and `weight_only` for 1 to 16 tokens.
 
     Of layers that are merged the first computes all, and the others find what it left for them if they are
     given the same tensor, unwritten since, on the same stream; given any other, a layer computes its own.
@@ -171,12 +179,20 @@ def replace_linear(
     unknown = sorted(set(keep) - known)
     if unknown and keep is not HEAD:
         raise OptionError(f"keep: the model has no child named {', '.join(unknown)}")
+    if weight_only is not None and merge:
+        raise OptionError("merge: expected none with weight_only, whose inputs are not quantised")
     found = list(_linear_children(model, "", keep, set()))
     for path, parent, name in found:
-        check_linear(path, getattr(parent, name), options.get("compute"))
+        if weight_only is None:
+            check_linear(path, getattr(parent, name), options.get("compute"))
+        else:
+            check_weight_only(path, getattr(parent, name), weight_only, options.get("compute"))
     groups = list(_groups(found, merge))
     for _, parent, name in found:  # no layer is held here: each can go as soon as it has been replaced
-        setattr(parent, name, int8_linear(getattr(parent, name), **options))
+        if weight_only is None:
+            setattr(parent, name, int8_linear(getattr(parent, name), **options))
+        else:
+            setattr(parent, name, weight_only_linear(getattr(parent, name), weight=weight_only, **options))
     for parent, names in groups:
         first, *rest = [getattr(parent, name) for name in names]
         first.lead(rest)

@@ -66,7 +66,7 @@ def classes() -> Any:
         def check_input(self, x: Any) -> None:
             """Raise for an input of another size, or one that wants a gradient."""
             if torch.is_grad_enabled() and x.requires_grad:
-                raise UnsupportedError("int8_linear: no gradient; call it under torch.no_grad()")
+                raise UnsupportedError(f"{type(self).__name__}: no gradient; call it under torch.no_grad()")
             if x.shape[-1:] != (self.in_features,):
                 raise ShapeError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
 
@@ -288,7 +288,7 @@ def _laid(layers: Sequence[Any]) -> tuple[Any, Any, Any]:
     return codes, absmax, bias
 
 
-def check_linear(name: str, layer: Any, compute: Callable[..., Any] | None) -> None:
+def check_linear(name: str, layer: Any, compute: Callable[..., Any] | None, *, meta: bool = True) -> None:
     """Raise for what is no linear layer, or none that the kernels take."""
     import torch
 
@@ -301,6 +301,8 @@ def check_linear(name: str, layer: Any, compute: Callable[..., Any] | None) -> N
             f"{name}: expected a bias as the weight is, {weight.dtype} on {weight.device}, "
             f"got {bias.dtype} on {bias.device}"
         )
+    if weight.is_meta and not meta:
+        raise DTypeError(f"{name}: expected a layer on the GPU, got one on meta")
     if compute is not None:
         return
     if not (weight.is_cuda or weight.is_meta):

@@ -33,6 +33,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
         "cuda_backend/torch_modules.py",
         "cuda_backend/torch_ops.py",
         "cuda_backend/torch_rivals.py",
+        "cuda_backend/torch_weight_only.py",
     ),
     "numba.cuda": "cuda_backend/_numba.py",
 }
