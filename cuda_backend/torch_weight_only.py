@@ -187,7 +187,7 @@ def nf4_of(weight: Any) -> NF4Weight:
     """Return what `refimpl.quant.nf4_quantize` stores of a weight given as [N, K], on its device."""
     import torch
 
-    levels = torch.tensor(LEVELS.tolist(), dtype=torch.float32, device=weight.device)
+    levels, _ = _tables(weight.device)
     middle = (levels[:-1] + levels[1:]) / 2
     codes, absmax = _coded(weight, BLOCK, 1, lambda scaled: torch.bucketize(scaled, middle).byte())
     pairs = codes.view(-1, 2)
@@ -225,5 +225,15 @@ def widened_nf4(layer: Any, start: int, end: int) -> Any:
     codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).view(end - start, -1, BLOCK).int()
     inner = _columns(layer.absmax_codes, start, end, K // BLOCK, 4).int()
     place = torch.arange(start * inner.shape[1], end * inner.shape[1], device=inner.device) // INNER
-    absmax = layer.scale.new_tensor(dynamic_map())[inner] * layer.scale[place].view_as(inner) + layer.offset
-    return (layer.scale.new_tensor(LEVELS)[codes] * absmax[..., None]).flatten(1)
+    levels, scales = _tables(inner.device)
+    absmax = scales[inner] * layer.scale[place].view_as(inner) + layer.offset
+    return (levels[codes] * absmax[..., None]).flatten(1)
+
+
+@functools.cache
+def _tables(device: Any) -> tuple[Any, Any]:
+    """Return the levels of NF4 and those of absmax codes on a device; they stay there."""
+    import torch
+
+    floats = {"dtype": torch.float32, "device": device}
+    return torch.tensor(LEVELS.tolist(), **floats), torch.tensor(dynamic_map().tolist(), **floats)
