@@ -191,7 +191,9 @@ def test_what_moves_copies_and_loads_layers_one_by_one(make: Callable[[int], Any
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_casts_leave_codes_and_scales(make: Callable[[int], Any], dtype: Any) -> None:
     module, rounded = make(1), parts(1)
+    module(X)
     module.to(dtype)
+    assert not any(part.joined or part.ahead for part in module.children()), "memory that was left"
     for part in module.children():
         assert (part.codes.dtype, part.absmax.dtype) == (torch.int8, torch.float32)
         assert part.bias is None or part.bias.dtype == dtype
@@ -220,6 +222,23 @@ def test_from_the_meta_device(make: Callable[[int], Any]) -> None:
         module(X)
     assert called == [45]
     assert in_one_memory(list(module.children()))
+
+
+def test_what_was_laid_side_by_side_in_inference_mode_can_be_written_to() -> None:
+    target = merged(2)
+    target.load_state_dict(merged(1).state_dict(), assign=True)
+    with torch.inference_mode():
+        target(X)
+    target.load_state_dict(merged(2).state_dict())
+    assert same(target(X), apart(2, X))
+
+
+def test_memories_that_touch_are_not_one() -> None:
+    memory = bytearray(8)
+    parts = [torch.frombuffer(memory, dtype=torch.int8, offset=place, count=4) for place in (0, 4)]
+    assert parts[0].data_ptr() + 4 == parts[1].data_ptr()
+    assert torch_modules._as_one(parts) is None
+    assert torch_modules._as_one(torch.arange(8).split(4)).tolist() == list(range(8))
 
 
 def test_layers_of_a_model_are_computed_once_for_the_same_tensor() -> None:
@@ -271,7 +290,7 @@ def test_what_was_left_is_not_used_when_something_has_changed(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
-        (["q", "k"], "expected groups of two names or more, got 'q'"),
+        (["qk"], "expected groups of two names or more, got 'qk'"),
         ([("q",)], r"expected groups of two names or more, got \('q',\)"),
         ([("q", "k"), ("k", "v")], "expected each name once, got q, k, k, v"),
         ([("q", "k", "w")], "no module has all of q, k, w to replace"),

@@ -35,6 +35,8 @@ def test_layers_are_replaced_but_for_those_that_are_kept() -> None:
         assert torch_ops.replace_linear(linear, compute=compute) == 2
         found = linear(x)
     assert type(linear.lm_head) is torch.nn.Linear
+    assert linear[0][0].training
+    assert not torch_ops.int8_linear(torch.nn.Linear(4, 4).eval(), compute=compute).training
     assert found.shape == exact.shape
     assert 0 < (found - exact).norm() < 0.02 * exact.norm()
     assert repr(linear[0][0]) == "Int8Linear(in_features=20, out_features=32, threshold=6.0)"

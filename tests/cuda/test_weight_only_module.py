@@ -95,14 +95,15 @@ def test_it_stores_what_the_definition_stores(
 def test_few_tokens_by_the_kernel_and_many_by_the_widened_weight(
     form: str, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = linear(bias=bias, size=(512, 20))
+    features = 256 if form == "int8" else 1024  # absmax for two scales
+    layer = linear(bias=bias, size=(features, 20))
     found = module(form, layer)
     weight, _ = defined(form, layer.weight)
     wide = torch.from_numpy(np.ascontiguousarray(weight))
     assert torch.equal(found.weight_in(torch.float32), wide), "the packing, turned back"
     monkeypatch.setattr(torch_weight_only, "SLICE", 1)
     assert torch.equal(found.weight_in(torch.float32), wide), "a tile at a time"
-    x = torch.randn(2, 9, 512, generator=torch.Generator().manual_seed(1)).half()
+    x = torch.randn(2, 9, features, generator=torch.Generator().manual_seed(1)).half()
     with torch.no_grad():
         many, few = found(x), found(x[:, :1])
         exact = x.float() @ wide.T + (0 if layer.bias is None else layer.bias.float())
@@ -112,6 +113,16 @@ def test_few_tokens_by_the_kernel_and_many_by_the_widened_weight(
         # Levels of NF4, or widened weights, are rounded to float16, and so are outputs: 2**-11 each.
         torch.testing.assert_close(out.float(), wanted, rtol=2**-10, atol=2**-10)
     assert found(x[:0]).shape == (0, 9, 20)
+    counted: list[int] = []
+
+    def count(rows: Any, *_: Any, **__: Any) -> Any:
+        counted.append(len(rows))
+        return rows.new_zeros(len(rows), 20)
+
+    monkeypatch.setattr(found, "compute", count)
+    for tokens in (1, 16, 17):
+        found(x.reshape(-1, features)[:tokens])
+    assert counted == [1, 16]
     with pytest.raises(UnsupportedError, match="WeightOnlyLinear: no gradient"):
         found(x.requires_grad_())
 
@@ -131,6 +142,7 @@ def test_state_copies_and_casts(form: str) -> None:
             assert torch.equal(target(x), expected)
     with pytest.raises(RuntimeError, match=rf"size mismatch for weight: \[{N}, 512\], expected \[{N}, {K}\]"):
         first.load_state_dict({**source.state_dict(), "weight": torch.zeros(N, 512)})
+    first.prepared()
     for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
         assert copied.settled is None
         assert torch.equal(copied(x), expected)
@@ -149,6 +161,7 @@ def test_what_was_written_is_in_memory_before_the_next_call(form: str) -> None:
         lambda: layer.load_state_dict(state),
         lambda: layer.half(),
         lambda: layer.scale.mul_(2),
+        lambda: setattr(layer, "codes", layer.codes.clone()),
         lambda: setattr(layer, "codes", layer.codes.clone()),
     ):
         settled = layer.settled
