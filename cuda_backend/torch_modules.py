@@ -92,9 +92,11 @@ def classes() -> Any:
             own = {f"{prefix}{name}": getattr(self, name) for name in self.stored}
             expected, device = [self.out_features, self.in_features], own[f"{prefix}codes"].device
             if weight is None:
-                found = {name: state[name].to(value.dtype) for name, value in own.items() if name in state}
-            elif list(weight.shape) != expected:
-                errors.append(f"size mismatch for {prefix}weight: {list(weight.shape)}, expected {expected}.")
+                given = {name: value for name, value in own.items() if torch.is_tensor(state.get(name))}
+                found = {name: state[name].to(value.dtype) for name, value in given.items()}
+            elif not torch.is_tensor(weight) or list(weight.shape) != expected:
+                size = list(weight.shape) if torch.is_tensor(weight) else type(weight).__name__
+                errors.append(f"size mismatch for {prefix}weight: {size}, expected {expected}.")
                 found = own
             else:
                 weight = weight.detach() if device.type == "meta" else weight.detach().to(device)

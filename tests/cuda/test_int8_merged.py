@@ -131,7 +131,9 @@ def test_a_state_that_does_not_fit() -> None:
             r"While quantising 1\.weight: .*expected finite numbers",
         ),
         ("1.weight", torch.zeros(8, 20, dtype=torch.complex64), r"While quantising 1\.weight: .*complex64"),
+        ("1.weight", [0.0], r"size mismatch for 1\.weight: list, expected \[8, 20\]"),
         ("1.codes", torch.zeros(8, 20, dtype=torch.int8), r"size mismatch for 1\.codes"),
+        ("1.codes", [0], r'"1\.codes", expected torch.Tensor or Tensor-like'),
     ):
         for strict in (True, False):
             state, target = parts(1).state_dict(), merged(2)
