@@ -1,7 +1,7 @@
 """Layers of PyTorch whose weight alone is quantised, NF4 or int8 in groups: for 1 to 16 tokens.
 
 Quantised where the layer is, to what the definitions store, bit for bit, and kept in the order in which the
-decoding kernels read it.  For more tokens the weight is widened first, a slice at a time.
+decoding kernels read it.  Prompts take it widened, a slice at a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Form = Literal["int8", "nf4"]
 STORED = {"int8": ("codes", "scale"), "nf4": ("codes", "absmax_codes", "scale", "offset")}
 GROUP, BLOCK, INNER = 128, 64, 256  # weights of a scale, weights of an absmax, absmax of a scale
 TILE, CHUNK, SLICE = 16, 128, 1 << 24  # rows and bytes a row of what a warp reads; weights widened at a time
+FEW = 128  # tokens that take calls of 16: each is a twentieth to a tenth of what widening is expected to take
 
 
 def weight_only_linear(layer: Any, *, weight: Form = "nf4", compute: Callable[..., Any] | None = None) -> Any:
@@ -34,7 +35,8 @@ def weight_only_linear(layer: Any, *, weight: Form = "nf4", compute: Callable[..
     weight : {"nf4", "int8"}
         NF4 in blocks of 64 with double quantisation, or int8 in groups of 128, along ``in_features``.
     compute : callable, optional
-        For up to 16 tokens.  Default: `cuda_backend.nf4_linear_decode` or `cuda_backend.int8_linear_decode`.
+        For up to 16 tokens a call.  Default: `cuda_backend.nf4_linear_decode` or
+        `cuda_backend.int8_linear_decode`.
 
     Returns
     -------
@@ -57,10 +59,10 @@ def weight_only_linear(layer: Any, *, weight: Form = "nf4", compute: Callable[..
 
     Notes
     -----
-    How much faster than float16 it is for 1 to 16 tokens stands in docs/performance.md.  With more the weight
-    is widened to the format of x, and rounded to it, before `torch.nn.functional.linear` multiplies: slower
-    than float16, and once for a prompt.  `cuda_backend.torch_ops.int8_linear` is for many tokens.  Forward
-    passes may be captured in a CUDA graph once they have run with the same shapes.
+    How much faster than float16 it is for 1 to 16 tokens stands in docs/performance.md.  With more it is
+    slower: up to 128 take several calls, and for prompts the weight is widened to the format of x, and
+    rounded to it, before `torch.nn.functional.linear` multiplies.  `cuda_backend.torch_ops.int8_linear` is
+    for many tokens.  Forward passes may be captured in a CUDA graph once they have run with the same shapes.
 
     References
     ----------
@@ -131,8 +133,10 @@ def _class() -> Any:
             """Return the outputs for x [..., in_features]."""
             self.check_input(x)
             rows = rows_of(x)
-            if len(rows) <= MOST_TOKENS:
-                out = self.compute(rows, self.prepared(), bias=self.bias)
+            if len(rows) <= FEW:
+                weight = self.prepared()
+                parts = [self.compute(part, weight, bias=self.bias) for part in rows.split(MOST_TOKENS)]
+                out = parts[0] if len(parts) == 1 else torch.cat(parts)
             else:
                 out = torch.nn.functional.linear(rows, self.weight_in(x.dtype), self.bias)
             return out.view(*x.shape[:-1], self.out_features)
@@ -142,9 +146,9 @@ def _class() -> Any:
             N, K = self.out_features, self.in_features
             out, step = self.codes.new_empty((N, K), dtype=dtype), max(TILE, SLICE // K // TILE * TILE)
             for start in range(0, N, step):
-                part = out[start : start + step]
-                widen = widened_int8 if self.form == "int8" else widened_nf4
-                part.copy_(widen(self, start, start + len(part)))
+                end = min(N, start + step)
+                codes, scale = (_int8 if self.form == "int8" else _nf4)(self, start, end)
+                torch.mul(codes, scale[..., None], out=out[start:end].view(codes.shape))
             return out
 
         def extra_repr(self) -> str:
@@ -187,7 +191,7 @@ def nf4_of(weight: Any) -> NF4Weight:
     """Return what `refimpl.quant.nf4_quantize` stores of a weight given as [N, K], on its device."""
     import torch
 
-    levels, _ = _tables(weight.device)
+    levels, _, _ = _tables(weight.device)
     middle = (levels[:-1] + levels[1:]) / 2
     codes, absmax = _coded(weight, BLOCK, 1, lambda scaled: torch.bucketize(scaled, middle).byte())
     pairs = codes.view(-1, 2)
@@ -209,31 +213,33 @@ def _columns(parts: Any, start: int, end: int, features: int, count: int) -> Any
     return tiles.transpose(1, 2).reshape(-1, features)[: end - start]
 
 
-def widened_int8(layer: Any, start: int, end: int) -> Any:
-    """Return rows of a weight in float32, as `refimpl.quant.dequantize_groups` does."""
-    codes = _rows(layer.codes, start, end, layer.in_features, 4, 4).view(end - start, -1, GROUP)
-    scale = _columns(layer.scale, start, end, layer.in_features // GROUP, 1)
-    return ((codes.float() - 128) * scale[..., None]).flatten(1)
-
-
-def widened_nf4(layer: Any, start: int, end: int) -> Any:
-    """Return rows of a weight in float32, as `refimpl.quant.qlora_dequantize` does."""
+def _int8(layer: Any, start: int, end: int) -> tuple[Any, Any]:
+    """Return codes and scales of groups of rows, whose product `refimpl.quant.dequantize_groups` is."""
     import torch
 
-    K = layer.in_features
-    pairs = _rows(layer.codes, start, end, K // 2, 8, 2)
-    codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).view(end - start, -1, BLOCK).int()
+    codes = _rows(layer.codes, start, end, layer.in_features, 4, 4)
+    signed = (codes ^ 0x80).view(torch.int8)
+    return signed.view(end - start, -1, GROUP), _columns(
+        layer.scale, start, end, layer.in_features // GROUP, 1
+    )
+
+
+def _nf4(layer: Any, start: int, end: int) -> tuple[Any, Any]:
+    """Return levels and absmax of blocks of rows, whose product `refimpl.quant.qlora_dequantize` is."""
+    import torch
+
+    K, (_, pairs, scales) = layer.in_features, _tables(layer.codes.device)
+    levels = torch.nn.functional.embedding(_rows(layer.codes, start, end, K // 2, 8, 2).int(), pairs)
     inner = _columns(layer.absmax_codes, start, end, K // BLOCK, 4).int()
     place = torch.arange(start * inner.shape[1], end * inner.shape[1], device=inner.device) // INNER
-    levels, scales = _tables(inner.device)
     absmax = scales[inner] * layer.scale[place].view_as(inner) + layer.offset
-    return (levels[codes] * absmax[..., None]).flatten(1)
+    return levels.view(end - start, -1, BLOCK), absmax
 
 
 @functools.cache
-def _tables(device: Any) -> tuple[Any, Any]:
-    """Return the levels of NF4 and those of absmax codes on a device; they stay there."""
+def _tables(device: Any) -> tuple[Any, Any, Any]:
+    """Return the levels of NF4, the two of each byte of codes, and those of absmax codes; they stay there."""
     import torch
 
-    floats = {"dtype": torch.float32, "device": device}
-    return torch.tensor(LEVELS.tolist(), **floats), torch.tensor(dynamic_map().tolist(), **floats)
+    levels, scales = (torch.tensor(each.tolist(), device=device) for each in (LEVELS, dynamic_map()))
+    return levels, torch.cartesian_prod(levels, levels), scales

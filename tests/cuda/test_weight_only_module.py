@@ -29,6 +29,7 @@ def on_host(stored: Any, give: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_weight_only, "FEW", 16)  # calls in the simulator take their time
     for name in ("prepare_int8_groups", "prepare_nf4"):
 
         def prepare(stored: Any, *, name: str = name, **options: Any) -> Any:
@@ -120,9 +121,10 @@ def test_few_tokens_by_the_kernel_and_many_by_the_widened_weight(
         return rows.new_zeros(len(rows), 20)
 
     monkeypatch.setattr(found, "compute", count)
-    for tokens in (1, 16, 17):
-        found(x.reshape(-1, features)[:tokens])
-    assert counted == [1, 16]
+    monkeypatch.setattr(torch_weight_only, "FEW", 128)
+    for tokens in (1, 16, 40, 128, 129):
+        assert found(x.new_zeros(tokens, features)).shape == (tokens, 20)
+    assert counted == [1, 16, 16, 16, 8, *[16] * 8]
     with pytest.raises(UnsupportedError, match="WeightOnlyLinear: no gradient"):
         found(x.requires_grad_())
 
