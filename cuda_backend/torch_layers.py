@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cuda_backend.context import current_device
-from refimpl.errors import DTypeError, OptionError, ShapeError, UnsupportedError
+from cuda_backend.torch_modules import check_linear, classes
+from cuda_backend.torch_weight_only import Form, check_weight_only, weight_only_linear
+from refimpl.errors import OptionError
 
 __all__ = ["int8_linear", "merged_int8_linear", "replace_linear"]
 
@@ -33,14 +33,15 @@ def int8_linear(
     torch.nn.Module
         With buffers ``codes`` [out_features, in_features padded to 16] and ``absmax``, and the layer's bias.
         It loads its own state, or that of a `torch.nn.Linear`, whose ``weight`` is quantised then.  Casts of
-        the model leave both as they are.
+        the model leave both as they are.  Of a layer on the meta device it is there too, until a state from
+        the GPU is loaded with ``assign=True``.
 
     Raises
     ------
     OptionError
         If `layer` is no `torch.nn.Linear`.
     DTypeError
-        If it is on the CPU, or in another format.
+        If it is on the CPU, or in another format, or its bias is not where and what its weight is.
     BackendUnavailableError
         If there is no GPU.
     ShapeError, UnsupportedError
@@ -56,12 +57,9 @@ def int8_linear(
     ----------
     .. [1] Dettmers et al., 2022, arXiv:2208.07339, section 3.
     """
-    _check("layer", layer, compute)
-    module = _int8_linear_class()(layer.in_features, layer.out_features, threshold, compute)
-    if layer.bias is not None:
-        module.bias = type(layer.bias)(layer.bias.detach(), requires_grad=False)
-    module.quantize(layer.weight)
-    return module.train(layer.training)
+    check_linear("layer", layer, compute)
+    module = classes().Int8Linear(layer.in_features, layer.out_features, threshold, compute)
+    return module.replace(layer)
 
 
 def merged_int8_linear(
@@ -78,9 +76,11 @@ def merged_int8_linear(
 
     Returns
     -------
-    torch.nn.Module
-        As from `int8_linear`, for all outputs side by side; what it returns are views of each layer's.  It
-        loads its own state, or that of a `torch.nn.Linear` with all outputs.
+    torch.nn.ModuleList
+        Of what `int8_linear` makes of each, whose codes lie side by side; what it returns are views of each
+        layer's outputs.  So is its state, with names that begin with 0., 1. and so on, and it loads that of a
+        `torch.nn.ModuleList` of the layers as well; ``merged[0].load_state_dict(k_proj.state_dict())``
+        loads one.
 
     Raises
     ------
@@ -94,54 +94,39 @@ def merged_int8_linear(
     Rows of the input and columns of a weight are quantised each for itself, and outliers belong to the input:
     merging changes no output by more than the order in which outliers are summed.  The input is quantised
     once in place of once a layer, which is much of the time of a layer with few outputs.  The model has to
-    call the merged module, and its own layers can go: nothing in it is changed here.  If ``out_features`` are
-    multiples of 8, views begin at multiples of 16 bytes, as `llm_int8_linear_hopper` wants its input.
+    call the merged module, and its own layers can go: nothing in it is changed here, as it is by
+    `replace_linear` with `merge`.  If ``out_features`` are multiples of 8, views begin at multiples of 16
+    bytes, as `llm_int8_linear_hopper` wants its input.
 
     References
     ----------
     .. [1] Dettmers et al., 2022, arXiv:2208.07339, section 3.
     """
-    import torch
-
-    if isinstance(layers, torch.nn.Module):
+    if not hasattr(layers, "__len__"):
         raise OptionError(f"layers: expected a sequence of torch.nn.Linear, got one {type(layers).__name__}")
     for place, layer in enumerate(layers):
-        _check(f"layers[{place}]", layer, compute)
+        check_linear(f"layers[{place}]", layer, compute)
+    _check_alike("layers", layers)
+    parts = [int8_linear(layer, threshold=threshold, compute=compute) for layer in layers]
+    return classes().MergedInt8Linear(parts).train(layers[0].training)
+
+
+def _check_alike(name: str, layers: Sequence[Any]) -> None:
+    """Raise for linear layers that cannot be computed in one call."""
     kinds = {(layer.in_features, layer.weight.dtype, layer.weight.device) for layer in layers}
     if len(kinds) != 1:
         found = "; ".join(sorted(map(str, kinds))) or "no layers"
-        raise OptionError(f"layers: expected one in_features, dtype and device, got {found}")
-    sizes = [layer.out_features for layer in layers]
-    module = _int8_linear_class()(layers[0].in_features, sum(sizes), threshold, compute, sizes)
-    if any(layer.bias is not None for layer in layers):
-        module.bias = torch.nn.Parameter(torch.cat([_bias_of(layer) for layer in layers]), False)
-    module.quantize(torch.cat([layer.weight.detach() for layer in layers]))
-    return module.train(layers[0].training)
+        raise OptionError(f"{name}: expected one in_features, dtype and device, got {found}")
 
 
-def _bias_of(layer: Any) -> Any:
-    """Return the bias of a layer; of one without -0.0, which added changes no number, as 0.0 does -0.0."""
-    if layer.bias is None:
-        return layer.weight.new_full((layer.out_features,), -0.0)
-    return layer.bias.detach()
-
-
-def _check(name: str, layer: Any, compute: Callable[..., Any] | None) -> None:
-    """Raise for what is no linear layer, or none that the kernels take."""
-    import torch
-
-    if not isinstance(layer, torch.nn.Linear):
-        raise OptionError(f"{name}: expected a torch.nn.Linear, got {type(layer).__name__}")
-    if compute is not None:
-        return
-    if not layer.weight.is_cuda:
-        current_device()  # which says that there is no GPU
-        raise DTypeError(f"{name}: expected a layer on the GPU, got one on {layer.weight.device}")
-    if layer.weight.dtype not in (torch.float16, torch.bfloat16):
-        raise DTypeError(f"{name}: expected float16 or bfloat16, got {layer.weight.dtype}")
-
-
-def replace_linear(model: Any, *, keep: Sequence[str] = HEAD, **options: Any) -> int:
+def replace_linear(
+    model: Any,
+    *,
+    keep: Sequence[str] = HEAD,
+    merge: Sequence[Sequence[str]] = (),
+    weight_only: Form | None = None,
+    **options: Any,
+) -> int:
     """Put `int8_linear` in the place of every `torch.nn.Linear` of a model but those named in `keep`.
 
     Parameters
@@ -151,8 +136,15 @@ def replace_linear(model: Any, *, keep: Sequence[str] = HEAD, **options: Any) ->
     keep : sequence of str
         Names of children, at any depth, or whole names as of ``named_modules``, that stay as they are, with
         all that is in them.  Default: ``lm_head``, if there is one.
+    merge : sequence of sequences of str
+        Names of layers that a module calls with one and the same tensor, in the order of these calls, such as
+        ``[("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]``: wherever a module has all of them they
+        are computed in one call, as by `merged_int8_linear`.  The model's code stays as it is, and so do the
+        names in its state.
+    weight_only : {"nf4", "int8"}, optional
+        Take `weight_only_linear` with this `weight` in place of `int8_linear`; nothing is merged then.
     **options
-        Those of `int8_linear`.
+        Those of `int8_linear`, or of `weight_only_linear`.
 
     Returns
     -------
@@ -162,14 +154,20 @@ def replace_linear(model: Any, *, keep: Sequence[str] = HEAD, **options: Any) ->
     Raises
     ------
     OptionError
-        If `model` is a linear layer itself, or has no child of a name that was given.
-    DTypeError, BackendUnavailableError
-        As `int8_linear`, with the layer's name.
+        If `model` is a linear layer itself, or has no child of a name that was given, or layers cannot be
+        merged.
+    DTypeError, UnsupportedError, BackendUnavailableError
+        As `int8_linear`, or `weight_only_linear`, with the layer's name.
 
     Notes
     -----
-    A model that is called with few tokens at a time gets slower where its layers are small, and its host
-    has more to do: see docs/performance.md, and `cuda_backend.int8_linear_decode` for 1 to 16 tokens.
+    A model that is called with few tokens at a time gets slower in LLM.int8() where its layers are small, and
+    its host has more to do: see docs/performance.md, and `weight_only` for 1 to 16 tokens.
+
+    Of layers that are merged the first computes all, and the others find what it left for them if they are
+    given the same tensor, unwritten since, on the same stream; given any other, a layer computes its own.
+    What is not fetched stays in memory until the next call.  Tensors of ``torch.inference_mode`` do not say
+    that they were written to: with them nothing is merged, so call the model under ``torch.no_grad``.
     """
     import torch
 
@@ -181,18 +179,35 @@ def replace_linear(model: Any, *, keep: Sequence[str] = HEAD, **options: Any) ->
     unknown = sorted(set(keep) - known)
     if unknown and keep is not HEAD:
         raise OptionError(f"keep: the model has no child named {', '.join(unknown)}")
-    found = list(_linear_children(model, "", keep))
+    if weight_only is not None and merge:
+        raise OptionError("merge: expected none with weight_only, whose inputs are not quantised")
+    found = list(_linear_children(model, "", keep, set()))
     for path, parent, name in found:
-        _check(path, getattr(parent, name), options.get("compute"))
+        if weight_only is None:
+            check_linear(path, getattr(parent, name), options.get("compute"))
+        else:
+            check_weight_only(path, getattr(parent, name), weight_only, options.get("compute"))
+    groups = list(_groups(found, merge))
     for _, parent, name in found:  # no layer is held here: each can go as soon as it has been replaced
-        setattr(parent, name, int8_linear(getattr(parent, name), **options))
+        if weight_only is None:
+            setattr(parent, name, int8_linear(getattr(parent, name), **options))
+        else:
+            setattr(parent, name, weight_only_linear(getattr(parent, name), weight=weight_only, **options))
+    for parent, names in groups:
+        first, *rest = [getattr(parent, name) for name in names]
+        first.lead(rest)
     return len(found)
 
 
-def _linear_children(module: Any, prefix: str, keep: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    """Yield whole name, parent and name of each linear layer that is not kept."""
+def _linear_children(
+    module: Any, prefix: str, keep: Sequence[str], seen: set[int]
+) -> Iterator[tuple[str, Any, str]]:
+    """Yield whole name, parent and name of each linear layer that is not kept, each parent once."""
     import torch
 
+    if id(module) in seen:
+        return
+    seen.add(id(module))
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if name in keep or path in keep:
@@ -200,75 +215,28 @@ def _linear_children(module: Any, prefix: str, keep: Sequence[str]) -> Iterator[
         if type(child) is torch.nn.Linear:
             yield path, module, name
         else:
-            yield from _linear_children(child, f"{path}.", keep)
+            yield from _linear_children(child, f"{path}.", keep, seen)
 
 
-@functools.cache
-def _int8_linear_class() -> Any:
-    import torch
-
-    from cuda_backend import llm_int8_linear_hopper, prepare_weight
-    from refimpl.quant import Int8Columns
-
-    class Int8Linear(torch.nn.Module):
-        """A linear layer in int8; see `int8_linear`."""
-
-        def __init__(
-            self,
-            in_features: int,
-            out_features: int,
-            threshold: float | None,
-            compute: Callable[..., Any] | None,
-            sizes: list[int] | None = None,
-        ) -> None:
-            super().__init__()
-            self.in_features, self.out_features, self.threshold = in_features, out_features, threshold
-            self.sizes = sizes  # outputs of the layers that were merged
-            self.compute = compute or llm_int8_linear_hopper
-            self.register_buffer("codes", None)
-            self.register_buffer("absmax", None)
-            self.register_parameter("bias", None)
-
-        def quantize(self, weight: Any) -> None:
-            """Take the place of a weight [out_features, in_features] in floating point."""
-            prepared = prepare_weight(weight.detach().t())
-            codes = prepared.codes.t()  # rows may be longer than they are wide: all of it is kept
-            self.codes = codes.as_strided((self.out_features, codes.stride(0)), (codes.stride(0), 1))
-            self.absmax = prepared.absmax
-
-        def forward(self, x: Any) -> Any:
-            """Return the outputs for x [..., in_features]; of layers that were merged, a tuple."""
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise UnsupportedError("int8_linear: no gradient; call it under torch.no_grad()")
-            if x.shape[-1:] != (self.in_features,):
-                raise ShapeError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
-            rows = x.reshape(-1, self.in_features)
-            weight = Int8Columns(self.codes[:, : self.in_features].t(), self.absmax)
-            out = self.compute(rows, weight, bias=self.bias, threshold=self.threshold)
-            out = out.view(*x.shape[:-1], self.out_features)
-            return out if self.sizes is None else out.split(self.sizes, dim=-1)
-
-        def extra_repr(self) -> str:
-            """Return the sizes, as `torch.nn.Linear` does."""
-            sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-            merged = "" if self.sizes is None else f", merged={self.sizes}"
-            return f"{sizes}, threshold={self.threshold}{merged}"
-
-        def _apply(self, fn: Any, *rest: Any, **named: Any) -> Any:
-            """Move, but do not cast: the kernels want absmax in float32, whatever the model computes in."""
-            absmax = self.absmax
-            move: Any = super()._apply
-            move(fn, *rest, **named)
-            if absmax is not None and self.absmax.dtype != absmax.dtype:
-                self.absmax = absmax.to(self.absmax.device)
-            return self
-
-        def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-            weight = state.pop(f"{prefix}weight", None)
-            if weight is not None:
-                place = weight if self.absmax is None else weight.to(self.absmax.device)
-                self.quantize(place)
-                state[f"{prefix}codes"], state[f"{prefix}absmax"] = self.codes, self.absmax
-            super()._load_from_state_dict(state, prefix, *rest)
-
-    return Int8Linear
+def _groups(
+    found: Sequence[tuple[str, Any, str]], merge: Sequence[Sequence[str]]
+) -> Iterator[tuple[Any, Sequence[str]]]:
+    """Yield parent and names of layers that are to be merged; raise for those that do not merge."""
+    named: list[str] = []
+    for names in merge:
+        if isinstance(names, str) or len(names) < 2:
+            raise OptionError(f"merge: expected groups of two names or more, got {names!r}")
+        named.extend(names)
+    if len(set(named)) != len(named):
+        raise OptionError(f"merge: expected each name once, got {', '.join(named)}")
+    children: dict[int, tuple[str, Any, set[str]]] = {}
+    for path, parent, name in found:
+        children.setdefault(id(parent), (path.rpartition(".")[0], parent, set()))[2].add(name)
+    for names in merge:
+        having = [(path, parent) for path, parent, own in children.values() if own.issuperset(names)]
+        if not having:
+            raise OptionError(f"merge: no module has all of {', '.join(names)} to replace")
+        for path, parent in having:
+            layers = [getattr(parent, name) for name in names]
+            _check_alike(f"merge: {', '.join(names)} of {path or 'the model'}", layers)
+            yield parent, names

@@ -1,7 +1,7 @@
 """PyTorch, if it is installed: our functions and layers under its names, arrays for measurements.
 
-This file, `torch_layers` and `torch_rivals` alone name torch, and only inside functions: nothing else of
-frugal needs it.
+This file, `torch_layers`, `torch_modules`, `torch_weight_only` and `torch_rivals` alone name torch, and only
+inside functions: nothing else of frugal needs it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from cuda_backend.attention.tiers import Tier
 from cuda_backend.torch_layers import int8_linear, merged_int8_linear, replace_linear
+from cuda_backend.torch_weight_only import weight_only_linear
 from refimpl.attention.scores import Causal
 from refimpl.errors import OptionError, UnsupportedError
 from refimpl.numerics import Array
@@ -29,6 +30,7 @@ __all__ = [
     "replace_linear",
     "to_host",
     "varlen_attention",
+    "weight_only_linear",
 ]
 
 

@@ -30,8 +30,10 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "ml_dtypes": "refimpl/testing.py",
     "torch": (
         "cuda_backend/torch_layers.py",
+        "cuda_backend/torch_modules.py",
         "cuda_backend/torch_ops.py",
         "cuda_backend/torch_rivals.py",
+        "cuda_backend/torch_weight_only.py",
     ),
     "numba.cuda": "cuda_backend/_numba.py",
 }

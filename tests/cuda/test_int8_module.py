@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
 import cuda_backend
-from cuda_backend import torch_layers, torch_ops
-from cuda_backend.int8 import linear_hopper
-from refimpl import quant
+from cuda_backend import torch_layers, torch_modules, torch_ops
 from refimpl.errors import BackendUnavailableError, DTypeError, OptionError, ShapeError, UnsupportedError
+from tests.cuda.int8_on_host import compute, prepare_weight
 
 torch: Any = pytest.importorskip("torch")
 
 
 @pytest.fixture(autouse=True)
-def _reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the reference quantise; codes get the room that TMA wants."""
-
-    def prepare_weight(weight: Any) -> Any:
-        codes, absmax = quant.quantize_columns(weight.numpy())
-        K, N = codes.shape
-        roomy = torch.zeros((N, -(-K // 16) * 16), dtype=torch.int8)
-        roomy[:, :K] = torch.from_numpy(codes.T.copy())
-        return linear_hopper.PreparedWeight(roomy[:, :K].t(), torch.from_numpy(absmax), None)
-
-    monkeypatch.setattr(cuda_backend, "prepare_weight", prepare_weight)  # it keeps what was asked for once
-    torch_layers._int8_linear_class.cache_clear()
-    yield
-    torch_layers._int8_linear_class.cache_clear()
-
-
-def compute(x: Any, weight: Any, *, bias: Any, threshold: float | None) -> Any:
-    assert isinstance(weight, quant.Int8Columns)
-    stored = quant.Int8Columns(weight.codes.numpy(), weight.absmax.numpy())
-    shift = None if bias is None else bias.detach().numpy()
-    out = quant.llm_int8_linear_fused(x.numpy(), stored, bias=shift, threshold=threshold)
-    return torch.from_numpy(np.asarray(out))
+def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_backend, "prepare_weight", prepare_weight)
 
 
 def model() -> Any:
@@ -58,6 +35,8 @@ def test_layers_are_replaced_but_for_those_that_are_kept() -> None:
         assert torch_ops.replace_linear(linear, compute=compute) == 2
         found = linear(x)
     assert type(linear.lm_head) is torch.nn.Linear
+    assert linear[0][0].training
+    assert not torch_ops.int8_linear(torch.nn.Linear(4, 4).eval(), compute=compute).training
     assert found.shape == exact.shape
     assert 0 < (found - exact).norm() < 0.02 * exact.norm()
     assert repr(linear[0][0]) == "Int8Linear(in_features=20, out_features=32, threshold=6.0)"
@@ -98,6 +77,27 @@ def test_outliers_are_set_aside() -> None:
     assert (near - exact).norm() < 0.5 * (far - exact).norm()
 
 
+def test_an_input_with_any_strides() -> None:
+    layer = torch.nn.Linear(20, 6)
+    given: list[int] = []
+
+    def strided(x: Any, *rest: Any, **options: Any) -> Any:
+        given.append(x.stride(1))
+        return compute(x, *rest, **options)
+
+    module = torch_ops.int8_linear(layer, compute=strided)
+    with torch.no_grad():
+        for x in (
+            torch.randn(1, 20, 7).transpose(1, 2),
+            torch.randn(20),
+            torch.randn(0, 20),
+            torch.randn(9, 40)[:, ::2],
+        ):
+            assert torch.equal(module(x), module(x.contiguous()))
+            assert module(x).shape == layer(x).shape
+    assert set(given) == {1}
+
+
 def test_no_gradient_is_given() -> None:
     layer = torch_ops.int8_linear(torch.nn.Linear(4, 4), compute=compute)
     with pytest.raises(UnsupportedError, match="no gradient"):
@@ -119,12 +119,12 @@ def test_merged_layers_give_what_each_gives_alone() -> None:
         assert [each.shape for each in found] == [(2, 7, 32), (2, 7, 8), (2, 7, 5)]
         for one, alone in zip(found, expected, strict=True):
             assert torch.equal(one, alone)
-        other = torch_ops.merged_int8_linear([torch.nn.Linear(20, s) for s in (32, 8, 5)], compute=compute)
+        fresh = [torch.nn.Linear(20, size, bias=size != 8) for size in (32, 8, 5)]
+        other = torch_ops.merged_int8_linear(fresh, compute=compute)
         other.load_state_dict(merged.state_dict())
         assert all(map(torch.equal, other(x), found))
         (single,) = torch_ops.merged_int8_linear([k], compute=compute)(x)
         assert torch.equal(single, expected[1])
-        assert torch_ops.merged_int8_linear([k, k], compute=compute).bias is None
         # Products that underflow: a layer without a bias keeps its -0.0 beside one that has a bias.
         k.weight.fill_(1e-20)
         _, zeros, _ = torch_ops.merged_int8_linear(layers, compute=compute)(torch.full((1, 20), -1e-30))
@@ -187,15 +187,13 @@ def test_mistakes_are_said_before_anything_changes(monkeypatch: pytest.MonkeyPat
         raise BackendUnavailableError("no GPU")
 
     linear = model()
-    monkeypatch.setattr(torch_layers, "current_device", no_device)
+    monkeypatch.setattr(torch_modules, "current_device", no_device)
     with pytest.raises(BackendUnavailableError, match="no GPU"):
         torch_ops.replace_linear(linear)
-    monkeypatch.setattr(torch_layers, "current_device", lambda: 0)
+    monkeypatch.setattr(torch_modules, "current_device", lambda: 0)
     with pytest.raises(DTypeError, match=r"0\.0: expected a layer on the GPU, got one on cpu"):
         torch_ops.replace_linear(linear)
     assert type(linear[0][0]) is torch.nn.Linear
-    merged = torch_ops.merged_int8_linear([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)], compute=compute)
-    assert repr(merged) == "Int8Linear(in_features=4, out_features=5, threshold=6.0, merged=[3, 2])"
 
 
 def test_each_layer_goes_when_it_has_been_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,3 +265,46 @@ def test_long_sequences_and_their_error(causal: bool) -> None:
     print(causal, errors)  # noqa: T201
     assert errors["int8"] < 0.05
     assert errors["int8"] < errors["int8, not smoothed"]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_module_in_the_place_of_a_linear_layer(form: Any, dtype: str) -> None:
+    """The definition's bits; few tokens and many, in a graph, after a state was loaded and it has moved."""
+    torch = pytest.importorskip("torch")
+    from cuda_backend.torch_ops import weight_only_linear
+    from cuda_backend.torch_weight_only import groups_of, nf4_of
+
+    make = {"device": "cuda", "dtype": getattr(torch, dtype)}
+    layer, other = (torch.nn.Linear(1024, 300, **make) for _ in range(2))
+    given = layer.weight.detach().float().cpu().numpy().T
+    if form == "int8":
+        mine: Any = groups_of(layer.weight.detach())
+        wanted: Any = quantize_groups(given)
+        values = quant.dequantize_groups(wanted).T
+    else:
+        mine, wanted = nf4_of(layer.weight.detach()), nf4_quantize(given)
+        values = quant.qlora_dequantize(wanted)
+    for part, known in zip(mine, wanted, strict=True):
+        assert np.array_equal(part.cpu().numpy() if hasattr(part, "cpu") else part, known)
+    module = weight_only_linear(other, weight=form)
+    module.load_state_dict(layer.state_dict())
+    wide = module.weight_in(torch.float32)
+    torch.testing.assert_close(wide.cpu().numpy(), np.ascontiguousarray(values), rtol=2**-22, atol=0)
+    rounding = 2**-10 if dtype == "float16" else 2**-7
+    with torch.no_grad():
+        for tokens in (1, 16, 37, 700):
+            x = torch.randn(tokens, 1024, **make)
+            found = module(x)
+            exact = x.double() @ wide.double().T + layer.bias.double()
+            torch.testing.assert_close(
+                found.double(), exact, rtol=rounding, atol=rounding * float(exact.abs().max())
+            )
+            module.cpu().cuda()
+            assert torch.equal(module(x), found)
+            graph, given = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+            with torch.cuda.graph(graph):
+                out = module(given)
+            given.copy_(x)
+            graph.replay()
+            assert torch.equal(out, found)
