@@ -51,7 +51,8 @@ def int8_linear(
     Notes
     -----
     It is faster than float16 for many tokens; which layers are, for how many, stands in docs/performance.md.
-    Forward passes may be captured in a CUDA graph once they have run with the same shapes.
+    Forward passes may be captured in a CUDA graph once they have run with the same shapes on its stream:
+    ``torch.cuda.graph(graph, stream=stream)`` behind a pass in ``torch.cuda.stream(stream)``.
 
     References
     ----------

@@ -22,7 +22,7 @@ Form = Literal["int8", "nf4"]
 STORED = {"int8": ("codes", "scale"), "nf4": ("codes", "absmax_codes", "scale", "offset")}
 GROUP, BLOCK, INNER = 128, 64, 256  # weights of a scale, weights of an absmax, absmax of a scale
 TILE, CHUNK, SLICE = 16, 128, 1 << 24  # rows and bytes a row of what a warp reads; weights widened at a time
-FEW = 128  # tokens that take calls of 16: each is a twentieth to a tenth of what widening is expected to take
+FEW = {"int8": 256, "nf4": 512}  # tokens that take calls of 16: as many as take as long as widening
 
 
 def weight_only_linear(layer: Any, *, weight: Form = "nf4", compute: Callable[..., Any] | None = None) -> Any:
@@ -60,7 +60,7 @@ def weight_only_linear(layer: Any, *, weight: Form = "nf4", compute: Callable[..
     Notes
     -----
     How much faster than float16 it is for 1 to 16 tokens stands in docs/performance.md.  With more it is
-    slower: up to 128 take several calls, and for prompts the weight is widened to the format of x, and
+    slower: up to 256 (int8) or 512 (NF4) take several calls, and for prompts the weight is widened to the format of x, and
     rounded to it, before `torch.nn.functional.linear` multiplies.  `cuda_backend.torch_ops.int8_linear` is
     for many tokens.  Forward passes may be captured in a CUDA graph once they have run with the same shapes.
 
@@ -133,7 +133,7 @@ def _class() -> Any:
             """Return the outputs for x [..., in_features]."""
             self.check_input(x)
             rows = rows_of(x)
-            if len(rows) <= FEW:
+            if len(rows) <= FEW[self.form]:
                 weight = self.prepared()
                 parts = [self.compute(part, weight, bias=self.bias) for part in rows.split(MOST_TOKENS)]
                 out = parts[0] if len(parts) == 1 else torch.cat(parts)

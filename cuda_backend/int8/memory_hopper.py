@@ -67,7 +67,10 @@ class Shared:
 def refuse_capture(stream: int) -> None:
     """Raise UnsupportedError before kernels are loaded or memory is asked for, which breaks a capture."""
     if checked(driver.cuStreamIsCapturing(stream)):
-        raise UnsupportedError("a stream under capture: call once with these shapes before capturing")
+        raise UnsupportedError(
+            "a stream under capture: call once with these shapes on it before capturing; with PyTorch, in "
+            "torch.cuda.stream(stream), and capture by torch.cuda.graph(graph, stream=stream)"
+        )
 
 
 @functools.cache

@@ -365,8 +365,11 @@ def test_layers_of_a_model_merged(tokens: int) -> None:
             assert model.v.ahead is None
             model.cpu().cuda()
         assert torch.equal(model(x), found)
-        graph, given = torch.cuda.CUDAGraph(), torch.zeros_like(x)
-        with torch.cuda.graph(graph):
+        stream, graph, given = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.zeros_like(x)
+        with torch.cuda.stream(stream):
+            model(given)
+            stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
             out = model(given)
         given.copy_(x)
         graph.replay()

@@ -29,7 +29,9 @@ def on_host(stored: Any, give: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_weight_only, "FEW", 16)  # calls in the simulator take their time
+    monkeypatch.setattr(
+        torch_weight_only, "FEW", {"int8": 16, "nf4": 16}
+    )  # calls in the simulator take their time
     for name in ("prepare_int8_groups", "prepare_nf4"):
 
         def prepare(stored: Any, *, name: str = name, **options: Any) -> Any:
@@ -121,7 +123,7 @@ def test_few_tokens_by_the_kernel_and_many_by_the_widened_weight(
         return rows[:, :20]
 
     monkeypatch.setattr(found, "compute", count)
-    monkeypatch.setattr(torch_weight_only, "FEW", 128)
+    monkeypatch.setattr(torch_weight_only, "FEW", {"int8": 128, "nf4": 128})
     for tokens in (1, 16, 40, 128, 129):
         given = x.new_tensor(range(tokens))[:, None].expand(-1, features)
         out = found(given.contiguous())
