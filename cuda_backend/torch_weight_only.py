@@ -60,9 +60,10 @@ def weight_only_linear(layer: Any, *, weight: Form = "nf4", compute: Callable[..
     Notes
     -----
     How much faster than float16 it is for 1 to 16 tokens stands in docs/performance.md.  With more it is
-    slower: up to 256 (int8) or 512 (NF4) take several calls, and for prompts the weight is widened to the format of x, and
-    rounded to it, before `torch.nn.functional.linear` multiplies.  `cuda_backend.torch_ops.int8_linear` is
-    for many tokens.  Forward passes may be captured in a CUDA graph once they have run with the same shapes.
+    slower: up to 256 (int8) or 512 (NF4) take several calls, and for prompts the weight is widened to the
+    format of x, and rounded to it, before `torch.nn.functional.linear` multiplies.
+    `cuda_backend.torch_ops.int8_linear` is for many tokens.  Forward passes may be captured in a CUDA graph
+    once they have run with the same shapes.
 
     References
     ----------

@@ -59,25 +59,23 @@ def test_a_large_layer_is_two_kernels(launched: list[SimpleNamespace], kept: boo
     assert (quantize.blocks, quantize.variant.aside, quantize.variant.aligned) == (T, "cells", True)
     x, x_row, x_codes, pitch, absmax, marks, width, limit = quantize.values
     assert (x, x_row, pitch, width, limit) == (X, 2 * K, K, K, 0x4600)
-    number, indices = product.values[8:10]
-    x_aside, w_aside, counters = product.values[19:22]
+    indices = product.values[8]
+    x_aside, w_aside, counters = product.values[18:21]
     if kept:
-        aside = launched[1]
-        assert aside.values[:3] == [marks, indices, number]
-        assert aside.values[3:8] == [X, 2 * K, 2, x_codes, K]
-        assert aside.values[12:14] == [x_aside, w_aside]
-        assert aside.values[14:] == [T, K, 0, 1024], "codes become 0, nothing else"
+        number = launched[1].values[2]
+        assert launched[1].values == [marks, indices, number, x_codes, K, T, K]
+        assert number >> 41 == 1
     assert counters - marks == 4096, "both are 0 between calls"
     assert product.values[:4] == [MAPS, MAPS + 128, MAPS + 256, MAPS + 384]
-    assert product.values[4:11] == [OUT, absmax, ABSMAX, BIAS, number, indices, marks]
-    assert product.values[11:19] == [X, 2 * K, 2, CODES, 1, K, x_codes, K]
+    assert product.values[4:10] == [OUT, absmax, ABSMAX, BIAS, indices, marks]
+    assert product.values[10:18] == [X, 2 * K, 2, CODES, 1, K, x_codes, K]
     rows, columns = 3, -(-N // product.variant.block_n)
-    assert product.values[22:] == [rows * columns, rows, columns, K // 128, T, N, 1024, K]
+    assert product.values[21:] == [rows * columns, rows, columns, K // 128, T, N, 1024, K]
     assert product.blocks == rows * columns
     assert product.threads == product.variant.threads
     assert product.shared == product.variant.shared_bytes <= 232_448
     assert marks >> 40 == 1
-    assert number >> 41 == indices >> 41 == x_aside >> 41 == w_aside >> 41 == 1
+    assert indices >> 41 == x_aside >> 41 == w_aside >> 41 == 1
     if kept:
         assert (x_codes, absmax) == (KEPT, KEPT + T * K)
     else:
@@ -99,11 +97,10 @@ def test_what_lies_in_memory_does_not_overlap(launched: list[SimpleNamespace], N
         parts[product.values[6]] = 4 * K
         assert product.values[7:11] == [quantize.values[5], quantize.values[5] + 256, quantize.values[2], 112]
     else:
-        number, indices, *_ = product.values[8:]
-        x_aside, w_aside, _ = product.values[19:22]
-        parts |= {indices: 4 * K, number: 4, x_aside: T * 3 * 128, w_aside: N * 3 * 128}
+        indices, (x_aside, w_aside) = product.values[8], product.values[18:20]
+        parts |= {indices: 4 * K, x_aside: T * 3 * 128, w_aside: N * 3 * 128}
     places = sorted(parts)
-    assert len(places) == (3 if few else 6)
+    assert len(places) == (3 if few else 5)
     for place, following in itertools.pairwise(places):
         assert place + parts[place] <= following
         assert place % 256 == 0
@@ -131,7 +128,7 @@ def test_without_a_threshold_nothing_is_set_aside(launched: list[SimpleNamespace
     plan.run(X, CODES, ABSMAX, 0, 0, OUT)
     assert [item.name for item in launched] == ["quantize", "product"]
     assert launched[0].variant.aside == ""
-    assert launched[1].values[8:14] == [0] * 6
+    assert launched[1].values[8:13] == [0] * 5
 
 
 @pytest.mark.parametrize(
