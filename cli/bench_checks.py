@@ -1,0 +1,81 @@
+"""What any machine can judge of a command line of ``frugal bench``, before a GPU is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from cli.bench_problems import AXES, GROUPED, Wanted
+from cli.contest import tiers
+from cli.problems import Problem
+from refimpl.errors import BackendUnavailableError
+
+__all__ = ["check_names", "check_options", "check_shapes"]
+
+
+def check_options(what: str, wanted: Wanted, models: Sequence[str], tokens: Any, mods: Sequence[str]) -> None:
+    """Refuse options that say nothing about what is measured.
+
+    Raises
+    ------
+    click.UsageError
+        If there is one.
+    """
+    if what not in ("attention", "int8-attention") and wanted.causal is not None:
+        raise click.UsageError("--causal is an option of attention")
+    if what not in ("attention", "flexible") and (wanted.direction or "fwd") != "fwd":
+        raise click.UsageError(f"{what} has no backward pass; --pass is an option of attention and flexible")
+    kinds = set(wanted.dtypes or ())
+    if what not in ("attention", "flexible", "decode") and not kinds <= {"float16", "bfloat16"}:
+        raise click.UsageError(f"--dtype of {what} is float16 or bfloat16")
+    if what != "int8" and (models or tokens):
+        raise click.UsageError("--model and --tokens are options of int8")
+    if tokens and not models:
+        raise click.UsageError("--tokens are the rows of a --model")
+    if what != "flexible" and (wanted.forms or mods):
+        raise click.UsageError("--form and --mod are options of flexible")
+    if what != "decode" and wanted.splits:
+        raise click.UsageError("--splits is an option of decode")
+
+
+def check_shapes(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse shapes that do not fit what is measured.
+
+    Raises
+    ------
+    click.UsageError
+        If one has other axes, or heads that do not divide each other.
+    """
+    for shape in shapes:
+        grouped = what in GROUPED and len(shape) == len(AXES[what]) + 1
+        shown = "x".join(map(str, shape))
+        if len(shape) != len(AXES[what]) and not grouped:
+            raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {shown}")
+        if (grouped or what == "decode") and shape[1] % shape[2]:
+            raise click.UsageError(f"--shape: Hkv must divide H, got {shown}")
+
+
+def check_names(problems: Sequence[Problem], backend: str, tier: str | None, chosen: Sequence[str]) -> None:
+    """Refuse a tier that none of ours has, and parts of names that no rival has.
+
+    Raises
+    ------
+    click.UsageError
+        If there is one.
+    BackendUnavailableError
+        If a GPU has the tier: that is no mistake in the simulator, but missing.
+    """
+    known = dict.fromkeys(name for problem in problems for name in problem.rival_names)
+    for part in chosen:
+        if not any(part in name for name in known):
+            raise click.UsageError(f"--rival: none of {', '.join(known)} has {part!r} in its name")
+    if tier is None:
+        return
+    here, real = ({x for problem in problems for x in tiers(problem, on)} for on in (backend, "cuda"))
+    if tier in here:
+        return
+    if tier in real:
+        raise BackendUnavailableError(f"tier {tier} needs a GPU: --backend cuda")
+    raise click.UsageError(f"--tier: expected one of {', '.join(sorted(here | real))}; got {tier!r}")
