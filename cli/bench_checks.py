@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from cli.bench_problems import AXES, GROUPED, Wanted
+from cli.bench_problems import AXES, DEFAULT_SHAPES, GROUPED, Wanted
 from cli.contest import tiers
 from cli.problems import Problem
 from refimpl.errors import BackendUnavailableError
 
-__all__ = ["check_names", "check_options", "check_shapes"]
+__all__ = ["check_names", "check_options", "check_shapes", "check_simulated"]
+
+# Measured are 15 to 170 microseconds for one of them, all functions of a shape together.
+MOST_SIMULATED = 1_000_000
+TILE = 16  # the smallest side of a tile: threads without an element take their time, too
 
 
 def check_options(what: str, wanted: Wanted, models: Sequence[str], tokens: Any, mods: Sequence[str]) -> None:
@@ -55,6 +60,42 @@ def check_shapes(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
             raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {shown}")
         if (grouped or what == "decode") and shape[1] % shape[2]:
             raise click.UsageError(f"--shape: Hkv must divide H, got {shown}")
+
+
+def check_simulated(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse shapes that take hours in the simulator, where a thread of a GPU is a thread of Python.
+
+    Raises
+    ------
+    click.UsageError
+        If there is one.
+    """
+    for shape in shapes:
+        count = _products(what, shape)
+        if count > MOST_SIMULATED:
+            fine, shown = ("x".join(map(str, sizes)) for sizes in (DEFAULT_SHAPES[what, "cudasim"][0], shape))
+            raise click.UsageError(
+                f"{what} at {shown} is too large for the simulator: {count:.1e} multiply-adds, sizes counted"
+                f" as {TILE} at least, and {MOST_SIMULATED:.0e} take it minutes; {fine} is fine, and times"
+                " need a GPU: --backend cuda"
+            )
+
+
+def _products(what: str, shape: tuple[int, ...]) -> int:
+    """Return the multiply-adds of a product, all sizes but batch and heads filled up to a tile.
+
+    >>> _products("int8", (1, 100, 16)), _products("attention", (2, 4, 1, 20, 8))
+    (28672, 131072)
+    """
+    if what in ("int8", "weight-only"):
+        return math.prod(_tiled(size) for size in shape)
+    *_, tokens, width = shape
+    queries = 1 if what == "decode" else _tiled(tokens)
+    return shape[0] * shape[1] * queries * _tiled(tokens) * _tiled(width)
+
+
+def _tiled(size: int) -> int:
+    return -(-size // TILE) * TILE
 
 
 def check_names(problems: Sequence[Problem], backend: str, tier: str | None, chosen: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from cli.int8_problems import int8_problems
 from cli.problems import Problem, attention_problem
 from cli.weight_only_problems import weight_only_problems
 
-__all__ = ["AXES", "DIRECTIONS", "GROUPED", "Wanted", "problems_of", "specimens"]
+__all__ = ["AXES", "DEFAULT_SHAPES", "DIRECTIONS", "GROUPED", "Wanted", "problems_of", "specimens"]
 
 AXES = {
     "attention": ("B", "H", "N", "D"),

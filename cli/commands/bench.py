@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cli.bench_checks import check_names, check_options, check_shapes
+from cli.bench_checks import check_names, check_options, check_shapes, check_simulated
 from cli.bench_problems import AXES, DIRECTIONS, Wanted, problems_of, specimens
 from cli.commands.env import why_not
 from cli.flexible_forms import FORMS, users_form
@@ -184,7 +184,7 @@ def command(
     Each function is first held to its definition, on small cases and on rows of the one that is timed; one
     that fails is not timed, and the exit code is 1.  Bytes are those of inputs and outputs moved once.
     Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
-    simulator can run the same checks, and its seconds say nothing about a GPU.
+    simulator can run the same checks on small shapes, and its seconds say nothing about a GPU.
 
     WHAT = weight-only is decoding: a few tokens times a weight in int8 or NF4, stored ahead.  The time of
     int8-attention has the codes in it, and the error against exact attention stands beside it.
@@ -212,6 +212,7 @@ def command(
     shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
     check_shapes(what, shapes)
     if backend == "cudasim":
+        check_simulated(what, shapes)
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
     registry.load()
     wanted = wanted._replace(shapes=shapes, own_forms=tuple(map(users_form, mods)))
@@ -232,8 +233,7 @@ def command(
                 problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
             )
         rows += found
-        if backend == "cuda":
-            say(_finished(found))
+        say(_finished(found))
     return _result(rows, problems, backend, card, tier)
 
 
@@ -248,11 +248,17 @@ def _finished(rows: Sequence[dict[str, Any]]) -> str:
     mask = ", causal" if first["causal"] else ""
     texts = [
         f"{row['function']} "
-        + (row["status"] if row["time_s"] is None else f"{1e6 * row['time_s']:.1f} us")
+        + _took(row)
         + ("" if row["rms_error"] is None else f" (error {row['rms_error']:.1e})")
         for row in rows
     ]
     return f"{first['operation']} {_name(first['shape'])} {first['dtype']}{mask}: {'; '.join(texts)}"
+
+
+def _took(row: dict[str, Any]) -> str:
+    if row["simulator_s"] is not None:
+        return f"{row['simulator_s']:.1f} s in the simulator"
+    return str(row["status"]) if row["time_s"] is None else f"{1e6 * row['time_s']:.1f} us"
 
 
 def _refuse_others(ctx: click.Context, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 KERNELS = ("cuda", "cudasim")
+MOST_SIMULATED = (
+    64  # times the sizes of the record; measured: 5 s for one check of attention 50 times as large
+)
 # Whose kernels ``--tier`` means: on Hopper those for Ampere's tensor cores are some techniques' fast ones.
 TIERS = {"portable": ("portable",), "ampere": ("ampere",), "hopper": ("ampere", "hopper")}
 
@@ -161,6 +165,9 @@ def command(
     registry.load()
     techniques = [registry.get(name) for name in dict.fromkeys(names) or sorted(registry.TECHNIQUES)]
     fixed = {record.name: _known_axes(record, axes) for record in techniques} if axes is not None else {}
+    if backend == "cudasim":
+        for record in techniques:
+            _refuse_hours(record, fixed.get(record.name, {}))
     jobs = [
         job
         for record in techniques
@@ -305,6 +312,22 @@ def _known_axes(technique: Technique, axes: Mapping[str, AxisValue]) -> dict[str
             )
         known[name] = choices[axis_text(value)]
     return known
+
+
+def _refuse_hours(technique: Technique, fixed: Mapping[str, AxisValue]) -> None:
+    """Refuse sizes at which the simulator takes hours; it takes about a second at those of the record."""
+    larger = {
+        name: size / max(1, technique.axes[name][1])
+        for name, size in fixed.items()
+        if name in technique.axes and isinstance(size, int) and size > technique.axes[name][1]
+    }
+    growth = math.prod(larger.values())
+    if growth > MOST_SIMULATED:
+        sizes = ", ".join(f"{name}={fixed[name]}" for name in larger)
+        raise click.BadParameter(
+            f"--axes: {sizes} make cases of {technique.name} {growth:.0f} times as large as its record, and"
+            f" the simulator takes minutes for {MOST_SIMULATED} times; a GPU takes them: --backend cuda"
+        )
 
 
 def _jobs(technique: Technique, backend: str, with_: str | None) -> Iterator[Job]:

@@ -228,3 +228,17 @@ def test_what_is_all_invalid_is_not_for_want_of_a_function(here, run, monkeypatc
     assert "reason 6" in every.stdout
     report.outcomes.append(Outcome(*where, "reference", "refused", "not today"))
     assert "all 8 were refused or invalid" in run(*_with("good"), code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("technique", "axes", "said"),
+    [
+        ("attention.flash", "Tq=4096", "--axes: Tq=4096 make cases of attention.flash"),
+        ("attention.flash", "Tq=400,Tk=400,causal=false", "--axes: Tq=400, Tk=400 make cases"),
+        ("quant.int8_matmul", "K=1000000", "times as large as its record"),
+    ],
+)
+def test_the_simulator_refuses_what_would_take_hours(run, technique, axes, said):
+    done = run("verify", technique, "--backend", "cudasim", "--axes", axes, code=2)
+    assert said in done.stderr
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
