@@ -13,8 +13,9 @@ from cli.contest import tiers
 from cli.problems import Problem
 from refimpl.errors import BackendUnavailableError
 
-__all__ = ["check_names", "check_options", "check_shapes", "check_simulated"]
+__all__ = ["check_names", "check_options", "check_shapes", "check_simulated", "check_simulation"]
 
+MOST_ELEMENTS = 10**12  # of an array: a terabyte of codes
 # Measured are 15 to 170 microseconds for one of them, all functions of a shape together.
 MOST_SIMULATED = 1_000_000
 TILE = 16  # the smallest side of a tile: threads without an element take their time, too
@@ -35,6 +36,8 @@ def check_options(what: str, wanted: Wanted, models: Sequence[str], tokens: Any,
     kinds = set(wanted.dtypes or ())
     if what not in ("attention", "flexible", "decode") and not kinds <= {"float16", "bfloat16"}:
         raise click.UsageError(f"--dtype of {what} is float16 or bfloat16")
+    if "float64" in kinds:
+        raise click.UsageError(f"--dtype of {what} is float16, bfloat16 or float32")
     if what != "int8" and (models or tokens):
         raise click.UsageError("--model and --tokens are options of int8")
     if tokens and not models:
@@ -43,6 +46,20 @@ def check_options(what: str, wanted: Wanted, models: Sequence[str], tokens: Any,
         raise click.UsageError("--form and --mod are options of flexible")
     if what != "decode" and wanted.splits:
         raise click.UsageError("--splits is an option of decode")
+
+
+def check_simulation(ctx: click.Context) -> None:
+    """Refuse options that are about times, of which the simulator has none.
+
+    Raises
+    ------
+    click.UsageError
+        If there is one.
+    """
+    for name in ("hardware", "rounds", "plot_file"):
+        if ctx.params.get(name) is not None:
+            flag = next(item.opts[0] for item in ctx.command.params if item.name == name)
+            raise click.UsageError(f"{flag} is about times, and the simulator has none: --backend cuda")
 
 
 def check_shapes(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -60,6 +77,17 @@ def check_shapes(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
             raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {shown}")
         if (grouped or what == "decode") and shape[1] % shape[2]:
             raise click.UsageError(f"--shape: Hkv must divide H, got {shown}")
+        if _elements(what, shape) > MOST_ELEMENTS:
+            raise click.UsageError(f"--shape: no GPU holds arrays as large as those of {shown}")
+
+
+def _elements(what: str, shape: tuple[int, ...]) -> int:
+    """Return how many elements the largest array has."""
+    if what in ("int8", "weight-only"):
+        M, K, N = shape
+        return max(M * K, K * N, M * N)
+    B, H, *_, tokens, width = shape
+    return B * H * tokens * width
 
 
 def check_simulated(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -110,7 +138,7 @@ def check_names(problems: Sequence[Problem], backend: str, tier: str | None, cho
     """
     known = dict.fromkeys(name for problem in problems for name in problem.rival_names)
     for part in chosen:
-        if not any(part in name for name in known):
+        if not part or not any(part in name for name in known):
             raise click.UsageError(f"--rival: none of {', '.join(known)} has {part!r} in its name")
     if tier is None:
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cli.bench_checks import check_names, check_options, check_shapes, check_simulated
+from cli.bench_checks import check_names, check_options, check_shapes, check_simulated, check_simulation
 from cli.bench_problems import AXES, DIRECTIONS, Wanted, problems_of, specimens
 from cli.commands.env import why_not
 from cli.flexible_forms import FORMS, users_form
@@ -127,7 +127,9 @@ Examples:
     "--mod", "mods", multiple=True, metavar="FILE:FUNCTION", help="Of flexible: your own mask or score."
 )
 @click.option(
-    "--splits", type=click.IntRange(1), help="Of decode: parts of the cache.  [default: what fills the GPU]"
+    "--splits",
+    type=click.IntRange(1, 65_535),
+    help="Of decode: parts of the cache.  [default: what fills the GPU]",
 )
 @click.option("--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those beside it.  [default: float16]")
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
@@ -212,6 +214,7 @@ def command(
     shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
     check_shapes(what, shapes)
     if backend == "cudasim":
+        check_simulation(ctx)
         check_simulated(what, shapes)
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
     registry.load()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ Examples:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first case.")
 @click.option(
     "--examples",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 100_000),
     default=8,
     show_default=True,
     help="Random cases beside edge cases.",
@@ -317,15 +318,16 @@ def _known_axes(technique: Technique, axes: Mapping[str, AxisValue]) -> dict[str
 def _refuse_hours(technique: Technique, fixed: Mapping[str, AxisValue]) -> None:
     """Refuse sizes at which the simulator takes hours; it takes about a second at those of the record."""
     larger = {
-        name: size / max(1, technique.axes[name][1])
+        name: Fraction(size, max(1, technique.axes[name][1]))
         for name, size in fixed.items()
         if name in technique.axes and isinstance(size, int) and size > technique.axes[name][1]
     }
     growth = math.prod(larger.values())
     if growth > MOST_SIMULATED:
         sizes = ", ".join(f"{name}={fixed[name]}" for name in larger)
+        times = f"{float(min(growth, 10**30)):.3g}"
         raise click.BadParameter(
-            f"--axes: {sizes} make cases of {technique.name} {growth:.0f} times as large as its record, and"
+            f"--axes: {sizes} make cases of {technique.name} {times} times as large as its record, and"
             f" the simulator takes minutes for {MOST_SIMULATED} times; a GPU takes them: --backend cuda"
         )
 
