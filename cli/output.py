@@ -23,7 +23,7 @@ import click
 from cli.formats import Format, render
 from cli.result import Result
 
-__all__ = ["output_options", "progress", "say", "write_whole"]
+__all__ = ["output_options", "progress", "say", "writable", "write_whole"]
 
 T = TypeVar("T")
 _FORMATS: tuple[Format, ...] = ("table", "json", "csv", "markdown")
@@ -177,6 +177,13 @@ def write_whole(path: str, data: bytes) -> None:
             raise
     except OSError as error:
         raise click.UsageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def writable(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a file of an option that cannot be written, as `--output` does."""
+    if value is not None:
+        _check_place(value)
+    return value
 
 
 def _check_output(_context: click.Context, _parameter: click.Parameter, value: str) -> str:

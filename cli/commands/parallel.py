@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -121,6 +123,8 @@ def train(
     """
     if (save is not None or resume is not None) and len(ranks) * len(stages) > 1:
         raise click.UsageError("--save and --resume go with one number of ranks and one --stage")
+    if save is not None and (Path(save).exists() or not Path(os.path.abspath(save)).parent.is_dir()):
+        raise click.UsageError(f"--save makes a new folder in one that is there; got {save!r}")
     reason = why_not(backend)
     if reason is not None:
         from refimpl.errors import BackendUnavailableError

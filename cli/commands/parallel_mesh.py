@@ -20,7 +20,8 @@ NAMES = ("gpipe", "1f1b", "interleaved")
 SCHEDULES = ListOf(click.Choice(NAMES))
 MOST_STEPS = 1_000_000
 MOST_RANKS = 256  # of a run, whose time grows as their square
-TRAINED = Count(most=10_000)  # steps, or micro-batches, whose data are drawn at once
+SHARED = Count(most=MOST_RANKS)
+TRAINED = Count(most=1000)  # steps, or micro-batches, whose data are drawn at once
 
 
 def _each(values: list[int]) -> str:
@@ -86,9 +87,9 @@ Examples:
 @click.option(
     "--schedule", "schedules", type=SCHEDULES, default="1f1b", show_default=True, help="Of pipelines."
 )
-@click.option("--chunks", type=COUNT, default=2, show_default=True, help="Stages a rank, if interleaved.")
+@click.option("--chunks", type=SHARED, default=2, show_default=True, help="Stages a rank, if interleaved.")
 @click.option("--micro", type=TRAINED, default=4, show_default=True, help="Micro-batches a step and rank.")
-@click.option("--experts", type=COUNT, help="Make feed-forward layers mixtures, experts spread over --dp.")
+@click.option("--experts", type=SHARED, help="Make feed-forward layers mixtures, experts spread over --dp.")
 @click.option("--sequence-parallel", is_flag=True, help="Split tokens too, outside of sublayers.")
 @click.option("--recompute", is_flag=True, help="Run layers once more on the way back.")
 @click.option("--steps", type=TRAINED, default=10, show_default=True, help="Steps.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
-LENGTHS: ListOf[int] = ListOf(Count(most=1_000_000))
+LENGTHS: ListOf[int] = ListOf(Count(most=10_000))
 ALPHAS: ListOf[float] = ListOf(Number(0.0, 1.0))
 COSTS: ListOf[float] = ListOf(Number(0.0, 1e6))
 

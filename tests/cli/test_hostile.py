@@ -26,11 +26,17 @@ STEP = ("--model", "gpt2", "--sequence", "1024")
         (("comm", "--op", "all_reduce", "--ranks", "1e9", "--bytes", "1"), "expected at most 1e+06"),
         (("plan", *STEP, "--gpus", "1e30", "--batch", "8"), "expected at most 1e+12"),
         (("plan", *STEP, "--gpus", "8", "--batch", "1e30"), "expected at most 1e+12"),
-        (("speculate", "--alpha", "0.5", "--gamma", "1e30"), "expected at most 1e+06"),
+        (("speculate", "--alpha", "0.5", "--gamma", "1e30"), "expected at most 10000"),
         (("parallel", "train", "--ranks", "1000"), "expected at most 256"),
-        (("parallel", "train", "--steps", "1e30"), "expected at most 10000"),
-        (("parallel", "mesh", "--steps", "1e30"), "expected at most 10000"),
-        (("parallel", "mesh", "--micro", "1e30"), "expected at most 10000"),
+        (("parallel", "train", "--steps", "1e30"), "expected at most 1000"),
+        (("parallel", "mesh", "--steps", "1e30"), "expected at most 1000"),
+        (("parallel", "mesh", "--micro", "1e30"), "expected at most 1000"),
+        (("parallel", "mesh", "--experts", "1e30"), "expected at most 256"),
+        (("parallel", "mesh", "--chunks", "1e30", "--schedule", "interleaved"), "expected at most 256"),
+        (
+            ("timeline", *STEP, "--gpus", "8", "--batch", "1e9", "--division", "pipeline=8"),
+            "expected at most 1000000 steps to play",
+        ),
         (("parallel", "mesh", "--tp", "1,8", "--dp", "1e30"), "are at most 256 ranks"),
         (("verify", "attention.dense", "--examples", "99999999999999999999"), "not in the range"),
         (
@@ -46,6 +52,15 @@ STEP = ("--model", "gpt2", "--sequence", "1024")
         (("bench", "attention", *SIMULATED, "--hardware", "h200"), "--hardware is about times"),
         (("bench", "attention", *SIMULATED, "--rounds", "3"), "--rounds is about times"),
         (("bench", "attention", *SIMULATED, "--plot", "x.svg"), "--plot is about times"),
+        (
+            ("timeline", *STEP, "--gpus", "1", "--batch", "1", "--division", "data=1", "--trace", "/no/x"),
+            "Invalid value for '--trace': cannot write '/no/x': there is no directory",
+        ),
+        (
+            ("parallel", "train", "--ranks", "1", "--stage", "1", "--save", "/no/x"),
+            "--save makes a new folder",
+        ),
+        (("parallel", "train", "--ranks", "1", "--stage", "1", "--save", "."), "--save makes a new folder"),
         (("calibrate", "--hardware", "h2000"), "did you mean h200"),
     ],
 )
