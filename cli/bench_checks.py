@@ -18,6 +18,7 @@ __all__ = ["check_names", "check_options", "check_shapes", "check_simulated", "c
 MOST_ELEMENTS = 10**12  # of an array: a terabyte of codes
 # Measured are 15 to 170 microseconds for one of them, all functions of a shape together.
 MOST_SIMULATED = 1_000_000
+MOST_PARTS = 64  # of a cache, each a block of threads
 TILE = 16  # the smallest side of a tile: threads without an element take their time, too
 
 
@@ -49,7 +50,7 @@ def check_options(what: str, wanted: Wanted, models: Sequence[str], tokens: Any,
 
 
 def check_simulation(ctx: click.Context) -> None:
-    """Refuse options that are about times, of which the simulator has none.
+    """Refuse options that are about times, of which the simulator has none, and a cache in too many parts.
 
     Raises
     ------
@@ -60,6 +61,10 @@ def check_simulation(ctx: click.Context) -> None:
         if ctx.params.get(name) is not None:
             flag = next(item.opts[0] for item in ctx.command.params if item.name == name)
             raise click.UsageError(f"{flag} is about times, and the simulator has none: --backend cuda")
+    if (ctx.params["splits"] or 0) > MOST_PARTS:
+        raise click.UsageError(
+            f"--splits: expected no more than {MOST_PARTS} in the simulator; got {ctx.params['splits']}"
+        )
 
 
 def check_shapes(what: str, shapes: Sequence[tuple[int, ...]]) -> None:

@@ -46,6 +46,7 @@ STEP = ("--model", "gpt2", "--sequence", "1024")
         (("bench", "attention", "--shape", "1e29,1e29,1e29,1e29"), "no GPU holds arrays as large"),
         (("bench", "int8", "--shape", "1,1e9,1e9"), "no GPU holds arrays as large"),
         (("bench", "decode", "--splits", "99999999999999999999"), "not in the range"),
+        (("bench", "decode", "--splits", "65535", "--backend", "cudasim"), "expected no more"),
         (("bench", "growth", "--method", "full", "--n", "1e12"), "full: at most 16384; got 1000000000000"),
         (("bench", "attention", "--dtype", "fp64"), "--dtype of attention is float16, bfloat16 or float32"),
         (("bench", "attention", "--rival", ""), "has '' in its name"),
