@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import click
 
 from cli.backward_problem import attention_backward_problem
 from cli.decode_problems import decode_problems
 from cli.flexible_forms import DEFAULT_SHAPES as FORM_SHAPES
-from cli.flexible_forms import FORMS, Form, users_form
+from cli.flexible_forms import FORMS, Form
 from cli.flexible_problems import flexible_problem
 from cli.int8_attention_problems import int8_attention_problem
 from cli.int8_problems import int8_problems
 from cli.problems import Problem, attention_problem
 from cli.weight_only_problems import weight_only_problems
 
-__all__ = ["AXES", "DIRECTIONS", "Wanted", "check_shapes", "problems_of"]
+__all__ = ["AXES", "DEFAULT_SHAPES", "DIRECTIONS", "GROUPED", "Wanted", "problems_of", "specimens"]
 
 AXES = {
     "attention": ("B", "H", "N", "D"),
@@ -64,25 +61,8 @@ class Wanted(NamedTuple):
     causal: bool | None = None
     direction: str | None = None
     forms: tuple[str, ...] = ()
-    mods: tuple[str, ...] = ()
+    own_forms: tuple[Form, ...] = ()
     splits: int | None = None
-
-
-def check_shapes(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuse shapes that do not fit what is measured.
-
-    Raises
-    ------
-    click.UsageError
-        If one has other axes, or heads that do not divide each other.
-    """
-    for shape in shapes:
-        grouped = what in GROUPED and len(shape) == len(AXES[what]) + 1
-        shown = "x".join(map(str, shape))
-        if len(shape) != len(AXES[what]) and not grouped:
-            raise click.UsageError(f"--shape of {what} is {','.join(AXES[what])}; got {shown}")
-        if (grouped or what == "decode") and shape[1] % shape[2]:
-            raise click.UsageError(f"--shape: Hkv must divide H, got {shown}")
 
 
 def problems_of(what: str, backend: str, wanted: Wanted) -> list[Problem]:
@@ -106,17 +86,21 @@ def problems_of(what: str, backend: str, wanted: Wanted) -> list[Problem]:
     ]
 
 
+def specimens(what: str, wanted: Wanted) -> list[Problem]:
+    """Return the same at small shapes, cheap to make on any machine: functions have the same names at all."""
+    return problems_of(what, "cudasim", wanted._replace(shapes=()))
+
+
 def _flexible(backend: str, kind: str, direction: str, wanted: Wanted) -> list[Problem]:
     """Return each form at its own shape, or at the shapes asked for; all forms if none is named."""
-    forms = [users_form(target) for target in wanted.mods]
-    names = wanted.forms or (() if forms else tuple(FORMS))
+    names = wanted.forms or (() if wanted.own_forms else tuple(FORMS))
 
     def shapes(name: str) -> tuple[tuple[int, ...], ...]:
         if wanted.shapes or backend == "cudasim":
             return wanted.shapes or DEFAULT_SHAPES["flexible", backend]
         return (FORM_SHAPES.get(name, FORM_SHAPES["causal"]),)
 
-    every: list[Form | str] = [*names, *forms]
+    every: list[Form | str] = [*names, *wanted.own_forms]
     return [
         flexible_problem(form, shape, kind, backward=backward)
         for form in every

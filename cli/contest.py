@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cli.problems import Arrays, Problem, total_bytes
+from refimpl import registry
 
 if TYPE_CHECKING:
     from cuda_backend.timing import Timing
@@ -95,8 +96,6 @@ def result_rows(
 def _our_functions(
     problem: Problem, backend: str, tier: str | None
 ) -> Iterator[tuple[str, Callable[..., Any]]]:
-    from refimpl import registry
-
     if problem.functions is not None:
         for name, function in problem.functions(backend).items():
             if tier is None or name == f"frugal {tier}":
@@ -108,8 +107,11 @@ def _our_functions(
 
 
 def tiers(problem: Problem, backend: str) -> set[str]:
-    """Return the tiers of ours that `problem` has on a backend."""
-    return {name.removeprefix("frugal").strip() for name, _ in _our_functions(problem, backend, None)}
+    """Return the tiers of ours that `problem` has on a backend, whether or not it is here."""
+    if problem.functions is not None:
+        return {name.removeprefix("frugal ") for name in problem.functions(backend)}
+    found = registry.implementations_of(problem.technique)
+    return {item.tier for item in found if backend in item.backends}
 
 
 def _rivals(problem: Problem, supply: Supply) -> Iterator[tuple[str, Rival | str]]:

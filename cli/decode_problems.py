@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cli.parameters import PRECISIONS
-from cli.problems import SAMPLED_HEADS, Arrays, Draw, Problem, ToHost, sampled
+from cli.problems import SAMPLED_HEADS, Arrays, Draw, Problem, ToHost, kernel, sampled
 
 if TYPE_CHECKING:
     from cuda_backend.torch_rivals import Rival
@@ -66,10 +66,8 @@ def _functions(
 
     Tensor cores cut the cache by themselves, if nobody says otherwise.
     """
-    import cuda_backend
-
     paged = technique == "attention.paged"
-    f: Any = cuda_backend.paged_attention if paged else cuda_backend.split_kv_attention
+    f = kernel("paged_attention" if paged else "split_kv_attention")
 
     def called(tier: str, *operands: Any) -> Any:
         *arrays, last = operands

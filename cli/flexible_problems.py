@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cli.flexible_check import check_backward, check_forward
 from cli.flexible_forms import Form, form_of
 from cli.parameters import PRECISIONS
-from cli.problems import Arrays, Draw, Problem
+from cli.problems import Arrays, Draw, Problem, kernel
 
 if TYPE_CHECKING:
     from cuda_backend.torch_rivals import Rival
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["flexible_problem"]
 
 TILE = 128  # whose live tiles are the work that counts
+LONG = 512  # tokens; the live tiles of fewer are counted sooner than a kernel is compiled
 FLEX, MASKED = "torch FlexAttention", "torch SDPA with a mask"
 
 
@@ -56,14 +57,15 @@ def flexible_problem(form: Form | str, shape: Sequence[int], dtype: str, *, back
 
 
 def _density(form: Form, B: int, H: int, N: int) -> float:
-    """Return the share of live tiles, counted on the GPU if there is one: a host takes seconds a form."""
+    """Return the share of live tiles, of long sequences counted on the GPU: a host takes seconds a form."""
     import cuda_backend
     from refimpl.attention import block_mask as on_host
 
     if "mask_mod" not in form.options:
         return 1.0
     mask = form.options["mask_mod"]
-    block_mask = cuda_backend.block_mask if cuda_backend.availability("cuda") is None else on_host
+    on_gpu = N > LONG and cuda_backend.availability("cuda") is None
+    block_mask = cuda_backend.block_mask if on_gpu else on_host
     return float(block_mask(mask, B, H, N, N, block_sizes=(TILE, TILE), aux=form.aux).density)
 
 
@@ -89,21 +91,15 @@ def _operands(
 
 def _functions(form: Form, backward: bool, backend: str) -> Mapping[str, Callable[..., Any]]:
     """Return ours by tier; they take the arrays of functions last."""
-    import inspect
-
-    import cuda_backend
-
     options = {name: f for name, f in form.options.items() if backward or name != "score_mod_vjp"}
-    function = cuda_backend.flexible_attention_vjp if backward else cuda_backend.flexible_attention
-    tiers: dict[str, dict[str, str]] = {"portable": {}}
-    if backend == "cuda" and "tier" in inspect.signature(function).parameters:
-        tiers = {tier: {"tier": tier} for tier in ("hopper", "portable")}
+    function = kernel("flexible_attention_vjp" if backward else "flexible_attention")
 
-    def called(tier: dict[str, str], *operands: Any) -> Any:
+    def called(tier: str, *operands: Any) -> Any:
         *arrays, aux = operands
-        return function(*arrays, aux=aux, **tier, **options)
+        return function(*arrays, aux=aux, tier=tier, **options)
 
-    return {f"frugal {name}": partial(called, tier) for name, tier in tiers.items()}
+    tiers = ("portable",) if backend == "cudasim" else ("hopper", "portable")
+    return {f"frugal {tier}": partial(called, tier) for tier in tiers}
 
 
 def _rivals(form: Form, backward: bool) -> Mapping[str, Rival]:

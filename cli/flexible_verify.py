@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from cli.flexible_compiled import compiler_says
-from cli.flexible_forms import Form, users_form
+from cli.flexible_forms import Form
 from cli.foreign import blame
 from refimpl.attention.user_functions import Mod, as_mod, modified_scores, where_allowed
-from refimpl.errors import Inconclusive
+from refimpl.errors import BackendUnavailableError, Inconclusive
 from refimpl.numerics import Array
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ SHAPES = {"cudasim": (1, 2, 1, 18, 8), "cuda": (2, 4, 2, 300, 64)}
 
 
 def mod_outcomes(
+    form: Form,
     target: str,
     backend: str,
     dtypes: Sequence[str] | None,
@@ -48,12 +49,12 @@ def mod_outcomes(
     examples: int,
     poisoned: Callable[[], AbstractContextManager[None]],
 ) -> list[Outcome]:
-    """Return what came of every check of ``FILE:FUNCTION``, up to the first at which it raises.
+    """Return what came of every check of a mask or score, up to the first at which it raises.
 
     Parameters
     ----------
-    target
-        As `users_form` takes it: the gradient of a score is the function with ``_vjp`` behind its name.
+    form, target
+        What `users_form` gives, and was given.
     backend
         With "cuda" or "cudasim" kernels run as well; the simulator takes all of Python, so with "cudasim" the
         functions are compiled for a GPU, too, where there is a compiler.
@@ -66,7 +67,6 @@ def mod_outcomes(
     """
     from refimpl.testing import Outcome
 
-    form = users_form(target)
     again = f"frugal verify {TECHNIQUE} --mod {target} --backend {backend} --seed {seed}"
     path = target.rpartition(":")[0]
     found: list[Outcome] = []
@@ -82,6 +82,8 @@ def _verdict(action: Check, path: str) -> tuple[Status, str, bool]:
     """Return a status, what is to be said, and whether a function in the file `path` raised."""
     try:
         problem = action()
+    except BackendUnavailableError:
+        raise
     except Exception as error:  # a verdict on somebody's function
         said = blame(error, path)
         if said is not None:

@@ -19,6 +19,7 @@ from cli.growth_methods import METHODS, Method
 from cli.output import progress
 from cli.quantities import bytes_text, flop_text, time_text
 from cli.result import Column, Result, View
+from refimpl.errors import OptionError
 
 __all__ = ["SIZES", "growth_result", "least_squares_slope", "measured", "processor_seconds"]
 
@@ -82,8 +83,18 @@ def growth_result(
         Measurements of each time, of which the least counts.
     clock : callable
         Returns seconds.
+
+    Raises
+    ------
+    OptionError
+        If none of the methods has room for any of the lengths.
     """
     chosen = [method for method in METHODS if method.name in names]
+    longest = [method.longest for method in chosen]
+    if sizes and all(most is not None and min(sizes) > most for most in longest):
+        raise OptionError(
+            f"sizes: {', '.join(names)}: at most {max(filter(None, longest))}; got {min(sizes)}"
+        )
     rows: list[Measurement] = []
     slopes: list[Measurement] = []
     left_out: list[str] = []

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cli.problems import SAMPLED_HEADS, SAMPLED_ROWS, Arrays, Problem, ToHost, attention_problem, sampled
+from cli.problems import (
+    SAMPLED_HEADS,
+    SAMPLED_ROWS,
+    Arrays,
+    Problem,
+    ToHost,
+    attention_problem,
+    kernel,
+    sampled,
+)
 from refimpl.attention.int8_attention import DEFAULT_BLOCKS
 from refimpl.numerics import Array
 
@@ -45,11 +54,9 @@ def int8_attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Pr
 
 
 def _functions(backend: str) -> Mapping[str, Callable[..., Any]]:
-    import cuda_backend
-
     if backend == "cudasim":
-        return {INT8: cuda_backend.int8_attention}
-    return {INT8: cuda_backend.int8_attention_hopper, FP16: cuda_backend.flash_attention_hopper}
+        return {INT8: kernel("int8_attention")}
+    return {INT8: kernel("int8_attention_hopper"), FP16: kernel("flash_attention_hopper")}
 
 
 class _Judge:

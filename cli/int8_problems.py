@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli.problems import Arrays, Draw, Problem, ToHost, sampled
+from cli.problems import Arrays, Draw, Problem, ToHost, kernel, sampled
 
 if TYPE_CHECKING:
     from cuda_backend.torch_rivals import Rival
@@ -162,10 +162,8 @@ def _scaled_functions(dtype: str, backend: str) -> Mapping[str, Callable[..., An
 
 
 def _row_functions(backend: str) -> Mapping[str, Callable[..., Any]]:
-    import cuda_backend
-
-    found = {"frugal portable": cuda_backend.quantize_rows}
-    return found if backend == "cudasim" else {**found, "frugal hopper": cuda_backend.quantize_rows_hopper}
+    found = {"frugal portable": kernel("quantize_rows")}
+    return found if backend == "cudasim" else {**found, "frugal hopper": kernel("quantize_rows_hopper")}
 
 
 def _check_product(operands: Arrays, output: Any, to_host: ToHost) -> str | None:

@@ -107,7 +107,8 @@ class _Frugal(click.Group):
             if verdict is None:
                 raise  # a bug of ours: the traceback is what we want to see
             code, message = verdict
-            click.echo(f"Error: {' '.join(message.split())}", err=True)
+            with contextlib.suppress(OSError):  # the exit code says it, too
+                click.echo(f"Error: {' '.join(message.split())}", err=True)
         sys.exit(code)
 
 
@@ -128,6 +129,8 @@ def verdict_of(error: Exception) -> tuple[int, str] | None:
             return USAGE, str(error)
         case MemoryError():
             return USAGE, "not enough memory for sizes as large as these"
+        case RuntimeError() if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+            return USAGE, "not enough memory on the GPU for sizes as large as these"
         case OSError():
             where = f"{error.filename}: " if error.filename is not None else ""
             return USAGE, f"{where}{error.strerror or error}"
@@ -135,7 +138,12 @@ def verdict_of(error: Exception) -> tuple[int, str] | None:
 
 
 def _prepare_streams() -> None:
-    """Make sure that no symbol of a formula fails to print: UTF-8 into pipes, escapes on a poor terminal."""
+    """Make sure that no symbol of a formula fails to print: UTF-8 into pipes, escapes on a poor terminal.
+
+    Without stderr, messages go nowhere; without stdout, `cli.output` asks for a file.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (as long as the process)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

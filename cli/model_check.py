@@ -30,7 +30,7 @@ from refimpl.transformer.bert import (
 if TYPE_CHECKING:
     from refimpl.numerics import FloatArray
 
-__all__ = ["LENGTH", "check_model"]
+__all__ = ["LENGTH", "check_model", "read_model"]
 
 LENGTH = 128  # longer texts are cut
 # Attentions that compute what `attention.dense` computes, and linear layers like LLM.int8()'s.
@@ -86,19 +86,32 @@ class Row:
         }  # fmt: skip
 
 
-def check_model(directory: str, backend: str, dtypes: Sequence[str]) -> Result:
-    """Return what came of all checks on the checkpoint in `directory`.
+def read_model(directory: str) -> Model:
+    """Return the checkpoint in `directory`, and the sentences as it cuts them.
 
     Raises
     ------
     CheckpointError
         If a file is damaged or missing.
     UnsupportedError
-        If the model is no BERT, or there is nothing to check on `backend`.
+        If the model is no BERT.
     BackendUnavailableError
         If the package tokenizers is missing.
     """
-    model = _load(directory)
+    config = bert_config(read_config(directory))
+    params = bert_params(load_tensors(directory), config)
+    text = encode(load_tokenizer(directory), SENTENCES, length=min(LENGTH, config.max_length))
+    return Model(params, config, text, tuple(ids[kept].tolist() for ids, kept in zip(*text, strict=True)))
+
+
+def check_model(directory: str, model: Model, backend: str, dtypes: Sequence[str]) -> Result:
+    """Return what came of all checks on the checkpoint that was read from `directory`.
+
+    Raises
+    ------
+    UnsupportedError
+        If there is nothing to check on `backend`.
+    """
     encoder = _check_encoder(directory, model) if backend == "numpy" else []
     traces = list(bert_traces(model.params, model.text.ids, config=model.config, mask=model.text.mask))
     attention = list(_check_attention(model, traces, backend, dtypes))
@@ -153,13 +166,6 @@ INT8_COLUMNS = (
     Column("outlier_features_by_layer", "with outliers, by layer"),
     Column("relative_error_max", "largest relative error (rms)", right=True, text=_error_text),
 )
-
-
-def _load(directory: str) -> Model:
-    config = bert_config(read_config(directory))
-    params = bert_params(load_tensors(directory), config)
-    text = encode(load_tokenizer(directory), SENTENCES, length=min(LENGTH, config.max_length))
-    return Model(params, config, text, tuple(ids[kept].tolist() for ids, kept in zip(*text, strict=True)))
 
 
 # The encoder, against transformers

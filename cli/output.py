@@ -23,7 +23,7 @@ import click
 from cli.formats import Format, render
 from cli.result import Result
 
-__all__ = ["output_options", "progress", "say", "write_whole"]
+__all__ = ["output_options", "progress", "say", "writable", "write_whole"]
 
 T = TypeVar("T")
 _FORMATS: tuple[Format, ...] = ("table", "json", "csv", "markdown")
@@ -44,6 +44,12 @@ def output_options(*, plot: bool = False) -> Callable[[Callable[..., Result]], C
         def command(
             *, form: Format | None, output_file: str, plot_file: str | None = None, **options: Any
         ) -> int:
+            if (
+                plot_file
+                and output_file != "-"
+                and os.path.realpath(plot_file) == os.path.realpath(output_file)
+            ):
+                raise click.UsageError(f"--output and --plot both write {plot_file!r}")
             context = click.get_current_context()
             name = context.command_path.partition(" ")[2]  # without the program: "memory zero"
             inputs = {key.rstrip("_"): value for key, value in options.items()}
@@ -61,8 +67,7 @@ def output_options(*, plot: bool = False) -> Callable[[Callable[..., Result]], C
             )
             picture = _picture(result, plot_file) if plot_file else None
             if output_file == "-":
-                sys.stdout.write(text)
-                sys.stdout.flush()  # a closed pipe shows here, where it is handled
+                _to_stdout(text)
             else:
                 write_whole(output_file, text.encode())
             if picture is not None and plot_file is not None:
@@ -102,16 +107,27 @@ def output_options(*, plot: bool = False) -> Callable[[Callable[..., Result]], C
             "form",
             type=click.Choice(_FORMATS),
             show_default="table",
-            help="How to write the result.",
+            help="How to write the result; the last one given counts.",
         )(decorated)
         return cast("Callable[..., int]", decorated)
 
     return decorate
 
 
+def _to_stdout(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()  # a closed pipe shows here, where it is handled
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise click.UsageError(f"cannot write to stdout: {error.strerror or error}") from None
+
+
 def say(message: str) -> None:
-    """Write a message for people, to stderr."""
-    click.echo(message, err=True)
+    """Write a message for people, to stderr; if nobody can have it, the result does not suffer."""
+    with suppress(OSError):
+        click.echo(message, err=True)
 
 
 def progress(items: Sequence[T], label: str, name: Callable[[T], str]) -> Iterator[T]:
@@ -163,10 +179,19 @@ def write_whole(path: str, data: bytes) -> None:
         raise click.UsageError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def writable(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuse a file of an option that cannot be written, as `--output` does."""
+    if value is not None:
+        _check_place(value)
+    return value
+
+
 def _check_output(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
     """Refuse a file that cannot be written before hours are spent on what should go into it."""
     if value != "-":
         _check_place(value)
+    elif sys.stdout is None:
+        raise click.BadParameter("stdout is closed: name a file")
     return value
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "STACK",
     "TECHNIQUE",
     "AxisValue",
+    "Count",
     "ListOf",
     "Number",
     "axis_text",
@@ -53,15 +54,16 @@ PRECISIONS: dict[str, tuple[int, str]] = {
 LARGEST_COUNT = 10**30
 
 
-class _Count(click.ParamType):  # type: ignore[type-arg]
+class Count(click.ParamType):  # type: ignore[type-arg]
     """A whole number, such as 64, 7.5e9, 7.5B or 4K (K, M, B, G, T are powers of 1000)."""
 
     name = "count"
 
-    def __init__(self, least: int = 1) -> None:
-        self.least = least
+    def __init__(self, least: int = 1, most: int = LARGEST_COUNT) -> None:
+        self.least, self.most = least, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number."""
         if isinstance(value, int):
             return value
         from memsim.units import parse_count
@@ -73,8 +75,8 @@ class _Count(click.ParamType):  # type: ignore[type-arg]
             self.fail(str(error), param, ctx)
         if number.denominator != 1 or number < self.least:
             self.fail(f"expected a whole number of at least {self.least}; got {value!r}", param, ctx)
-        if number > LARGEST_COUNT:
-            self.fail(f"expected at most {LARGEST_COUNT:.0e}; got {value!r}", param, ctx)
+        if number > self.most:
+            self.fail(f"expected at most {self.most:g}; got {value!r}", param, ctx)
         return int(number)
 
 
@@ -140,6 +142,14 @@ class ListOf(click.ParamType, Generic[T]):  # type: ignore[type-arg]
         done, comma, last = incomplete.rpartition(",")
         found = self.item.shell_complete(ctx, param, last)
         return [CompletionItem(f"{done}{comma}{item.value}", help=item.help) for item in found]
+
+
+class _Each(ListOf[T]):
+    """Values of which one given twice counts once."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[T, ...]:
+        """Return the values."""
+        return tuple(dict.fromkeys(super().convert(value, param, ctx)))
 
 
 class _Dtype(click.Choice[str]):
@@ -248,14 +258,14 @@ def _stack_names() -> list[str]:
     return stacks()
 
 
-COUNT = _Count()
+COUNT = Count()
 COUNTS: ListOf[int] = ListOf(COUNT)
-COUNT_FROM_0 = _Count(0)
+COUNT_FROM_0 = Count(0)
 COUNTS_FROM_0: ListOf[int] = ListOf(COUNT_FROM_0)
 BYTES = _Bytes()
 SIZES: ListOf[int] = ListOf(BYTES)
 AXES = _Axes()
-DTYPES: ListOf[str] = ListOf(_Dtype())
+DTYPES: ListOf[str] = _Each(_Dtype())
 TECHNIQUE = _Named("name", _technique_names)
 APPLICABLE = _Named("name", _applicable_names)
 HARDWARE = _Named("hardware", _hardware_names)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cuda_backend.torch_rivals import Rival
     from refimpl.numerics import Array
 
-__all__ = ["Arrays", "Draw", "Problem", "ToHost", "attention_problem", "sampled", "total_bytes"]
+__all__ = ["Arrays", "Draw", "Problem", "ToHost", "attention_problem", "kernel", "sampled", "total_bytes"]
 
 Arrays = tuple[Any, ...]
 Draw = Callable[..., Any]
@@ -50,7 +50,7 @@ class Problem:
         Functions of others, and ``rivals()``, which gives those that are there, by name.
     functions
         ``functions(backend)`` gives ours by name, where they are registered under no technique of their own:
-        `check` alone judges them.
+        `check` alone judges them.  It imports no kernel, so that any machine can tell the names.
     error
         ``error(operands, output, to_host)``, the rms error relative to what an output without quantisation
         would be: shown beside the time.
@@ -113,6 +113,17 @@ def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem
         rival_names=(*SDPA_NAMES, "torch FlexAttention"),
         rivals=rivals,
     )
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """Return a function of ours on a GPU that is imported when it is called: its import needs numba."""
+
+    def called(*arrays: Any, **options: Any) -> Any:
+        import cuda_backend
+
+        return getattr(cuda_backend, name)(*arrays, **options)
+
+    return called
 
 
 def sampled(count: int, most: int) -> Any:

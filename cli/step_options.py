@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.parameters import COUNT, HARDWARE, MODEL, STACK, AxisValue, Number
+from cli.parameters import COUNT, HARDWARE, MODEL, STACK, AxisValue, Count, Number
 
 if TYPE_CHECKING:
     from memsim.planning.division import Division
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["division_of", "division_row", "scores_note", "setting_of", "setting_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+DIVIDED = Count(most=10**12)  # whose divisors are looked for
 SHARE = Number(0.0, 1.0, min_open=True)
 _OPTIONS = (
     click.option("--model", type=MODEL, help="Name of a model that memsim describes."),
     click.option("--config", type=click.Path(), help="config.json of a model, or the directory with it."),
-    click.option("--gpus", type=COUNT, required=True, help="How many accelerators."),
+    click.option("--gpus", type=DIVIDED, required=True, help="How many accelerators."),
     click.option("--hardware", type=HARDWARE, help="Which.  [default: a100-80gb, or that of --calibration]"),
-    click.option("--batch", type=COUNT, required=True, help="Sequences of a step, on all accelerators."),
+    click.option("--batch", type=DIVIDED, required=True, help="Sequences of a step, on all accelerators."),
     click.option("--sequence", type=COUNT, required=True, help="Tokens of a sequence; K is 1000."),
     click.option(
         "--attention",

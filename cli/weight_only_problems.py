@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cli.problems import Arrays, Draw, Problem, ToHost, sampled
+from cli.problems import Arrays, Draw, Problem, ToHost, kernel, sampled
 
 if TYPE_CHECKING:
     from cuda_backend.torch_rivals import Rival
@@ -90,10 +90,8 @@ def _nf4(shape: Sequence[int], dtype: str, draw: Draw, seed: int) -> tuple[Array
 
 
 def _functions(name: str, backend: str) -> Mapping[str, Callable[..., Any]]:
-    import cuda_backend
-
-    decode = getattr(cuda_backend, f"{name}_linear_decode")
-    portable = cuda_backend.int8_weight_linear if name == "int8" else cuda_backend.nf4_linear
+    decode = kernel(f"{name}_linear_decode")
+    portable = kernel("int8_weight_linear" if name == "int8" else "nf4_linear")
     found: dict[str, Callable[..., Any]] = {"frugal decode": lambda x, _, prepared: decode(x, prepared)}
     if backend == "cudasim":
         found["frugal portable"] = lambda x, stored, _: portable(x, stored)

@@ -25,7 +25,7 @@ from refimpl import registry
 from refimpl.candidate import guarded, label_of, poisoned
 from refimpl.cases import draw, plan, reproducer
 from refimpl.consistency import check_price, check_vjp
-from refimpl.errors import Inconclusive, LawViolation, UnsupportedError
+from refimpl.errors import BackendUnavailableError, Inconclusive, LawViolation, UnsupportedError
 from refimpl.numerics import Array, is_floating
 from refimpl.registry import Case, Option, Technique
 from refimpl.tolerances import (
@@ -187,6 +187,8 @@ def check(
     ------
     UnknownNameError
         If nothing is registered under `name`.
+    BackendUnavailableError
+        If `f` says so: nobody can tell whether it is right.
     ValueError
         If `axes` names an axis that the technique has not.
     """
@@ -254,6 +256,8 @@ def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype
             record(what, "invalid", str(error))
         except NotImplementedError as error:
             record(what, "refused", str(error))
+        except BackendUnavailableError:
+            raise  # says nothing of the candidate, on this case and on all others
         except LawViolation as error:
             record(what, "failed", str(error))
         except (Exception, SystemExit) as error:  # a verdict on the candidate, not a crash of ours

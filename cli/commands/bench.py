@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from cli.bench_problems import AXES, DIRECTIONS, Wanted, check_shapes, problems_of
+from cli.bench_checks import check_names, check_options, check_shapes, check_simulated, check_simulation
+from cli.bench_problems import AXES, DIRECTIONS, Wanted, problems_of, specimens
 from cli.commands.env import why_not
-from cli.flexible_forms import FORMS
+from cli.flexible_forms import FORMS, users_form
 from cli.foreign import users_functions
 from cli.growth_methods import NAMES
 from cli.int8_problems import projections
@@ -126,7 +127,9 @@ Examples:
     "--mod", "mods", multiple=True, metavar="FILE:FUNCTION", help="Of flexible: your own mask or score."
 )
 @click.option(
-    "--splits", type=click.IntRange(1), help="Of decode: parts of the cache.  [default: what fills the GPU]"
+    "--splits",
+    type=click.IntRange(1, 65_535),
+    help="Of decode: parts of the cache.  [default: what fills the GPU]",
 )
 @click.option("--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those beside it.  [default: float16]")
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
@@ -183,7 +186,7 @@ def command(
     Each function is first held to its definition, on small cases and on rows of the one that is timed; one
     that fails is not timed, and the exit code is 1.  Bytes are those of inputs and outputs moved once.
     Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
-    simulator can run the same checks, and its seconds say nothing about a GPU.
+    simulator can run the same checks on small shapes, and its seconds say nothing about a GPU.
 
     WHAT = weight-only is decoding: a few tokens times a weight in int8 or NF4, stored ahead.  The time of
     int8-attention has the codes in it, and the error against exact attention stands beside it.
@@ -200,45 +203,32 @@ def command(
         from cli.growth import growth_result
 
         return growth_result(methods or NAMES, sizes, rounds or GROWTH_ROUNDS)
-    if what not in ("attention", "int8-attention") and causal is not None:
-        raise click.UsageError("--causal is an option of attention")
-    if what not in ("attention", "flexible") and (direction or "fwd") != "fwd":
-        raise click.UsageError(f"{what} has no backward pass; --pass is an option of attention and flexible")
-    if what not in ("attention", "flexible", "decode") and not set(dtypes or ()) <= {"float16", "bfloat16"}:
-        raise click.UsageError(f"--dtype of {what} is float16 or bfloat16")
-    if what != "int8" and (models or tokens):
-        raise click.UsageError("--model and --tokens are options of int8")
-    if tokens and not models:
-        raise click.UsageError("--tokens are the rows of a --model")
-    if what != "flexible" and (forms or mods):
-        raise click.UsageError("--form and --mod are options of flexible")
-    if what != "decode" and splits:
-        raise click.UsageError("--splits is an option of decode")
+    wanted = Wanted(shapes, dtypes, causal, direction, forms, splits=splits)
+    check_options(what, wanted, models, tokens, mods)
+    from cli.contest import result_rows, supply_of
+    from memsim.hardware import hardware as find_hardware
+    from refimpl import registry
+    from refimpl.errors import BackendUnavailableError
+
+    card = None if hardware is None else find_hardware(hardware)
+    shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
     check_shapes(what, shapes)
     if backend == "cudasim":
+        check_simulation(ctx)
+        check_simulated(what, shapes)
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
+    registry.load()
+    wanted = wanted._replace(shapes=shapes, own_forms=tuple(map(users_form, mods)))
+    named = chosen or ("",) * rivals
+    with users_functions(mods, "--mod"):
+        check_names(specimens(what, wanted), backend, tier, chosen)
     reason = why_not(backend)
     if reason is not None:
-        from refimpl.errors import BackendUnavailableError
-
         raise BackendUnavailableError(f"backend {backend}: {reason}")
-    from cli.contest import result_rows, supply_of
-    from refimpl import registry
-
-    registry.load()
-    card = None if backend == "cudasim" else _card(hardware)
     supply = supply_of(backend)
-    shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
-    wanted = Wanted(shapes, dtypes, causal, direction, forms, mods, splits)
+    card = None if backend == "cudasim" else card or _this_card()
     with users_functions(mods, "--mod"):
         problems = problems_of(what, backend, wanted)
-    if tier is not None:
-        _refuse_tier(problems, tier, backend)
-    named = chosen or ("",) * rivals
-    known = dict.fromkeys(name for problem in problems for name in problem.rival_names)
-    for part in chosen:
-        if not any(part in name for name in known):
-            raise click.UsageError(f"--rival: none of {', '.join(known)} has {part!r} in its name")
     rows: list[dict[str, Any]] = []
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
         with users_functions(mods, "--mod"):
@@ -246,8 +236,7 @@ def command(
                 problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
             )
         rows += found
-        if backend == "cuda":
-            say(_finished(found))
+        say(_finished(found))
     return _result(rows, problems, backend, card, tier)
 
 
@@ -256,30 +245,23 @@ def _masked(problems: Sequence[Problem]) -> bool:
     return any(problem.causal is not None for problem in problems)
 
 
-def _refuse_tier(problems: Sequence[Problem], tier: str, backend: str) -> None:
-    """Refuse a tier that nothing has; one that GPUs have is no mistake in the simulator, but missing."""
-    from cli.contest import tiers
-    from refimpl.errors import BackendUnavailableError
-
-    here, real = ({x for problem in problems for x in tiers(problem, on)} for on in (backend, "cuda"))
-    if tier in here:
-        return
-    if tier in real:
-        raise BackendUnavailableError(f"tier {tier} needs a GPU: --backend cuda")
-    raise click.UsageError(f"--tier: expected one of {', '.join(sorted(here | real))}; got {tier!r}")
-
-
 def _finished(rows: Sequence[dict[str, Any]]) -> str:
     """Return in a line what a problem gave: a run that is cut short has said what it knew."""
     first = rows[0]
     mask = ", causal" if first["causal"] else ""
     texts = [
         f"{row['function']} "
-        + (row["status"] if row["time_s"] is None else f"{1e6 * row['time_s']:.1f} us")
+        + _took(row)
         + ("" if row["rms_error"] is None else f" (error {row['rms_error']:.1e})")
         for row in rows
     ]
     return f"{first['operation']} {_name(first['shape'])} {first['dtype']}{mask}: {'; '.join(texts)}"
+
+
+def _took(row: dict[str, Any]) -> str:
+    if row["simulator_s"] is not None:
+        return f"{row['simulator_s']:.1f} s in the simulator"
+    return str(row["status"]) if row["time_s"] is None else f"{1e6 * row['time_s']:.1f} us"
 
 
 def _refuse_others(ctx: click.Context, what: str) -> None:
@@ -292,14 +274,11 @@ def _refuse_others(ctx: click.Context, what: str) -> None:
                 raise click.UsageError(f"{flag} is no option of {what}, but of {other}")
 
 
-def _card(hardware: str | None) -> Hardware | None:
-    """Return the accelerator whose ceilings count: the named one, or the one that the driver names."""
+def _this_card() -> Hardware | None:
+    """Return the accelerator that the driver names, or None if it is none of the known ones."""
+    from cuda_backend.timing import device_name
     from memsim.hardware import hardware as find_hardware
     from memsim.hardware import hardware_names
-
-    if hardware is not None:
-        return find_hardware(hardware)
-    from cuda_backend.timing import device_name
 
     found = recognised(device_name(), hardware_names())
     return None if found is None else find_hardware(found)

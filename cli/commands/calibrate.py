@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.output import output_options
+from cli.output import output_options, write_whole
 from cli.parameters import HARDWARE
 from cli.quantities import time_text
 from cli.result import Column, Result
@@ -55,19 +55,22 @@ def command(folder: Path, hardware: str | None, rounds: int) -> Result:
     without them the exit code is 3.
     """
     from cuda_backend.torch_ops import missing
+    from memsim.hardware import hardware as find_hardware
     from memsim.measured.calibration import KIND, PROBLEMS, calibrated
     from memsim.measured.measured_files import document, file_name, toml_text
     from refimpl.errors import BackendUnavailableError
 
+    if hardware is not None:
+        find_hardware(hardware)  # which refuses a name that it does not know
     reason = missing()
     if reason is not None:
         raise BackendUnavailableError(f"calibrate: it times PyTorch's kernels on a GPU, and {reason}")
+    folder.mkdir(parents=True, exist_ok=True)  # if that fails, before minutes are spent on what goes into it
     card = hardware or _this_card()
     found = document(KIND, card, "PyTorch, CUDA events", problem=[_timed(one, rounds) for one in PROBLEMS])
     result = calibrated(found)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(found)
-    path.write_text(toml_text(found), encoding="utf-8")
+    write_whole(str(path), toml_text(found).encode())
     order = ("bytes", "B", "H", "M", "N", "K", "D")
     rows = [{**row, "sizes": [row[name] for name in order if name in row]} for row in result.rows]
     return Result(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.output import output_options
-from cli.parameters import COUNTS, HARDWARE, SIZES, Number
+from cli.parameters import HARDWARE, SIZES, Count, ListOf, Number
 from cli.quantities import bytes_text, time_text
 from cli.result import Column, Result
 
@@ -24,6 +24,7 @@ ALGORITHMS = ("ring", "recursive", "doubling", "tree", "pairwise", "bruck")
 
 
 SECONDS = Number(0.0, 1e9)
+RANKS: ListOf[int] = ListOf(Count(most=1_000_000))  # each is counted
 
 
 @click.command(
@@ -36,7 +37,7 @@ Examples:
     short_help="Bytes, messages and time of a collective.",
 )
 @click.option("--op", "operation", type=click.Choice(OPERATIONS), required=True, help="What is done.")
-@click.option("--ranks", type=COUNTS, default="8", show_default=True, help="How many ranks.")
+@click.option("--ranks", type=RANKS, default="8", show_default=True, help="How many ranks.")
 @click.option("--bytes", "sizes", type=SIZES, required=True, help="Size of the vector of one rank.")
 @click.option("--itemsize", type=click.Choice(("1", "2", "4", "8")), default="1", help="Bytes an element.")
 @click.option(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from cli.commands.env import why_not
-from cli.commands.parallel_mesh import mesh, pipeline
+from cli.commands.parallel_mesh import MOST_RANKS, TRAINED, mesh, pipeline
 from cli.output import output_options, progress
-from cli.parameters import COUNT, COUNTS, ListOf, Number
+from cli.parameters import COUNT, COUNTS, Count, ListOf, Number
 from cli.processes import another_speaks, together
 from cli.quantities import bytes_text, count_text, time_text
 from cli.result import Column, Result
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+RANKS: ListOf[int] = ListOf(Count(most=MOST_RANKS))
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -71,7 +74,7 @@ Examples:
   mpiexec -n 4 frugal parallel train --ranks 4 --backend mpi""",
     short_help="Train under ZeRO; count what ranks hold and send.",
 )
-@click.option("--ranks", type=COUNTS, default="1,2,3,4,7", show_default=True, help="Numbers of ranks.")
+@click.option("--ranks", type=RANKS, default="1,2,3,4,7", show_default=True, help="Numbers of ranks.")
 @click.option(
     "--stage",
     "stages",
@@ -80,8 +83,8 @@ Examples:
     show_default=True,
     help="ZeRO stages.",
 )
-@click.option("--steps", type=COUNT, default=10, show_default=True, help="Steps in all.")
-@click.option("--micro", type=COUNT, default=1, show_default=True, help="Micro-batches a step.")
+@click.option("--steps", type=TRAINED, default=10, show_default=True, help="Steps in all.")
+@click.option("--micro", type=TRAINED, default=1, show_default=True, help="Micro-batches a step.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of parameters and data.")
 @click.option(
     "--backend",
@@ -120,6 +123,8 @@ def train(
     """
     if (save is not None or resume is not None) and len(ranks) * len(stages) > 1:
         raise click.UsageError("--save and --resume go with one number of ranks and one --stage")
+    if save is not None and (Path(save).exists() or not Path(os.path.abspath(save)).parent.is_dir()):
+        raise click.UsageError(f"--save makes a new folder in one that is there; got {save!r}")
     reason = why_not(backend)
     if reason is not None:
         from refimpl.errors import BackendUnavailableError

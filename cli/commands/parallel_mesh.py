@@ -10,15 +10,18 @@ import click
 
 from cli.commands.env import why_not
 from cli.output import output_options, progress
-from cli.parameters import COUNT, COUNTS, ListOf, Number
+from cli.parameters import COUNT, COUNTS, Count, ListOf, Number
 from cli.processes import another_speaks, together
 from cli.result import Column, Result, View
 
-__all__ = ["mesh", "pipeline"]
+__all__ = ["MOST_RANKS", "TRAINED", "mesh", "pipeline"]
 
 NAMES = ("gpipe", "1f1b", "interleaved")
 SCHEDULES = ListOf(click.Choice(NAMES))
 MOST_STEPS = 1_000_000
+MOST_RANKS = 256  # of a run, whose time grows as their square
+SHARED = Count(most=MOST_RANKS)
+TRAINED = Count(most=1000)  # steps, or micro-batches, whose data are drawn at once
 
 
 def _each(values: list[int]) -> str:
@@ -84,12 +87,12 @@ Examples:
 @click.option(
     "--schedule", "schedules", type=SCHEDULES, default="1f1b", show_default=True, help="Of pipelines."
 )
-@click.option("--chunks", type=COUNT, default=2, show_default=True, help="Stages a rank, if interleaved.")
-@click.option("--micro", type=COUNT, default=4, show_default=True, help="Micro-batches a step and rank.")
-@click.option("--experts", type=COUNT, help="Make feed-forward layers mixtures, experts spread over --dp.")
+@click.option("--chunks", type=SHARED, default=2, show_default=True, help="Stages a rank, if interleaved.")
+@click.option("--micro", type=TRAINED, default=4, show_default=True, help="Micro-batches a step and rank.")
+@click.option("--experts", type=SHARED, help="Make feed-forward layers mixtures, experts spread over --dp.")
 @click.option("--sequence-parallel", is_flag=True, help="Split tokens too, outside of sublayers.")
 @click.option("--recompute", is_flag=True, help="Run layers once more on the way back.")
-@click.option("--steps", type=COUNT, default=10, show_default=True, help="Steps.")
+@click.option("--steps", type=TRAINED, default=10, show_default=True, help="Steps.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of parameters and data.")
 @click.option(
     "--backend",
@@ -130,6 +133,9 @@ def mesh(
     differ, or if ranks stall.  With --experts the one device is the same program on one rank, which tests
     hold to PyTorch.
     """
+    most = max(tp) * max(pp) * max(dp)
+    if most > MOST_RANKS:
+        raise click.UsageError(f"--tp x --pp x --dp are at most {MOST_RANKS} ranks; got {most}")
     reason = why_not(backend)
     if reason is not None:
         from refimpl.errors import BackendUnavailableError

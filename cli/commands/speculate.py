@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cli.output import output_options
-from cli.parameters import COUNTS, ListOf, Number
+from cli.parameters import Count, ListOf, Number
 from cli.result import Column, Result, Row
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 
+LENGTHS: ListOf[int] = ListOf(Count(most=10_000))
 ALPHAS: ListOf[float] = ListOf(Number(0.0, 1.0))
 COSTS: ListOf[float] = ListOf(Number(0.0, 1e6))
 
@@ -40,7 +41,7 @@ Examples:
 @click.option(
     "--gamma",
     "gammas",
-    type=COUNTS,
+    type=LENGTHS,
     default="1,2,3,4,5,7,10",
     show_default=True,
     help="Drafted tokens a pass.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.output import output_options, say, write_whole
+from cli.output import output_options, say, writable, write_whole
 from cli.parameters import AXES, AxisValue
 from cli.quantities import time_text
 from cli.result import Column, Result
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+MOST_TASKS = 1_000_000  # a minute
 PIXELS = 900  # of a picture, in time
 COLORS = {
     "forward": "tab:blue",
@@ -53,7 +54,12 @@ Examples:
     help="Of the pipeline.  [default: 1f1b, interleaved with several chunks]",
 )
 @click.option("--prefetch", type=click.IntRange(0), default=1, help="Layers gathered ahead by ZeRO 3.")
-@click.option("--trace", metavar="FILE", help="Also write the events, for chrome://tracing or Perfetto.")
+@click.option(
+    "--trace",
+    metavar="FILE",
+    callback=writable,
+    help="Also write the events, for chrome://tracing or Perfetto.",
+)
 @output_options(plot=True)
 def command(
     division: dict[str, AxisValue],
@@ -70,10 +76,14 @@ def command(
     from memsim.planning.training_step import training_step
     from memsim.step_timeline import step_timeline
     from memsim.streams import chrome_trace, usage
+    from refimpl.errors import OptionError
 
     chosen = division_of(division)
     setting = setting_of(options)
     step = training_step(setting, chosen)
+    tasks = 2 * chosen.pipeline * setting.batch // (chosen.data * chosen.micro_batch)
+    if tasks > MOST_TASKS:
+        raise OptionError(f"{tasks} passes of micro-batches: expected at most {MOST_TASKS} steps to play")
     played = step_timeline(step, chosen, schedule=schedule, prefetch=prefetch)  # type: ignore[arg-type]
     if trace is not None:
         write_whole(trace, json.dumps(chrome_trace(played.events)).encode())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,27 +18,20 @@ from cli.foreign import accepted_dtypes, import_function, untrusted
 from cli.output import output_options, progress
 from cli.parameters import AXES, DTYPES, TECHNIQUE, AxisValue, axis_text
 from cli.processes import another_speaks, together
-from cli.result import Column, Result
+from cli.result import Result
+from cli.verify_result import SHOWN_FAILURES, SHOWN_REASONS, outcome_rows, unloaded_row, verify_result
 
 if TYPE_CHECKING:
     from refimpl.registry import Implementation, Technique
-    from refimpl.testing import Outcome
 
 __all__ = ["command"]
 
 KERNELS = ("cuda", "cudasim")
+MOST_SIMULATED = (
+    64  # times the sizes of the record; measured: 5 s for one check of attention 50 times as large
+)
 # Whose kernels ``--tier`` means: on Hopper those for Ampere's tensor cores are some techniques' fast ones.
 TIERS = {"portable": ("portable",), "ampere": ("ampere",), "hopper": ("ampere", "hopper")}
-STATUSES = ("passed", "failed", "refused", "invalid")
-SHOWN_FAILURES = 3
-SHOWN_REFUSALS = 5
-COLUMNS = (
-    Column("technique"),
-    Column("implementation"),
-    Column("backend"),
-    Column("dtype"),
-    *(Column(status, right=True) for status in STATUSES),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +93,17 @@ Examples:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first case.")
 @click.option(
     "--examples",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 100_000),
     default=8,
     show_default=True,
     help="Random cases beside edge cases.",
 )
 @click.option("--axes", type=AXES, help="Fix axes and options of the cases, as a reproducer does.")
-@click.option("--all-failures", is_flag=True, help=f"Print every failure, not {SHOWN_FAILURES} of each row.")
+@click.option(
+    "--all-failures",
+    is_flag=True,
+    help=f"Print every failure and reason, not {SHOWN_FAILURES} and {SHOWN_REASONS} of each row.",
+)
 @output_options()
 def command(
     names: tuple[str, ...],
@@ -126,8 +126,9 @@ def command(
     A function of yours is called as the reference: arrays positional, for attention [B, T, H, D], options by
     keyword; it must return the dtype that it is given.  An option that its signature lacks is left out where
     it has its default; other such calls, and those that it refuses with NotImplementedError, are counted as
-    refused, with the reason.  Cases of which a law says nothing are invalid, and count for nobody.  For
-    attention, causal is False, "top_left" or "bottom_right".  The simulator runs about one case a second.
+    refused, with the reason.  Cases of which a law says nothing, or in which the format loses all, are
+    invalid, with the reason, and count for nobody.  For attention, causal is False, "top_left" or
+    "bottom_right".  The simulator runs about one case a second.
 
     Kernels of all tiers are held to the same cases; those of shapes, formats or GPUs that a kernel does not
     take are counted as refused, with the reason.
@@ -142,6 +143,8 @@ def command(
     """
     if tier is not None and (backend not in KERNELS or (with_, mod, model) != (None, None, None)):
         raise click.UsageError("--tier needs --backend cuda or cudasim, and no --with, --mod or --model")
+    if backend == "cudasim":
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
     if mod is not None:
         if names != ("attention.flexible",) or with_ is not None or model is not None or axes is not None:
             raise click.UsageError(
@@ -151,91 +154,124 @@ def command(
     if model is not None:
         if names or with_ is not None or axes is not None:
             raise click.UsageError("--model takes no NAME, no --with and no --axes: it has cases of its own")
-        _open(backend)
-        from cli.model_check import check_model
+        from cli.model_check import check_model, read_model
 
-        return check_model(model, backend, dtypes or ("float32",))
+        read = read_model(model)
+        _open(backend)
+        return check_model(model, read, backend, dtypes or ("float32",))
     if with_ is not None and len(names) != 1:
         raise click.UsageError(f"--with checks one function against one NAME; got {len(names)} names")
-    _open(backend, tier)
     from refimpl import registry
 
     registry.load()
     techniques = [registry.get(name) for name in dict.fromkeys(names) or sorted(registry.TECHNIQUES)]
     fixed = {record.name: _known_axes(record, axes) for record in techniques} if axes is not None else {}
+    if backend == "cudasim":
+        for record in techniques:
+            _refuse_hours(record, fixed.get(record.name, {}))
     jobs = [
         job
         for record in techniques
         for job in _jobs(record, backend, with_)
         if tier is None or job.tier in TIERS[tier]
     ]
-    rows: list[dict[str, Any]] = []
+    _open(backend, tier)  # last: what any machine can tell of the command line has been told
+    check_job = partial(_check, backend=backend, seed=seed, examples=examples, fixed=fixed, dtypes=dtypes)
     with together(backend):
-        _run(jobs, rows, backend, seed, examples, fixed, dtypes, axes)
-    result = _result(rows, techniques, jobs, backend, all_failures, tier)
-    return replace(result, silent=another_speaks(backend))
+        rows = _run(jobs, backend, check_job)
+    tried = {job.technique.name for job in jobs}
+    totals = {
+        "techniques": len(tried),
+        "without_implementation": len(techniques) - len(tried),
+        "functions": len(jobs),
+    }
+    sought = backend if tier is None else f"{backend} in tier {tier}"
+    return replace(verify_result(rows, totals, sought, all_failures), silent=another_speaks(backend))
 
 
 def _of_mod(
     mod: str, backend: str, dtypes: tuple[str, ...] | None, seed: int, examples: int, all_failures: bool
 ) -> Result:
     """Check a mask or a score of the user's."""
-    _open(backend)
+    from cli.flexible_forms import users_form
     from cli.flexible_verify import mod_outcomes
-    from refimpl import registry
 
-    registry.load()
-    technique = registry.get("attention.flexible")
+    form = users_form(mod)
+    _open(backend)
     with untrusted(mod, "--mod"):
-        outcomes = mod_outcomes(mod, backend, dtypes, seed, examples, lambda: _poisoned(backend))
-    result = _result(_rows(outcomes), [technique], [Job(technique, mod, lambda: None)], backend, all_failures)
+        outcomes = mod_outcomes(form, mod, backend, dtypes, seed, examples, lambda: _poisoned(backend))
+    totals = {"techniques": 1, "without_implementation": 0, "functions": 1}
+    result = verify_result(outcome_rows(outcomes), totals, backend, all_failures)
     note = ["Not compiled for a GPU: --backend cudasim and cuda do that."] if backend == "numpy" else []
     return replace(result, details=[*result.details, *note])
 
 
 def _run(
-    jobs: list[Job],
-    rows: list[dict[str, Any]],
+    jobs: list[Job], backend: str, check_job: Callable[[Job], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Do the jobs, and return the rows of all; one whose backend is missing is refused, not failed.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If it is missing for all of them.
+    """
+    from refimpl.errors import BackendUnavailableError
+
+    rows: list[dict[str, Any]] = []
+    missing = ""
+    for job in progress(jobs, "verify", lambda job: f"{job.technique.name} {job.target}"):
+        try:
+            rows += check_job(job)
+        except BackendUnavailableError as error:
+            missing = f"{job.target}: {error}"
+            rows.append(unloaded_row(job.technique.name, job.target, backend, str(error), refused=True))
+    if missing and not any(row["passed"] or row["failed"] for row in rows):
+        raise BackendUnavailableError(missing)
+    return rows
+
+
+def _check(
+    job: Job,
+    *,
     backend: str,
     seed: int,
     examples: int,
     fixed: Mapping[str, dict[str, AxisValue]],
     dtypes: tuple[str, ...] | None,
-    axes: dict[str, AxisValue] | None,
-) -> None:
-    """Do the jobs, and append what came of each to `rows`."""
+) -> list[dict[str, Any]]:
+    """Return the rows of one job."""
     from refimpl.testing import check
 
-    for job in progress(jobs, "verify", lambda job: f"{job.technique.name} {job.target}"):
-        f, refusal = _load(job, backend)
-        outcomes: list[Outcome] = []
-        if refusal is None:
-            with untrusted(job.target, "--axes" if axes else None), _poisoned(backend):
-                outcomes = check(
-                    job.technique.name,
-                    f,
-                    label=job.target,
-                    backend=backend,
-                    seed=seed,
-                    examples=examples,
-                    axes=fixed.get(job.technique.name),
-                    dtypes=dtypes or (accepted_dtypes(job.technique, f, seed) if job.with_ and f else None),
-                    target=job.with_,
-                    tier=job.tier if backend in KERNELS else "",
-                ).outcomes
-        rows += [refusal] if refusal else _rows(outcomes)
+    try:
+        f = job.load()
+    except (ImportError, AttributeError) as error:
+        return [unloaded_row(job.technique.name, job.target, backend, str(error), refused=False)]
+    axes = fixed.get(job.technique.name)
+    with untrusted(job.target, "--axes" if axes else None), _poisoned(backend):
+        found = check(
+            job.technique.name,
+            f,
+            label=job.target,
+            backend=backend,
+            seed=seed,
+            examples=examples,
+            axes=axes,
+            dtypes=dtypes or (accepted_dtypes(job.technique, f, seed) if job.with_ and f else None),
+            target=job.with_,
+            tier=job.tier if backend in KERNELS else "",
+        )
+    return outcome_rows(found.outcomes)
 
 
 def _open(backend: str, tier: str | None = None) -> None:
-    """Make `backend` ready, or say why it cannot be, or have such a tier.
+    """See that `backend` can run here and can have such a tier.
 
     Raises
     ------
     BackendUnavailableError
         With the reason.
     """
-    if backend == "cudasim":
-        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
     reason = why_not(backend)
     if reason is None and backend == "cudasim" and tier not in (None, "portable"):
         reason = f"tier {tier} needs a GPU: --backend cuda"
@@ -279,6 +315,23 @@ def _known_axes(technique: Technique, axes: Mapping[str, AxisValue]) -> dict[str
     return known
 
 
+def _refuse_hours(technique: Technique, fixed: Mapping[str, AxisValue]) -> None:
+    """Refuse sizes at which the simulator takes hours; it takes about a second at those of the record."""
+    larger = {
+        name: Fraction(size, max(1, technique.axes[name][1]))
+        for name, size in fixed.items()
+        if name in technique.axes and isinstance(size, int) and size > technique.axes[name][1]
+    }
+    growth = math.prod(larger.values())
+    if growth > MOST_SIMULATED:
+        sizes = ", ".join(f"{name}={fixed[name]}" for name in larger)
+        times = f"{float(min(growth, 10**30)):.3g}"
+        raise click.BadParameter(
+            f"--axes: {sizes} make cases of {technique.name} {times} times as large as its record, and"
+            f" the simulator takes minutes for {MOST_SIMULATED} times; a GPU takes them: --backend cuda"
+        )
+
+
 def _jobs(technique: Technique, backend: str, with_: str | None) -> Iterator[Job]:
     from refimpl import registry
 
@@ -293,103 +346,3 @@ def _jobs(technique: Technique, backend: str, with_: str | None) -> Iterator[Job
     for item in registry.implementations_of(technique.name):
         if backend in item.backends:
             yield Job(technique, item.label, item.load, item=item)
-
-
-def _load(job: Job, backend: str) -> tuple[Callable[..., Any] | None, dict[str, Any] | None]:
-    """Return the function of `job`, or a row that says why there is none."""
-    from refimpl.errors import BackendUnavailableError
-
-    try:
-        return job.load(), None
-    except (ImportError, AttributeError, BackendUnavailableError) as error:
-        refused = isinstance(error, BackendUnavailableError)
-        failure = {
-            "check": "import",
-            "detail": str(error),
-            "reproducer": f"frugal verify {job.technique.name}",
-        }
-        counts = dict.fromkeys(STATUSES, 0) | {"refused" if refused else "failed": 1}
-        return None, {
-            "technique": job.technique.name,
-            "implementation": job.target,
-            "backend": backend,
-            "dtype": "",
-            **counts,
-            "failures": [] if refused else [failure],
-            "refusals": {str(error): 1} if refused else {},
-        }
-
-
-def _rows(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Return one row for each implementation and dtype, with the number of checks by status."""
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for outcome in outcomes:
-        key = (outcome.technique, outcome.implementation, outcome.backend, outcome.dtype)
-        row = rows.setdefault(
-            key,
-            dict(zip(("technique", "implementation", "backend", "dtype"), key, strict=True))
-            | dict.fromkeys(STATUSES, 0)
-            | {"failures": [], "refusals": {}},
-        )
-        row[outcome.status] += 1
-        if outcome.status == "refused":
-            row["refusals"][outcome.detail] = row["refusals"].get(outcome.detail, 0) + 1
-        if outcome.status == "failed":
-            row["failures"].append(
-                {"check": outcome.check, "detail": outcome.detail, "reproducer": outcome.reproducer}
-            )
-    return list(rows.values())
-
-
-def _result(
-    rows: list[dict[str, Any]],
-    techniques: list[Technique],
-    jobs: list[Job],
-    backend: str,
-    all_failures: bool,
-    tier: str | None = None,
-) -> Result:
-    totals = {status: sum(row[status] for row in rows) for status in STATUSES}
-    tried = {job.technique.name for job in jobs}
-    details: list[str] = []
-    for row in rows:
-        shown = row["failures"] if all_failures else row["failures"][:SHOWN_FAILURES]
-        for failure in shown:
-            details.append(f"FAILED {row['technique']} {row['implementation']}: {failure['check']}")
-            details += [f"  {failure['detail']}", f"  reproduce: {failure['reproducer']}"]
-        if row["refusals"]:
-            skipped = (
-                "" if any(row[status] for status in STATUSES if status != "refused") else "SKIPPED: all "
-            )
-            where = f"{row['implementation']} in {row['dtype'] or 'every format'}"
-            details.append(f"{skipped}refused by {where}:")
-            reasons = sorted(row["refusals"].items(), key=lambda item: -item[1])
-            details += [f"  {count} x {reason}" for reason, count in reasons[:SHOWN_REFUSALS]]
-            if len(reasons) > SHOWN_REFUSALS:
-                details.append(f"  ... and {sum(n for _, n in reasons[SHOWN_REFUSALS:])} for other reasons")
-        hidden = len(row["failures"]) - len(shown)
-        if hidden:
-            details.append(f"  ... and {hidden} more of {row['implementation']} (--all-failures)")
-    problem = ""
-    if totals["failed"]:
-        problem = f"{totals['failed']} checks failed"
-    elif not totals["passed"]:
-        why = (
-            f"all {totals['refused']} were refused"
-            if totals["refused"]
-            else f"no function for {backend}{f' in tier {tier}' if tier else ''}"
-        )
-        problem = f"nothing was checked: {why}"
-    return Result(
-        rows,
-        COLUMNS,
-        totals={
-            "techniques": len(tried),
-            "without_implementation": len(techniques) - len(tried),
-            "functions": len(jobs),
-            **totals,
-        },
-        details=details,
-        problem=problem,
-        exit_code=1 if problem else 0,
-    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cuda_backend.arrays import ITEMSIZE, View
-from cuda_backend.context import checked, driver
+from cuda_backend.context import checked, current_device, driver
 
 __all__ = ["ROW_BYTES", "aligned_rows", "needs_copy"]
 
@@ -44,6 +44,7 @@ def aligned_rows(given: View, stream: int) -> Iterator[View]:
     pitch = -(-width // ROW_BYTES) * ROW_BYTES
     batch, tokens, heads, _ = given.shape
     rows = batch * tokens * heads
+    current_device()  # or raises BackendUnavailableError: this is the first that a call asks of the driver
     address = int(checked(driver.cuMemAllocAsync(rows * pitch, stream)))
     try:
         copy = driver.CUDA_MEMCPY2D()

@@ -242,28 +242,6 @@ def test_an_unknown_gpu_has_no_ceilings(
     assert "No ceilings" not in run("bench", "attention", *SHAPE, "--causal", "--hardware", "h200").stdout
 
 
-@pytest.mark.cudasim
-def test_the_simulator_verifies_and_says_that_its_seconds_mean_nothing(run: Callable[..., Any]) -> None:
-    result = run("bench", "int8", "--backend", "cudasim", "--shape", "3,8,4", "--rivals")
-    assert "no measure of speed" in result.stdout
-    assert "simulator/s" in result.stdout
-    assert "TOPS" not in result.stdout
-    assert result.stdout.count("timed") == 5  # four problems, and the total
-    assert result.stdout.count("missing") == 7
-
-
-@pytest.mark.cudasim
-def test_names_that_nothing_bears_are_said(run: Callable[..., Any]) -> None:
-    simulated = ("bench", "int8", "--backend", "cudasim", "--shape", "3,8,4")
-    refused = run(*simulated, "--rival", "cudnn", code=2).stderr
-    assert "_int_mm" in refused
-    assert "has 'cudnn' in its name" in refused
-    for tier in ("fastest", "port", ""):
-        done = run(*simulated, "--tier", tier, code=2)
-        assert f"--tier: expected one of hopper, portable; got {tier!r}" in done.stderr
-        assert not done.stdout
-
-
 def test_the_sampled_rows_of_a_product_are_exact() -> None:
     product, _, linear, _ = int8_problems((40, 12, 5))
     operands, _ = product.operands(contest._draw_on_host, 0)

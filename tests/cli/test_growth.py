@@ -12,6 +12,7 @@ import pytest
 from cli import growth
 from cli.growth import FITTED, TOLERANCE, growth_result, least_squares_slope, measured, processor_seconds
 from cli.growth_methods import BLOCK, HEAD, METHODS, NAMES, RADIUS, Method
+from refimpl.errors import OptionError
 from refimpl.memory import Memory
 from refimpl.registry import Case
 
@@ -122,7 +123,8 @@ def test_lengths_that_do_not_fit_are_left_out_and_said(monkeypatch: pytest.Monke
     result = growth_result(("full",), (64, 16, 8, 16), 1, stage.clock)
     assert [row["n"] for row in result.rows] == [8, 16]
     assert result.details[0] == "full: no lengths above 16, whose scores do not fit."
-    assert not growth_result(("full",), (64,), 1, stage.clock).rows
+    with pytest.raises(OptionError, match="full: at most 16; got 64"):
+        growth_result(("full",), (64,), 1, stage.clock)
 
 
 def test_slope_by_least_squares_is_that_of_numpy() -> None:

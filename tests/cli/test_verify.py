@@ -169,3 +169,76 @@ def test_an_implementation_that_does_not_import_is_a_failure(rows, monkeypatch):
     monkeypatch.setattr("cli.commands.verify.why_not", lambda backend: None)
     document = rows("verify", "attention.online_softmax", "--backend", "mpi", code=1)
     assert document["rows"][0]["failures"][0]["check"] == "import"
+
+
+NEEDS = """
+import numpy as np
+from refimpl.attention import scaled_dot_product_attention as dense
+from refimpl.errors import BackendUnavailableError
+
+def needy(q, k, v, /, **options):
+    raise BackendUnavailableError("no such GPU here")
+
+def sometimes(q, k, v, /, **options):
+    if q.shape[1] > 1:
+        raise BackendUnavailableError("no such GPU here")
+    return dense(q, k, v, **options)
+"""
+
+
+@pytest.mark.parametrize("name", ["needy", "sometimes"])
+def test_a_function_that_lacks_its_backend_is_not_judged(here, run, name):
+    """Nobody can tell whether it is right: neither a failure, nor passed for the cases that needed no GPU."""
+    (here / "needs_of_mine.py").write_text(NEEDS)
+    done = run("verify", "attention.dense", "--with", f"needs_of_mine:{name}", code=3)
+    assert (done.stdout, done.stderr) == ("", f"Error: needs_of_mine:{name}: no such GPU here\n")
+
+
+def test_a_kernel_for_hopper_without_a_gpu_is_a_missing_backend(run):
+    done = run("verify", "attention.flash", "--with", "cuda_backend:flash_attention_hopper", code=3)
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: cuda_backend:flash_attention_hopper: ")
+    assert done.stderr.count("\n") == 1
+
+
+HIDING = ("verify", "attention.varlen", "--examples", "2", "--seed", "3")
+
+
+def test_why_cases_are_invalid_is_said(rows, run):
+    document = rows(*HIDING)
+    row = document["rows"][0]
+    reason = "attention.a_window_hides_what_lies_beyond_it: there are fewer keys than queries"
+    assert row["invalid_reasons"] == {reason: row["invalid"]}
+    lines = run(*HIDING).stdout.split("\n")
+    assert f"invalid, for they say nothing of {row['implementation']} in float64:" in lines
+    assert f"  {row['invalid']} x {reason}" in lines
+    assert f"  {row['invalid']} x {reason}" in run(*HIDING, "--csv").stderr.split("\n")
+
+
+def test_what_is_all_invalid_is_not_for_want_of_a_function(here, run, monkeypatch):
+    from refimpl.testing import Outcome, Report
+
+    where = ("attention.dense", "mine", "numpy", "float64")
+    report = Report([Outcome(*where, "reference", "invalid", f"reason {n}") for n in range(7)])
+    monkeypatch.setattr("refimpl.testing.check", lambda *_, **__: report)
+    few, every = (run(*_with("good"), *flag, code=1) for flag in ((), ("--all-failures",)))
+    assert few.stderr.endswith("nothing was checked: all 7 were invalid\n")
+    assert "  1 x reference: reason 4\n  ... and 2 for other reasons (--all-failures)" in few.stdout
+    assert "reason 5" not in few.stdout
+    assert "reason 6" in every.stdout
+    report.outcomes.append(Outcome(*where, "reference", "refused", "not today"))
+    assert "all 8 were refused or invalid" in run(*_with("good"), code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("technique", "axes", "said"),
+    [
+        ("attention.flash", "Tq=4096", "--axes: Tq=4096 make cases of attention.flash"),
+        ("attention.flash", "Tq=400,Tk=400,causal=false", "--axes: Tq=400, Tk=400 make cases"),
+        ("quant.int8_matmul", "K=1000000", "times as large as its record"),
+    ],
+)
+def test_the_simulator_refuses_what_would_take_hours(run, technique, axes, said):
+    done = run("verify", technique, "--backend", "cudasim", "--axes", axes, code=2)
+    assert said in done.stderr
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)

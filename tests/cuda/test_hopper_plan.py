@@ -176,8 +176,9 @@ def test_other_gpus_are_refused(launched: list[SimpleNamespace], monkeypatch: py
 
 
 @pytest.mark.cudasim
-def test_the_simulator_is_refused() -> None:
-    x = np.ones((1, 4, 2, 8), np.float16)
+@pytest.mark.parametrize("width", [8, 9])  # rows of an odd width are copied before anything else
+def test_the_simulator_is_refused(width: int) -> None:
+    x = np.ones((1, 4, 2, width), np.float16)
     with pytest.raises(BackendUnavailableError, match="simulates CUDA"):
         flash_attention_hopper(x, x, x)
 
