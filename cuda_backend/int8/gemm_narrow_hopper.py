@@ -99,6 +99,7 @@ def build(variant: Narrow) -> Callable[..., None]:
     full_at = stages * stage_bytes
     empty_at = full_at + 8 * stages
     token_bytes = 4 * (features + PAD)
+    used_at = full_at + variant.other_bytes - 8
     beside, together, token_step = variant.beside, variant.together, variant.token_step
     turns = variant.own_tokens // together
 
@@ -106,6 +107,7 @@ def build(variant: Narrow) -> Callable[..., None]:
     pack, unpack = registers.pack_pair(kind_of(variant.kind)), registers.unpack_low(kind_of(variant.kind))
     outliers = build_outliers(variant, empty_at + 8 * stages, token_bytes)
     begin_outliers, list_outliers, add_outliers, added = outliers
+    meet = barrier.named(1, consumers)
 
     @device_function
     def begin(base: Any, w_map: Any, x_map: Any, first: Any, ahead: Any, row: Any) -> None:
@@ -156,22 +158,26 @@ def build(variant: Narrow) -> Callable[..., None]:
         rows = cuda.local.array(together, float32)
         feature = int32(thread & (features - 1))
         n = int32(start + feature)
-        row, turn = int32(thread // features), int32(0)
+        row, turn, used = int32(thread // features), int32(0), int32(0)
         own = int32(own + row)
         while n < N and turn < turns:
             # Without branches in between, what all these loads wait for is waited for once.
             for i in range(together):
                 place = int32(min(own + token_step * i, end - 1))
                 far[i], total[i], rows[i] = float32(NO_BIAS), int32(0), float32(0.0)
-                for block in range(blocks):
-                    at_sum = uint32(base + place * token_bytes + 4 * feature)
-                    total[i] += cluster.load_word(at_sum, uint32(block))
+                at_sum = uint32(base + place * token_bytes + 4 * feature)
+                if blocks == 1:
+                    total[i] = copy.load_shared_word(at_sum)
+                else:
+                    for block in range(blocks):
+                        total[i] += cluster.load_word(at_sum, uint32(block))
                 if scaled:
                     rows[i] = copy.load_float(x_absmax + uint64(4) * uint64(first + place))
             if number > 0:
                 for i in range(together):
                     far[i] = added(base, int32(row + 2 * i), feature)
             for i in range(together):
+                used ^= total[i]
                 place = int32(own + token_step * i)
                 if place < end:
                     at = uint64(first + place) * uint64(N) + uint64(n)
@@ -183,6 +189,8 @@ def build(variant: Narrow) -> Callable[..., None]:
                         copy.store_global_word(out + uint64(4) * at, uint32(total[i]))
             own, row = int32(own + token_step * together), int32(row + 2 * together)
             turn = int32(turn + 1)
+        if blocks > 1:  # no load is under way once this has been stored, of tokens there are not either
+            copy.store_shared_word(uint32(base + used_at), used)
 
     def product_of_few(
         w_map: Any, x_map: Any, out: Any, x_absmax: Any, w_absmax: Any, bias: Any,
@@ -238,9 +246,13 @@ def build(variant: Narrow) -> Callable[..., None]:
             list_outliers(
                 base, int32(thread & 31), marks, indices, counters, weight, start, N, K, int32(cuda.gridDim.x)
             )
-        cluster.synchronise()
-        if thread < consumers:
+        if blocks > 1:
+            cluster.synchronise()
+        elif warp < consumers // 32:
+            meet()
+        if warp < consumers // 32:
             finish(base, thread, start, its_tokens, out, (x_absmax, factor, shift), number, N)
-        cluster.synchronise()  # a block's sums stay until all have read them
+        if blocks > 1:
+            cluster.leave()  # a block's sums stay until all have read them
 
     return product_of_few

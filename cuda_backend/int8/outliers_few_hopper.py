@@ -186,13 +186,12 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
         return copy.load_shared_float(uint32(base + added_at + row * token_bytes + 4 * feature))
 
     @device_function
-    def add_near(base: Any, thread: Any, near: Any, earlier: Any, tokens: Any, factor: Any) -> None:
+    def add_near(base: Any, thread: Any, near: Any, earlier: Any, own: Any, factor: Any) -> None:
         """Add what lies in shared memory to all tokens of a thread, four outliers to several at a time."""
         removed = cuda.local.array(together, int32)
         far = cuda.local.array(together, float32)
         met = cuda.local.array(4, float32)
         values = cuda.local.array(4, float32)
-        _, own, count = tokens
         feature, row, turn = int32(thread & (COLUMNS - 1)), int32(thread // COLUMNS), int32(0)
         while turn < turns:
             for i in range(together):
@@ -204,7 +203,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
                 packed = load_met(met, base, int32((j // 4) * COLUMNS + feature), factor)
                 for e in range(4):
                     if j + e >= near:
-                        met[e] = float32(0.0)  # as x is there: a scale that is no number must not matter
+                        met[e] = float32(0.0)  # as x is there; 0 times infinity would not be 0
                 for i in range(together):
                     place = int32((row + 2 * i) * NEAR + j)
                     copy.load_shared_16(values, 0, uint32(base + x_at + 4 * place))
@@ -218,8 +217,8 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
                 copy.store_shared_float(
                     uint32(base + added_at + (row + 2 * i) * token_bytes + 4 * feature), far[i]
                 )
-                token = int32(own + (row & 1) + step * ((row >> 1) + i))
-                if released and token < count:
+                if released:  # of tokens that are not there 0, and there is room for them
+                    token = int32(own + (row & 1) + step * ((row >> 1) + i))
                     at_sum = uint32(base + token * token_bytes + 4 * feature)
                     copy.store_shared_word(at_sum, int32(copy.load_shared_word(at_sum) - removed[i]))
             row, turn = int32(row + 2 * together), int32(turn + 1)
@@ -246,7 +245,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
                 bring_x(base, thread, near, tokens, x, codes)
                 bring_met(base, thread, 32 * WARPS, near, weight, start, N)
             meet()
-            add_near(base, thread, near, earlier, tokens, factor)
+            add_near(base, thread, near, earlier, tokens[1], factor)
             earlier = int32(earlier + NEAR)
         return number
 

@@ -153,9 +153,15 @@ class Narrow(NamedTuple):
         return NEAR * self.features * (1 if self.outliers == "released" else 2)
 
     @property
+    def number_bytes(self) -> int:
+        """Bytes of what a token holds at an outlier: a number, and the code that is taken away."""
+        return 5 if self.outliers == "released" else 4
+
+    @property
     def other_bytes(self) -> int:
         """Bytes behind the stages: barriers; the first outliers, their numbers in x, their codes."""
-        return 256 + self.beside * (4 * NEAR + 5 * self.own_rows * NEAR + self.met_bytes)
+        outliers = 4 * NEAR + self.number_bytes * self.own_rows * NEAR + self.met_bytes
+        return 256 + self.beside * outliers
 
     @property
     def stages(self) -> int:

@@ -199,7 +199,7 @@ class Lanes:
             wait()
 
         return SimpleNamespace(
-            arrive=arrive, wait=wait, synchronise=both,
+            arrive=arrive, wait=wait, synchronise=both, leave=both,
             load_word=lambda address, block: there(address, block).view(np.int32)[0],
             load_float=lambda address, block: there(address, block).view(np.float32)[0],
         )  # fmt: skip
@@ -235,7 +235,9 @@ class Lanes:
         def load_shared(size: int) -> Any:
             def load(words: Any, first: Any, address: Any) -> None:
                 assert int(address) % size == 0
-                words[int(first) :][: size // 4] = self.own.block.shared[int(address) :][:size].view(words.dtype)
+                words[int(first) :][: size // 4] = self.own.block.shared[int(address) :][:size].view(
+                    words.dtype
+                )
 
             return load
 
