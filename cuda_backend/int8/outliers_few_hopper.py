@@ -32,8 +32,10 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 
 WARPS = 4 * CONSUMERS  # of consumers: each brings what one token holds, a lane for each outlier
 COLUMNS = 64 * CONSUMERS
-ITEMS = 4  # of four outliers in a column, that a lane asks for at once
-ASKED = 4 * ITEMS
+VECTORS = 8  # of 16 marks, that a lane of the warp that lists reads at once
+ITEMS = COLUMNS // 32  # columns of a lane
+GROUPS = 2  # of four outliers, that a lane asks for at once in all of them
+ASKED = 4 * ITEMS * GROUPS
 
 
 class Outliers(NamedTuple):
@@ -75,7 +77,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
     x_at = listed + 4 * NEAR
     met_at = x_at + 4 * own_rows * NEAR
     codes_at = met_at + variant.met_bytes
-    make_list = build_list(NEAR)
+    make_list = build_list(NEAR, VECTORS)
     unpack, value_of = registers.unpack_low(kind_of(variant.kind)), build_value(variant.kind)
     meet = barrier.named(1, 32 * WARPS)
 
@@ -85,36 +87,47 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
         barrier.initialise(base + all_there, 1)
 
     @device_function
-    def bring_met(base: Any, part: Any, parts: Any, near: Any, weight: Any, start: Any, N: Any) -> None:
-        """Bring what `near` outliers meet in the columns of the tile, as one of `parts` threads.
+    def bring_met(
+        base: Any, lane: Any, warp: Any, warps: Any, near: Any, weight: Any, start: Any, N: Any
+    ) -> None:
+        """Bring what `near` outliers meet in the columns of the tile, as a lane of one of `warps` warps.
 
         What lies where there is no outlier or no column is never used, and no branch waits for it.
         """
         w, w_feature, w_column = weight
         found = cuda.local.array(ASKED, uint32)
-        item = int32(part)
-        while item < COLUMNS * ((near + 3) >> 2):
-            for i in range(ITEMS):
-                this = int32(item + parts * i)
-                column = w + uint64(min(start + (this & (COLUMNS - 1)), N - 1)) * w_column
-                for e in range(4):
-                    j = int32(min(4 * (this // COLUMNS) + e, near - 1))
-                    feature = uint64(copy.load_shared_word(uint32(base + listed + 4 * j)))
-                    if released:
-                        found[4 * i + e] = uint32(copy.load_byte(column + feature * w_feature))
-                    else:
-                        found[4 * i + e] = copy.load_half(column + feature * w_feature)
-            for i in range(ITEMS):
-                this = int32(item + parts * i)
-                a, b, c, d = found[4 * i], found[4 * i + 1], found[4 * i + 2], found[4 * i + 3]
-                if released:
-                    copy.store_shared_word(
-                        uint32(base + met_at + 4 * this), int32(registers.low_bytes(a, b, c, d))
-                    )
-                else:
-                    low, high = uint32(a | uint32(b << uint32(16))), uint32(c | uint32(d << uint32(16)))
-                    copy.store_shared_8(uint32(base + met_at + 8 * this), low, high)
-            item = int32(item + ITEMS * parts)
+        offsets = cuda.local.array(4, uint64)
+        j = int32(4 * warp)
+        while j < near:
+            for g in range(GROUPS):
+                if j + 4 * warps * g < near:
+                    for e in range(4):
+                        place = int32(min(j + 4 * warps * g + e, near - 1))
+                        feature = uint64(copy.load_shared_word(uint32(base + listed + 4 * place)))
+                        offsets[e] = feature * w_feature
+                    for i in range(ITEMS):
+                        column = w + uint64(min(start + lane + 32 * i, N - 1)) * w_column
+                        for e in range(4):
+                            if released:
+                                found[16 * g + 4 * i + e] = uint32(copy.load_byte(column + offsets[e]))
+                            else:
+                                found[16 * g + 4 * i + e] = copy.load_half(column + offsets[e])
+            for g in range(GROUPS):
+                if j + 4 * warps * g < near:
+                    for i in range(ITEMS):
+                        k = 16 * g + 4 * i
+                        item = int32((j // 4 + warps * g) * COLUMNS + lane + 32 * i)
+                        a, b, c, d = found[k], found[k + 1], found[k + 2], found[k + 3]
+                        if released:
+                            word = int32(registers.low_bytes(a, b, c, d))
+                            copy.store_shared_word(uint32(base + met_at + 4 * item), word)
+                        else:
+                            low, high = (
+                                uint32(a | uint32(b << uint32(16))),
+                                uint32(c | uint32(d << uint32(16))),
+                            )
+                            copy.store_shared_8(uint32(base + met_at + 8 * item), low, high)
+            j = int32(j + 4 * warps * GROUPS)
 
     @device_function
     def listing(
@@ -128,7 +141,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
         if lane == 0:
             barrier.arrive(base + listed_there)
         if number > 0:
-            bring_met(base, lane, 32, int32(min(number, NEAR)), weight, start, N)
+            bring_met(base, lane, 0, 1, int32(min(number, NEAR)), weight, start, N)
         barrier.warp()
         last = int32(0)
         if lane == 0:
@@ -243,7 +256,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
                     copy.store_shared_word(uint32(base + listed + 4 * thread), feature)
                 meet()
                 bring_x(base, thread, near, tokens, x, codes)
-                bring_met(base, thread, 32 * WARPS, near, weight, start, N)
+                bring_met(base, int32(thread & 31), int32(thread >> 5), WARPS, near, weight, start, N)
             meet()
             add_near(base, thread, near, earlier, tokens[1], factor)
             earlier = int32(earlier + NEAR)
