@@ -106,7 +106,7 @@ def build(variant: Narrow) -> Callable[..., None]:
     next_stage = ring(stages)
     pack, unpack = registers.pack_pair(kind_of(variant.kind)), registers.unpack_low(kind_of(variant.kind))
     outliers = build_outliers(variant, empty_at + 8 * stages, token_bytes)
-    begin_outliers, list_outliers, add_outliers, added = outliers
+    begin_outliers, list_outliers, clear_marks, add_outliers, added = outliers
     meet = barrier.named(1, consumers)
 
     @device_function
@@ -222,7 +222,8 @@ def build(variant: Narrow) -> Callable[..., None]:
             factor = copy.load_float(w_absmax + uint64(4) * uint64(n))
             if bias != uint64(0):
                 shift = unpack(copy.load_half(bias + uint64(2) * uint64(n)))
-        number, own = int32(0), int32(int32(cuda.blockIdx.x % blocks) * (consumers // features))
+        number, left = int32(0), int32(-1)
+        own = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features))
         its_tokens, weight = (token, own, int32(min(M - token, tokens))), (w, w_feature, w_column)
         warp = registers.uniform(thread >> 5)
         if warp < consumers // 32:
@@ -243,7 +244,7 @@ def build(variant: Narrow) -> Callable[..., None]:
             barrier.warp()
         elif beside:
             grid.wait_for_earlier_grids()
-            list_outliers(
+            left = list_outliers(
                 base, int32(thread & 31), marks, indices, counters, weight, start, N, K, int32(cuda.gridDim.x)
             )
         if blocks > 1:
@@ -252,6 +253,8 @@ def build(variant: Narrow) -> Callable[..., None]:
             meet()
         if warp < consumers // 32:
             finish(base, thread, start, its_tokens, out, (x_absmax, factor, shift), number, N)
+        elif beside and warp > consumers // 32:
+            clear_marks(int32(thread & 31), left, marks, K, int32(cuda.gridDim.x))
         if blocks > 1:
             cluster.leave()  # a block's sums stay until all have read them
 

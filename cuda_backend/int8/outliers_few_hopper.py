@@ -47,8 +47,11 @@ class Outliers(NamedTuple):
         ``(base)``: one thread initialises barriers.
     listing
         ``(base, lane, marks, indices, counters, weight, start, N, K, grid)``: a warp lists marked columns,
-        brings what the first outliers meet in the columns from `start` on, and lets the consumers know; of
-        `grid` blocks the last to have read the marks clears them.
+        brings what the first outliers meet in the columns from `start` on, and lets the consumers know;
+        returns, to lane 0, how many of `grid` blocks had read the marks before, if there are any.
+    clear
+        ``(lane, left, marks, K, grid)``: with what `listing` has returned, the same warp of the block that
+        was the last to read the marks clears them, when nobody waits for it.
     add
         ``(base, thread, tokens, x, codes, weight, factor, indices, start, N)``: consumers add up, token by
         token, what outliers add to a column, and take away what their codes had added; return whether there
@@ -60,6 +63,7 @@ class Outliers(NamedTuple):
 
     begin: Callable[..., Any]
     listing: Callable[..., Any]
+    clear: Callable[..., Any]
     add: Callable[..., Any]
     added: Callable[..., Any]
 
@@ -133,22 +137,26 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
     def listing(
         base: Any, lane: Any, marks: Any, indices: Any, counters: Any, weight: Any, start: Any, N: Any,
         K: Any, grid: Any,
-    ) -> None:  # fmt: skip
+    ) -> Any:  # fmt: skip
         number = make_list(marks, K, lane, uint32(base + listed), indices)
         if lane == 0:
             copy.store_shared_word(uint32(base + number_at), number)
         barrier.warp()
         if lane == 0:
             barrier.arrive(base + listed_there)
+        left = int32(-1)
         if number > 0:
+            if lane == 0:
+                left = copy.fetch_increment(counters + uint64(LEFT), int32(grid - 1))
             bring_met(base, lane, 0, 1, int32(min(number, NEAR)), weight, start, N)
         barrier.warp()
-        last = int32(0)
         if lane == 0:
             barrier.arrive(base + all_there)
-            if number > 0:
-                last = int32(copy.fetch_increment(counters + uint64(LEFT), int32(grid - 1)) == grid - 1)
-        if registers.uniform(last) != 0:
+        return left
+
+    @device_function
+    def clear(lane: Any, left: Any, marks: Any, K: Any, grid: Any) -> None:
+        if registers.uniform(left) == grid - 1:
             clear_marks(marks, K, lane, 32)
 
     @device_function
@@ -262,4 +270,4 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
             earlier = int32(earlier + NEAR)
         return number
 
-    return Outliers(begin, listing, add, added)
+    return Outliers(begin, listing, clear, add, added)
