@@ -34,8 +34,6 @@ WARPS = 4 * CONSUMERS  # of consumers: each brings what one token holds, a lane 
 COLUMNS = 64 * CONSUMERS
 VECTORS = 8  # of 16 marks, that a lane of the warp that lists reads at once
 ITEMS = COLUMNS // 32  # columns of a lane
-GROUPS = 2  # of four outliers, that a lane asks for at once in all of them
-ASKED = 4 * ITEMS * GROUPS
 
 
 class Outliers(NamedTuple):
@@ -81,6 +79,8 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
     x_at = listed + 4 * NEAR
     met_at = x_at + 4 * own_rows * NEAR
     codes_at = met_at + variant.met_bytes
+    groups = 2 if variant.alone else 1  # of four outliers, that a lane asks for at once in all its columns
+    asked = 4 * ITEMS * groups
     make_list = build_list(NEAR, VECTORS)
     unpack, value_of = registers.unpack_low(kind_of(variant.kind)), build_value(variant.kind)
     meet = barrier.named(1, 32 * WARPS)
@@ -99,11 +99,11 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
         What lies where there is no outlier or no column is never used, and no branch waits for it.
         """
         w, w_feature, w_column = weight
-        found = cuda.local.array(ASKED, uint32)
+        found = cuda.local.array(asked, uint32)
         offsets = cuda.local.array(4, uint64)
         j = int32(4 * warp)
         while j < near:
-            for g in range(GROUPS):
+            for g in range(groups):
                 if j + 4 * warps * g < near:
                     for e in range(4):
                         place = int32(min(j + 4 * warps * g + e, near - 1))
@@ -116,7 +116,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
                                 found[16 * g + 4 * i + e] = uint32(copy.load_byte(column + offsets[e]))
                             else:
                                 found[16 * g + 4 * i + e] = copy.load_half(column + offsets[e])
-            for g in range(GROUPS):
+            for g in range(groups):
                 if j + 4 * warps * g < near:
                     for i in range(ITEMS):
                         k = 16 * g + 4 * i
@@ -131,7 +131,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
                                 uint32(c | uint32(d << uint32(16))),
                             )
                             copy.store_shared_8(uint32(base + met_at + 8 * item), low, high)
-            j = int32(j + 4 * warps * GROUPS)
+            j = int32(j + 4 * warps * groups)
 
     @device_function
     def listing(
