@@ -118,6 +118,11 @@ class Narrow(NamedTuple):
         return 128 * CONSUMERS + 32 + 32 * self.beside
 
     @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor has registers and shared memory for, at least."""
+        return 1 if self.alone else 2
+
+    @property
     def w_bytes(self) -> int:
         """Bytes of a tile of the weight in a stage."""
         return self.features * STEP

@@ -183,7 +183,7 @@ MISTAKES_IN_OUTLIERS = {
     "a later round in the place of tokens": (PAPER, "earlier + thread)", "thread)"),
     "no later round meets the weight": (PAPER, "int32(thread >> 5), WARPS, near", "0, WARPS, 0"),
     "each second group": (ONE_BLOCK, "j + 4 * warps * groups", "j + 8 * warps * groups"),
-    "groups in one place": (ONE_BLOCK, "(j // 4 + warps * g) * COLUMNS", "(j // 4) * COLUMNS"),
+    "groups in one place": (EIGHT, "(j // 4 + warps * g) * COLUMNS", "(j // 4) * COLUMNS"),
     "only the first round": (PAPER, "while earlier < number:", "while earlier < min(number, 1):"),
     "x of the first tile": (MANY, "at_row = uint64(first + token)", "at_row = uint64(token)"),
     "turns of the first tokens": (ONE_BLOCK, "row, turn = int32(row + 2 * together)", "row, turn = row"),

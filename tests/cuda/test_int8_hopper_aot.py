@@ -33,7 +33,8 @@ for name, *fields in json.loads(sys.argv[1]):
     module, make = MODULES[name]
     variant = make(*fields)
     threads = getattr(variant, "threads", 256)
-    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(threads, 1))
+    bounds = threads, getattr(variant, "resident", 1)
+    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=bounds)
     linker = SimpleNamespace(info_log="")
     with aot.pretended(aot.HOPPER):
         kernel = module.build(variant)
