@@ -126,11 +126,8 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
                             word = int32(registers.low_bytes(a, b, c, d))
                             copy.store_shared_word(uint32(base + met_at + 4 * item), word)
                         else:
-                            low, high = (
-                                uint32(a | uint32(b << uint32(16))),
-                                uint32(c | uint32(d << uint32(16))),
-                            )
-                            copy.store_shared_8(uint32(base + met_at + 8 * item), low, high)
+                            low, high = a | uint32(b << uint32(16)), c | uint32(d << uint32(16))
+                            copy.store_shared_8(uint32(base + met_at + 8 * item), uint32(low), uint32(high))
             j = int32(j + 4 * warps * groups)
 
     @device_function
