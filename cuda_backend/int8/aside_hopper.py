@@ -31,31 +31,32 @@ __all__ = ["WARPS", "build_list", "build_set_aside"]
 int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.float32
 
 WARPS = 2  # of a block, that set aside
-VECTORS, WORDS = 4, 16  # of 16 marks, that a lane reads at once; their words
+VECTORS = 4  # of 16 marks, that a lane reads at once
 GROUP = 8  # outliers of a row that a lane moves at once
 TAKEN, DONE, LEFT = 0, 4, 8  # counters: shares claimed and finished, blocks that need no marks
 
 
-def build_list(room: int) -> Callable[..., Any]:
+def build_list(room: int, vectors: int = VECTORS) -> Callable[..., Any]:
     """Return ``listing(marks, K, lane, listed, indices)``, what a warp does to list marked columns, in order.
 
     It returns their number.  The first `room` go to shared memory at ``listed``, all further ones to where
-    they belong at ``indices``.
+    they belong at ``indices``.  A lane reads so many `vectors` of 16 marks at once.
     """
+    words_at_once = 4 * vectors
 
     @device_function
     def listing(marks: Any, K: Any, lane: Any, listed: Any, indices: Any) -> Any:
-        words = cuda.local.array(WORDS, uint32)
+        words = cuda.local.array(words_at_once, uint32)
         number, start = int32(0), int32(0)
         while start < K:
-            first = int32(start + 16 * VECTORS * lane)
-            for v in range(VECTORS):
+            first = int32(start + 16 * vectors * lane)
+            for v in range(vectors):
                 for i in range(4):
                     words[4 * v + i] = uint32(0)
                 if first + 16 * v < K:
                     copy.load_16(words, 4 * v, marks + uint64(first + 16 * v))
             own = int32(0)
-            for i in range(WORDS):
+            for i in range(words_at_once):
                 own += cuda.popc(words[i])
             if registers.largest_word(uint32(own)) > uint32(0):
                 upto = own
@@ -64,7 +65,7 @@ def build_list(room: int) -> Callable[..., Any]:
                     if lane >= step:
                         upto += lower
                 place = int32(number + upto - own)
-                for i in range(WORDS):
+                for i in range(words_at_once):
                     word = words[i]
                     while word != uint32(0):
                         column = int32(first + 4 * i + (int32(cuda.ffs(word)) - 1) // 8)
@@ -75,7 +76,7 @@ def build_list(room: int) -> Callable[..., Any]:
                         place += int32(1)
                         word = uint32(word & uint32(word - uint32(1)))
                 number += int32(registers.from_lane(uint32(upto), 31))
-            start = int32(start + 32 * 16 * VECTORS)
+            start = int32(start + 32 * 16 * vectors)
         return number
 
     return listing

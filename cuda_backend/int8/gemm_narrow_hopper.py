@@ -94,18 +94,20 @@ def build(variant: Narrow) -> Callable[..., None]:
     """
     features, tokens, stages, blocks = variant.features, variant.tokens, variant.stages, variant.blocks
     w_bytes, stage_bytes = variant.w_bytes, variant.w_bytes + variant.x_bytes
-    consumers = variant.threads - 32
+    consumers = 128 * CONSUMERS
     scaled = variant.kind != "int32"
     full_at = stages * stage_bytes
     empty_at = full_at + 8 * stages
     token_bytes = 4 * (features + PAD)
+    used_at = full_at + variant.other_bytes - 8
     beside, together, token_step = variant.beside, variant.together, variant.token_step
     turns = variant.own_tokens // together
 
     next_stage = ring(stages)
     pack, unpack = registers.pack_pair(kind_of(variant.kind)), registers.unpack_low(kind_of(variant.kind))
-    outliers = build_outliers(variant, empty_at + 8 * stages)
-    make_list, gather, count = outliers
+    outliers = build_outliers(variant, empty_at + 8 * stages, token_bytes)
+    begin_outliers, list_outliers, clear_marks, add_outliers, added = outliers
+    meet = barrier.named(1, consumers)
 
     @device_function
     def begin(base: Any, w_map: Any, x_map: Any, first: Any, ahead: Any, row: Any) -> None:
@@ -147,44 +149,48 @@ def build(variant: Narrow) -> Callable[..., None]:
 
     @device_function
     def finish(
-        base: Any, thread: Any, start: Any, first: Any, out: Any, scales: Any, number: Any, weight: Any,
-        rest: Any, N: Any,
-    ) -> None:  # fmt: skip
+        base: Any, thread: Any, start: Any, tokens: Any, out: Any, scales: Any, number: Any, N: Any
+    ) -> None:
+        first, own, end = tokens
         x_absmax, factor, shift = scales
         total = cuda.local.array(together, int32)
-        removed = cuda.local.array(together, int32)
         far = cuda.local.array(together, float32)
         rows = cuda.local.array(together, float32)
         feature = int32(thread & (features - 1))
         n = int32(start + feature)
-        own = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features) + thread // features)
-        end, turn = rest[4], int32(0)
+        row, turn, used = int32(thread // features), int32(0), int32(0)
+        own = int32(own + row)
         while n < N and turn < turns:
             # Without branches in between, what all these loads wait for is waited for once.
             for i in range(together):
                 place = int32(min(own + token_step * i, end - 1))
-                removed[i], far[i], total[i], rows[i] = int32(0), float32(NO_BIAS), int32(0), float32(0.0)
-                for block in range(blocks):
-                    at_sum = uint32(base + place * token_bytes + 4 * feature)
-                    total[i] += cluster.load_word(at_sum, uint32(block))
+                far[i], total[i], rows[i] = float32(NO_BIAS), int32(0), float32(0.0)
+                at_sum = uint32(base + place * token_bytes + 4 * feature)
+                if blocks == 1:
+                    total[i] = copy.load_shared_word(at_sum)
+                else:
+                    for block in range(blocks):
+                        total[i] += cluster.load_word(at_sum, uint32(block))
                 if scaled:
                     rows[i] = copy.load_float(x_absmax + uint64(4) * uint64(first + place))
             if number > 0:
-                count(base, removed, far, own, number, n, weight, rest)
+                for i in range(together):
+                    far[i] = added(base, int32(row + 2 * i), feature)
             for i in range(together):
+                used ^= total[i]
                 place = int32(own + token_step * i)
                 if place < end:
                     at = uint64(first + place) * uint64(N) + uint64(n)
-                    exact = int32(total[i] - removed[i])
                     if scaled:
-                        y = (
-                            product(product(product(float32(exact), rows[i]), factor), float32(INVERSE))
-                            + shift
-                        )
+                        y = product(product(product(float32(total[i]), rows[i]), factor), float32(INVERSE))
+                        y += shift
                         copy.store_global_half(out + uint64(2) * at, pack(y + far[i], float32(0.0)))
                     else:
-                        copy.store_global_word(out + uint64(4) * at, uint32(exact))
-            own, turn = int32(own + token_step * together), int32(turn + 1)
+                        copy.store_global_word(out + uint64(4) * at, uint32(total[i]))
+            own, row = int32(own + token_step * together), int32(row + 2 * together)
+            turn = int32(turn + 1)
+        if blocks > 1:  # no load is under way once this has been stored, of tokens there are not either
+            copy.store_shared_word(uint32(base + used_at), used)
 
     def product_of_few(
         w_map: Any, x_map: Any, out: Any, x_absmax: Any, w_absmax: Any, bias: Any,
@@ -200,7 +206,7 @@ def build(variant: Narrow) -> Callable[..., None]:
                 barrier.initialise(base + full_at + 8 * i, 1)
                 barrier.initialise(base + empty_at + 8 * i, consumers // 32)
             if beside:
-                barrier.initialise(base + empty_at + 8 * stages, 1)
+                begin_outliers(base)
             barrier.publish_initialisation()
         cuda.syncthreads()
         tile = int32(cuda.blockIdx.x // blocks)
@@ -216,31 +222,40 @@ def build(variant: Narrow) -> Callable[..., None]:
             factor = copy.load_float(w_absmax + uint64(4) * uint64(n))
             if bias != uint64(0):
                 shift = unpack(copy.load_half(bias + uint64(2) * uint64(n)))
-        number = int32(0)
-        x_there, codes_there = (x, x_row, x_feature), (codes, codes_row)
-        if registers.uniform(thread >> 5) == consumers // 32:
-            lane, ahead = int32(thread - consumers), int32(min(end - first, stages))
-            if lane == 0:
-                begin(base, w_map, x_map, first, ahead, start)
+        number, left = int32(0), int32(-1)
+        own = int32(int32(cuda.blockIdx.x % blocks) * (consumers // features))
+        its_tokens, weight = (token, own, int32(min(M - token, tokens))), (w, w_feature, w_column)
+        warp = registers.uniform(thread >> 5)
+        if warp < consumers // 32:
+            accumulate(base, thread, first, end)
             grid.wait_for_earlier_grids()
-            if lane == 0:
-                go_on(base, x_map, first, ahead, token)
             if beside:
-                barrier.warp()
-                make_list(base, lane, marks, indices, counters, K, int32(cuda.gridDim.x))
-            if lane == 0:
+                number = add_outliers(
+                    base, thread, its_tokens, (x, x_row, x_feature), (codes, codes_row), weight, factor,
+                    indices, start, N,
+                )  # fmt: skip
+        elif warp == consumers // 32:
+            if thread == consumers:
+                ahead = int32(min(end - first, stages))
+                begin(base, w_map, x_map, first, ahead, start)
+                grid.wait_for_earlier_grids()
+                go_on(base, x_map, first, ahead, token)
                 produce(base, w_map, x_map, first, ahead, end, start, token)
             barrier.warp()
-        else:
-            accumulate(base, thread, first, end)
-            if beside:
-                number = gather(base, thread, token, x_there, codes_there, M)
-        cluster.synchronise()
-        if thread < consumers:
+        elif beside:
             grid.wait_for_earlier_grids()
-            scales, weight = (x_absmax, factor, shift), (w, w_feature, w_column, factor)
-            rest = (indices, x_there, codes_there, token, int32(min(M - token, tokens)))
-            finish(base, thread, start, token, out, scales, number, weight, rest, N)
-        cluster.synchronise()  # a block's sums stay until all have read them
+            left = list_outliers(
+                base, int32(thread & 31), marks, indices, counters, weight, start, N, K, int32(cuda.gridDim.x)
+            )
+        if blocks > 1:
+            cluster.synchronise()
+        elif warp < consumers // 32:
+            meet()
+        if warp < consumers // 32:
+            finish(base, thread, start, its_tokens, out, (x_absmax, factor, shift), number, N)
+        elif beside and warp > consumers // 32:
+            clear_marks(int32(thread & 31), left, marks, K, int32(cuda.gridDim.x))
+        if blocks > 1:
+            cluster.leave()  # a block's sums stay until all have read them
 
     return product_of_few

@@ -125,7 +125,10 @@ def _maker(name: str, variant: Any) -> Callable[[], Image]:
     def make() -> Image:
         module = _module(name, variant)
         return compiled(
-            module.build(variant), module.SIGNATURE, threads=getattr(variant, "threads", SMALL_BLOCK)
+            module.build(variant),
+            module.SIGNATURE,
+            threads=getattr(variant, "threads", SMALL_BLOCK),
+            blocks=getattr(variant, "resident", 1),
         )
 
     return make

@@ -21,6 +21,7 @@ LARGEST_FEW, LARGEST_OF_MANY, FEW_COLUMNS, LONG = 16, 4, 1024, 8192  # rows, row
 SMALL_TILE = 0.6
 HELD = 8  # vectors of x in the registers of a thread
 START = 4
+ROOM_BESIDE = 16 * 1024  # bytes of shared memory for blocks of a quantiser that has not ended
 
 
 class Wide(NamedTuple):
@@ -95,6 +96,8 @@ class Narrow(NamedTuple):
         Of a cluster, which shares a tile: 1, 2, 4 or 8.
     beside
         Whether it sees to outliers itself, from marks that an earlier kernel has left.
+    alone
+        Whether a block has a multiprocessor for itself.
     """
 
     kind: str
@@ -102,6 +105,7 @@ class Narrow(NamedTuple):
     tokens: int
     blocks: int
     beside: bool = False
+    alone: bool = False
 
     @property
     def features(self) -> int:
@@ -110,8 +114,13 @@ class Narrow(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the consumers and a producer warp."""
-        return 128 * CONSUMERS + 32
+        """Threads of a block: the consumers, a producer warp, and one that lists outliers."""
+        return 128 * CONSUMERS + 32 + 32 * self.beside
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor has registers and shared memory for, at least."""
+        return 1 if self.alone else 2
 
     @property
     def w_bytes(self) -> int:
@@ -134,23 +143,40 @@ class Narrow(NamedTuple):
         return max(1, self.tokens // self.token_step)
 
     @property
+    def own_rows(self) -> int:
+        """Tokens whose outputs a block writes, at most."""
+        return self.own_tokens * 128 * CONSUMERS // self.features
+
+    @property
     def together(self) -> int:
-        """Of these, how many at once."""
-        return min(4, self.own_tokens)
+        """Of the tokens of a thread, how many at once."""
+        return min(8 if self.alone else 4, self.own_tokens)
+
+    @property
+    def met_bytes(self) -> int:
+        """Bytes of what the first outliers meet in the columns of a tile: codes, or numbers of 16 bits."""
+        return NEAR * self.features * (1 if self.outliers == "released" else 2)
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of what a token holds at an outlier: a number, and the code that is taken away."""
+        return 5 if self.outliers == "released" else 4
 
     @property
     def other_bytes(self) -> int:
         """Bytes behind the stages: barriers; the first outliers, their numbers in x, their codes."""
-        return 256 + self.beside * (4 * NEAR + 5 * self.tokens * NEAR)
+        outliers = 4 * NEAR + self.number_bytes * self.own_rows * NEAR + self.met_bytes
+        return 256 + self.beside * outliers
 
     @property
     def stages(self) -> int:
-        """Tiles in flight."""
-        return min(8, (SHARED_LIMIT // 2 - 2048 - self.other_bytes) // (self.w_bytes + self.x_bytes))
+        """Tiles in flight, which leave room for a second block or not."""
+        limit = SHARED_LIMIT - ROOM_BESIDE if self.alone else SHARED_LIMIT // 2
+        return min(8, (limit - 2048 - self.other_bytes) // (self.w_bytes + self.x_bytes))
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: alignment slack, stages, and what is behind them; two blocks have room."""
+        """Dynamic shared memory: alignment slack, stages, and what is behind them."""
         return 1024 + self.stages * (self.w_bytes + self.x_bytes) + self.other_bytes
 
 
@@ -279,7 +305,7 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
     Examples
     --------
     >>> choose("float16", "released", 16, 4096, 4096, 132)
-    Narrow(kind='float16', outliers='released', tokens=16, blocks=4, beside=False)
+    Narrow(kind='float16', outliers='released', tokens=16, blocks=4, beside=False, alone=True)
     >>> [choose("float16", "released", M, 4096, 4096, 132)[3] for M in (4096, 256)]
     [256, 128]
     """
@@ -287,7 +313,8 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
     if M <= LARGEST_NARROW or 4 * rows * -(-N // 128) < processors:
         tokens = next(tokens for tokens in (8, 16, 32, 64) if tokens >= min(M, LARGEST_NARROW))
         tiles = -(-M // tokens) * -(-N // (64 * CONSUMERS))
-        return Narrow(kind, outliers, tokens, blocks_of_narrow(tiles, -(-K // STEP), processors))
+        blocks = blocks_of_narrow(tiles, -(-K // STEP), processors)
+        return Narrow(kind, outliers, tokens, blocks, alone=tiles * blocks <= processors)
     item = 4 if kind == "int32" else 2
 
     def cost(block_n: int) -> float:

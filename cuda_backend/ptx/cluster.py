@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cuda_backend.ptx.assembly import instruction, types
 
-__all__ = ["arrive", "load_float", "load_word", "synchronise", "wait"]
+__all__ = ["arrive", "leave", "load_float", "load_word", "synchronise", "wait"]
 
 synchronise = instruction(
     "synchronise",
@@ -35,6 +35,17 @@ wait = instruction(
     "barrier.cluster.wait.acquire;",
     "",
     'The other half: all threads of all blocks have arrived.  PTX ISA, "barrier.cluster".',
+)
+
+leave = instruction(
+    "leave",
+    types.void,
+    {},
+    "barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;",
+    "",
+    "As `synchronise`, but what was stored before need not be seen behind it: no fence waits for stores to "
+    "global memory.  Blocks that end together stay until all have used what they read of each other.  PTX "
+    'ISA, "barrier.cluster", .relaxed.',
 )
 
 load_float = instruction(

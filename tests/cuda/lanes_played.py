@@ -199,7 +199,7 @@ class Lanes:
             wait()
 
         return SimpleNamespace(
-            arrive=arrive, wait=wait, synchronise=both,
+            arrive=arrive, wait=wait, synchronise=both, leave=both,
             load_word=lambda address, block: there(address, block).view(np.int32)[0],
             load_float=lambda address, block: there(address, block).view(np.float32)[0],
         )  # fmt: skip
@@ -232,9 +232,14 @@ class Lanes:
             assert int(address) % 16 == 0
             words[int(first) :][:4] = memory(int(address), 16).view(words.dtype)
 
-        def load_shared_16(words: Any, first: Any, address: Any) -> None:
-            assert int(address) % 16 == 0
-            words[int(first) :][:4] = self.own.block.shared[int(address) :][:16].view(words.dtype)
+        def load_shared(size: int) -> Any:
+            def load(words: Any, first: Any, address: Any) -> None:
+                assert int(address) % size == 0
+                words[int(first) :][: size // 4] = self.own.block.shared[int(address) :][:size].view(
+                    words.dtype
+                )
+
+            return load
 
         def put(address: Any, *values: Any) -> None:
             data = np.array([int(value) & 0xFFFFFFFF for value in values], np.uint32).view(np.uint8)
@@ -284,7 +289,8 @@ class Lanes:
             load_shared_word=lambda address: place(address, np.int32)[0],
             store_shared_word=store_shared(np.int32), store_shared_float=store_shared(np.float32),
             store_shared_8=store_shared_8, store_shared_byte=store_shared_byte,
-            load_shared_16=load_shared_16, shared_address=shared_address,
+            load_shared_8=load_shared(8), load_shared_16=load_shared(16),
+            load_shared_float=lambda address: place(address, np.float32)[0], shared_address=shared_address,
             fetch_add=counted(lambda old, value: old + value),
             fetch_increment=counted(lambda old, bound: 0 if old >= bound else old + 1),
         )  # fmt: skip

@@ -36,7 +36,10 @@ W_MAP, X_MAP = 1, 2
 
 
 class Asked(NamedTuple):
-    """A layer: its format, convention and sizes, a tile's tokens and blocks, columns that hold outliers."""
+    """A layer: its format, convention and sizes, a tile's tokens and blocks, columns that hold outliers.
+
+    And whether a block has a multiprocessor for itself: more stages, more tokens at once.
+    """
 
     dtype: str
     convention: str
@@ -46,13 +49,18 @@ class Asked(NamedTuple):
     tokens: int
     blocks: int
     outliers: int
+    alone: bool = False
 
 
-# Two rounds and two turns, more steps than stages; two tiles of tokens; two of the weight; an idle block.
+# Two rounds of x and two turns, more steps than stages; two tiles of tokens, more outliers than have room;
+# two tiles of the weight, thrice as many; an idle block; blocks without tokens; eight tokens at once, half of
+# them not there.
 ONE_BLOCK = Asked("float16", "released", 13, 1000, 9, 16, 1, NEAR - 1)
 MANY = Asked("bfloat16", "released", 11, 290, 5, 8, 2, NEAR + 5)
-PAPER = Asked("float16", "paper", 7, 140, 131, 8, 1, NEAR + 3)
-IDLE = Asked("float16", "released", 3, 300, 5, 8, 4, 2)
+PAPER = Asked("float16", "paper", 7, 140, 131, 8, 1, 2 * NEAR + 3)
+IDLE = Asked("float16", "released", 3, 300, 5, 8, 4, 2, True)
+MORE_BLOCKS = Asked("float16", "released", 5, 1030, 5, 8, 8, 3)
+EIGHT = Asked("bfloat16", "released", 37, 140, 9, 64, 1, 6, True)
 
 
 def case_with(asked: Asked) -> Case:
@@ -106,8 +114,8 @@ def difference(
     outliers: ModuleType = outliers_few_hopper,
 ) -> str | None:
     """Return how a layer differs from the reference."""
-    dtype, convention, T, K, N, tokens, blocks, _ = asked
-    variant, kind = Narrow(dtype, convention, tokens, blocks, True), KINDS[dtype]
+    dtype, convention, T, K, N, tokens, blocks, _, alone = asked
+    variant, kind = Narrow(dtype, convention, tokens, blocks, True, alone), KINDS[dtype]
     tiles, steps, pitch = -(-T // tokens), -(-K // 128), -(-K // 16) * 16
     limit = sixteen_bit_limit(dtype, 6.0, convention)
 
@@ -148,50 +156,65 @@ def difference(
         lanes.run(lambda: kernel(*map(np.uint64, addresses), *map(np.int32, numbers)))
         assert not marks.any()
         assert not counters.any()
+        for block in lanes.blocks:
+            assert np.all(block.shared[variant.shared_bytes - 1024 :] == 0xA5), "1 KiB is for the base"
         return out
 
     return linear_difference(layer, "llm_int8_linear_fused", case_with(asked), dtype)
 
 
-@pytest.mark.parametrize("asked", [ONE_BLOCK, MANY, PAPER, IDLE])
+@pytest.mark.parametrize("asked", [ONE_BLOCK, MANY, PAPER, IDLE, MORE_BLOCKS, EIGHT])
 def test_a_product_that_sees_to_outliers(monkeypatch: pytest.MonkeyPatch, asked: Asked) -> None:
     assert difference(monkeypatch, asked) is None
 
 
 MISTAKES_IN_OUTLIERS = {
-    "x of the first round only": (ONE_BLOCK, "if j < number and first", "if j < number and i < 1 and first"),
-    "rounds in one place": (ONE_BLOCK, "int32((warp + WARPS * i) * NEAR + j)", "int32(warp * NEAR + j)"),
-    "columns off by one": (ONE_BLOCK, "listed + 4 * (j + e)", "listed + 4 * max(j + e - 1, 0)"),
+    "x of the first round only": (ONE_BLOCK, "if j < near and token", "if j < near and i < 1 and token"),
+    "rounds in one place": (ONE_BLOCK, "place = int32(row * NEAR + j)\n", "place = int32(warp * NEAR + j)\n"),
+    "columns off by one": (ONE_BLOCK, "min(j + 4 * warps * g + e,", "min(j + 4 * warps * g + e + 1,"),
     "codes of another outlier": (ONE_BLOCK, "codes_at + place))\n", "codes_at + (place ^ 4)))\n"),
-    "scale of the weight": (ONE_BLOCK, "factor / float32(LIMIT)", "factor"),
-    "further codes stay": (MANY, "removed[i] += copy", "_ = copy"),
-    "further outliers of the first tile": (MANY, "uint64(first + own + step * i)", "uint64(own + step * i)"),
-    "no further outliers": (PAPER, "while j < number:", "while j < 0:"),
+    "what a code is worth": (ONE_BLOCK, ">> 24), factor)", ">> 24), factor * float32(2))"),
+    "codes without sign": (ONE_BLOCK, "int32(int32(word << (24 - 8 * e)) >> 24)", "(word >> (8 * e)) & 255"),
+    "the tile's first columns": (PAPER, "uint64(min(start + lane", "uint64(min(lane"),
+    "upper halves": (PAPER, "unpack(uint32(halves[i] >> uint32(16)))", "unpack(halves[i])"),
+    "tokens of another block": (MANY, "token = int32(own + (row & 1) + step * (row >> 1))", "token = row"),
+    "codes stay": (IDLE, "copy.load_shared_word(at_sum) - removed[i]", "copy.load_shared_word(at_sum)"),
+    "a later round forgets": (MANY, "if earlier > 0:", "if earlier < 0:"),
+    "a later round in the place of tokens": (PAPER, "earlier + thread)", "thread)"),
+    "no later round meets the weight": (PAPER, "int32(thread >> 5), WARPS, near", "0, WARPS, 0"),
+    "each second group": (ONE_BLOCK, "j + 4 * warps * groups", "j + 8 * warps * groups"),
+    "groups in one place": (EIGHT, "(j // 4 + warps * g) * COLUMNS", "(j // 4) * COLUMNS"),
+    "only the first round": (PAPER, "while earlier < number:", "while earlier < min(number, 1):"),
+    "x of the first tile": (MANY, "at_row = uint64(first + token)", "at_row = uint64(token)"),
+    "turns of the first tokens": (ONE_BLOCK, "row, turn = int32(row + 2 * together)", "row, turn = row"),
     "marks stay": (ONE_BLOCK, "clear_marks(marks, K, lane, 32)", "pass"),
     "a counter stays": (ONE_BLOCK, "uint64(LEFT), int32(grid - 1)", "uint64(LEFT), int32(grid)"),
 }
 MISTAKES_IN_FINISH = {
-    "sign of what is taken away": (ONE_BLOCK, "total[i] - removed[i]", "total[i] + removed[i]"),
     "sums of the first block": (MANY, "uint32(block))", "uint32(0))"),
-    "the first turn again": (ONE_BLOCK, "own, turn = int32(own + token_step * together)", "own, turn = own"),
+    "the first turn again": (ONE_BLOCK, "own, row = int32(own + token_step * together)", "own, row = own"),
     "scales of the first tile": (MANY, "uint64(first + place))", "uint64(place))"),
     "outliers not added": (ONE_BLOCK, "y + far[i]", "y"),
+    "outliers of other tokens": (EIGHT, "added(base, int32(row + 2 * i)", "added(base, int32(row + i)"),
     "steps of the first block": (MANY, "int32(cuda.blockIdx.x % blocks) * own_steps", "0 * own_steps"),
     "first step in a later stage": (ONE_BLOCK, "full, int32(step * STEP), row)", "full, int32(first), row)"),
     "x of another tile": (MANY, "int32((first + stage) * STEP), token)", "int32((first + stage) * STEP), 0)"),
     "no bias": (ONE_BLOCK, "shift = unpack(", "_ = unpack("),
+    "memory of nobody": (MANY, "full_at + variant.other_bytes - 8", "full_at + variant.other_bytes"),
 }
 
 
 @pytest.mark.parametrize("wrong", MISTAKES_IN_OUTLIERS)
 def test_mistakes_in_outliers_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     asked, old, new = MISTAKES_IN_OUTLIERS[wrong]
+    changed = mutant(outliers_few_hopper, old, new)
     with pytest.raises(AssertionError):
-        assert difference(monkeypatch, asked, outliers=mutant(outliers_few_hopper, old, new)) is None
+        assert difference(monkeypatch, asked, outliers=changed) is None
 
 
 @pytest.mark.parametrize("wrong", MISTAKES_IN_FINISH)
 def test_mistakes_in_what_is_written_are_seen(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     asked, old, new = MISTAKES_IN_FINISH[wrong]
+    changed = mutant(gemm_narrow_hopper, old, new)
     with pytest.raises(AssertionError):
-        assert difference(monkeypatch, asked, mutant(gemm_narrow_hopper, old, new)) is None
+        assert difference(monkeypatch, asked, changed) is None

@@ -33,7 +33,8 @@ for name, *fields in json.loads(sys.argv[1]):
     module, make = MODULES[name]
     variant = make(*fields)
     threads = getattr(variant, "threads", 256)
-    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=(threads, 1))
+    bounds = threads, getattr(variant, "resident", 1)
+    how = dict(cc=aot.HOPPER, device=False, abi="numba", launch_bounds=bounds)
     linker = SimpleNamespace(info_log="")
     with aot.pretended(aot.HOPPER):
         kernel = module.build(variant)
@@ -74,7 +75,9 @@ RECORDED = [
     ("few", "float16", 16, 8, 8, False),
     ("narrow", "float16", "released", 16, 8),
     ("narrow", "bfloat16", "paper", 64, 4),
-    ("narrow", "float16", "released", 16, 4, True),
+    ("narrow", "float16", "released", 16, 4, True, True),
+    ("narrow", "float16", "released", 16, 1, True),
+    ("narrow", "float16", "released", 64, 4, True, True),
     ("narrow", "bfloat16", "released", 64, 1, True),
     ("narrow", "bfloat16", "paper", 64, 4, True),
     ("outliers",),
@@ -94,8 +97,9 @@ FULL = [
     *[("wide", "int32", "released", aligned, block_n) for aligned in (True, False) for block_n in (128, 256)],
     *[("narrow", kind, "released", tokens, blocks) for kind in (*KINDS, "int32")
       for tokens in (8, 16, 32, 64) for blocks in (1, 2, 4, 8)],
-    *[("narrow", kind, outliers, tokens, blocks, True) for kind in KINDS for outliers in ("released", "paper")
-      for tokens in (8, 16, 32, 64) for blocks in (1, 2, 4, 8)],
+    *[("narrow", kind, outliers, tokens, blocks, True, alone)
+      for kind in KINDS for outliers in ("released", "paper")
+      for tokens in (8, 16, 32, 64) for blocks in (1, 2, 4, 8) for alone in (False, True)],
     *[("quantize", kind, aside, aligned, width) for kind in KINDS for aligned in (True, False)
       for aside in ("", "cells", "mark", "columns") for width in WIDTHS],
 ]  # fmt: skip
@@ -115,7 +119,8 @@ def judge(case: tuple[object, ...], found: dict[str, object]) -> None:
     assert found["spills"] == found["stack"] == 0, case
     assert found["warnings"] == [], case
     registers, threads, shared = (int(str(found[key])) for key in ("registers", "threads", "shared"))
-    blocks = {"wide": 1, "narrow": 2, "few": 1 if case[-1] else 2}.get(str(case[0]), 1)
+    shares = {"few": not case[-1], "narrow": case[6:] != (True,)}  # whether it leaves room for a second block
+    blocks = 2 if shares.get(str(case[0])) else 1
     assert blocks * threads * -(-registers // 8) * 8 <= REGISTERS, case
     assert blocks * (shared + 1024) <= 233_472, case  # 228 KiB of a multiprocessor, 1 KiB a block is reserved
 

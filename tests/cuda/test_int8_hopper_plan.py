@@ -209,10 +209,16 @@ def test_variants_fit_into_shared_memory() -> None:
             variant = Wide(kind, "released", True, block_n)
             assert variant.stages >= 4
             assert variant.shared_bytes <= 232_448
-        for tokens in (8, 16, 32, 64):
-            narrow = Narrow(kind, "released", tokens, 8)
-            assert narrow.shared_bytes <= 232_448 // 2 - 1024, "two blocks on a multiprocessor"
-            assert tokens * 4 * (128 + 4) <= narrow.stages * (narrow.w_bytes + narrow.x_bytes)
+        for tokens, blocks, beside, alone in itertools.product(
+            (8, 16, 32, 64), (1, 2, 4, 8), (False, True), (False, True)
+        ):
+            for outliers in ("released", "paper"):
+                narrow = Narrow(kind, outliers, tokens, blocks, beside, alone)
+                room = 233_472 - 16_384 if alone else 233_472 // 2
+                assert narrow.shared_bytes + 1024 <= room, "a quantiser's blocks, or a second, beside it"
+                kept = tokens + narrow.own_rows  # the sums, and what outliers add to a block's own tokens
+                assert kept * 4 * (128 + 4) <= narrow.stages * (narrow.w_bytes + narrow.x_bytes)
+                assert 16 * narrow.stages + 32 <= 256 - 8, "barriers, and a word that is nobody's"
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
