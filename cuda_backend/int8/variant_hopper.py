@@ -17,7 +17,8 @@ NEAR = 32  # outliers that a block of few rows has in shared memory: one for eac
 LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
-LARGEST_FEW, LARGEST_OF_MANY, FEW_COLUMNS, LONG = 16, 4, 1024, 8192  # rows, rows, columns, numbers
+LARGEST_FEW, LARGEST_OF_MANY = 16, 2  # rows that one kernel takes: of few columns, of many
+FEW_COLUMNS, MANY, SHORT = 1024, 8192, 4096  # columns, columns, features
 SMALL_TILE = 0.6
 HELD = 8  # vectors of x in the registers of a thread
 START = 4
@@ -251,7 +252,7 @@ def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None
     As many blocks share a tile as in `choose`, or more of them, so that their parts are small enough.
 
     >>> choose_few("float16", 1, 4096, 4096, 132), choose_few("float16", 16, 8192, 28672, 132)
-    (Few(kind='float16', rows=1, blocks=4, room=8, alone=True), None)
+    (Few(kind='float16', rows=1, blocks=2, room=16, alone=True), None)
     """
     if not 0 < M <= LARGEST_FEW or not N or not K or K % 8:
         return None
@@ -259,7 +260,7 @@ def choose_few(kind: str, M: int, N: int, K: int, processors: int) -> Few | None
     blocks = blocks_of_narrow(tiles, steps, processors)
     while blocks <= 8:
         room = max(2, 1 << (-(-steps // blocks) - 1).bit_length())
-        alone = tiles * blocks <= processors
+        alone = tiles <= clusters_at_once(blocks, processors)
         variant = Few(kind, 1 << (M - 1).bit_length(), blocks, room, alone)
         if variant.vectors <= HELD and variant.stages >= 4:
             return variant
@@ -272,17 +273,17 @@ def one_kernel_wins(M: int, N: int, K: int) -> bool:
 
     Every cluster quantises x again, which costs more the more rows there are, and the more the shorter the
     rest takes; the time of a launch is saved.  Measured on an H200 in float16, us of one kernel and of two:
-    4096 x 4096 codes 17.5 and 16.5 for 1 row, 18.5 and 17.2 for 4, 24.1 and 18.6 for 16; 8192 x 8192 24.4
-    and 26.3, 28.0 and 33.6, 44.2 and 34.9; 4096 x 11008 17.9 and 23.8, 22.0 and 24.0, 31.7 and 25.5;
-    8192 x 1024 10.2 and 13.8, 11.3 and 16.4, 13.7 and 17.0.  What is between these was not measured; with
-    more features, and more columns than 1024, it is two kernels.
+    8192 x 1024 codes 10.0 and 11.8 for 1 row, 11.6 and 13.7 for 8, 13.6 and 14.6 for 16; 4096 x 11008 18.1
+    and 20.4 for 1, 19.4 and 20.5 for 2, 21.8 and 20.8 for 4; 4096 x 4096 13.7 and 13.2 for 1, 14.9 and 13.6
+    for 4; 8192 x 8192 24.1 and 24.3 for 1, 28.2 and 26.1 for 4; 8192 x 28672 66.9 and 63.1 for 1; 11008 x
+    4096 22.3 and 20.8.  What is between these was not measured.
 
-    >>> [one_kernel_wins(M, N, K) for M, N, K in ((1, 4096, 4096), (4, 8192, 8192), (16, 8192, 8192))]
+    >>> [one_kernel_wins(M, N, K) for M, N, K in ((1, 4096, 4096), (2, 11_008, 4096), (4, 11_008, 4096))]
     [False, True, False]
     """
     if N <= FEW_COLUMNS:
         return M <= LARGEST_FEW
-    return M <= LARGEST_OF_MANY and K <= LONG <= max(K, N)
+    return M <= LARGEST_OF_MANY and K <= SHORT and N >= MANY
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:
@@ -305,7 +306,7 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
     Examples
     --------
     >>> choose("float16", "released", 16, 4096, 4096, 132)
-    Narrow(kind='float16', outliers='released', tokens=16, blocks=4, beside=False, alone=True)
+    Narrow(kind='float16', outliers='released', tokens=16, blocks=2, beside=False, alone=True)
     >>> [choose("float16", "released", M, 4096, 4096, 132)[3] for M in (4096, 256)]
     [256, 128]
     """
@@ -314,7 +315,7 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
         tokens = next(tokens for tokens in (8, 16, 32, 64) if tokens >= min(M, LARGEST_NARROW))
         tiles = -(-M // tokens) * -(-N // (64 * CONSUMERS))
         blocks = blocks_of_narrow(tiles, -(-K // STEP), processors)
-        return Narrow(kind, outliers, tokens, blocks, alone=tiles * blocks <= processors)
+        return Narrow(kind, outliers, tokens, blocks, alone=tiles <= clusters_at_once(blocks, processors))
     item = 4 if kind == "int32" else 2
 
     def cost(block_n: int) -> float:
@@ -324,17 +325,31 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
     return Wide(kind, outliers, item * N % 16 == 0, min((256, 128), key=cost))
 
 
+def clusters_at_once(blocks: int, processors: int) -> int:
+    """Return how many clusters of so many blocks run at once, a block on each multiprocessor.
+
+    A cluster lies within a part of the GPU (a GPC), whose multiprocessors are no multiple of four: an H200
+    has 132 of them and runs 66 clusters of two, but 30 of four.
+
+    >>> [clusters_at_once(blocks, 132) for blocks in (1, 2, 4, 8)]
+    [132, 66, 30, 15]
+    """
+    usable = processors if blocks <= 2 else processors * 10 // 11
+    return max(1, usable // blocks)
+
+
 def blocks_of_narrow(tiles: int, steps: int, processors: int) -> int:
-    """Return how many blocks share a tile, 1, 2, 4 or 8.
+    """Return how many blocks share a tile, 1, 2, 4 or 8: as many as run at once for all tiles.
 
-    A wave is a block on each multiprocessor, though two fit, and a block costs `START` steps beside its own;
-    the least time of all waves wins, then the fewest blocks: measured so on an H200, at every size tried.
+    A block costs `START` steps beside its own; of several that take as many waves the least time wins, then
+    the fewest blocks: measured so on an H200, at every size tried.
 
-    >>> blocks_of_narrow(32, 32, 132), blocks_of_narrow(224, 64, 132)
-    (4, 1)
+    >>> blocks_of_narrow(32, 32, 132), blocks_of_narrow(16, 64, 132), blocks_of_narrow(224, 64, 132)
+    (2, 4, 1)
     """
 
-    def time(blocks: int) -> int:
-        return -(-tiles * blocks // processors) * (-(-steps // blocks) + START)
+    def cost(blocks: int) -> tuple[int, int]:
+        waves = -(-tiles // clusters_at_once(blocks, processors))
+        return waves, waves * (-(-steps // blocks) + START)
 
-    return min((blocks for blocks in (1, 2, 4, 8) if blocks <= max(1, steps)), key=time)
+    return min((blocks for blocks in (1, 2, 4, 8) if blocks <= max(1, steps)), key=cost)
