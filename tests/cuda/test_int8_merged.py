@@ -289,6 +289,33 @@ def test_what_was_left_is_not_used_when_something_has_changed(monkeypatch: pytes
         assert called == [32, 5]
 
 
+def test_replicas_for_several_gpus_compute_for_themselves() -> None:
+    model = block(3)
+    with torch.no_grad():
+        model.q(X)  # leaves the others' outputs with them
+        called.clear()
+        for name, expected in zip(SIZES, apart(3, X), strict=True):
+            layer = getattr(model, name)
+            replica = layer._replicate_for_data_parallel()
+            # As torch.nn.parallel.replicate: a parameter becomes an attribute.
+            for key, value in layer._parameters.items():
+                if value is None:
+                    replica._parameters[key] = None
+                else:
+                    setattr(replica, key, value.detach())
+            assert torch.equal(replica(X), expected)
+        assert called == list(SIZES.values()), "the rest is on another GPU"
+
+
+def test_a_pickle_holds_no_activations() -> None:
+    model = block(3)
+    size = len(pickle.dumps(model.k))
+    with torch.no_grad():
+        model.q(torch.zeros(5000, 20))
+    assert model.k.ahead is not None
+    assert len(pickle.dumps(model.k)) == size
+
+
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
