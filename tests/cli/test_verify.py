@@ -183,7 +183,19 @@ def sometimes(q, k, v, /, **options):
     if q.shape[1] > 1:
         raise BackendUnavailableError("no such GPU here")
     return dense(q, k, v, **options)
+
+def wrong_then_needy(q, k, v, /, **options):
+    if q.shape[1] > 9:
+        raise BackendUnavailableError("no such GPU here")
+    return dense(q, k, v, **options) + 1
 """
+
+
+def test_a_missing_backend_hides_no_failure(here, rows):
+    (here / "needs_of_mine.py").write_text(NEEDS)
+    (row,) = rows("verify", "attention.dense", "--with", "needs_of_mine:wrong_then_needy", code=1)["rows"]
+    assert row["failed"] == len(row["failures"]) > 0
+    assert row["refusals"]["no such GPU here"] > 0
 
 
 @pytest.mark.parametrize("name", ["needy", "sometimes"])
