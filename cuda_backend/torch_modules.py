@@ -284,6 +284,9 @@ def _laid(layers: Sequence[Any]) -> tuple[Any, Any, Any]:
     """Lay what layers hold side by side; return it, and let each have its part as a view."""
     import torch
 
+    # A graph would write them when it is replayed, not now.
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError("merged layers have moved: call them once before they are captured")
     sizes: list[int] = [layer.out_features for layer in layers]
     bias: Any = None
     with torch.inference_mode(False), torch.no_grad():  # what is made here can be loaded into anywhere

@@ -12,7 +12,7 @@ import pytest
 
 import cuda_backend
 from cuda_backend import torch_modules, torch_ops
-from refimpl.errors import DTypeError, OptionError
+from refimpl.errors import DTypeError, OptionError, UnsupportedError
 from tests.cuda import int8_on_host
 
 torch: Any = pytest.importorskip("torch")
@@ -305,6 +305,17 @@ def test_replicas_for_several_gpus_compute_for_themselves() -> None:
                     setattr(replica, key, value.detach())
             assert torch.equal(replica(X), expected)
         assert called == list(SIZES.values()), "the rest is on another GPU"
+
+
+def test_layers_that_have_moved_are_not_laid_side_by_side_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block(3)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with torch.no_grad():
+        model.q(X)
+        model.double().float()
+        with pytest.raises(UnsupportedError, match="call them once before they are captured"):
+            model.q(X)
 
 
 def test_a_pickle_holds_no_activations() -> None:
