@@ -254,3 +254,20 @@ def test_the_simulator_refuses_what_would_take_hours(run, technique, axes, said)
     done = run("verify", technique, "--backend", "cudasim", "--axes", axes, code=2)
     assert said in done.stderr
     assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+
+
+def test_the_simulator_takes_the_reproducer_of_every_edge_case():
+    from cli.commands.verify import _refuse_hours
+    from refimpl import registry
+
+    registry.load()
+    for record in registry.TECHNIQUES.values():
+        for edge in record.edges:
+            _refuse_hours(record, edge)
+
+
+def test_an_edge_case_that_is_large_for_its_record_runs_in_the_simulator(rows):
+    axes = "K=256,bias=false,values=scaled,M=16,N=5,group_size=128"
+    (row,) = rows("verify", "quant.weight_only_int8", "--backend", "cudasim", "--axes", axes,
+                  "--dtype", "fp16")["rows"]  # fmt: skip
+    assert row["passed"] > 0
