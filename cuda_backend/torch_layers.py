@@ -167,8 +167,11 @@ def replace_linear(
 
     Of layers that are merged the first computes all, and the others find what it left for them if they are
     given the same tensor, unwritten since, on the same stream; given any other, a layer computes its own.
-    What is not fetched stays in memory until the next call.  Tensors of ``torch.inference_mode`` do not say
-    that they were written to: with them nothing is merged, so call the model under ``torch.no_grad``.
+    What is not fetched stays in memory until the next call, and outputs are views of one array, which stays
+    as long as any of them.  Written is what PyTorch counts (``_version``): not what ``x.data``, a replayed
+    graph or a kernel with an address writes, so call the first of `merge` first after these.  Tensors of
+    ``torch.inference_mode`` are not counted at all: with them nothing is merged, so call the model under
+    ``torch.no_grad``.  Nor is it in the replicas of ``torch.nn.DataParallel``.
     """
     import torch
 

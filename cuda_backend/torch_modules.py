@@ -149,6 +149,18 @@ def classes() -> Any:
             whole = codes.as_strided((self.out_features, codes.stride(0)), (codes.stride(0), 1))
             return whole, prepared.absmax
 
+        def __getstate__(self) -> dict[str, Any]:
+            """Return what a copy is filled with: no activations that were left here."""
+            return {**self.__dict__, "ahead": None, "joined": None}
+
+        def _replicate_for_data_parallel(self) -> Any:
+            """Return a copy for another GPU; it computes itself alone: the rest stays where it is."""
+            replicate: Any = super()._replicate_for_data_parallel
+            replica = replicate()
+            replica.rest = ()
+            replica.forget()
+            return replica
+
         def lead(self, rest: Sequence[Any]) -> None:
             """From now on compute other layers too, and leave their outputs with them."""
             self.rest = tuple(rest)
@@ -228,7 +240,8 @@ def _places(layers: Sequence[Any]) -> list[int]:
     """Return the addresses of what layers hold; memory that `joined` holds has no other owner's address."""
     found: list[int] = []
     for layer in layers:
-        stored, shift = layer._buffers, layer._parameters["bias"]  # a third of the time of attributes
+        # A third of the time of attributes.  A replica's bias is no parameter, but a replica serves one call.
+        stored, shift = layer._buffers, layer._parameters.get("bias")
         shift = stored["no_bias"] if shift is None else shift
         found += [
             stored["codes"].data_ptr(),
@@ -271,6 +284,9 @@ def _laid(layers: Sequence[Any]) -> tuple[Any, Any, Any]:
     """Lay what layers hold side by side; return it, and let each have its part as a view."""
     import torch
 
+    # A graph would write them when it is replayed, not now.
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError("merged layers have moved: call them once before they are captured")
     sizes: list[int] = [layer.out_features for layer in layers]
     bias: Any = None
     with torch.inference_mode(False), torch.no_grad():  # what is made here can be loaded into anywhere

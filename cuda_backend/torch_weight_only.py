@@ -53,7 +53,7 @@ def weight_only_linear(layer: Any, *, weight: Form = "nf4", compute: Callable[..
         If it is not on the GPU, or in another format, or its bias is not where and what its weight is.
     UnsupportedError
         If ``in_features`` are no multiple of 256 (NF4) or 128 (int8).  From the forward pass: if a gradient
-        is wanted, or with the reasons of `compute`.
+        is wanted or x is in another format, or with the reasons of `compute`.
     BackendUnavailableError
         If there is no GPU.
 
@@ -133,6 +133,8 @@ def _class() -> Any:
         def forward(self, x: Any) -> Any:
             """Return the outputs for x [..., in_features]."""
             self.check_input(x)
+            if x.dtype not in (torch.float16, torch.bfloat16):  # whatever the number of tokens
+                raise UnsupportedError(f"WeightOnlyLinear: expected float16 or bfloat16, got {x.dtype}")
             rows = rows_of(x)
             if len(rows) <= FEW[self.form]:
                 weight = self.prepared()

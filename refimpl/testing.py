@@ -188,7 +188,7 @@ def check(
     UnknownNameError
         If nothing is registered under `name`.
     BackendUnavailableError
-        If `f` says so: nobody can tell whether it is right.
+        If `f` says so before any check failed: nobody can tell whether it is right.
     ValueError
         If `axes` names an axis that the technique has not.
     """
@@ -232,6 +232,7 @@ class _Context:
     target: str | None
     tier: str
     judged: set[str] = field(default_factory=set)  # dtypes in which an output that is not empty passed
+    failures: list[Outcome] = field(default_factory=list)
 
     @property
     def is_reference(self) -> bool:
@@ -248,6 +249,8 @@ def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype
         found.append(
             Outcome(technique.name, context.label, context.backend, dtype, what, status, detail, line)
         )
+        if status == "failed":
+            context.failures.append(found[-1])
 
     def attempt(what: str, action: Callable[[], str | None]) -> None:
         try:
@@ -256,8 +259,10 @@ def _check_case(context: _Context, seed: int, shape: Mapping[str, Option], dtype
             record(what, "invalid", str(error))
         except NotImplementedError as error:
             record(what, "refused", str(error))
-        except BackendUnavailableError:
-            raise  # says nothing of the candidate, on this case and on all others
+        except BackendUnavailableError as error:
+            if not context.failures:
+                raise  # says nothing of the candidate, on this case and on all others
+            record(what, "refused", str(error))  # but does not hide what is known to be wrong
         except LawViolation as error:
             record(what, "failed", str(error))
         except (Exception, SystemExit) as error:  # a verdict on the candidate, not a crash of ours

@@ -183,7 +183,19 @@ def sometimes(q, k, v, /, **options):
     if q.shape[1] > 1:
         raise BackendUnavailableError("no such GPU here")
     return dense(q, k, v, **options)
+
+def wrong_then_needy(q, k, v, /, **options):
+    if q.shape[1] > 9:
+        raise BackendUnavailableError("no such GPU here")
+    return dense(q, k, v, **options) + 1
 """
+
+
+def test_a_missing_backend_hides_no_failure(here, rows):
+    (here / "needs_of_mine.py").write_text(NEEDS)
+    (row,) = rows("verify", "attention.dense", "--with", "needs_of_mine:wrong_then_needy", code=1)["rows"]
+    assert row["failed"] == len(row["failures"]) > 0
+    assert row["refusals"]["no such GPU here"] > 0
 
 
 @pytest.mark.parametrize("name", ["needy", "sometimes"])
@@ -242,3 +254,20 @@ def test_the_simulator_refuses_what_would_take_hours(run, technique, axes, said)
     done = run("verify", technique, "--backend", "cudasim", "--axes", axes, code=2)
     assert said in done.stderr
     assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+
+
+def test_the_simulator_takes_the_reproducer_of_every_edge_case():
+    from cli.commands.verify import _refuse_hours
+    from refimpl import registry
+
+    registry.load()
+    for record in registry.TECHNIQUES.values():
+        for edge in record.edges:
+            _refuse_hours(record, edge)
+
+
+def test_an_edge_case_that_is_large_for_its_record_runs_in_the_simulator(rows):
+    axes = "K=256,bias=false,values=scaled,M=16,N=5,group_size=128"
+    (row,) = rows("verify", "quant.weight_only_int8", "--backend", "cudasim", "--axes", axes,
+                  "--dtype", "fp16")["rows"]  # fmt: skip
+    assert row["passed"] > 0

@@ -12,7 +12,7 @@ import pytest
 
 import cuda_backend
 from cuda_backend import torch_modules, torch_ops
-from refimpl.errors import DTypeError, OptionError
+from refimpl.errors import DTypeError, OptionError, UnsupportedError
 from tests.cuda import int8_on_host
 
 torch: Any = pytest.importorskip("torch")
@@ -287,6 +287,44 @@ def test_what_was_left_is_not_used_when_something_has_changed(monkeypatch: pytes
             inside.zero_()
             assert torch.equal(model.v(inside), apart(4, inside)[2])
         assert called == [32, 5]
+
+
+def test_replicas_for_several_gpus_compute_for_themselves() -> None:
+    model = block(3)
+    with torch.no_grad():
+        model.q(X)  # leaves the others' outputs with them
+        called.clear()
+        for name, expected in zip(SIZES, apart(3, X), strict=True):
+            layer = getattr(model, name)
+            replica = layer._replicate_for_data_parallel()
+            # As torch.nn.parallel.replicate: a parameter becomes an attribute.
+            for key, value in layer._parameters.items():
+                if value is None:
+                    replica._parameters[key] = None
+                else:
+                    setattr(replica, key, value.detach())
+            assert torch.equal(replica(X), expected)
+        assert called == list(SIZES.values()), "the rest is on another GPU"
+
+
+def test_layers_that_have_moved_are_not_laid_side_by_side_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block(3)
+    for name in ("is_available", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    with torch.no_grad():
+        model.q(X)
+        model.double().float()
+        with pytest.raises(UnsupportedError, match="call them once before they are captured"):
+            model.q(X)
+
+
+def test_a_pickle_holds_no_activations() -> None:
+    model = block(3)
+    size = len(pickle.dumps(model.k))
+    with torch.no_grad():
+        model.q(torch.zeros(5000, 20))
+    assert model.k.ahead is not None
+    assert len(pickle.dumps(model.k)) == size
 
 
 @pytest.mark.parametrize(

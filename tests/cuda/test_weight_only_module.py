@@ -219,3 +219,11 @@ def test_what_is_refused_is_refused_before_anything_changes() -> None:
         torch_ops.replace_linear(torch.nn.Sequential(linear()), weight_only="nf4", merge=[("q", "k")])
     with pytest.raises(OptionError, match=r"expected a torch\.nn\.Linear, got ReLU"):
         torch_ops.weight_only_linear(torch.nn.ReLU())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_other_formats_are_refused_for_few_and_for_many_tokens(form: str, tokens: int) -> None:
+    layer = module(form, linear(bias=False))
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"bfloat16, got torch\.float32"):
+        layer(torch.zeros(tokens, K))
