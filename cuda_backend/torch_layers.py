@@ -186,12 +186,12 @@ def replace_linear(
     if weight_only is not None and merge:
         raise OptionError("merge: expected none with weight_only, whose inputs are not quantised")
     found = list(_linear_children(model, "", keep, set()))
+    groups = list(_groups(found, merge))
     for path, parent, name in found:
         if weight_only is None:
             check_linear(path, getattr(parent, name), options.get("compute"))
         else:
             check_weight_only(path, getattr(parent, name), weight_only, options.get("compute"))
-    groups = list(_groups(found, merge))
     for _, parent, name in found:  # no layer is held here: each can go as soon as it has been replaced
         if weight_only is None:
             setattr(parent, name, int8_linear(getattr(parent, name), **options))

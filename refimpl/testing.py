@@ -386,7 +386,8 @@ def dtype_named(name: str) -> np.dtype[Any]:
             dtype: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
             return dtype
         except ImportError:
-            raise UnsupportedError("bfloat16 arrays need the package ml_dtypes") from None
+            missing = "bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes"
+            raise UnsupportedError(missing) from None
     return np.dtype(name)
 
 

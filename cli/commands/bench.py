@@ -131,7 +131,9 @@ Examples:
     type=click.IntRange(1, 65_535),
     help="Of decode: parts of the cache.  [default: what fills the GPU]",
 )
-@click.option("--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those beside it.  [default: float16]")
+@click.option(
+    "--dtype", "dtypes", type=DTYPES, help="Formats, of int8 those of x and output.  [default: float16]"
+)
 @click.option("--causal/--no-causal", default=None, help="With a causal mask or without.  [default: both]")
 @click.option(
     "--pass",
@@ -208,7 +210,8 @@ def command(
     from cli.contest import result_rows, supply_of
     from memsim.hardware import hardware as find_hardware
     from refimpl import registry
-    from refimpl.errors import BackendUnavailableError
+    from refimpl.errors import BackendUnavailableError, UnsupportedError
+    from refimpl.testing import dtype_named
 
     card = None if hardware is None else find_hardware(hardware)
     shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
@@ -225,6 +228,11 @@ def command(
     reason = why_not(backend)
     if reason is not None:
         raise BackendUnavailableError(f"backend {backend}: {reason}")
+    for name in dtypes or ():
+        try:
+            dtype_named(name)
+        except UnsupportedError as error:  # a package is missing, and nothing is wrong with the input
+            raise BackendUnavailableError(str(error)) from None
     supply = supply_of(backend)
     card = None if backend == "cudasim" else card or _this_card()
     with users_functions(mods, "--mod"):

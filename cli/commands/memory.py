@@ -38,7 +38,12 @@ def _sources(estimates: Sequence[Estimate]) -> list[str]:
 
 
 @click.group(
-    "memory", epilog="Example: frugal memory zero --params 7.5B --dp 64", short_help="Memory of training."
+    "memory",
+    epilog="""\b
+Examples:
+  frugal memory zero --params 7.5B --dp 64
+  frugal memory inference --model llama-2-70b --hardware h200 --weights bf16,int8,nf4""",
+    short_help="Memory of training and of serving.",
 )
 def command() -> None:
     """Estimate the memory of training: model states, ZeRO's shares of them, activations; and of inference."""

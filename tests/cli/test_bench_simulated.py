@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -62,3 +63,11 @@ def test_names_that_nothing_bears_are_said(run: Callable[..., Any]) -> None:
         done = run(*simulated, "--tier", tier, code=2)
         assert f"--tier: expected one of hopper, portable; got {tier!r}" in done.stderr
         assert not done.stdout
+
+
+@pytest.mark.cudasim
+def test_bfloat16_without_its_package(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    said = run("bench", "int8", "--backend", "cudasim", "--shape", "3,8,4", "--dtype", "fp16,bf16", code=3)
+    assert "bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes" in said.stderr
+    assert "in the simulator" not in said.stderr, "nothing has been run before"

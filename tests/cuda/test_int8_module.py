@@ -65,6 +65,21 @@ def test_it_loads_what_a_linear_layer_saved_and_what_it_saved_itself() -> None:
     assert "0.0.weight" in state, "the caller's state is not touched"
 
 
+def test_on_the_meta_device_it_loads_one_file_after_another() -> None:
+    x, source = torch.randn(4, 20), model()
+    state = source.state_dict()
+    names = list(state)
+    with torch.device("meta"):
+        target = model()
+    assert torch_ops.replace_linear(target, compute=compute) == 2
+    for part in (names[:1], names[1:]):
+        found = target.load_state_dict({name: state[name] for name in part}, strict=False, assign=True)
+        assert not found.unexpected_keys
+    torch_ops.replace_linear(source, compute=compute)
+    with torch.no_grad():
+        assert torch.equal(target(x), source(x))
+
+
 def test_outliers_are_set_aside() -> None:
     x = torch.randn(4, 20)
     x[:, 3] = 50.0
@@ -188,6 +203,8 @@ def test_mistakes_are_said_before_anything_changes(monkeypatch: pytest.MonkeyPat
 
     linear = model()
     monkeypatch.setattr(torch_modules, "current_device", no_device)
+    with pytest.raises(OptionError, match="no module has all of q_prj, k_proj"):
+        torch_ops.replace_linear(linear, merge=[("q_prj", "k_proj")])
     with pytest.raises(BackendUnavailableError, match="no GPU"):
         torch_ops.replace_linear(linear)
     monkeypatch.setattr(torch_modules, "current_device", lambda: 0)
