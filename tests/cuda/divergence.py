@@ -164,23 +164,23 @@ class Rewriter(ast.NodeTransformer):
                 found.append(taken)
         return found
 
-    def visit_While(self, node: ast.While) -> ast.AST:
+    def visit_While(self, node: ast.While) -> Any:
         name = f"_go{next(self._numbers)}"
         loop = _statement(f"with _lanes.loop() as {name}:\n while {name}(0):\n  pass")
         loop.body[0].test.args = [self.visit(node.test)]
         loop.body[0].body = self._inside(node.body)
         return loop
 
-    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
         self.generic_visit(node)
         return _call("choose", node.test, _later(node.body), _later(node.orelse))
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+    def visit_BoolOp(self, node: ast.BoolOp) -> Any:
         self.generic_visit(node)
         all_of = ast.Constant(isinstance(node.op, ast.And))
         return _call("joined", all_of, *(_later(each) for each in node.values))
 
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
         self.generic_visit(node)
         return _call("opposite", node.operand) if isinstance(node.op, ast.Not) else node
 
@@ -207,7 +207,7 @@ class Rewriter(ast.NodeTransformer):
             found.append(_assigned(each, self._merged(each, item)))
         return found
 
-    def _merged(self, target: ast.expr, value: ast.expr) -> ast.expr:
+    def _merged(self, target: Any, value: Any) -> Any:
         if isinstance(target, ast.Subscript):  # an array may be the caller's
             return _call("merge", value, _later(_read(target)))
         if not self._depth:
@@ -242,11 +242,17 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 def rewritten(
-    module: ModuleType, old: str = "", new: str = "", *, given: dict[str, Any] | None = None, left_out: str = ""
+    module: ModuleType,
+    old: str = "",
+    new: str = "",
+    *,
+    given: dict[str, Any] | None = None,
+    left_out: str = "",
 ) -> ModuleType:
-    """Return a module for many lanes: with a part of its source exchanged, names given, an import left out."""
+    """Return a module for many lanes: a part of its source exchanged, names given, an import left out."""
     source = inspect.getsource(module)
-    assert not old or source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
+    if old and source.count(old) != 1:  # not an assertion, as what a mistake is to raise
+        raise ValueError(f"{old!r} stands {source.count(old)} times in {module.__name__}")
     tree = Rewriter(left_out).visit(ast.parse(source.replace(old, new) if old else source))
     made = ModuleType(module.__name__)
     vars(made).update(given or {}, _lanes=MASKS)

@@ -1,8 +1,8 @@
 """What has been read or overwritten without a barrier between: found whatever threads happen to do first.
 
-Each role has a clock, and knows of others what barriers have told it.  Memory remembers of each cell who wrote
-it and who has read it, and when: who does not know of that, may come too early.  A copy is written by the
-barrier on which it completes; a product reads from when it is issued until it is waited for.
+Each role has a clock, and knows of others what barriers have told it.  Memory remembers of each cell who
+wrote it and who has read it, and when: who does not know of that may come too early.  A copy is written by
+the barrier on which it completes; a product reads from when it is issued until it is waited for.
 
 Source: L. Lamport 1978, "Time, Clocks, and the Ordering of Events in a Distributed System",
 doi:10.1145/359545.359563.
@@ -28,6 +28,11 @@ class RaceError(AssertionError):
 
 class Clocked(Machine):
     """A machine whose roles know of each other what barriers tell them."""
+
+    @property
+    def block(self) -> Any:
+        """The block of the calling thread, whose shared memory is watched."""
+        return self.own.block
 
     def begin(self, name: str) -> None:
         """Give the calling thread a clock."""

@@ -23,7 +23,8 @@ GARBAGE = 0x5EADBEEF
 ASSEMBLY = "cuda_backend.ptx.assembly"
 DESCRIPTOR = re.compile(r".*shr\.b32 a, \$1, 4;.* or\.b64 \$0, \$0, (0x[0-9a-f]+);")
 PRODUCT = re.compile(
-    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(16|32)\.(s32|f32)\.(s8|f16|bf16)\.\4 \{(.*)\}, (\S+), (\S+), (.*)"
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(16|32)\.(s32|f32)\.(s8|f16|bf16)\.\4 "
+    r"\{(.*)\}, (\S+), (\S+), (.*)"
 )
 
 
@@ -50,7 +51,7 @@ class Issued:
     def __init__(self, machine: Clocked, sums: Sums, n: int, kind: str, descriptors: tuple[int, int]) -> None:
         self.sums, self._kind, self._block = sums, kind, machine.block
         self._descriptors, self._rows = descriptors, (64, n)
-        watch: Watch = machine.block.watch  # type: ignore[attr-defined]
+        watch: Watch = machine.block.watch
         self.cells = [operand_cells(each, rows) for each, rows in zip(descriptors, self._rows, strict=True)]
         for cells in self.cells:
             watch.read(cells, under_way=True)
@@ -133,7 +134,7 @@ def wait(machine: Clocked, pending: int) -> None:
             product.finish()
             ended += product.cells
     still = [cells for group in [*groups, machine.own.open] for product in group for cells in product.cells]
-    machine.block.watch.end_reads(ended, still)  # type: ignore[attr-defined]
+    machine.block.watch.end_reads(ended, still)
 
 
 def products(machine: Clocked, mutant: Mapping[str, tuple[str, str]]) -> dict[str, ModuleType]:

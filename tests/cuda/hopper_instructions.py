@@ -127,6 +127,7 @@ def barriers(machine: Machine) -> Any:
         machine.own.unpublished.clear()
 
     return SimpleNamespace(
+        count=count,
         initialise=initialise,
         publish_initialisation=lambda: None,
         publish_stores=publish_stores,

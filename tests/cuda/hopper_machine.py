@@ -36,6 +36,8 @@ class HangError(AssertionError):
 
 def one(value: Any) -> int:
     """Return a number that all lanes agree on."""
+    if np.ndim(value) == 0:
+        return int(value)
     values = np.unique(value)
     assert values.size == 1, "lanes differ where the instruction wants one value"
     return int(values[0])
@@ -47,7 +49,7 @@ def memory(address: int, size: int) -> Any:
 
 
 def swizzled(address: Any, width: int = 128) -> Any:
-    """Return where a byte lies: bits 4 to 6 are changed by bits 7 to 9, or with 32 bytes the first of each."""
+    """Return where a byte lies: bits 4 to 6 are changed by bits 7 to 9; in 32 bytes bit 4 by bit 7."""
     return address ^ (((address >> 7) & (width // 16 - 1)) << 4)
 
 
@@ -129,7 +131,7 @@ class Machine:
             raise self.problems[0]
 
     def until(self, condition: Callable[[], bool], what: str = "something") -> None:
-        """Wait, with `changed` held, until `condition`."""
+        """Wait, with `changed` held, until `condition`, which other threads may ask, too."""
         end, me = time.monotonic() + PATIENCE, threading.get_ident()
         self.waiting[me] = condition, f"{threading.current_thread().name} waits for {what}"
         try:
@@ -188,7 +190,7 @@ class Block:
 
 @functools.lru_cache(256)
 def operand_bytes(descriptor: int, rows: int, turned: bool) -> Any:
-    """Return where the 32 bytes of each row lie that a wgmma descriptor describes: 16 numbers, or 32 codes."""
+    """Return where the 32 bytes of each row lie that a wgmma descriptor describes."""
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     width = {1: 128, 3: 32}[descriptor >> 62]  # of the swizzle
     r, byte = np.arange(rows)[:, None], np.arange(32)[None]
@@ -202,7 +204,7 @@ def operand_bytes(descriptor: int, rows: int, turned: bool) -> Any:
 
 
 def operand(block: Block, descriptor: int, rows: int, turned: bool, kind: Any) -> Any:
-    """Return the matrix [rows, 16] that a wgmma descriptor describes, of bytes [rows, 32]."""
+    """Return the matrix [rows, 16] that a wgmma descriptor describes; of codes, [rows, 32]."""
     found = block.read(operand_bytes(int(descriptor), rows, turned))
     return np.ascontiguousarray(found).view(kind).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The product of codes for many rows on Hopper, played: its own source, all roles of all blocks side by side."""
+"""The product of codes for many rows on Hopper, played: its own source, all roles of all blocks at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tests.cuda.divergence import rewritten
 from tests.cuda.happens_before import Clocked
 from tests.cuda.hopper_assembly import products
 from tests.cuda.int8_hopper_played import KINDS
-from tests.cuda.warps_played import SLACK, Arena, SharedBlock, families
+from tests.cuda.warps_played import families
+from tests.cuda.watched_memory import Arena, SharedBlock
 
 # In this order: each imports from those before it.
 MODULES = {
@@ -43,7 +44,7 @@ Mutant = Mapping[str, tuple[str, str]]
 
 
 class Asked(NamedTuple):
-    """A product: of `count` outliers, or without marks of any; `room` of them lie side by side."""
+    """A product: of `number` outliers, or without marks of any; `room` of them lie side by side."""
 
     kind: str
     block_n: int
@@ -51,7 +52,7 @@ class Asked(NamedTuple):
     N: int
     K: int
     blocks: int
-    count: int | None = None
+    number: int | None = None
     outliers: str = "released"
     room: int = 64
     biased: bool = True
@@ -61,7 +62,7 @@ class Asked(NamedTuple):
     def variant(self) -> Wide:
         """What is compiled for it."""
         aligned = KINDS[self.kind].itemsize * self.N % 16 == 0
-        return Wide(self.kind, self.outliers, aligned, self.block_n, self.beside or self.count is not None)
+        return Wide(self.kind, self.outliers, aligned, self.block_n, self.beside or self.number is not None)
 
 
 class Problem:
@@ -71,16 +72,16 @@ class Problem:
         M, N, K, kind = asked.M, asked.N, asked.K, KINDS[asked.kind]
         rng = np.random.default_rng(M + N + K)
         pitch = -(-K // 16) * 16
-        self.found = np.sort(rng.choice(K, asked.count or 0, replace=False))
-        if asked.count:
+        self.found = np.sort(rng.choice(K, asked.number or 0, replace=False))
+        if asked.number:
             self.found[-1] = K - 1
         a, b = (rng.integers(-127, 128, (rows, pitch)).astype(np.int8) for rows in (M, N))
         a[:, self.found] = 0 if asked.outliers == "paper" else rng.integers(-128, 128, (M, self.found.size))
-        number = kind if asked.kind != "int32" else np.dtype(np.float16)
-        x, weight = (rng.standard_normal(shape).astype(number) for shape in ((M, K), (K, N)))
+        half = kind if asked.kind != "int32" else np.dtype(np.float16)
+        x, weight = (rng.standard_normal(shape).astype(half) for shape in ((M, K), (K, N)))
         self.a, self.b, self.x, self.weight = (arena.place(each) for each in (a, b, x, weight))
         self.a_absmax, self.b_absmax = (arena.place(rng.random(rows, np.float32)) for rows in (M, N))
-        self.bias = arena.place(rng.standard_normal(N).astype(number))
+        self.bias = arena.place(rng.standard_normal(N).astype(half))
         self.marks = arena.place(np.isin(np.arange(pitch), self.found).astype(np.uint8), watched=True)
         self.indices = arena.place(np.full(K, -1, np.int32))
         self.counters = arena.place(np.zeros(4, np.int32), watched=True)
@@ -103,7 +104,7 @@ class Problem:
         met = (self.weight, 2 * N, 2) if asked.outliers == "paper" else (self.b, 1, self.b.strides[0])
         addresses = (
             *(128 * i for i in range(4)), self.out, self.a_absmax, self.b_absmax,
-            self.bias if asked.biased else 0, self.indices, 0 if asked.count is None else self.marks,
+            self.bias if asked.biased else 0, self.indices, 0 if asked.number is None else self.marks,
             self.x, 2 * K, 2, *met, self.a, self.a.strides[0], *self.asides, self.counters,
         )  # fmt: skip
         numbers = (rows * columns, rows, columns, steps, M, N, asked.room, K)
@@ -113,7 +114,7 @@ class Problem:
         ]
 
     def expected(self, asked: Asked) -> Any:
-        """Return the definition's product, outliers added as the kernel says: chunk by chunk, then one by one.
+        """Return the definition's product, outliers added as the kernel says: by chunks, then one by one.
 
         The sum of a chunk is taken to be exact, and rounded once with what it is added to.
         """
@@ -142,8 +143,8 @@ class Problem:
 def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, seed: int = 0) -> str | None:
     """Return how the output differs from the definition; what else is wrong is an error.
 
-    `mutant` says for some of `MODULES`, for "wgmma" or "wgmma_halves", what stands there in place of a part of
-    the source.
+    `mutant` says for some of `MODULES`, for "wgmma" or "wgmma_halves", what stands there in place of a part
+    of the source.
     """
     machine = Clocked(late=late, seed=seed)
     machine.counts["blocks"] = asked.blocks
@@ -156,7 +157,8 @@ def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, se
     machine.names = {
         **{BASE + at.full + 8 * i: f"stage {i} to be full" for i in range(variant.stages)},
         **{BASE + at.empty + 8 * i: f"stage {i} to be empty" for i in range(variant.stages)},
-        BASE + at.columns_full: "scales", BASE + at.columns_empty: "scales to be read", BASE + at.ready: "outliers",
+        BASE + at.columns_full: "scales", BASE + at.columns_empty: "scales to be read",
+        BASE + at.ready: "outliers",
     }  # fmt: skip
 
     def role(name: str, first: int, lanes: int) -> Callable[[], None]:

@@ -24,24 +24,24 @@ PRODUCTS = [
 ]
 LAYERS = [
     Asked("float16", 128, 200, 260, 1500, blocks=3, beside=True),  # with no threshold
-    Asked("bfloat16", 256, 130, 300, 100, blocks=1, count=0),
-    Asked("float16", 128, 130, 141, 700, blocks=3, count=1),
-    Asked("bfloat16", 256, 200, 300, 300, blocks=3, count=17, biased=False),
-    Asked("float16", 256, 130, 520, 100, blocks=1, count=33),
-    Asked("bfloat16", 128, 200, 260, 1500, blocks=3, count=33),
-    Asked("float16", 128, 130, 141, 2200, blocks=4, count=70),
-    Asked("bfloat16", 128, 130, 128, 300, blocks=1, count=33, room=32),
-    Asked("float16", 256, 130, 300, 200, blocks=1, count=0, outliers="paper"),
-    Asked("bfloat16", 128, 130, 141, 700, blocks=3, count=1, outliers="paper"),
-    Asked("float16", 128, 200, 260, 1500, blocks=3, count=17, outliers="paper", biased=False),
-    Asked("bfloat16", 256, 200, 300, 100, blocks=3, count=33, outliers="paper"),
-    Asked("float16", 256, 130, 520, 600, blocks=1, count=70, outliers="paper"),
+    Asked("bfloat16", 256, 130, 300, 100, blocks=1, number=0),
+    Asked("float16", 128, 130, 141, 700, blocks=3, number=1),
+    Asked("bfloat16", 256, 200, 300, 300, blocks=3, number=17, biased=False),
+    Asked("float16", 256, 130, 520, 100, blocks=1, number=33),
+    Asked("bfloat16", 128, 200, 260, 1500, blocks=3, number=33),
+    Asked("float16", 128, 130, 141, 2200, blocks=4, number=70),
+    Asked("bfloat16", 128, 130, 128, 300, blocks=1, number=33, room=32),
+    Asked("float16", 256, 130, 300, 200, blocks=1, number=0, outliers="paper"),
+    Asked("bfloat16", 128, 130, 141, 700, blocks=3, number=1, outliers="paper"),
+    Asked("float16", 128, 200, 260, 1500, blocks=3, number=17, outliers="paper", biased=False),
+    Asked("bfloat16", 256, 200, 300, 100, blocks=3, number=33, outliers="paper"),
+    Asked("float16", 256, 130, 520, 600, blocks=1, number=70, outliers="paper"),
 ]
 
 
 def words(asked: Asked) -> str:
     """Return a product's name."""
-    outliers = "codes" if asked.count is None else f"{asked.count} {asked.outliers}"
+    outliers = "codes" if asked.number is None else f"{asked.number} {asked.outliers}"
     return f"{asked.kind} {asked.block_n} {asked.M}x{asked.N}x{asked.K} {asked.blocks} {outliers}"
 
 
@@ -53,5 +53,7 @@ def test_products(asked: Asked, late: bool) -> None:
 
 def test_rings_are_short() -> None:
     """The products above go around them more than once."""
-    stages = {Wide("float16", "released", True, n, beside).stages for n in (128, 256) for beside in (0, 1)}
+    stages = {
+        Wide("float16", "released", True, n, beside).stages for n in (128, 256) for beside in (False, True)
+    }
     assert stages == {4, 6, 7}
