@@ -23,10 +23,12 @@ from cuda_backend.int8 import (
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, Wide
 from refimpl import quant
 from refimpl.numerics import round_to
+from refimpl.registry import Case
 from tests.cuda.divergence import rewritten
 from tests.cuda.happens_before import Clocked
 from tests.cuda.hopper_assembly import products
 from tests.cuda.int8_hopper_played import KINDS
+from tests.cuda.int8_judge import beyond_rounding, case_of, differing
 from tests.cuda.warps_played import families
 from tests.cuda.watched_memory import Arena, SharedBlock
 
@@ -65,6 +67,21 @@ class Asked(NamedTuple):
         return Wide(self.kind, self.outliers, aligned, self.block_n, self.beside or self.number is not None)
 
 
+def layer(asked: Asked) -> Case:
+    """Return a call of the layer with so many outliers, the last column's among them."""
+    M, K, number = asked.M, asked.K, asked.number
+    dtype = "float16" if asked.kind == "int32" else asked.kind
+    case = case_of(
+        K, dtype, T=M, K=K, N=asked.N, outliers="none", convention=asked.outliers, bias=asked.biased,
+        threshold=None if number is None else 6.0,
+    )  # fmt: skip
+    x = case.args[0].copy()
+    columns = np.random.default_rng(K).permutation(K - 1)[: max(0, (number or 0) - 1)]
+    for i, column in enumerate([K - 1, *columns] if number else []):
+        x[i % M, column] = (9.0 + i) * (-1) ** i
+    return case.replace(x, case.args[1])
+
+
 class Problem:
     """Arrays of a product, in global memory."""
 
@@ -72,16 +89,17 @@ class Problem:
         M, N, K, kind = asked.M, asked.N, asked.K, KINDS[asked.kind]
         rng = np.random.default_rng(M + N + K)
         pitch = -(-K // 16) * 16
-        self.found = np.sort(rng.choice(K, asked.number or 0, replace=False))
-        if asked.number:
-            self.found[-1] = K - 1
+        self.case = layer(asked)
+        self.parts = self.case.replace(return_parts=True).call(quant.llm_int8_linear_fused)
+        self.found = self.parts.outliers
+        assert self.found.size == (asked.number or 0)
         a, b = (rng.integers(-127, 128, (rows, pitch)).astype(np.int8) for rows in (M, N))
+        a[:, :K], b[:, :K] = self.parts.x_codes, self.parts.weight_codes.T
+        # Of an outlier the quantiser leaves any code, but where it leaves whole columns out.
         a[:, self.found] = 0 if asked.outliers == "paper" else rng.integers(-128, 128, (M, self.found.size))
-        half = kind if asked.kind != "int32" else np.dtype(np.float16)
-        x, weight = (rng.standard_normal(shape).astype(half) for shape in ((M, K), (K, N)))
-        self.a, self.b, self.x, self.weight = (arena.place(each) for each in (a, b, x, weight))
-        self.a_absmax, self.b_absmax = (arena.place(rng.random(rows, np.float32)) for rows in (M, N))
-        self.bias = arena.place(rng.standard_normal(N).astype(half))
+        self.a, self.b, self.x, self.weight = (arena.place(each) for each in (a, b, *self.case.args))
+        self.a_absmax, self.b_absmax = map(arena.place, (self.parts.x_absmax, self.parts.weight_absmax))
+        self.bias = arena.place(self.case.kwargs.get("bias", np.zeros(0, np.float16)))
         self.marks = arena.place(np.isin(np.arange(pitch), self.found).astype(np.uint8), watched=True)
         self.indices = arena.place(np.full(K, -1, np.int32))
         self.counters = arena.place(np.zeros(4, np.int32), watched=True)
@@ -139,6 +157,20 @@ class Problem:
             y = (y + far[:, part] @ near[:, part].T).astype(np.float32)
         return round_to(y, kind)
 
+    def wrong(self, asked: Asked) -> str | None:
+        """Return how the output differs: from what is expected by a bit, from the reference by its policy."""
+        expected = self.expected(asked)
+        bits = np.dtype(f"u{expected.itemsize}")
+        places = np.argwhere(self.out.view(bits) != expected.view(bits))
+        if len(places):
+            return f"{len(places)} differ, the first at {places[0].tolist()}"
+        if asked.kind == "int32":
+            return None
+        found = self.parts._replace(out=self.out)
+        if not self.found.size:
+            return differing(found, self.parts)
+        return beyond_rounding(found, self.parts, self.case, 1)
+
 
 def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, seed: int = 0) -> str | None:
     """Return how the output differs from the definition; what else is wrong is an error.
@@ -151,7 +183,6 @@ def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, se
     arena = Arena(machine)
     problem, variant = Problem(asked, arena), asked.variant
     machine.maps = problem.matrices(asked)
-    expected = problem.expected(asked)
     build, at = built(machine, arena, asked, mutant or {})
     kernel, arguments = build(variant), problem.arguments(asked)
     machine.names = {
@@ -187,9 +218,7 @@ def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, se
     assert not problem.marks.any(), "marks stay"
     assert not problem.counters.any(), "counters stay"
     assert np.all(arena.stored(problem.out) == 1), "an output is not stored once"
-    bits = np.dtype(f"u{expected.itemsize}")
-    wrong = np.argwhere(problem.out.view(bits) != expected.view(bits))
-    return f"{len(wrong)} differ, the first at {wrong[0].tolist()}" if len(wrong) else None
+    return problem.wrong(asked)
 
 
 def built(machine: Clocked, arena: Arena, asked: Asked, mutant: Mutant) -> tuple[Any, Any]:
