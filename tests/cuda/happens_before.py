@@ -57,7 +57,7 @@ class Watch:
 
     def __init__(self, machine: Clocked, size: int, what: str) -> None:
         cells = -(-size // CELL)
-        self._machine, self._what, self._cells = machine, what, cells
+        self._machine, self._what = machine, what
         self._writer, self._written = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
         self._writers: list[Any] = [None]
         self._reads: dict[str, Any] = defaultdict(lambda: np.zeros(cells, np.int64))

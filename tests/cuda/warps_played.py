@@ -209,16 +209,20 @@ def clocked_turns(machine: Clocked, arena: Arena) -> Any:
 def warp_lanes(machine: Clocked) -> Any:
     """Return what stands for `numba.cuda`."""
 
+    def popc(word: Any) -> Any:
+        bits = np.unpackbits(np.ascontiguousarray(word, np.uint32).view(np.uint8))
+        return bits.reshape(-1, 32).sum(1, dtype=np.int32)
+
     def ffs(word: Any) -> Any:
-        word = word.astype(np.int64)
-        return np.where(word == 0, 0, np.bitwise_count((word & -word) - 1) + 1).astype(np.int32)
+        """Return the place of the lowest bit, from 1, and 0 of 0."""
+        return np.where(word == 0, 0, popc(word ^ (word - np.uint32(1)))).astype(np.int32)
 
     class Thread:
         @property
         def x(self) -> Any:
             return machine.own.thread
 
-    more = {"popc": lambda word: np.bitwise_count(word).astype(np.int32), "ffs": ffs, "threadIdx": Thread()}
+    more = {"popc": popc, "ffs": ffs, "threadIdx": Thread()}
     return SimpleNamespace(**{**vars(lanes(machine)), **more})
 
 
