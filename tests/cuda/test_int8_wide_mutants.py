@@ -20,8 +20,7 @@ MANY = Asked("float16", 128, 130, 141, 400, blocks=2, number=70)
 
 UNORDERED = "known to have been written|may still read it"  # whoever comes second complains
 DIFFERS = AssertionError, "differ, the first at"
-RACE = EARLY_READ = RaceError, UNORDERED
-EARLY_WRITE = RaceError, "may still read it"
+RACE = RaceError, UNORDERED
 RUNNING = AssertionError, "while products run|products are still running"
 NO_STAGE, NO_SCALES = (HangError, "consumer 0 waits for stage . to be full"), (HangError, "waits for scales")
 ARRIVALS = AssertionError, "more arrivals than the barrier was made for"
@@ -64,14 +63,14 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
         (LONG, ("consumer", "left_done(left)\n            hand_back(base, lane, before)", "left_done(left)"),
          NO_STAGE),
     "a stage is handed back before its product has run":
-        (LONG, ("consumer", RETURNED, RETURNED.replace("before)", "stage)")), EARLY_WRITE),
+        (LONG, ("consumer", RETURNED, RETURNED.replace("before)", "stage)")), RACE),
     "the last stages are handed back before the right half has run":
         (LONG, ("consumer", "            right_done(right)\n" + HAND_BACK_LAST,
-                HAND_BACK_LAST + "            right_done(right)\n"), EARLY_WRITE),
+                HAND_BACK_LAST + "            right_done(right)\n"), RACE),
     "older products are not waited for":
-        (LONG, ("consumer", "wgmma.wait_for_older()", "pass"), EARLY_WRITE),
+        (LONG, ("consumer", "wgmma.wait_for_older()", "pass"), RACE),
     "all groups but two are waited for":
-        (LONG, ("wgmma", "wait_group.sync.aligned 1;", "wait_group.sync.aligned 2;"), EARLY_WRITE),
+        (LONG, ("wgmma", "wait_group.sync.aligned 1;", "wait_group.sync.aligned 2;"), RACE),
     "warps of one consumer free a stage":
         (LONG, ("gemm", "consumer_warps, scaled, beside = 8,", "consumer_warps, scaled, beside = 4,"),
          ANY),
@@ -163,14 +162,14 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
         (LONG, ("consumer", "store(right, out, row, start + half", "store(right, out, row, start"),
          ONCE),
     "scales are not waited for":
-        (LONG, ("consumer", "barrier.wait(base + at.columns_full, columns_parity)", "pass"), EARLY_READ),
+        (LONG, ("consumer", "barrier.wait(base + at.columns_full, columns_parity)", "pass"), RACE),
     "parity of the scales":
         (LONG, ("consumer", "columns_parity = int32(columns_parity ^ 1)", "pass"), ANY),
     "scales are overwritten without asking":
         (LONG, ("gemm", "barrier.wait(base + at.columns_empty, parity)", "pass"), ANY),
     "scales are given back before they are read":
         (LONG, ("consumer", SCALED_RIGHT + AND_PARITY + SCALES_READ, SCALES_READ + SCALED_RIGHT + AND_PARITY),
-         EARLY_WRITE),
+         RACE),
     "scales are not given back": (LONG, ("consumer", SCALES_READ, ""), NO_SCALES),
     "scale of the row eight above":
         (LONG, ("consumer", "uint64(row + 8))", "uint64(row))"), DIFFERS),
@@ -189,18 +188,18 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "further outliers of the left half's columns":
         (MANY, ("consumer", FURTHER_RIGHT + " + half", FURTHER_RIGHT), DIFFERS),
     "the number of outliers before it is known":
-        (FEW, ("consumer", "barrier.wait(base + at.ready, 0)", "pass"), EARLY_READ),
+        (FEW, ("consumer", "barrier.wait(base + at.ready, 0)", "pass"), RACE),
     "outliers are copied before they are set aside":
-        (FEW, ("producer", "barrier.wait(base + at.ready, 0)", "pass"), EARLY_READ),
+        (FEW, ("producer", "barrier.wait(base + at.ready, 0)", "pass"), RACE),
     "outliers are ready before other blocks have set theirs aside":
         (FEW, ("aside", DONE, "pass"), UNTOLD),
     "the copy engine is not told what is set aside":
         (FEW, ("aside", "                turns.to_the_copy_engine()\n", ""), UNTOLD),
     "marks are cleared while others read them":
-        (FEW, ("aside", "if registers.uniform(last) != 0:", "if number > 0:"), EARLY_WRITE),
+        (FEW, ("aside", "if registers.uniform(last) != 0:", "if number > 0:"), RACE),
     "a counter is cleared while another warp spins":
         (FEW, ("aside", "            together()\n        if warp == 0:", "        if warp == 0:"),
-         EARLY_WRITE),
+         RACE),
 }  # fmt: skip
 
 
