@@ -34,8 +34,7 @@ def lanes(machine: Machine) -> Any:
 
     def array(count: int, kind: Any) -> Any:
         shape = (count,) if machine.own.lanes == 1 else (count, machine.own.lanes)
-        values = np.full(shape, 0xFFFFFFFF, np.uint32)
-        return values.view(np.float32) if "float" in str(kind) else values
+        return np.full(shape, -1, np.int64).astype(f"i{np.dtype(str(kind)).itemsize}").view(str(kind))
 
     class Block:
         @property
@@ -66,8 +65,11 @@ def barriers(machine: Machine) -> Any:
 
     def count(address: Any, arrivals: int, size: int = 0) -> None:
         machine.pause()
+        barrier = machine.block.barriers[one(address)]
         with machine.changed:
-            machine.block.barriers[one(address)].count(arrivals, size)
+            if arrivals:
+                machine.released(barrier)
+            barrier.count(arrivals, size)
             machine.changed.notify_all()
 
     def wait(address: Any, parity: Any) -> None:
@@ -84,8 +86,9 @@ def barriers(machine: Machine) -> Any:
             return block.barriers[place].phase % 2 != one(parity) or with_copies
 
         with machine.changed:
-            machine.until(arrived)
+            machine.until(arrived, f"{machine.names.get(place, place)} to end parity {one(parity)}")
             if block.barriers[place].phase % 2 != one(parity):
+                machine.acquired(block.barriers[place])
                 return
         wait(address, parity)
 
@@ -94,9 +97,11 @@ def barriers(machine: Machine) -> Any:
         turn = machine.block.turns[int(number)]
         with machine.changed:
             phase = turn.phase
+            machine.released(turn)
             turn.count(1, 0)
             machine.changed.notify_all()
-            machine.until(lambda: turn.phase != phase)
+            machine.until(lambda: turn.phase != phase, f"turn {number}")
+            machine.acquired(turn)
 
     def give_turn(number: Any) -> None:
         machine.pause()
@@ -122,6 +127,7 @@ def barriers(machine: Machine) -> Any:
         machine.own.unpublished.clear()
 
     return SimpleNamespace(
+        count=count,
         initialise=initialise,
         publish_initialisation=lambda: None,
         publish_stores=publish_stores,
@@ -191,14 +197,15 @@ def registers(machine: Machine) -> Any:
     def pack_pair(kind: str) -> Any:
         def pack(low: Any, high: Any) -> Any:
             with np.errstate(all="ignore"):
-                pair = np.stack([low, high], -1).astype(np.float32).astype(KINDS[kind])
+                pair = np.stack(np.broadcast_arrays(low, high), -1).astype(np.float32).astype(KINDS[kind])
             return np.ascontiguousarray(pair).view(np.uint32)[..., 0]
 
         return pack
 
     def unpack(kind: str, half: int) -> Any:
         def widen(word: Any) -> Any:
-            return np.array([word], np.uint32).view(KINDS[kind])[half].astype(np.float32)
+            numbers = np.asarray(word, np.uint32)[..., None].view(KINDS[kind])
+            return numbers[..., half].astype(np.float32)
 
         return widen
 

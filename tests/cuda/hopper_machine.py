@@ -2,7 +2,8 @@
 
 A warpgroup is one Python thread whose registers are vectors of 128 lanes; a thread that works alone is one
 with scalars.  Shared memory is bytes, barriers count arrivals and bytes, descriptors are decoded bit by bit,
-so a wrong layout, parity, count or turn gives wrong numbers or hangs, and a hang is an error.
+so a wrong layout, parity, count or turn gives wrong numbers or hangs, and a hang is an error.  If everybody
+waits, it is one at once, which says who waits for what.
 
 What the hardware does later, at a time that no program knows, is done as early (`late` False) or as late
 (True) as it may be: a product reads shared memory when it is issued or when it is waited for, a copy arrives
@@ -13,6 +14,7 @@ cores or the copy engine read must have been published after it was stored.
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import threading
 import time
@@ -34,6 +36,8 @@ class HangError(AssertionError):
 
 def one(value: Any) -> int:
     """Return a number that all lanes agree on."""
+    if np.ndim(value) == 0:
+        return int(value)
     values = np.unique(value)
     assert values.size == 1, "lanes differ where the instruction wants one value"
     return int(values[0])
@@ -44,9 +48,9 @@ def memory(address: int, size: int) -> Any:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
-def swizzled(address: Any) -> Any:
-    """Return where a byte lies with a swizzle of 128 bytes: bits 4 to 6 are changed by bits 7 to 9."""
-    return address ^ (((address >> 7) & 7) << 4)
+def swizzled(address: Any, width: int = 128) -> Any:
+    """Return where a byte lies: bits 4 to 6 are changed by bits 7 to 9; in 32 bytes bit 4 by bit 7."""
+    return address ^ (((address >> 7) & (width // 16 - 1)) << 4)
 
 
 def fragment(columns: int) -> tuple[Any, Any]:
@@ -57,12 +61,20 @@ def fragment(columns: int) -> tuple[Any, Any]:
     return np.broadcast_to(rows, (columns // 2, 128)), 8 * (index // 4) + 2 * (lane % 4) + index % 2
 
 
+def join(known: dict[Any, int], more: dict[Any, int]) -> None:
+    """Let `known` say the later of what two clocks say of everybody."""
+    for who, time_ in more.items():
+        known[who] = max(known.get(who, 0), time_)
+
+
 class Barrier:
-    """An mbarrier."""
+    """An mbarrier; and what is known to whom it lets go on, which `happens_before` keeps."""
 
     def __init__(self, arrivals: int) -> None:
         self.arrivals = self.missing = arrivals
         self.bytes = self.phase = 0
+        self.coming: dict[Any, int] = {}
+        self.known: dict[Any, int] = {}
 
     def count(self, arrivals: int, size: int) -> None:
         """Count arrivals and announced (or, negative, arrived) bytes."""
@@ -70,6 +82,8 @@ class Barrier:
         self.missing, self.bytes = self.missing - arrivals, self.bytes + size
         if self.missing == 0 and self.bytes == 0:
             self.missing, self.phase = self.arrivals, self.phase + 1
+            join(self.known, self.coming)
+            self.coming = {}
 
 
 class Machine:
@@ -82,6 +96,9 @@ class Machine:
         self.problems: list[BaseException] = []
         self.counts: dict[str, int] = {}
         self.additions: list[tuple[int, int]] = []  # where to, and the tile of who added
+        self.waiting: dict[int, tuple[Callable[[], bool], str]] = {}  # by thread: for what, in words
+        self.running = 0
+        self.names: dict[int, str] = {}  # of barriers
 
     @property
     def block(self) -> Block:
@@ -99,9 +116,12 @@ class Machine:
                 assert not self.own.groups, "products are still running at the end"
             except BaseException as error:
                 self.problems.append(error)
-                with self.changed:
-                    self.changed.notify_all()
+                block.meeting.abort()
+            with self.changed:
+                self.running -= 1
+                self.changed.notify_all()
 
+        self.running = len(roles)
         threads = [threading.Thread(target=play, args=role, daemon=True) for role in roles]
         for thread in threads:
             thread.start()
@@ -110,13 +130,25 @@ class Machine:
         if self.problems:
             raise self.problems[0]
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait, with `changed` held, until `condition`."""
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            if self.problems or time.monotonic() > end:
-                raise HangError("a wait does not end")
-            self.changed.wait(0.2)
+    def until(self, condition: Callable[[], bool], what: str = "something") -> None:
+        """Wait, with `changed` held, until `condition`, which other threads may ask, too."""
+        end, me = time.monotonic() + PATIENCE, threading.get_ident()
+        self.waiting[me] = condition, f"{threading.current_thread().name} waits for {what}"
+        try:
+            while not condition():
+                if self.problems or time.monotonic() > end:
+                    raise HangError("a wait does not end")
+                if len(self.waiting) == self.running and not any(met() for met, _ in self.waiting.values()):
+                    raise HangError("; ".join(sorted(words for _, words in self.waiting.values())))
+                self.changed.wait(0.2)
+        finally:
+            del self.waiting[me]
+
+    def released(self, barrier: Barrier) -> None:
+        """Note that the calling thread arrives: who goes on will know what it has done."""
+
+    def acquired(self, barrier: Barrier) -> None:
+        """Note that the calling thread goes on."""
 
     def pause(self) -> None:
         """Let others overtake, now and then."""
@@ -156,18 +188,25 @@ class Block:
         return self.shared[places]
 
 
-def operand(block: Block, descriptor: int, rows: int, turned: bool, kind: Any) -> Any:
-    """Return the matrix [rows, 16] that a wgmma descriptor describes."""
+@functools.lru_cache(256)
+def operand_bytes(descriptor: int, rows: int, turned: bool) -> Any:
+    """Return where the 32 bytes of each row lie that a wgmma descriptor describes."""
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    assert descriptor >> 62 == 1, "a swizzle of 128 bytes"
-    r, k = np.arange(rows)[:, None], np.arange(16)[None]
+    width = {1: 128, 3: 32}[descriptor >> 62]  # of the swizzle
+    r, byte = np.arange(rows)[:, None], np.arange(32)[None]
     if turned:
-        address = start + r // 64 * leading + k // 8 * stride + k % 8 * 128 + r % 64 * 2
+        assert width == 128
+        k = byte // 2
+        address = start + r // 64 * leading + k // 8 * stride + k % 8 * 128 + r % 64 * 2 + byte % 2
     else:
-        address = start + r // 8 * stride + r % 8 * 128 + k * 2
-    address = swizzled(address)
-    both = np.stack([address, address + 1], -1)
-    return np.ascontiguousarray(block.read(both)).view(kind)[..., 0].astype(np.float32)
+        address = start + r // 8 * stride + r % 8 * width + byte
+    return swizzled(address, width)
+
+
+def operand(block: Block, descriptor: int, rows: int, turned: bool, kind: Any) -> Any:
+    """Return the matrix [rows, 16] that a wgmma descriptor describes; of codes, [rows, 32]."""
+    found = block.read(operand_bytes(int(descriptor), rows, turned))
+    return np.ascontiguousarray(found).view(kind).astype(np.float32)
 
 
 class Product:

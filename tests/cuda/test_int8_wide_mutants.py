@@ -1,0 +1,227 @@
+"""Mistakes in the product of codes for many rows on Hopper: the law of the played machine that each breaks.
+
+What depends on who comes first is found whoever does: see `happens_before`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda.happens_before import RaceError
+from tests.cuda.hopper_machine import HangError
+from tests.cuda.int8_wide_played import Asked, Mutant, played
+
+PLAIN = Asked("int32", 128, 130, 141, 100, blocks=1)
+SHORT = Asked("bfloat16", 256, 130, 300, 384, blocks=1, biased=False)  # all steps are begun at once
+LONG = Asked("float16", 256, 200, 300, 900, blocks=2)
+TALL = Asked("int32", 128, 1100, 130, 16, blocks=2)
+FEW = Asked("bfloat16", 256, 200, 300, 300, blocks=3, number=17)
+MANY = Asked("float16", 128, 130, 141, 400, blocks=2, number=70)
+
+UNORDERED = "known to have been written|may still read it"  # whoever comes second complains
+DIFFERS = AssertionError, "differ, the first at"
+RACE = RaceError, UNORDERED
+RUNNING = AssertionError, "while products run|products are still running"
+NO_STAGE, NO_SCALES = (HangError, "consumer 0 waits for stage . to be full"), (HangError, "waits for scales")
+ARRIVALS = AssertionError, "more arrivals than the barrier was made for"
+ONCE, OUTSIDE = (AssertionError, "not stored once"), (AssertionError, "outside all arrays")
+NO_FENCE = AssertionError, "without a fence"
+UNTOLD = AssertionError, "copied before it is known|not been told of"
+TOO_EARLY = AssertionError, "before the grid ahead has ended"
+# As threads happen to run.
+ANY = AssertionError, f"{UNORDERED}|waits for|more arrivals|differ|has not ended|while products run"
+
+WITHOUT = "here = base + stage * at.stage_bytes\n"
+WAIT_FULL = f"barrier.wait(base + at.full + 8 * stage, parity)\n                {WITHOUT}"
+WAIT_EMPTY = "barrier.wait(base + at.empty + 8 * stage, parity)\n"
+RETURNED = "                hand_back(base, lane, before)\n                before = stage"
+HAND_BACK_LAST = (
+    "            for _ in range(LAST):\n"
+    "                hand_back(base, lane, last)\n"
+    "                last, _ = next_stage(last, parity)\n"
+)
+SCALES_READ = "                if lane == 0:\n                    barrier.arrive(base + at.columns_empty)\n"
+SCALED_RIGHT = "                scale(right, base + at.columns + 8 * half + 16 * quad_lane, low, high)\n"
+AND_PARITY = "                columns_parity = int32(columns_parity ^ 1)\n"
+FURTHER_RIGHT = "add_surplus(right, surplus, indices, number, side_by_side, row, own_column"
+DONE = "while turns.word_seen(counters + uint64(DONE)) < shares:\n                    turns.rest()"
+
+
+def own_last(role: str, number: int) -> tuple[str, str, str]:
+    """Return that a role has a number of last stages of its own."""
+    return role, f'__all__ = ["build_{role}"]', f"LAST = {number}"
+
+
+# What is asked, the module, a part of it, what stands there, how it is seen.
+MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError], str]]] = {
+    # Stages: who hands them back, when, and how often.
+    "a stage is not handed back":
+        (LONG, ("consumer", RETURNED, "                before = stage"), NO_STAGE),
+    "one of the last stages is not handed back":
+        (LONG, ("consumer", HAND_BACK_LAST, HAND_BACK_LAST.replace("(LAST)", "(LAST - 1)")), NO_STAGE),
+    "the stage before the last ones is not handed back":
+        (LONG, ("consumer", "left_done(left)\n            hand_back(base, lane, before)", "left_done(left)"),
+         NO_STAGE),
+    "a stage is handed back before its product has run":
+        (LONG, ("consumer", RETURNED, RETURNED.replace("before)", "stage)")), RACE),
+    "the last stages are handed back before the right half has run":
+        (LONG, ("consumer", "            right_done(right)\n" + HAND_BACK_LAST,
+                HAND_BACK_LAST + "            right_done(right)\n"), RACE),
+    "older products are not waited for":
+        (LONG, ("consumer", "wgmma.wait_for_older()", "pass"), RACE),
+    "all groups but two are waited for":
+        (LONG, ("wgmma", "wait_group.sync.aligned 1;", "wait_group.sync.aligned 2;"), RACE),
+    "warps of one consumer free a stage":
+        (LONG, ("gemm", "consumer_warps, scaled, beside = 8,", "consumer_warps, scaled, beside = 4,"),
+         ANY),
+    "all warps but one free a stage":
+        (LONG, ("gemm", "consumer_warps, scaled, beside = 8,", "consumer_warps, scaled, beside = 7,"),
+         ANY),
+    "a stage is read before it is full":
+        (LONG, ("consumer", WAIT_FULL + "                own[0]", WITHOUT + "                own[0]"),
+         RACE),
+    "the last stages are read before they are full":
+        (LONG, ("consumer", WAIT_FULL + "                ends[", WITHOUT + "                ends["),
+         RACE),
+    "a stage is filled before it is empty":
+        (LONG, ("producer", WAIT_EMPTY + "                if step", "if step"), ANY),
+    "chunks are brought before their stage is empty":
+        (FEW, ("producer", WAIT_EMPTY + "            column", "column"), ANY),
+    "parity of the consumers":
+        (LONG, ("consumer", "int32(0), int32(0), int32(0)\n", "int32(0), int32(1), int32(0)\n"), RACE),
+    "parity of the producer":
+        (LONG, ("producer", "stage, parity = int32(0), int32(1)", "stage, parity = int32(0), int32(0)"),
+         NO_STAGE),
+    "parity after a turn of the ring":
+        (LONG, ("ring", "return int32(0), int32(parity ^ 1)", "return int32(0), parity"), ANY),
+    # The deadlock of a draft: with one stage not handed back yet, as many are wanted at once as there are.
+    "as many last stages as the ring has": (LONG, ("layout", "LAST = 2", "LAST = 4"), NO_STAGE),
+    "bytes of A are not announced":
+        (LONG, ("producer", "width * (block_m + block_n)", "width * block_n"), ANY),
+    # Which stages come, and in which order.
+    "consumers have a last stage more": (FEW, own_last("consumer", 3), DIFFERS),
+    "consumers have a last stage less": (FEW, own_last("consumer", 1), DIFFERS),
+    "the producer has a last stage more": (FEW, own_last("producer", 3), DIFFERS),
+    "the producer has a last stage less": (FEW, own_last("producer", 1), DIFFERS),
+    "codes of outliers come a stage late":
+        (FEW, ("producer", "step == last and", "step == last + 1 and"), DIFFERS),
+    "begun stages are begun for every tile": (LONG, ("producer", "begun = int32(0)", "pass"), NO_STAGE),
+    "a stage more is taken to be begun":
+        (LONG, ("producer", "begun, last = int32(stages)", "begun, last = int32(stages + 1)"), NO_STAGE),
+    "a stage less is taken to be begun":
+        (LONG, ("producer", "begun, last = int32(stages)", "begun, last = int32(stages - 1)"),
+         ARRIVALS),
+    "last stages are begun, too":
+        (SHORT, ("producer", "min(int32(steps - LAST), stages)", "min(steps, stages)"), ARRIVALS),
+    "the last stages begin earlier":
+        (SHORT, ("producer", "max(0, steps - LAST))", "max(0, steps - LAST - 1))"), ARRIVALS),
+    "codes of A are read before the grid ahead has ended":
+        (LONG, ("producer", "matrix_copy.prefetch(a_map,", "load_a(base, int32(stage), a_map,"),
+         TOO_EARLY),
+    "outliers are asked for once":
+        (MANY, ("producer", "range(number):", "range(min(number, 1)):"), NO_STAGE),
+    "chunks are rounded down": (FEW, ("producer", "near + (CHUNK - 1)", "near"), NO_STAGE),
+    "chunks of codes are rounded down":
+        (FEW, ("producer", "near + (TAKEN_CHUNK - 1)", "near"), NO_STAGE),
+    "more chunks are brought than lie side by side":
+        (MANY, ("producer", "min(number, side_by_side)", "number"), ANY),
+    "chunks of codes lie elsewhere":
+        (FEW, ("producer", "int32(2 * side_by_side), TAKEN", "int32(side_by_side), TAKEN"), DIFFERS),
+    # Halves.
+    "the right half of B":
+        (LONG, ("consumer", "right_at = half * STEP // 16", "right_at = half * STEP // 32"), DIFFERS),
+    "the left half of B twice":
+        (LONG, ("wgmma_halves", "{offset + side * right}", "{offset}"), DIFFERS),
+    "the right half of B's codes of outliers":
+        (FEW, ("consumer", "[0], short_right // 16)", "[0], right_at)"), DIFFERS),
+    "the right half of B's outliers":
+        (FEW, ("consumer", "short_descriptor(b + short_right)", "short_descriptor(b)"), DIFFERS),
+    "the other consumer's rows of A":
+        (LONG, ("consumer", "uint32(group * (64 * STEP))", "uint32(0)"), DIFFERS),
+    "a swizzle of 128 bytes for outliers":
+        (FEW, ("wgmma", "1 << 62, 3 << 62", "1 << 62, 1 << 62"), DIFFERS),
+    "the right half is committed first":
+        (LONG, ("wgmma_halves", "for side in range(2):", "for side in (1, 0):"), ANY),
+    "both halves are one group":
+        (LONG, ("wgmma_halves", "if apart or side == 1:", "if side == 1:"), RUNNING),
+    "the left half is not waited for":
+        (LONG, ("consumer", "            left_done(left)\n", ""), ANY),
+    "the left half may still run": (LONG, ("consumer", "wgmma.wait(1, count)", "wgmma.wait(2, count)"),
+                                    RUNNING),
+    "the right half is not waited for":
+        (LONG, ("consumer", "            right_done(right)\n", ""), ANY),
+    "codes of outliers may still run":
+        (FEW, ("wgmma_halves", "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;"),
+         RUNNING),
+    "no fence": (LONG, ("wgmma_halves", '"wgmma.fence.sync.aligned;"]', '""]'), NO_FENCE),
+    "sums are not cleared": (LONG, ("consumer", "right[i] = 0", "pass"), DIFFERS),
+    # Scales.
+    "scales of the left half for the right one":
+        (LONG, ("consumer", "base + at.columns + 8 * half + 16", "base + at.columns + 16"), DIFFERS),
+    "the right half is stored over the left one":
+        (LONG, ("consumer", "store(right, out, row, start + half", "store(right, out, row, start"),
+         ONCE),
+    "scales are not waited for":
+        (LONG, ("consumer", "barrier.wait(base + at.columns_full, columns_parity)", "pass"), RACE),
+    "parity of the scales":
+        (LONG, ("consumer", "columns_parity = int32(columns_parity ^ 1)", "pass"), ANY),
+    "scales are overwritten without asking":
+        (LONG, ("gemm", "barrier.wait(base + at.columns_empty, parity)", "pass"), ANY),
+    "scales are given back before they are read":
+        (LONG, ("consumer", SCALED_RIGHT + AND_PARITY + SCALES_READ, SCALES_READ + SCALED_RIGHT + AND_PARITY),
+         RACE),
+    "scales are not given back": (LONG, ("consumer", SCALES_READ, ""), NO_SCALES),
+    "scale of the row eight above":
+        (LONG, ("consumer", "uint64(row + 8))", "uint64(row))"), DIFFERS),
+    "rows of padding are stored":
+        (PLAIN, ("epilogue", "if row + 8 * half < M:", "if row < M:"), OUTSIDE),
+    "rows of tiles of another group":
+        (TALL, ("layout", "rows - index * group", "rows"), ONCE),
+    # Outliers.
+    "sign of the codes that are taken away":
+        (FEW, ("aside", "own[i] = uint32(-int32(own[i]))", "pass"), DIFFERS),
+    "sign of the codes that are taken away one by one":
+        (MANY, ("epilogue", "total[4 * i + e] -= low * met", "total[4 * i + e] += low * met"),
+         DIFFERS),
+    "further codes of the left half twice":
+        (MANY, ("consumer", "remove_surplus(right, taken", "remove_surplus(left, taken"), DIFFERS),
+    "further outliers of the left half's columns":
+        (MANY, ("consumer", FURTHER_RIGHT + " + half", FURTHER_RIGHT), DIFFERS),
+    "the number of outliers before it is known":
+        (FEW, ("consumer", "barrier.wait(base + at.ready, 0)", "pass"), RACE),
+    "outliers are copied before they are set aside":
+        (FEW, ("producer", "barrier.wait(base + at.ready, 0)", "pass"), RACE),
+    "outliers are ready before other blocks have set theirs aside":
+        (FEW, ("aside", DONE, "pass"), UNTOLD),
+    "the copy engine is not told what is set aside":
+        (FEW, ("aside", "                turns.to_the_copy_engine()\n", ""), UNTOLD),
+    "marks are cleared while others read them":
+        (FEW, ("aside", "if registers.uniform(last) != 0:", "if number > 0:"), RACE),
+    "a counter is cleared while another warp spins":
+        (FEW, ("aside", "            together()\n        if warp == 0:", "        if warp == 0:"),
+         RACE),
+}  # fmt: skip
+
+
+def judge(asked: Asked, mutant: Mutant | None = None) -> None:
+    """Complain of what the machine does not, too: a wrong result."""
+    problem = played(asked, mutant, late=True)
+    assert problem is None, problem
+
+
+@pytest.mark.parametrize("asked", [PLAIN, SHORT, LONG, TALL, FEW, MANY])
+def test_without_a_mistake_nothing_is_seen(asked: Asked) -> None:
+    judge(asked)
+
+
+@pytest.mark.parametrize("wrong", MISTAKES)
+def test_mistakes_are_seen(wrong: str) -> None:
+    asked, (name, old, new), (error, words) = MISTAKES[wrong]
+    with pytest.raises(error, match=words):
+        judge(asked, {name: (old, new)})
+
+
+def test_what_is_asked_for_in_the_cache_does_not_matter() -> None:
+    other = "matrix_copy.prefetch(a_map, int32(stage * STEP), int32(row * block_n + 1))"
+    right = "matrix_copy.prefetch(a_map, int32(stage * STEP), int32(row * block_m))"
+    judge(LONG, {"producer": (right, other)})
