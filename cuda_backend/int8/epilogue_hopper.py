@@ -35,7 +35,7 @@ def kind_of(name: str) -> str:
 
 
 def build_epilogue(variant: Wide) -> tuple[Callable[..., Any], ...]:
-    """Return ``scale``, ``store`` and ``store_codes`` for half the columns of a tile, device functions.
+    """Return ``scale``, ``store`` and ``store_codes`` for the columns of a part, device functions.
 
     ``scale(y, address, low, high)`` turns int32 totals into the bits of float32, in place, since registers
     for both there are not: each product rounded, in the reference's order; scale and bias of the thread's
@@ -43,7 +43,7 @@ def build_epilogue(variant: Wide) -> tuple[Callable[..., Any], ...]:
     ``store(y, out, row, column, quad_lane, M, N)`` writes both rows: four lanes transpose their words among
     themselves, so that each stores 16 bytes.
     """
-    groups, aligned = variant.block_n // 16, variant.aligned
+    groups, aligned = variant.width // 8, variant.aligned
     pack = registers.pack_pair(kind_of(variant.kind))
     # Without it the compiler loads the scales of all columns before it uses any: too many registers.
     pin = registers.pin(4 * groups)
@@ -192,7 +192,7 @@ def build_weight(kind: str, outliers: str) -> Callable[..., Any]:
 
 def build_surplus(variant: Wide) -> Callable[..., Any]:
     """Return what adds the outliers that did not fit side by side: number by number, slow and right."""
-    groups = variant.block_n // 16
+    groups = variant.width // 8
     unpack = registers.unpack_low(kind_of(variant.kind))
     weight = build_weight(variant.kind, variant.outliers)
 
@@ -231,7 +231,7 @@ def build_surplus(variant: Wide) -> Callable[..., Any]:
 
 def build_removal(variant: Wide) -> Callable[..., Any]:
     """Return what takes away the codes of outliers that did not fit side by side: number by number too."""
-    groups = variant.block_n // 16
+    groups = variant.width // 8
 
     @device_function
     def remove_surplus(

@@ -1,8 +1,8 @@
 """A consumer warpgroup of a Hopper product of codes: 64 rows of each tile, multiplied and written.
 
-The columns of a tile are two halves, each with registers of its own.  Along K both are multiplied stage by
+The columns of a tile may be two halves, each with registers of its own.  Along K both are multiplied stage by
 stage, but the last stages half by half: while tensor cores are at the right half, the left one is scaled, and
-written if no outliers follow.
+written if no outliers follow.  A tile that is not in halves is all in the left one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from cuda_backend._numba import cuda, device_function
 from cuda_backend.attention.schedule_hopper import ring
 from cuda_backend.int8.epilogue_hopper import build_epilogue, build_removal, build_surplus, kind_of
-from cuda_backend.int8.gemm_layout_hopper import GROUP, LAST, STEPS_OF_A_STAGE, layout_of, placing
+from cuda_backend.int8.gemm_layout_hopper import GROUP, STEPS_OF_A_STAGE, layout_of, placing
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Wide
 from cuda_backend.ptx import barrier, copy, registers, wgmma, wgmma_halves
 from cuda_backend.ptx.assembly import types
@@ -26,21 +26,23 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 def build_consumer(variant: Wide) -> Callable[..., None]:
     """Return ``consume``, what 128 threads do with all tiles of their block."""
     block_m, block_n, a_bytes = variant.block_m, variant.block_n, variant.a_bytes
-    half, at = block_n // 2, layout_of(variant)
+    halved, at, last = variant.halves, layout_of(variant), variant.last
+    halves = 2 if halved else 1
+    half = block_n // halves
     count, scaled, beside = half // 2, variant.kind != "int32", variant.beside
     removed = beside and variant.outliers == "released"
-    pairs, short_right = 2 * LAST, half * 2 * CHUNK
+    pairs, short_right = max(2, 2 * last), half * 2 * CHUNK
 
     next_stage, place = ring(variant.stages), placing(GROUP)
     descriptor, short_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_k_major_32
     right_at = half * STEP // 16
-    multiply = wgmma_halves.product_codes_in_halves(block_n, STEPS_OF_A_STAGE, right_at)
+    multiply = wgmma_halves.product_codes_in_halves(block_n, STEPS_OF_A_STAGE, right_at, halves=halves)
     multiply_apart = wgmma_halves.product_codes_in_halves(
-        block_n, STEPS_OF_A_STAGE, right_at, stages=LAST, apart=True
+        block_n, STEPS_OF_A_STAGE, right_at, halves=halves, stages=max(1, last), apart=True
     )
-    remove = wgmma_halves.product_codes_in_halves(block_n, [0], short_right // 16)
+    remove = wgmma_halves.product_codes_in_halves(block_n, [0], short_right // 16, halves=halves)
     multiply_outliers = wgmma.product_step(half, kind_of(variant.kind))
-    both_done = wgmma_halves.wait_for_both(count)
+    both_done = wgmma_halves.wait_for_both(count, halves)
     left_done, right_done = wgmma.wait(1, count), wgmma.wait(0, count)
     scale, store, store_codes = build_epilogue(variant)
     add_surplus, remove_surplus = build_surplus(variant), build_removal(variant)
@@ -84,7 +86,7 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                 left[i] = 0
                 right[i] = 0
             before = int32(-1)
-            for _ in range(steps - LAST):
+            for _ in range(steps - last):
                 barrier.wait(base + at.full + 8 * stage, parity)
                 here = base + stage * at.stage_bytes
                 own[0], own[1] = descriptor(here + a_own), descriptor(here + a_bytes)
@@ -93,10 +95,14 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                 hand_back(base, lane, before)
                 before = stage
                 stage, parity = next_stage(stage, parity)
-            if beside and marks != uint64(0):
+            if not halved:
                 both_done(left, right)
                 hand_back(base, lane, before)
-                before = int32(-1)
+            if beside and marks != uint64(0):
+                if halved:
+                    both_done(left, right)
+                    hand_back(base, lane, before)
+                    before = int32(-1)
                 barrier.wait(base + at.ready, 0)
                 number = copy.load_shared_word(uint32(base + at.number))
                 if removed:
@@ -111,16 +117,20 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                         stage, parity = next_stage(stage, parity)
                         todo = int32(todo - TAKEN_CHUNK)
                     remove_surplus(left, taken, indices, number, side_by_side, row, own_column, M, N)
-                    remove_surplus(right, taken, indices, number, side_by_side, row, own_column + half, M, N)
-            last = stage
-            for i in range(LAST):
-                barrier.wait(base + at.full + 8 * stage, parity)
-                here = base + stage * at.stage_bytes
-                ends[2 * i], ends[2 * i + 1] = descriptor(here + a_own), descriptor(here + a_bytes)
-                stage, parity = next_stage(stage, parity)
-            multiply_apart(left, right, ends)
-            left_done(left)
-            hand_back(base, lane, before)
+                    if halved:
+                        remove_surplus(
+                            right, taken, indices, number, side_by_side, row, own_column + half, M, N
+                        )
+            ended = stage
+            if halved:
+                for i in range(last):
+                    barrier.wait(base + at.full + 8 * stage, parity)
+                    here = base + stage * at.stage_bytes
+                    ends[2 * i], ends[2 * i + 1] = descriptor(here + a_own), descriptor(here + a_bytes)
+                    stage, parity = next_stage(stage, parity)
+                multiply_apart(left, right, ends)
+                left_done(left)
+                hand_back(base, lane, before)
             if scaled:
                 barrier.wait(base + at.columns_full, columns_parity)
                 scale(left, base + at.columns + 16 * quad_lane, low, high)
@@ -128,15 +138,16 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                     store(left, out, row, start, quad_lane, M, N)
             else:
                 store_codes(left, out, row, own_column, M, N)
-            right_done(right)
-            for _ in range(LAST):
-                hand_back(base, lane, last)
-                last, _ = next_stage(last, parity)
+            if halved:
+                right_done(right)
+                for _ in range(last):
+                    hand_back(base, lane, ended)
+                    ended, _ = next_stage(ended, parity)
             if scaled:
-                scale(right, base + at.columns + 8 * half + 16 * quad_lane, low, high)
+                if halved:
+                    scale(right, base + at.columns + 8 * half + 16 * quad_lane, low, high)
                 columns_parity = int32(columns_parity ^ 1)
-                if lane == 0:
-                    barrier.arrive(base + at.columns_empty)
+                barrier.arrive_warp(base + at.columns_empty, lane)
             if beside:
                 todo = int32(min(number, side_by_side))
                 while todo > 0:
@@ -144,17 +155,20 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                     here = base + stage * at.stage_bytes
                     a, b = short_descriptor(here + a_short), here + a_bytes
                     multiply_outliers(left, a, short_descriptor(b))
-                    multiply_outliers(right, a, short_descriptor(b + short_right))
+                    if halved:
+                        multiply_outliers(right, a, short_descriptor(b + short_right))
                     hand_back(base, lane, stage)
                     stage, parity = next_stage(stage, parity)
                     todo = int32(todo - CHUNK)
                 add_surplus(left, surplus, indices, number, side_by_side, row, own_column, M, N)
                 store(left, out, row, start, quad_lane, M, N)
-                add_surplus(right, surplus, indices, number, side_by_side, row, own_column + half, M, N)
-            if scaled:
-                store(right, out, row, start + half, quad_lane, M, N)
-            else:
-                store_codes(right, out, row, own_column + half, M, N)
+                if halved:
+                    add_surplus(right, surplus, indices, number, side_by_side, row, own_column + half, M, N)
+            if halved:
+                if scaled:
+                    store(right, out, row, start + half, quad_lane, M, N)
+                else:
+                    store_codes(right, out, row, own_column + half, M, N)
             tile = int32(tile + blocks)
 
     return consume

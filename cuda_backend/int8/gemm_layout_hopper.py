@@ -10,12 +10,11 @@ from cuda_backend.int8.variant_hopper import Wide
 from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import types
 
-__all__ = ["GROUP", "LAST", "STEPS_OF_A_STAGE", "Layout", "layout_of", "placing"]
+__all__ = ["GROUP", "STEPS_OF_A_STAGE", "Layout", "layout_of", "placing"]
 
 int32 = types.int32
 
 GROUP = 8  # rows of tiles that are worked on together: with 16 columns they share what L2 holds
-LAST = 2  # stages at the end of a tile that are multiplied half by half: as long as half its scales take
 STEPS_OF_A_STAGE = [0, 2, 4, 6]  # 32 bytes each, in units of 16
 
 

@@ -1,8 +1,8 @@
 """The producer of a Hopper product of codes: one thread that asks the copy engine for stages, in turn.
 
 The stages of a tile, in the order in which `gemm_consumer_hopper` reads them: codes along K, but for the
-last; codes of outliers, which are taken away again; the last codes; outliers.  A product without outliers has
-codes alone.
+last ones of a tile in halves; codes of outliers, which are taken away again; the last codes; outliers.  A
+product without outliers has codes alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from cuda_backend._numba import device_function
 from cuda_backend.attention.schedule_hopper import ring
-from cuda_backend.int8.gemm_layout_hopper import GROUP, LAST, layout_of, placing
+from cuda_backend.int8.gemm_layout_hopper import GROUP, layout_of, placing
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Wide
 from cuda_backend.ptx import barrier, copy, matrix_copy, registers, turns
 from cuda_backend.ptx.assembly import types
@@ -26,7 +26,7 @@ def build_producer(variant: Wide) -> tuple[Callable[..., Any], Callable[..., Any
     """Return ``begin``, which waits for nothing but asks for the weight only, and ``produce``."""
     block_m, block_n, stages = variant.block_m, variant.block_n, variant.stages
     a_bytes, at = variant.a_bytes, layout_of(variant)
-    beside = variant.beside
+    beside, at_last = variant.beside, variant.last
     removed = beside and variant.outliers == "released"
     next_stage, place = ring(stages), placing(GROUP)
 
@@ -48,7 +48,7 @@ def build_producer(variant: Wide) -> tuple[Callable[..., Any], Callable[..., Any
         matrix_copy.acquire(a_map)
         matrix_copy.acquire(b_map)
         row, column = place(first, rows, columns)
-        for stage in range(min(int32(steps - LAST), stages)):
+        for stage in range(min(int32(steps - at_last), stages)):
             load_b(base, int32(stage), b_map, int32(stage * STEP), int32(column * block_n), STEP)
         for stage in range(min(steps, stages)):
             matrix_copy.prefetch(a_map, int32(stage * STEP), int32(row * block_m))
@@ -69,41 +69,53 @@ def build_producer(variant: Wide) -> tuple[Callable[..., Any], Callable[..., Any
         return stage, parity
 
     @device_function
+    def bring_codes(
+        base: Any, stage: Any, parity: Any, maps: Any, step: Any, end: Any, begun: Any, rows: Any
+    ) -> Any:
+        """Bring codes of steps `step` to `end`; B's of the first `begun` are under way."""
+        a_map, b_map = maps
+        a_row, b_row = rows
+        while step < end:
+            barrier.wait(base + at.empty + 8 * stage, parity)
+            if step >= begun:
+                load_b(base, stage, b_map, int32(step * STEP), b_row, STEP)
+            load_a(base, stage, a_map, int32(step * STEP), a_row)
+            stage, parity = next_stage(stage, parity)
+            step = int32(step + 1)
+        return stage, parity
+
+    @device_function
     def produce(base: Any, maps: Any, marks: Any, first: Any, blocks: Any, problem: Any) -> None:
         a_map, b_map, x_map, w_map = maps
         tiles, rows, columns, steps, _, _, side_by_side = problem
-        begun, last = int32(stages), int32(max(0, steps - LAST))
+        last = int32(steps - at_last)
+        begun = int32(min(last, stages))
         taken, chunks = int32(0), int32(0)
         stage, parity = int32(0), int32(1)
         tile = first
         while tile < tiles:
             row, column = place(tile, rows, columns)
-            a_row, b_row = int32(row * block_m), int32(column * block_n)
-            for step in range(steps):
-                if beside and step == last and marks != uint64(0):
-                    if tile == first:
-                        matrix_copy.acquire(x_map)
-                        matrix_copy.acquire(w_map)
-                        barrier.wait(base + at.ready, 0)
-                        turns.to_the_copy_engine()
-                        number = copy.load_shared_word(uint32(base + at.number))
-                        near = int32(min(number, side_by_side))
-                        chunks = registers.quotient(int32(near + (CHUNK - 1)), CHUNK)
-                        if removed:
-                            taken = registers.quotient(int32(near + (TAKEN_CHUNK - 1)), TAKEN_CHUNK)
-                    stage, parity = bring_chunks(
-                        base, stage, parity, (x_map, w_map), int32(2 * side_by_side), TAKEN_CHUNK, taken,
-                        (a_row, b_row),
-                    )  # fmt: skip
-                barrier.wait(base + at.empty + 8 * stage, parity)
-                if step >= begun or step >= last:
-                    load_b(base, stage, b_map, int32(step * STEP), b_row, STEP)
-                load_a(base, stage, a_map, int32(step * STEP), a_row)
-                stage, parity = next_stage(stage, parity)
+            where = int32(row * block_m), int32(column * block_n)
+            codes, aside = (a_map, b_map), (x_map, w_map)
+            stage, parity = bring_codes(base, stage, parity, codes, int32(0), last, begun, where)
             begun = int32(0)
-            stage, parity = bring_chunks(
-                base, stage, parity, (x_map, w_map), int32(0), 2 * CHUNK, chunks, (a_row, b_row)
-            )
+            if beside and marks != uint64(0):
+                if tile == first:
+                    matrix_copy.acquire(x_map)
+                    matrix_copy.acquire(w_map)
+                    barrier.wait(base + at.ready, 0)
+                    turns.to_the_copy_engine()
+                    number = copy.load_shared_word(uint32(base + at.number))
+                    near = int32(min(number, side_by_side))
+                    chunks = registers.quotient(int32(near + (CHUNK - 1)), CHUNK)
+                    if removed:
+                        taken = registers.quotient(int32(near + (TAKEN_CHUNK - 1)), TAKEN_CHUNK)
+                stage, parity = bring_chunks(
+                    base, stage, parity, aside, int32(2 * side_by_side), TAKEN_CHUNK, taken, where
+                )
+            if at_last > 0:
+                stage, parity = bring_codes(base, stage, parity, codes, last, steps, last, where)
+            stage, parity = bring_chunks(base, stage, parity, aside, int32(0), 2 * CHUNK, chunks, where)
             tile = int32(tile + blocks)
 
     return begin, produce

@@ -9,7 +9,6 @@ from cuda_backend.arrays import View
 from cuda_backend.context import current_device
 from cuda_backend.int8 import pack_hopper
 from cuda_backend.int8.descriptors_hopper import encoder
-from cuda_backend.int8.gemm_layout_hopper import LAST
 from cuda_backend.int8.launches_hopper import Launch, function_of
 from cuda_backend.int8.memory_hopper import Arena, Shared, padded
 from cuda_backend.int8.variant_hopper import CHUNK, STEP, TAKEN_CHUNK, Narrow, Wide, choose
@@ -144,7 +143,7 @@ class Product:
             ]
             cluster, blocks = 1, min(rows * columns, processors)
             # A short K has steps of zeros, which the copy engine puts where there are no codes.
-            numbers = [rows * columns, rows, columns, max(steps, LAST), M, N, aside, K]
+            numbers = [rows * columns, rows, columns, max(steps, variant.last), M, N, aside, K]
         else:
             cluster = variant.blocks
             self._encoders = [

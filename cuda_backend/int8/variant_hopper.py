@@ -18,8 +18,9 @@ LISTED = 1024  # outliers whose columns a block knows in shared memory
 CONSUMERS = 2  # warpgroups that multiply, 64 rows of a tile each
 LARGEST_NARROW = 64
 LARGEST_FEW, LARGEST_OF_MANY = 16, 2  # rows that one kernel takes: of few columns, of many
-FEW_COLUMNS, MANY, SHORT = 1024, 8192, 4096  # columns, columns, features
+FEW_COLUMNS, SOME, MANY, SHORT = 1024, 2048, 8192, 4096  # columns; features
 SMALL_TILE = 0.6
+LAST = 2  # stages of a tile in halves that are multiplied half by half
 HELD = 8  # vectors of x in the registers of a thread
 START = 4
 ROOM_BESIDE = 16 * 1024  # bytes of shared memory for blocks of a quantiser that has not ended
@@ -40,6 +41,8 @@ class Wide(NamedTuple):
         Columns of a tile; it has 128 rows.
     beside
         Whether it sets outliers aside itself, beside the product of all codes.
+    halves
+        Whether the last stages of a tile are multiplied half by half, beside scales of the other half.
     """
 
     kind: str
@@ -47,6 +50,17 @@ class Wide(NamedTuple):
     aligned: bool
     block_n: int
     beside: bool = False
+    halves: bool = False
+
+    @property
+    def width(self) -> int:
+        """Columns of a part: of a half, or of the whole tile."""
+        return self.block_n // (2 if self.halves else 1)
+
+    @property
+    def last(self) -> int:
+        """Stages that are multiplied half by half: as long as the scales of a half take."""
+        return LAST if self.halves else 0
 
     @property
     def block_m(self) -> int:
@@ -272,18 +286,19 @@ def one_kernel_wins(M: int, N: int, K: int) -> bool:
     """Return whether a layer of few rows is taken as one kernel, not as a quantiser and a product.
 
     Every cluster quantises x again, which costs more the more rows there are, and the more the shorter the
-    rest takes; the time of a launch is saved.  Measured on an H200 in float16, us of one kernel and of two:
-    8192 x 1024 codes 10.0 and 11.8 for 1 row, 11.6 and 13.7 for 8, 13.6 and 14.6 for 16; 4096 x 11008 18.1
-    and 20.4 for 1, 19.4 and 20.5 for 2, 21.8 and 20.8 for 4; 4096 x 4096 13.7 and 13.2 for 1, 14.9 and 13.6
-    for 4; 8192 x 8192 24.1 and 24.3 for 1, 28.2 and 26.1 for 4; 8192 x 28672 66.9 and 63.1 for 1; 11008 x
-    4096 22.3 and 20.8.  What is between these was not measured.
+    rest takes; the time of a launch is saved.  Measured on an H200 in float16, us of one kernel and of two,
+    K x N: 8192 x 1024 10.0 and 11.8 for 1 row, 13.6 and 14.6 for 16; 4096 x 1024 8.3 and 10.7, 10.3 and 11.0;
+    4096 x 2048 10.4 and 11.4, 11.0 and 11.6 for 4, 13.2 and 11.7 for 16; 8192 x 2048 13.4 and 13.5, 15.3 and
+    14.6 for 4; 4096 x 11008 18.1 and 20.4, 19.4 and 20.5 for 2, 21.8 and 20.8 for 4; 4096 x 14336 21.2 and
+    23.4; 4096 x 4096 13.7 and 13.2; 8192 x 8192 24.1 and 24.3, 28.2 and 26.1 for 4; 8192 x 28672 66.9 and
+    63.1; 11008 x 4096 22.3 and 20.8.  What is between these was not measured.
 
     >>> [one_kernel_wins(M, N, K) for M, N, K in ((1, 4096, 4096), (2, 11_008, 4096), (4, 11_008, 4096))]
     [False, True, False]
     """
     if N <= FEW_COLUMNS:
         return M <= LARGEST_FEW
-    return M <= LARGEST_OF_MANY and K <= SHORT and N >= MANY
+    return M <= LARGEST_OF_MANY and K <= SHORT and not SOME < N < MANY
 
 
 def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) -> Wide | Narrow:
@@ -301,7 +316,8 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
     Notes
     -----
     A tile of 128 x 128 takes `SMALL_TILE` of the time of one of 128 x 256; the least sum of waves wins.  Few
-    rows, or tiles for less than a quarter of the processors, go the narrow way.
+    rows, or tiles for less than a quarter of the processors, go the narrow way.  Tiles in halves read A twice
+    from shared memory and wait for outliers earlier: they pay where tiles of 128 x 256 fill the GPU.
 
     Examples
     --------
@@ -322,7 +338,9 @@ def choose(kind: str, outliers: str, M: int, N: int, K: int, processors: int) ->
         waves = -(-rows * -(-N // block_n) // processors)
         return waves * (1.0 if block_n == 256 else SMALL_TILE)
 
-    return Wide(kind, outliers, item * N % 16 == 0, min((256, 128), key=cost))
+    block_n = min((256, 128), key=cost)
+    halves = block_n == 256 and 4 * rows * -(-N // block_n) >= 3 * processors
+    return Wide(kind, outliers, item * N % 16 == 0, block_n, halves=halves)
 
 
 def clusters_at_once(blocks: int, processors: int) -> int:

@@ -188,7 +188,7 @@ def product(item: SimpleNamespace, matrices: Any) -> None:
     codes, _, x_aside, w_aside, counters = item.values[16:21]
     M, N, room, K = item.values[25:]
     rows, columns = -(-M // 128), -(-N // item.variant.block_n)
-    assert item.values[21:25] == [rows * columns, rows, columns, max(2, -(-K // 128))]
+    assert item.values[21:25] == [rows * columns, rows, columns, max(item.variant.last, -(-K // 128))]
     beside = item.variant.beside and marks
     if beside:
         assert matrices[0][0] == codes

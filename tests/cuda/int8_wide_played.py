@@ -59,12 +59,14 @@ class Asked(NamedTuple):
     room: int = 64
     biased: bool = True
     beside: bool = False
+    halves: bool = True
 
     @property
     def variant(self) -> Wide:
         """What is compiled for it."""
         aligned = KINDS[self.kind].itemsize * self.N % 16 == 0
-        return Wide(self.kind, self.outliers, aligned, self.block_n, self.beside or self.number is not None)
+        beside = self.beside or self.number is not None
+        return Wide(self.kind, self.outliers, aligned, self.block_n, beside, self.halves)
 
 
 def layer(asked: Asked) -> Case:
@@ -118,7 +120,7 @@ class Problem:
         """Return arguments of the kernel."""
         M, N, K, variant = asked.M, asked.N, asked.K, asked.variant
         rows, columns = -(-M // variant.block_m), -(-N // variant.block_n)
-        steps = max(gemm_layout_hopper.LAST, -(-K // STEP))
+        steps = max(variant.last, -(-K // STEP))
         met = (self.weight, 2 * N, 2) if asked.outliers == "paper" else (self.b, 1, self.b.strides[0])
         addresses = (
             *(128 * i for i in range(4)), self.out, self.a_absmax, self.b_absmax,

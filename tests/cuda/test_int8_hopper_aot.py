@@ -70,6 +70,8 @@ RECORDED = [
     ("wide", "int32", "released", True, 256),
     ("wide", "float16", "released", True, 256, True),
     ("wide", "bfloat16", "paper", False, 128, True),
+    ("wide", "float16", "released", True, 256, True, True),
+    ("wide", "float16", "released", True, 256, False, True),
     ("few", "float16", 16, 4, 8, True),
     ("few", "bfloat16", 1, 2, 128, True),
     ("few", "float16", 16, 8, 8, False),
@@ -88,9 +90,9 @@ RECORDED = [
 ]
 KINDS, WIDTHS = ("float16", "bfloat16"), (100, 1024, 4096, 8192, 28_672, 65_536, 100_000)
 FULL = [
-    *[("wide", kind, outliers, aligned, block_n, beside)
+    *[("wide", kind, outliers, aligned, block_n, beside, halves)
       for kind in KINDS for outliers in ("released", "paper") for aligned in (True, False)
-      for block_n in (128, 256) for beside in (True, False)],
+      for block_n in (128, 256) for beside in (True, False) for halves in (True, False)],
     *[("few", kind, rows, blocks, room, rows * room > 64)
       for kind in KINDS for rows in (1, 2, 4, 8, 16) for blocks in (1, 8)
       for room in (2, 8, 32, 128) if rows * room <= 128],

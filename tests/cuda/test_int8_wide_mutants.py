@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from cuda_backend.int8 import variant_hopper
 from tests.cuda.happens_before import RaceError
 from tests.cuda.hopper_machine import HangError
 from tests.cuda.int8_wide_played import Asked, Mutant, played
@@ -35,21 +36,27 @@ WITHOUT = "here = base + stage * at.stage_bytes\n"
 WAIT_FULL = f"barrier.wait(base + at.full + 8 * stage, parity)\n                {WITHOUT}"
 WAIT_EMPTY = "barrier.wait(base + at.empty + 8 * stage, parity)\n"
 RETURNED = "                hand_back(base, lane, before)\n                before = stage"
+WAIT_LAST = WAIT_FULL.replace("\n                ", "\n                    ")
 HAND_BACK_LAST = (
-    "            for _ in range(LAST):\n"
-    "                hand_back(base, lane, last)\n"
-    "                last, _ = next_stage(last, parity)\n"
+    "                for _ in range(last):\n"
+    "                    hand_back(base, lane, ended)\n"
+    "                    ended, _ = next_stage(ended, parity)\n"
 )
-SCALES_READ = "                if lane == 0:\n                    barrier.arrive(base + at.columns_empty)\n"
-SCALED_RIGHT = "                scale(right, base + at.columns + 8 * half + 16 * quad_lane, low, high)\n"
+LEFT_DONE = "                left_done(left)\n"
+SCALES_READ = "                barrier.arrive_warp(base + at.columns_empty, lane)\n"
+SCALED_RIGHT = (
+    "                if halved:\n"
+    "                    scale(right, base + at.columns + 8 * half + 16 * quad_lane, low, high)\n"
+)
 AND_PARITY = "                columns_parity = int32(columns_parity ^ 1)\n"
+REMOVED_RIGHT = "remove_surplus(\n                            right, taken"
 FURTHER_RIGHT = "add_surplus(right, surplus, indices, number, side_by_side, row, own_column"
 DONE = "while turns.word_seen(counters + uint64(DONE)) < shares:\n                    turns.rest()"
 
 
-def own_last(role: str, number: int) -> tuple[str, str, str]:
-    """Return that a role has a number of last stages of its own."""
-    return role, f'__all__ = ["build_{role}"]', f"LAST = {number}"
+def own_last(role: str, more: int) -> tuple[str, str, str]:
+    """Return that a role has so many last stages more than the other."""
+    return role, "variant.last\n", f"variant.last + {more}\n"
 
 
 # What is asked, the module, a part of it, what stands there, how it is seen.
@@ -58,15 +65,15 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "a stage is not handed back":
         (LONG, ("consumer", RETURNED, "                before = stage"), NO_STAGE),
     "one of the last stages is not handed back":
-        (LONG, ("consumer", HAND_BACK_LAST, HAND_BACK_LAST.replace("(LAST)", "(LAST - 1)")), NO_STAGE),
+        (LONG, ("consumer", HAND_BACK_LAST, HAND_BACK_LAST.replace("(last)", "(last - 1)")), NO_STAGE),
     "the stage before the last ones is not handed back":
-        (LONG, ("consumer", "left_done(left)\n            hand_back(base, lane, before)", "left_done(left)"),
+        (LONG, ("consumer", LEFT_DONE + "                hand_back(base, lane, before)\n", LEFT_DONE),
          NO_STAGE),
     "a stage is handed back before its product has run":
         (LONG, ("consumer", RETURNED, RETURNED.replace("before)", "stage)")), RACE),
     "the last stages are handed back before the right half has run":
-        (LONG, ("consumer", "            right_done(right)\n" + HAND_BACK_LAST,
-                HAND_BACK_LAST + "            right_done(right)\n"), RACE),
+        (LONG, ("consumer", "                right_done(right)\n" + HAND_BACK_LAST,
+                HAND_BACK_LAST + "                right_done(right)\n"), RACE),
     "older products are not waited for":
         (LONG, ("consumer", "wgmma.wait_for_older()", "pass"), RACE),
     "all groups but two are waited for":
@@ -81,10 +88,10 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
         (LONG, ("consumer", WAIT_FULL + "                own[0]", WITHOUT + "                own[0]"),
          RACE),
     "the last stages are read before they are full":
-        (LONG, ("consumer", WAIT_FULL + "                ends[", WITHOUT + "                ends["),
+        (LONG, ("consumer", WAIT_LAST + "                    ends[", WITHOUT + "                    ends["),
          RACE),
     "a stage is filled before it is empty":
-        (LONG, ("producer", WAIT_EMPTY + "                if step", "if step"), ANY),
+        (LONG, ("producer", WAIT_EMPTY + "            if step", "if step"), ANY),
     "chunks are brought before their stage is empty":
         (FEW, ("producer", WAIT_EMPTY + "            column", "column"), ANY),
     "parity of the consumers":
@@ -94,27 +101,26 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
          NO_STAGE),
     "parity after a turn of the ring":
         (LONG, ("ring", "return int32(0), int32(parity ^ 1)", "return int32(0), parity"), ANY),
-    # The deadlock of a draft: with one stage not handed back yet, as many are wanted at once as there are.
-    "as many last stages as the ring has": (LONG, ("layout", "LAST = 2", "LAST = 4"), NO_STAGE),
     "bytes of A are not announced":
         (LONG, ("producer", "width * (block_m + block_n)", "width * block_n"), ANY),
     # Which stages come, and in which order.
-    "consumers have a last stage more": (FEW, own_last("consumer", 3), DIFFERS),
-    "consumers have a last stage less": (FEW, own_last("consumer", 1), DIFFERS),
-    "the producer has a last stage more": (FEW, own_last("producer", 3), DIFFERS),
-    "the producer has a last stage less": (FEW, own_last("producer", 1), DIFFERS),
-    "codes of outliers come a stage late":
-        (FEW, ("producer", "step == last and", "step == last + 1 and"), DIFFERS),
+    "consumers have a last stage more": (FEW, own_last("consumer", 1), DIFFERS),
+    "consumers have a last stage less": (FEW, own_last("consumer", -1), DIFFERS),
+    "the producer has a last stage more": (FEW, own_last("producer", 1), DIFFERS),
+    "the producer has a last stage less": (FEW, own_last("producer", -1), DIFFERS),
+    "codes of outliers come a stage early":
+        (FEW, ("producer", "codes, int32(0), last, begun", "codes, int32(0), int32(last - 1), begun"),
+         ANY),
     "begun stages are begun for every tile": (LONG, ("producer", "begun = int32(0)", "pass"), NO_STAGE),
     "a stage more is taken to be begun":
-        (LONG, ("producer", "begun, last = int32(stages)", "begun, last = int32(stages + 1)"), NO_STAGE),
+        (LONG, ("producer", "int32(min(last, stages))", "int32(min(last, stages) + 1)"), NO_STAGE),
     "a stage less is taken to be begun":
-        (LONG, ("producer", "begun, last = int32(stages)", "begun, last = int32(stages - 1)"),
+        (LONG, ("producer", "int32(min(last, stages))", "int32(min(last, stages) - 1)"),
          ARRIVALS),
     "last stages are begun, too":
-        (SHORT, ("producer", "min(int32(steps - LAST), stages)", "min(steps, stages)"), ARRIVALS),
+        (SHORT, ("producer", "min(int32(steps - at_last), stages)", "min(steps, stages)"), ARRIVALS),
     "the last stages begin earlier":
-        (SHORT, ("producer", "max(0, steps - LAST))", "max(0, steps - LAST - 1))"), ARRIVALS),
+        (SHORT, ("producer", "last = int32(steps - at_last)", "last = int32(steps - at_last - 1)"), ARRIVALS),
     "codes of A are read before the grid ahead has ended":
         (LONG, ("producer", "matrix_copy.prefetch(a_map,", "load_a(base, int32(stage), a_map,"),
          TOO_EARLY),
@@ -133,7 +139,7 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "the left half of B twice":
         (LONG, ("wgmma_halves", "{offset + side * right}", "{offset}"), DIFFERS),
     "the right half of B's codes of outliers":
-        (FEW, ("consumer", "[0], short_right // 16)", "[0], right_at)"), DIFFERS),
+        (FEW, ("consumer", "[0], short_right // 16,", "[0], right_at,"), DIFFERS),
     "the right half of B's outliers":
         (FEW, ("consumer", "short_descriptor(b + short_right)", "short_descriptor(b)"), DIFFERS),
     "the other consumer's rows of A":
@@ -141,15 +147,15 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "a swizzle of 128 bytes for outliers":
         (FEW, ("wgmma", "1 << 62, 3 << 62", "1 << 62, 1 << 62"), DIFFERS),
     "the right half is committed first":
-        (LONG, ("wgmma_halves", "for side in range(2):", "for side in (1, 0):"), ANY),
+        (LONG, ("wgmma_halves", "for side in range(halves):", "for side in (1, 0):"), ANY),
     "both halves are one group":
-        (LONG, ("wgmma_halves", "if apart or side == 1:", "if side == 1:"), RUNNING),
+        (LONG, ("wgmma_halves", "if apart or side == halves - 1:", "if side == halves - 1:"), RUNNING),
     "the left half is not waited for":
-        (LONG, ("consumer", "            left_done(left)\n", ""), ANY),
+        (LONG, ("consumer", "                left_done(left)\n", ""), ANY),
     "the left half may still run": (LONG, ("consumer", "wgmma.wait(1, count)", "wgmma.wait(2, count)"),
                                     RUNNING),
     "the right half is not waited for":
-        (LONG, ("consumer", "            right_done(right)\n", ""), ANY),
+        (LONG, ("consumer", "                right_done(right)\n", ""), ANY),
     "codes of outliers may still run":
         (FEW, ("wgmma_halves", "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;"),
          RUNNING),
@@ -184,7 +190,7 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
         (MANY, ("epilogue", "total[4 * i + e] -= low * met", "total[4 * i + e] += low * met"),
          DIFFERS),
     "further codes of the left half twice":
-        (MANY, ("consumer", "remove_surplus(right, taken", "remove_surplus(left, taken"), DIFFERS),
+        (MANY, ("consumer", REMOVED_RIGHT, REMOVED_RIGHT.replace("right,", "left,")), DIFFERS),
     "further outliers of the left half's columns":
         (MANY, ("consumer", FURTHER_RIGHT + " + half", FURTHER_RIGHT), DIFFERS),
     "the number of outliers before it is known":
@@ -219,6 +225,14 @@ def test_mistakes_are_seen(wrong: str) -> None:
     asked, (name, old, new), (error, words) = MISTAKES[wrong]
     with pytest.raises(error, match=words):
         judge(asked, {name: (old, new)})
+
+
+def test_as_many_last_stages_as_the_ring_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadlock of a draft: one stage has not been handed back yet, and all are wanted at once."""
+    monkeypatch.setattr(variant_hopper, "LAST", 4)
+    error, words = NO_STAGE
+    with pytest.raises(error, match=words):
+        judge(LONG)
 
 
 def test_what_is_asked_for_in_the_cache_does_not_matter() -> None:

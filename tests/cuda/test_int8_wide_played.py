@@ -11,7 +11,7 @@ import pytest
 
 from tests.cuda.int8_wide_played import Asked, played
 
-# Steps along K: 1, which a tile takes as 2; 2, the last ones; 3; more than two turns of the ring.
+# Steps along K: 1, which a tile in halves takes as 2; 2, the last ones; 3; more than two turns of the ring.
 PRODUCTS = [
     Asked("int32", 128, 200, 300, 100, blocks=1),
     Asked("int32", 256, 130, 521, 256, blocks=3),
@@ -36,16 +36,26 @@ LAYERS = [
     Asked("bfloat16", 256, 200, 300, 100, blocks=3, number=33, outliers="paper"),
     Asked("float16", 256, 130, 520, 600, blocks=1, number=70, outliers="paper"),
 ]
+WHOLE = [  # tiles that are not in halves
+    Asked("int32", 128, 200, 300, 100, blocks=1, halves=False),
+    Asked("float16", 256, 200, 300, 1400, blocks=3, halves=False),
+    Asked("float16", 128, 130, 141, 2200, blocks=4, number=70, halves=False),
+    Asked("bfloat16", 256, 200, 300, 300, blocks=3, number=17, biased=False, halves=False),
+    Asked("float16", 256, 130, 520, 100, blocks=1, number=33, halves=False),
+    Asked("bfloat16", 128, 130, 141, 700, blocks=3, number=1, outliers="paper", halves=False),
+    Asked("bfloat16", 256, 130, 300, 100, blocks=1, number=0, halves=False),
+]
 
 
 def words(asked: Asked) -> str:
     """Return a product's name."""
     outliers = "codes" if asked.number is None else f"{asked.number} {asked.outliers}"
-    return f"{asked.kind} {asked.block_n} {asked.M}x{asked.N}x{asked.K} {asked.blocks} {outliers}"
+    whole = "" if asked.halves else " whole"
+    return f"{asked.kind} {asked.block_n}{whole} {asked.M}x{asked.N}x{asked.K} {asked.blocks} {outliers}"
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize("asked", [*PRODUCTS, *LAYERS], ids=words)
+@pytest.mark.parametrize("asked", [*PRODUCTS, *LAYERS, *WHOLE], ids=words)
 def test_products(asked: Asked, late: bool) -> None:
     assert played(asked, late=late) is None
 
