@@ -132,7 +132,7 @@ def train(
         raise BackendUnavailableError(f"backend {backend}: {reason}")
     rows: list[dict[str, Any]] = []
     with together(backend):
-        from cli.training import TOLERANCE, Experiment
+        from cli.training import Experiment
         from refimpl.parallel.comm import run_ranks
 
         start: Any = run_ranks
@@ -164,7 +164,7 @@ def train(
         ),
         totals={"runs": len(rows), "disagree": wrong, "parameters": rows[0]["parameters"]},
         sources=["Rajbhandari et al. 2020, arXiv:1910.02054, sections 5 and 7"],
-        problem=f"{wrong} of {len(rows)} runs differ from Adam by more than {TOLERANCE:g} or from the models"
+        problem=f"{wrong} of {len(rows)} runs differ from the models or from Adam by {experiment.tolerance:g}"
         if wrong
         else "",
         exit_code=1 if wrong else 0,

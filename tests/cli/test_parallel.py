@@ -118,3 +118,9 @@ def test_bad_input_is_one_line(run, arguments, message):
     done = run("parallel", *arguments, code=2)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_rounding_of_many_steps_is_no_disagreement(rows):
+    """After 200 steps two ranks have left one device by more than after ten, and by no mistake."""
+    document = rows("parallel", "train", "--ranks", "2", "--stage", "2", "--steps", "200")
+    assert document["totals"]["disagree"] == 0
