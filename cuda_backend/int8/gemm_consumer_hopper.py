@@ -26,22 +26,21 @@ int32, uint32, uint64, float32 = types.int32, types.uint32, types.uint64, types.
 def build_consumer(variant: Wide) -> Callable[..., None]:
     """Return ``consume``, what 128 threads do with all tiles of their block."""
     block_m, block_n, a_bytes = variant.block_m, variant.block_n, variant.a_bytes
-    halved, at, last = variant.halves, layout_of(variant), variant.last
-    halves = 2 if halved else 1
-    half = block_n // halves
-    count, scaled, beside = half // 2, variant.kind != "int32", variant.beside
+    halved, width, at, last = variant.halves, variant.width, layout_of(variant), variant.last
+    halves, count = block_n // width, width // 2
+    scaled, beside = variant.kind != "int32", variant.beside
     removed = beside and variant.outliers == "released"
-    pairs, short_right = max(2, 2 * last), half * 2 * CHUNK
+    pairs, short_right = max(2, 2 * last), width * 2 * CHUNK
 
     next_stage, place = ring(variant.stages), placing(GROUP)
     descriptor, short_descriptor = wgmma.descriptor_k_major, wgmma.descriptor_k_major_32
-    right_at = half * STEP // 16
+    right_at = width * STEP // 16
     multiply = wgmma_halves.product_codes_in_halves(block_n, STEPS_OF_A_STAGE, right_at, halves=halves)
     multiply_apart = wgmma_halves.product_codes_in_halves(
         block_n, STEPS_OF_A_STAGE, right_at, halves=halves, stages=max(1, last), apart=True
     )
     remove = wgmma_halves.product_codes_in_halves(block_n, [0], short_right // 16, halves=halves)
-    multiply_outliers = wgmma.product_step(half, kind_of(variant.kind))
+    multiply_outliers = wgmma.product_step(width, kind_of(variant.kind))
     both_done = wgmma_halves.wait_for_both(count, halves)
     left_done, right_done = wgmma.wait(1, count), wgmma.wait(0, count)
     scale, store, store_codes = build_epilogue(variant)
@@ -119,7 +118,7 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                     remove_surplus(left, taken, indices, number, side_by_side, row, own_column, M, N)
                     if halved:
                         remove_surplus(
-                            right, taken, indices, number, side_by_side, row, own_column + half, M, N
+                            right, taken, indices, number, side_by_side, row, own_column + width, M, N
                         )
             ended = stage
             if halved:
@@ -145,7 +144,7 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                     ended, _ = next_stage(ended, parity)
             if scaled:
                 if halved:
-                    scale(right, base + at.columns + 8 * half + 16 * quad_lane, low, high)
+                    scale(right, base + at.columns + 8 * width + 16 * quad_lane, low, high)
                 columns_parity = int32(columns_parity ^ 1)
                 barrier.arrive_warp(base + at.columns_empty, lane)
             if beside:
@@ -163,12 +162,12 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                 add_surplus(left, surplus, indices, number, side_by_side, row, own_column, M, N)
                 store(left, out, row, start, quad_lane, M, N)
                 if halved:
-                    add_surplus(right, surplus, indices, number, side_by_side, row, own_column + half, M, N)
+                    add_surplus(right, surplus, indices, number, side_by_side, row, own_column + width, M, N)
             if halved:
                 if scaled:
-                    store(right, out, row, start + half, quad_lane, M, N)
+                    store(right, out, row, start + width, quad_lane, M, N)
                 else:
-                    store_codes(right, out, row, own_column + half, M, N)
+                    store_codes(right, out, row, own_column + width, M, N)
             tile = int32(tile + blocks)
 
     return consume

@@ -46,7 +46,7 @@ LEFT_DONE = "                left_done(left)\n"
 SCALES_READ = "                barrier.arrive_warp(base + at.columns_empty, lane)\n"
 SCALED_RIGHT = (
     "                if halved:\n"
-    "                    scale(right, base + at.columns + 8 * half + 16 * quad_lane, low, high)\n"
+    "                    scale(right, base + at.columns + 8 * width + 16 * quad_lane, low, high)\n"
 )
 AND_PARITY = "                columns_parity = int32(columns_parity ^ 1)\n"
 REMOVED_RIGHT = "remove_surplus(\n                            right, taken"
@@ -135,7 +135,7 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
         (FEW, ("producer", "int32(2 * side_by_side), TAKEN", "int32(side_by_side), TAKEN"), DIFFERS),
     # Halves.
     "the right half of B":
-        (LONG, ("consumer", "right_at = half * STEP // 16", "right_at = half * STEP // 32"), DIFFERS),
+        (LONG, ("consumer", "right_at = width * STEP // 16", "right_at = width * STEP // 32"), DIFFERS),
     "the left half of B twice":
         (LONG, ("wgmma_halves", "{offset + side * right}", "{offset}"), DIFFERS),
     "the right half of B's codes of outliers":
@@ -163,9 +163,9 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "sums are not cleared": (LONG, ("consumer", "right[i] = 0", "pass"), DIFFERS),
     # Scales.
     "scales of the left half for the right one":
-        (LONG, ("consumer", "base + at.columns + 8 * half + 16", "base + at.columns + 16"), DIFFERS),
+        (LONG, ("consumer", "base + at.columns + 8 * width + 16", "base + at.columns + 16"), DIFFERS),
     "the right half is stored over the left one":
-        (LONG, ("consumer", "store(right, out, row, start + half", "store(right, out, row, start"),
+        (LONG, ("consumer", "store(right, out, row, start + width", "store(right, out, row, start"),
          ONCE),
     "scales are not waited for":
         (LONG, ("consumer", "barrier.wait(base + at.columns_full, columns_parity)", "pass"), RACE),
@@ -192,7 +192,7 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "further codes of the left half twice":
         (MANY, ("consumer", REMOVED_RIGHT, REMOVED_RIGHT.replace("right,", "left,")), DIFFERS),
     "further outliers of the left half's columns":
-        (MANY, ("consumer", FURTHER_RIGHT + " + half", FURTHER_RIGHT), DIFFERS),
+        (MANY, ("consumer", FURTHER_RIGHT + " + width", FURTHER_RIGHT), DIFFERS),
     "the number of outliers before it is known":
         (FEW, ("consumer", "barrier.wait(base + at.ready, 0)", "pass"), RACE),
     "outliers are copied before they are set aside":
