@@ -70,6 +70,7 @@ class Driver:
 def test_rows_arrive_further_apart(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver()
     monkeypatch.setattr(padding, "driver", driver)
+    monkeypatch.setattr(padding, "current_device", lambda: 0)
     array = rows(width)
     with padding.aligned_rows(seen(array), 7) as given:
         assert not driver.freed
