@@ -10,6 +10,7 @@ import pytest
 import cuda_backend
 from refimpl import quant
 from refimpl.errors import OptionError, UnsupportedError
+from tests.cuda.hopper_torch import hopper_torch
 
 pytestmark = pytest.mark.cuda
 torch: Any = None
@@ -21,12 +22,7 @@ HALVES = ("float16", "bfloat16")
 def _kernels() -> None:
     """Import the kernels only where they run: the import decides between GPU and simulator."""
     global judge, torch
-    reason = cuda_backend.availability("cuda")
-    if reason:
-        pytest.skip(reason)
-    torch = pytest.importorskip("torch")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("no Hopper GPU")
+    torch = hopper_torch()
     from tests.cuda import int8_judge
 
     judge = int8_judge

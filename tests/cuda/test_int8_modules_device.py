@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-import cuda_backend
 from refimpl.errors import UnsupportedError
+from tests.cuda.hopper_torch import hopper_torch
 
 pytestmark = pytest.mark.cuda
 torch: Any = None
@@ -17,12 +17,7 @@ torch: Any = None
 def _kernels() -> None:
     """Import PyTorch only where the kernels run."""
     global torch
-    reason = cuda_backend.availability("cuda")
-    if reason:
-        pytest.skip(reason)
-    torch = pytest.importorskip("torch")
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("no Hopper GPU")
+    torch = hopper_torch()
 
 
 def test_a_module_in_the_place_of_a_linear_layer() -> None:
