@@ -37,23 +37,27 @@ TAKEN, DONE, LEFT = 0, 4, 8  # counters: shares claimed and finished, blocks tha
 
 
 def build_list(room: int, vectors: int = VECTORS) -> Callable[..., Any]:
-    """Return ``listing(marks, K, lane, listed, indices)``, what a warp does to list marked columns, in order.
+    """Return what a warp does to list marked columns, in order.
 
-    It returns their number.  The first `room` go to shared memory at ``listed``, all further ones to where
-    they belong at ``indices``.  A lane reads so many `vectors` of 16 marks at once.
+    ``listing(marks, start, end, before, lane, listed, indices, written)`` returns ``before`` and how many of
+    ``start`` to ``end`` are marked.  If they are to be ``written``, the first has place ``before``; the first
+    `room` places lie in shared memory at ``listed``, all further ones where they belong at ``indices``.  A
+    lane reads so many `vectors` of 16 marks at once.
     """
     words_at_once = 4 * vectors
 
     @device_function
-    def listing(marks: Any, K: Any, lane: Any, listed: Any, indices: Any) -> Any:
+    def listing(
+        marks: Any, start: Any, end: Any, before: Any, lane: Any, listed: Any, indices: Any, written: Any
+    ) -> Any:
         words = cuda.local.array(words_at_once, uint32)
-        number, start = int32(0), int32(0)
-        while start < K:
+        number, start = int32(before), int32(start)
+        while start < end:
             first = int32(start + 16 * vectors * lane)
             for v in range(vectors):
                 for i in range(4):
                     words[4 * v + i] = uint32(0)
-                if first + 16 * v < K:
+                if first + 16 * v < end:
                     copy.load_16(words, 4 * v, marks + uint64(first + 16 * v))
             own = int32(0)
             for i in range(words_at_once):
@@ -66,7 +70,7 @@ def build_list(room: int, vectors: int = VECTORS) -> Callable[..., Any]:
                         upto += lower
                 place = int32(number + upto - own)
                 for i in range(words_at_once):
-                    word = words[i]
+                    word = words[i] if written else uint32(0)
                     while word != uint32(0):
                         column = int32(first + 4 * i + (int32(cuda.ffs(word)) - 1) // 8)
                         if place < room:
@@ -187,33 +191,42 @@ def build_set_aside(kind: str, outliers: str) -> Callable[..., Any]:
 
     @device_function
     def set_aside(
-        thread: Any, marks: Any, counters: Any, indices: Any, listed: Any, number_at: Any, ready: Any,
-        given: Any, room: Any, problem: Any, K: Any, blocks: Any,
+        thread: Any, marks: Any, counters: Any, indices: Any, listed: Any, number_at: Any, counted: Any,
+        ready: Any, given: Any, room: Any, problem: Any, K: Any, blocks: Any,
     ) -> None:  # fmt: skip
         lane, warp = int32(thread & 31), registers.uniform(int32(thread >> 5))
         M, N, _ = problem
-        if warp == 0:
-            number = listing(marks, K, lane, listed, indices)
-            if lane == 0:
-                copy.store_shared_word(number_at, number)
+        # Each warp counts the marks of a half, then both know where in the list theirs go.
+        half = int32(16 * ((K + 31) >> 5))
+        start, end = int32(half * warp), int32(half if warp == 0 else K)
+        own = listing(marks, start, end, int32(0), lane, listed, indices, False)
+        if lane == 0:
+            copy.store_shared_word(uint32(counted + 16 * warp), own)
         together()
-        number = copy.load_shared_word(number_at)
+        before = copy.load_shared_word(counted)
+        number = int32(before + copy.load_shared_word(uint32(counted + 16)))
+        if own > 0:
+            listing(marks, start, end, int32(before * warp), lane, listed, indices, True)
+        together()
         if number > 0:
-            shares = int32(((M + 31) >> 5) + ((N + 31) >> 5))
+            shares, done = int32(((M + 31) >> 5) + ((N + 31) >> 5)), int32(0)
             share = claimed(counters, lane)
             while share < shares:
                 share_out(share, lane, listed, number, given, room, problem)
-                turns.to_the_copy_engine()
-                barrier.warp()
-                if lane == 0:
-                    turns.pass_turn(counters + uint64(DONE))
+                done += int32(1)
                 share = claimed(counters, lane)
+            turns.to_the_copy_engine()
+            barrier.warp()
             if lane == 0:
-                while turns.word_seen(counters + uint64(DONE)) < shares:
+                turns.pass_turns(counters + uint64(DONE), done)
+                # A fence of the copy engine at each look would hold up the copies of the product.
+                while copy.load_word_fresh(counters + uint64(DONE)) < shares:
                     turns.rest()
+                turns.word_seen(counters + uint64(DONE))
             together()
         if warp == 0:
             if lane == 0:
+                copy.store_shared_word(number_at, number)
                 barrier.arrive(ready)
             last = int32(0)
             if number > 0 and lane == 0:

@@ -114,7 +114,8 @@ def build(variant: Wide) -> Callable[..., None]:
                 given = (x, x_row, x_feature, codes, codes_row, w, w_feature, w_column, b_absmax)
                 set_aside(
                     int32(thread - 64), marks, counters, indices, base + at.listed, base + at.number,
-                    base + at.ready, given, (x_aside, w_aside), (M, N, side_by_side), K, blocks,
+                    base + at.counted, base + at.ready, given, (x_aside, w_aside), (M, N, side_by_side),
+                    K, blocks,
                 )  # fmt: skip
         else:
             take_registers()

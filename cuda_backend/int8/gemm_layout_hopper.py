@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cuda_backend._numba import device_function
-from cuda_backend.int8.variant_hopper import Wide
+from cuda_backend.int8.variant_hopper import LISTED, Wide
 from cuda_backend.ptx import registers
 from cuda_backend.ptx.assembly import types
 
@@ -35,6 +35,8 @@ class Layout(NamedTuple):
         Barrier: outliers have been set aside.
     number, listed
         How many there are, and which.
+    counted
+        How many each of the warps that list them has found, 16 bytes apart.
     """
 
     stage_bytes: int
@@ -46,6 +48,7 @@ class Layout(NamedTuple):
     ready: int
     number: int
     listed: int
+    counted: int
 
 
 def layout_of(variant: Wide) -> Layout:
@@ -55,7 +58,8 @@ def layout_of(variant: Wide) -> Layout:
     full = columns + 8 * variant.block_n
     empty = full + 8 * variant.stages
     behind = empty + 8 * variant.stages
-    return Layout(stage_bytes, columns, full, empty, *range(behind, behind + 40, 8))
+    places = [*range(behind, behind + 40, 8), behind + 32 + 4 * LISTED]
+    return Layout(stage_bytes, columns, full, empty, *places)
 
 
 def placing(group: int) -> Callable[..., Any]:

@@ -135,7 +135,7 @@ def build_outliers(variant: Narrow, at: int, token_bytes: int) -> Outliers:
         base: Any, lane: Any, marks: Any, indices: Any, counters: Any, weight: Any, start: Any, N: Any,
         K: Any, grid: Any,
     ) -> Any:  # fmt: skip
-        number = make_list(marks, K, lane, uint32(base + listed), indices)
+        number = make_list(marks, int32(0), K, int32(0), lane, uint32(base + listed), indices, True)
         if lane == 0:
             copy.store_shared_word(uint32(base + number_at), number)
         barrier.warp()

@@ -141,6 +141,13 @@ def build(variant: Variant) -> Callable[..., None]:
         low, high = coded(words, first, scale, usual)
         copy.store_global_8(target, low, high)
 
+    @device_function
+    def write_held(words: Any, thread: Any, scale: Any, usual: Any, target: Any, K: Any) -> None:
+        for v in range(VECTORS):
+            column = int32(WIDTH * (thread + v * THREADS))
+            if column < K:
+                write(words, 4 * v, scale, usual, target + uint64(column))
+
     def quantize(
         x: Any, x_row: Any, codes: Any, codes_row: Any, absmax: Any, mask: Any, K: Any, limit: Any
     ) -> None:
@@ -182,10 +189,10 @@ def build(variant: Variant) -> Callable[..., None]:
             copy.store_global_float(absmax + uint64(4) * row, largest)
         usual = is_usual(largest, scale)
         if held:
-            for v in range(VECTORS):
-                column = int32(WIDTH * (thread + v * THREADS))
-                if column < K:
-                    write(words, 4 * v, scale, usual, target + uint64(column))
+            if usual:  # asked once, so that a usual row's codes are one stretch of instructions
+                write_held(words, thread, scale, True, target, K)
+            else:
+                write_held(words, thread, scale, False, target, K)
         else:
             column = int32(WIDTH * thread)
             while column < K:

@@ -17,6 +17,7 @@ __all__ = [
     "pass_addition",
     "pass_turn",
     "pass_turn_of_warp",
+    "pass_turns",
     "rest",
     "take_number",
     "to_the_copy_engine",
@@ -40,6 +41,15 @@ pass_turn = instruction(
     "fence.proxy.async; fence.acq_rel.gpu; red.release.gpu.global.add.s32 [$0], 1;",
     "l",
     'Add 1 to the word, after all that this thread has seen done.  PTX ISA, "red", .release.',
+)
+
+pass_turns = instruction(
+    "pass_turns",
+    types.void,
+    {"address": types.uint64, "count": types.int32},
+    "fence.proxy.async; fence.acq_rel.gpu; red.release.gpu.global.add.s32 [$0], $1;",
+    "l,r",
+    'Add `count` to the word, after all that this thread has seen done.  PTX ISA, "red", .release.',
 )
 
 addition_seen = instruction(

@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.cuda.hopper_machine import Barrier, Machine, join
 
-CELL = 16  # bytes
+CELL = 4  # bytes
 UNDER_WAY = 1 << 60
 
 

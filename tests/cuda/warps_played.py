@@ -90,6 +90,11 @@ def copies(machine: Clocked, arena: Arena) -> Any:
             machine.acquired(arena.told[int(address)])
             return atomics.fetch_increment(address, bound)
 
+    def load_word_fresh(address: Any) -> Any:
+        with machine.changed:
+            machine.own.passed = arena.passed
+            return arena.look(address)
+
     atomics = plain_copies(machine)
     return SimpleNamespace(
         shared_address=lambda _: np.uint32(SLACK),
@@ -101,7 +106,7 @@ def copies(machine: Clocked, arena: Arena) -> Any:
         load_shared_16=load_shared_16,
         store_shared_word=store_shared(np.int32), store_shared_float=store_shared(np.float32),
         fetch_add=atomics.fetch_add,
-        fetch_increment=fetch_increment,
+        fetch_increment=fetch_increment, load_word_fresh=load_word_fresh,
     )  # fmt: skip
 
 
@@ -180,11 +185,10 @@ def warp_barriers(machine: Clocked) -> Any:
 def clocked_turns(machine: Clocked, arena: Arena) -> Any:
     """Return `cuda_backend.ptx.turns`; who spins rests until a turn is passed."""
     found = turns(machine)
-    passed = [0]
 
     def word_seen(address: Any) -> Any:
         with machine.changed:
-            machine.own.passed = passed[0]
+            machine.own.passed = arena.passed
             machine.acquired(arena.told[int(address)])
             return arena.load(address, 4).view(np.int32)[0, 0]
 
@@ -193,17 +197,23 @@ def clocked_turns(machine: Clocked, arena: Arena) -> Any:
         with machine.changed:
             arena.pass_on(address)
             found.pass_turn(address)
-            passed[0] += 1
+            arena.passed += 1
             machine.changed.notify_all()
+
+    def pass_turns(address: Any, count: Any) -> None:
+        with machine.changed:
+            for _ in range(int(active(count)[0])):
+                pass_turn(address)
 
     def rest() -> None:
         seen = machine.own.passed
         with machine.changed:
-            machine.until(lambda: passed[0] != seen, "a turn to be passed")
+            machine.until(lambda: arena.passed != seen, "a turn to be passed")
 
     return SimpleNamespace(
-        word_seen=word_seen, pass_turn=pass_turn, rest=rest, to_the_copy_engine=arena.publish
-    )
+        word_seen=word_seen, pass_turn=pass_turn, pass_turns=pass_turns, rest=rest,
+        to_the_copy_engine=arena.publish,
+    )  # fmt: skip
 
 
 def warp_lanes(machine: Clocked) -> Any:

@@ -31,6 +31,7 @@ class Arena:
         self.stores = np.zeros(ROOM + 1024, np.int32)
         self.watch = Watch(machine, ROOM + 1024, "global memory")
         self.told: dict[int, Barrier] = defaultdict(lambda: Barrier(1))  # by whoever has changed a word
+        self.passed = 0  # turns, in all words
         self._machine, self._own = machine, machine.own
 
     def place(self, array: Any, *, watched: bool = False) -> Any:
@@ -62,6 +63,11 @@ class Arena:
         if seen.size:
             self.watch.read(cells_of(seen))
         return self._bytes[places]
+
+    def look(self, address: Any) -> Any:
+        """Return a word as a relaxed load sees it: who looks may not yet know what was done before."""
+        assert self._own.behind_earlier_grids, "read before the grid ahead has ended"
+        return self._bytes[self.places(address, 4)].view(np.int32)[0, 0]
 
     def store(self, addresses: Any, data: Any) -> None:
         """Store bytes [lanes, size] as threads do: the copy engine must be told of it."""
