@@ -41,8 +41,9 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
     )
     remove = wgmma_halves.product_codes_in_halves(block_n, [0], short_right // 16, halves=halves)
     multiply_outliers = wgmma.product_step(width, kind_of(variant.kind))
+    begin_outliers = wgmma.product_step(width, kind_of(variant.kind), awaited=False)
     both_done = wgmma_halves.wait_for_both(count, halves)
-    left_done, right_done = wgmma.wait(1, count), wgmma.wait(0, count)
+    left_done, all_done = wgmma.wait(1, count), wgmma.wait(0, count)
     scale, store, store_codes = build_epilogue(variant)
     add_surplus, remove_surplus = build_surplus(variant), build_removal(variant)
 
@@ -67,7 +68,7 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
         group = registers.uniform(int32(thread >> 7) - 1)
         own_row = int32(64 * group + 16 * ((thread >> 5) & 3) + (lane >> 2))
         a_own, a_short = uint32(group * (64 * STEP)), uint32(group * (64 * 2 * CHUNK))
-        number = int32(0)
+        number, near = int32(0), int32(0)
         stage, parity, columns_parity = int32(0), int32(0), int32(0)
         tile = first
         while tile < tiles:
@@ -77,10 +78,9 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
             own_column = int32(start + 2 * quad_lane)
             low, high = float32(0.0), float32(0.0)
             if scaled:
-                if row < M:
-                    low = copy.load_float(absmax + uint64(4) * uint64(row))
-                if row + 8 < M:
-                    high = copy.load_float(absmax + uint64(4) * uint64(row + 8))
+                # Behind the last row any number will do: with a branch the load would be waited for here.
+                low = copy.load_float(absmax + uint64(4) * uint64(min(row, int32(M - 1))))
+                high = copy.load_float(absmax + uint64(4) * uint64(min(int32(row + 8), int32(M - 1))))
             for i in range(count):
                 left[i] = 0
                 right[i] = 0
@@ -97,29 +97,28 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
             if not halved:
                 both_done(left, right)
                 hand_back(base, lane, before)
+                before = int32(-1)
             if beside and marks != uint64(0):
-                if halved:
-                    both_done(left, right)
-                    hand_back(base, lane, before)
-                    before = int32(-1)
-                barrier.wait(base + at.ready, 0)
-                number = copy.load_shared_word(uint32(base + at.number))
+                if tile == first:
+                    barrier.wait(base + at.ready, 0)
+                    number = copy.load_shared_word(uint32(base + at.number))
+                    near = int32(min(number, side_by_side))
                 if removed:
-                    todo = int32(min(number, side_by_side))
+                    todo = near
                     while todo > 0:
                         barrier.wait(base + at.full + 8 * stage, parity)
                         here = base + stage * at.stage_bytes
                         own[0], own[1] = short_descriptor(here + a_short), short_descriptor(here + a_bytes)
                         remove(left, right, own)
-                        both_done(left, right)
-                        hand_back(base, lane, stage)
+                        if halved:
+                            wgmma.wait_for_older()
+                            hand_back(base, lane, before)
+                            before = stage
+                        else:
+                            both_done(left, right)
+                            hand_back(base, lane, stage)
                         stage, parity = next_stage(stage, parity)
                         todo = int32(todo - TAKEN_CHUNK)
-                    remove_surplus(left, taken, indices, number, side_by_side, row, own_column, M, N)
-                    if halved:
-                        remove_surplus(
-                            right, taken, indices, number, side_by_side, row, own_column + width, M, N
-                        )
             ended = stage
             if halved:
                 for i in range(last):
@@ -130,6 +129,8 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
                 multiply_apart(left, right, ends)
                 left_done(left)
                 hand_back(base, lane, before)
+            if removed:
+                remove_surplus(left, taken, indices, number, side_by_side, row, own_column, M, N)
             if scaled:
                 barrier.wait(base + at.columns_full, columns_parity)
                 scale(left, base + at.columns + 16 * quad_lane, low, high)
@@ -138,22 +139,31 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
             else:
                 store_codes(left, out, row, own_column, M, N)
             if halved:
-                right_done(right)
+                all_done(right)
                 for _ in range(last):
                     hand_back(base, lane, ended)
                     ended, _ = next_stage(ended, parity)
+                if removed:
+                    remove_surplus(right, taken, indices, number, side_by_side, row, own_column + width, M, N)
+            if beside and halved and near > 0:
+                barrier.wait(base + at.full + 8 * stage, parity)
+                here = base + stage * at.stage_bytes
+                begin_outliers(left, short_descriptor(here + a_short), short_descriptor(here + a_bytes))
             if scaled:
                 if halved:
                     scale(right, base + at.columns + 8 * width + 16 * quad_lane, low, high)
                 columns_parity = int32(columns_parity ^ 1)
                 barrier.arrive_warp(base + at.columns_empty, lane)
             if beside:
-                todo = int32(min(number, side_by_side))
+                if halved:
+                    all_done(left)
+                todo = near
                 while todo > 0:
-                    barrier.wait(base + at.full + 8 * stage, parity)
                     here = base + stage * at.stage_bytes
                     a, b = short_descriptor(here + a_short), here + a_bytes
-                    multiply_outliers(left, a, short_descriptor(b))
+                    if not halved or todo < near:
+                        barrier.wait(base + at.full + 8 * stage, parity)
+                        multiply_outliers(left, a, short_descriptor(b))
                     if halved:
                         multiply_outliers(right, a, short_descriptor(b + short_right))
                     hand_back(base, lane, stage)

@@ -180,7 +180,7 @@ def product_shared(
     return declare(f"product_shared_{n}_{kind}", ("accumulators", "a", "b"), PRODUCT, lower)
 
 
-def product_step(n: int, kind: str) -> Intrinsic:
+def product_step(n: int, kind: str, *, awaited: bool = True) -> Intrinsic:
     """Return D += A B for one step along K, both operands K-major in shared memory, and the wait for it.
 
     The fence stands in the same asm: what ptxas moves between a fence and its product serialises products.
@@ -189,6 +189,8 @@ def product_step(n: int, kind: str) -> Intrinsic:
     ----------
     n, kind
         As in `product_shared`.
+    awaited : bool
+        Whether to wait; else the accumulators are left alone until `wait` says that it has run.
 
     Returns
     -------
@@ -201,7 +203,7 @@ def product_step(n: int, kind: str) -> Intrinsic:
             "wgmma.fence.sync.aligned;",
             f"{_opcode(n, kind)} {register_list(0, count)}, ${2 * count}, ${2 * count + 1}, 1, 1, 1, 0, 0;",
             "wgmma.commit_group.sync.aligned;",
-            "wgmma.wait_group.sync.aligned 0;",
+            *(["wgmma.wait_group.sync.aligned 0;"] if awaited else []),
         )
     )
 
