@@ -11,14 +11,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cuda_backend.capture import lasting
 from cuda_backend.context import checked, driver
-from refimpl.errors import UnsupportedError
 
 __all__ = ["Descriptors", "encoder"]
 
 DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap)
-MEMBERS = 4  # descriptors of a product
-SETS = 1024  # kept on the device
+SET_BYTES = 4 * DESCRIPTOR_BYTES  # those of a product
+SETS = 1024  # kept on the device for calls
 
 
 def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int, box_bytes: int) -> Callable[[int], Any]:
@@ -56,19 +56,18 @@ def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int, box_bytes: int
 
 
 class Descriptors:
-    """Sets of descriptors in device memory, the least recently used replaced first.
+    """Sets of descriptors in device memory, for calls on one stream.
 
-    Copies run on the stream, so no set is overwritten under a kernel that still reads it.  Graphs read their
-    sets at each replay, so sets used under capture are never replaced; and the copy itself is not captured:
-    arrays must have been seen on the stream before.
+    Those of calls are replaced, the least recently used first: copies run on the stream, so none is overwritten
+    under a kernel that still reads it.  Those of calls under capture are not, since graphs read them at each
+    replay: each lies in memory of its own, with its contents from the beginning, and no copy is captured.
     """
 
     def __init__(self, stream: int) -> None:
         self._stream = stream
-        self._size = MEMBERS * DESCRIPTOR_BYTES
-        self._base = int(checked(driver.cuMemAlloc(self._size * SETS)))
-        self._places: OrderedDict[Any, int] = OrderedDict()
-        self._captured: set[Any] = set()
+        self._base = lasting(SET_BYTES * SETS)
+        self._replaced: OrderedDict[Any, int] = OrderedDict()
+        self._captured: dict[Any, int] = {}
 
     def place(self, kind: int, addresses: tuple[int, ...], encoders: Sequence[Callable[[int], Any]]) -> int:
         """Return where on the device the descriptors of matrices at these addresses lie.
@@ -76,31 +75,27 @@ class Descriptors:
         `kind` names the encoders, one for each address, which make them if they are not there.
         """
         key = (kind, addresses)
-        place = self._places.get(key)
-        capturing = checked(driver.cuStreamIsCapturing(self._stream))
-        if place is None:
-            if capturing:
-                raise UnsupportedError(
-                    "a stream under capture: call once with the same arrays before capturing"
-                )
-            made = [encoder(address) for encoder, address in zip(encoders, addresses, strict=True)]
-            place = self._places[key] = self._copied(made)
-        else:
-            self._places.move_to_end(key)
+        capturing = bool(checked(driver.cuStreamIsCapturing(self._stream)))
+        place = (self._captured if capturing else self._replaced).get(key)
+        if place is not None:
+            if not capturing:
+                self._replaced.move_to_end(key)
+            return place
+        made = [encoder(address) for encoder, address in zip(encoders, addresses, strict=True)]
+        content = b"".join(ctypes.string_at(int(each.getPtr()), DESCRIPTOR_BYTES) for each in made)
         if capturing:
-            self._captured.add(key)
+            place = self._captured[key] = lasting(SET_BYTES, content)
+        else:
+            place = self._replaced[key] = self._copied(content)
         return place
 
-    def _copied(self, descriptors: Sequence[Any]) -> int:
-        """Copy a set to a place of its own, or that of the least recently used which no graph holds."""
-        place = self._base + self._size * len(self._places)
-        if len(self._places) == SETS:
-            oldest = next((key for key in self._places if key not in self._captured), None)
-            if oldest is None:
-                raise UnsupportedError(f"captured graphs hold all {SETS} sets of descriptors of this stream")
-            place = self._places.pop(oldest)
-        content = b"".join(ctypes.string_at(int(each.getPtr()), DESCRIPTOR_BYTES) for each in descriptors)
+    def _copied(self, content: bytes) -> int:
+        """Copy a set to a place of its own, or that of the least recently used."""
+        if len(self._replaced) < SETS:
+            place = self._base + SET_BYTES * len(self._replaced)
+        else:
+            _, place = self._replaced.popitem(last=False)
         # The driver has read pageable memory when this returns.
-        source = ctypes.create_string_buffer(content, self._size)
-        checked(driver.cuMemcpyHtoDAsync(place, ctypes.addressof(source), self._size, self._stream))
+        source = ctypes.create_string_buffer(content, len(content))
+        checked(driver.cuMemcpyHtoDAsync(place, ctypes.addressof(source), len(content), self._stream))
         return place
