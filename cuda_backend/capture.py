@@ -1,15 +1,15 @@
-"""What a graph needs but must not repeat: memory with its contents, and kernels, got while a stream is captured.
+"""What a graph needs and does not repeat, got while a stream is under capture: memory with contents, kernels.
 
-Under capture the driver refuses calls that no graph records, because a program might want them repeated by each
-replay [1]_.  Here nothing is to be repeated, so the thread asks for the mode in which they are allowed, as PyTorch
-does for memory [2]_; and contents are copied on a stream of our own, which is not captured, and waited for, as
-Warp does [3]_.  Calls of other streams profit, too: a capture in any thread of the process forbids the same to them.
+Meanwhile the driver refuses, in every thread, calls that no graph records, lest a program wants them repeated
+[1]_.  Here nothing is to be repeated: the thread asks for the mode in which they are allowed, as PyTorch does
+for memory [2]_; contents are copied on a stream of our own, which is not under capture and is waited for, as
+Warp does [3]_.
 
 References
 ----------
 .. [1] CUDA Driver API, "Stream Management: cuThreadExchangeStreamCaptureMode".
 .. [2] PyTorch, c10/cuda/CUDACachingAllocator.cpp, cudaMallocMaybeCapturing.
-.. [3] NVIDIA Warp, warp/native/sort.cu, and ``capture_begin``: drivers since CUDA 12.3 load modules under capture.
+.. [3] NVIDIA Warp, warp/native/sort.cu; and ``capture_begin``: modules load under capture since CUDA 12.3.
 """
 
 from __future__ import annotations

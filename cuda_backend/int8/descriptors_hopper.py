@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cuda_backend.capture import lasting
+from cuda_backend.capture import lasting, relaxed
 from cuda_backend.context import checked, driver
 
 __all__ = ["Descriptors", "encoder"]
@@ -56,11 +56,11 @@ def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int, box_bytes: int
 
 
 class Descriptors:
-    """Sets of descriptors in device memory, for calls on one stream.
+    """Sets of descriptors in device memory: those that calls on one stream read, and those that graphs read.
 
-    Those of calls are replaced, the least recently used first: copies run on the stream, so none is overwritten
-    under a kernel that still reads it.  Those of calls under capture are not, since graphs read them at each
-    replay: each lies in memory of its own, with its contents from the beginning, and no copy is captured.
+    For calls the least recently used is replaced: copies run on the stream, so none is overwritten under a
+    kernel that still reads it.  Graphs read theirs at each replay, so what is placed under capture is never
+    replaced: each set has memory of its own, which holds it before the kernel is recorded; no copy is.
     """
 
     def __init__(self, stream: int) -> None:
@@ -97,5 +97,6 @@ class Descriptors:
             _, place = self._replaced.popitem(last=False)
         # The driver has read pageable memory when this returns.
         source = ctypes.create_string_buffer(content, len(content))
-        checked(driver.cuMemcpyHtoDAsync(place, ctypes.addressof(source), len(content), self._stream))
+        with relaxed():  # another stream may be under capture
+            checked(driver.cuMemcpyHtoDAsync(place, ctypes.addressof(source), len(content), self._stream))
         return place

@@ -140,15 +140,18 @@ def llm_int8_linear_hopper(
     ShapeError, DTypeError, OptionError, BackendUnavailableError
         As `cuda_backend.llm_int8_linear_fused`.
     UnsupportedError
-        If the GPU is no Hopper, for other dtypes, strides and addresses, for the paper's convention with a
-        prepared weight that does not keep the weight, or if a stream under capture has not seen the shapes.
+        If the GPU is no Hopper, for other dtypes, strides and addresses, or for the paper's convention with a
+        prepared weight that does not keep the weight.
 
     Notes
     -----
     The number of outlier columns stays on the device, and no call but with `return_parts` waits for it.  With
     many rows up to 1024 outlier columns are multiplied by tensor cores, with few rows the first 32 lie in
     shared memory; further ones follow number by number.  Any output repeats bit for bit; without outliers it
-    equals the reference's.
+    equals the reference's.  Calls with a prepared weight, or codes, may be captured in a CUDA graph, without
+    `return_parts`.  Calls on a stream, and graphs captured on it, share memory between their kernels: whoever
+    replays two graphs at once, or a graph beside calls on the stream it was captured on, gives each a stream of
+    its own to be captured on (``torch.cuda.graph(graph, stream=stream)``).
 
     References
     ----------

@@ -35,8 +35,8 @@ class Shared:
     """Descriptors and memory of one stream, whose kernels run one after the other.
 
     Memory grows and is never given back: plans and captured graphs hold its addresses.  What kernels find in
-    `zeros` is 0, and they leave it so; what they find in `scratch` means nothing.  Graphs that were captured on
-    the stream use this memory wherever they are replayed, so at most one of them may run at a time.
+    `zeros` is 0, and they leave it so; what they find in `scratch` means nothing.  Graphs captured on the
+    stream use this memory wherever they are replayed: one at a time, and no call on the stream beside it.
     """
 
     def __init__(self, stream: int) -> None:

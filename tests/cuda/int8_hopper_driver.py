@@ -95,7 +95,6 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     for module in (product_hopper, few_hopper):
         monkeypatch.setattr(module, "encoder", lambda *_: None)
     monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
-    monkeypatch.setattr(memory_hopper, "driver", SimpleNamespace(cuStreamIsCapturing=lambda _: (0, 0)))
     for module in (plan_hopper, rows_hopper):
         monkeypatch.setattr(module, "cuda", cuda)
     for module in (product_hopper, rows_hopper, few_hopper):
