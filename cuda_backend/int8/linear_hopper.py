@@ -148,10 +148,11 @@ def llm_int8_linear_hopper(
     The number of outlier columns stays on the device, and no call but with `return_parts` waits for it.  With
     many rows up to 1024 outlier columns are multiplied by tensor cores, with few rows the first 32 lie in
     shared memory; further ones follow number by number.  Any output repeats bit for bit; without outliers it
-    equals the reference's.  Calls with a prepared weight, or codes, may be captured in a CUDA graph, without
-    `return_parts`.  Calls on a stream, and graphs captured on it, share memory between their kernels: whoever
-    replays two graphs at once, or a graph beside calls on the stream it was captured on, gives each a stream of
-    its own to be captured on (``torch.cuda.graph(graph, stream=stream)``).
+    equals the reference's.
+
+    A CUDA graph may be captured of calls with codes or a prepared weight, without `return_parts`.  Kernels hand
+    memory of their stream to each other, and graphs that of the stream they were captured on: a graph must not
+    run at once with another graph captured on its stream, or with calls on that.
 
     References
     ----------
