@@ -22,7 +22,12 @@ from typing import Any
 
 from cuda_backend.context import checked, current_device, driver
 
-__all__ = ["lasting", "relaxed"]
+__all__ = ["capturing", "lasting", "relaxed"]
+
+
+def capturing(stream: int) -> bool:
+    """Return whether work on `stream` is recorded in place of being done."""
+    return bool(checked(driver.cuStreamIsCapturing(stream)))
 
 
 @contextmanager

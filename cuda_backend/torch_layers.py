@@ -52,9 +52,9 @@ def int8_linear(
     -----
     It is faster than float16 for many tokens; which layers are, for how many, stands in docs/performance.md.
     Forward passes may be captured in a CUDA graph, by ``torch.cuda.graph(graph)`` on any stream or by
-    `torch.cuda.make_graphed_callables`; best after one with the same shapes, which compiles and loads kernels.
-    Graphs captured on one stream (PyTorch's own, if none is given) share memory: replay one after another, or
-    capture those that are to run at once each on a stream of its own.
+    `torch.cuda.make_graphed_callables`; best after one of the same shapes, which compiles and loads kernels.
+    Graphs captured on one stream (PyTorch's own, if none is given) share memory: replay one after another,
+    or capture those that are to run at once each on a stream of its own.
 
     References
     ----------

@@ -56,18 +56,17 @@ def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int, box_bytes: int
 
 
 class Descriptors:
-    """Sets of descriptors in device memory: those that calls on one stream read, and those that graphs read.
+    """Sets of descriptors in device memory, of calls on a stream or of those that are captured on it.
 
     For calls the least recently used is replaced: copies run on the stream, so none is overwritten under a
-    kernel that still reads it.  Graphs read theirs at each replay, so what is placed under capture is never
-    replaced: each set has memory of its own, which holds it before the kernel is recorded; no copy is.
+    kernel that still reads it.  Graphs read theirs at each replay, so what is `captured` is never replaced:
+    each set has memory of its own, which holds it before the kernel is recorded; no copy is.
     """
 
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-        self._base = lasting(SET_BYTES * SETS)
-        self._replaced: OrderedDict[Any, int] = OrderedDict()
-        self._captured: dict[Any, int] = {}
+    def __init__(self, stream: int, captured: bool) -> None:
+        self._stream, self._captured = stream, captured
+        self._base = 0 if captured else lasting(SET_BYTES * SETS)
+        self._places: OrderedDict[Any, int] = OrderedDict()
 
     def place(self, kind: int, addresses: tuple[int, ...], encoders: Sequence[Callable[[int], Any]]) -> int:
         """Return where on the device the descriptors of matrices at these addresses lie.
@@ -75,26 +74,22 @@ class Descriptors:
         `kind` names the encoders, one for each address, which make them if they are not there.
         """
         key = (kind, addresses)
-        capturing = bool(checked(driver.cuStreamIsCapturing(self._stream)))
-        place = (self._captured if capturing else self._replaced).get(key)
+        place = self._places.get(key)
         if place is not None:
-            if not capturing:
-                self._replaced.move_to_end(key)
+            self._places.move_to_end(key)
             return place
         made = [encoder(address) for encoder, address in zip(encoders, addresses, strict=True)]
         content = b"".join(ctypes.string_at(int(each.getPtr()), DESCRIPTOR_BYTES) for each in made)
-        if capturing:
-            place = self._captured[key] = lasting(SET_BYTES, content)
-        else:
-            place = self._replaced[key] = self._copied(content)
+        place = lasting(len(content), content) if self._captured else self._copied(content)
+        self._places[key] = place
         return place
 
     def _copied(self, content: bytes) -> int:
         """Copy a set to a place of its own, or that of the least recently used."""
-        if len(self._replaced) < SETS:
-            place = self._base + SET_BYTES * len(self._replaced)
+        if len(self._places) < SETS:
+            place = self._base + SET_BYTES * len(self._places)
         else:
-            _, place = self._replaced.popitem(last=False)
+            _, place = self._places.popitem(last=False)
         # The driver has read pageable memory when this returns.
         source = ctypes.create_string_buffer(content, len(content))
         with relaxed():  # another stream may be under capture

@@ -150,9 +150,8 @@ def llm_int8_linear_hopper(
     shared memory; further ones follow number by number.  Any output repeats bit for bit; without outliers it
     equals the reference's.
 
-    A CUDA graph may be captured of calls with codes or a prepared weight, without `return_parts`.  Kernels hand
-    memory of their stream to each other, and graphs that of the stream they were captured on: a graph must not
-    run at once with another graph captured on its stream, or with calls on that.
+    A CUDA graph may be captured of calls with codes or a prepared weight, without `return_parts`.  Graphs
+    that were captured on one stream share the memory between kernels: none may run beside another.
 
     References
     ----------

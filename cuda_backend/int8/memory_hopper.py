@@ -32,15 +32,15 @@ class Arena:
 
 
 class Shared:
-    """Descriptors and memory of one stream, whose kernels run one after the other.
+    """Descriptors and memory of calls that run one after the other: those on a stream, or captured on it.
 
-    Memory grows and is never given back: plans and captured graphs hold its addresses.  What kernels find in
-    `zeros` is 0, and they leave it so; what they find in `scratch` means nothing.  Graphs captured on the
-    stream use this memory wherever they are replayed: one at a time, and no call on the stream beside it.
+    Memory grows and is never given back: plans and graphs hold its addresses.  What kernels find in `zeros`
+    is 0, and they leave it so; what they find in `scratch` means nothing.  Graphs captured on one stream
+    share theirs wherever they are replayed, so none may run beside another; beside calls there they may.
     """
 
-    def __init__(self, stream: int) -> None:
-        self.descriptors = Descriptors(stream)
+    def __init__(self, stream: int, captured: bool) -> None:
+        self.descriptors = Descriptors(stream, captured)
         self.lock = Lock()
         self._held = {"zeros": (0, 0), "scratch": (0, 0)}
 
@@ -62,6 +62,6 @@ class Shared:
 
 
 @functools.cache
-def shared_by(stream: int, _device: int) -> Shared:
-    """Return what calls on `stream` share."""
-    return Shared(stream)
+def shared_by(stream: int, _device: int, captured: bool) -> Shared:
+    """Return what calls on `stream` share, or those that are captured on it."""
+    return Shared(stream, captured)

@@ -120,8 +120,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> CapturingDriver:
     monkeypatch.setattr(capture, "current_device", lambda: 0)
     for module in (product_hopper, few_hopper):
         monkeypatch.setattr(module, "encoder", encoder)
-    shared = functools.cache(lambda stream, device: memory_hopper.Shared(stream))
-    monkeypatch.setattr(plan_hopper, "shared_by", shared)
+    monkeypatch.setattr(plan_hopper, "shared_by", memory_hopper.shared_by)
+    monkeypatch.setattr(plan_hopper, "capturing", capture.capturing)
 
     def launch(kernel: Callable[..., None], item: SimpleNamespace, _matrices: Any) -> None:
         def run() -> None:
@@ -133,11 +133,12 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> CapturingDriver:
 
     for name, kernel in int8_hopper_played.KERNELS.items():
         monkeypatch.setitem(int8_hopper_played.KERNELS, name, functools.partial(launch, kernel))
-    capture._aside.cache_clear()
+    forget()
     return driver
 
 
 def forget() -> None:
-    """Forget plans and the stream of a driver that is gone."""
+    """Forget plans, memory and the stream of another driver."""
     forget_plans()
+    memory_hopper.shared_by.cache_clear()
     capture._aside.cache_clear()

@@ -112,6 +112,24 @@ def test_graphs_of_one_stream_replayed_in_turn(driver: CapturingDriver) -> None:
             assert layer.difference() < 0.03
 
 
+def test_graphs_share_nothing_with_calls(driver: CapturingDriver) -> None:
+    """A call on the stream may run between any two kernels of a graph that was captured there."""
+    layer, other = Layer(20, 136, 130), Layer(300, 72, 4300)
+    layer.run(CAPTURED)
+    with driver.capture(CAPTURED) as graph:
+        layer.run(CAPTURED)
+    layer.draw(3)
+    layer.run(CAPTURED)
+    expected = layer.out.copy()
+    for _, work in graph:
+        work()
+        out = layer.out.copy()
+        other.draw(5)
+        other.run(CAPTURED)
+    assert np.array_equal(out, expected)
+    assert other.difference() < 0.03
+
+
 def test_rows_under_capture(driver: CapturingDriver) -> None:
     x, codes, absmax = aligned((3, 64), np.float16), aligned((3, 64), np.int8), aligned((3,), np.float32)
     with driver.capture(CAPTURED) as graph:
@@ -127,7 +145,7 @@ def test_rows_under_capture(driver: CapturingDriver) -> None:
 def test_memory_under_capture(driver: CapturingDriver) -> None:
     with driver.capture(CAPTURED) as graph:
         address = capture.lasting(8, b"abc")
-        shared = Shared(CAPTURED)
+        shared = Shared(CAPTURED, captured=True)
         first = shared.zeros(5)
         assert not at(first, (5,), np.uint8).any()
         assert shared.zeros(4) == first
@@ -158,32 +176,33 @@ def test_another_stream_may_be_under_capture(driver: CapturingDriver) -> None:
     assert layer.difference() < 0.03
 
 
-def test_descriptors_of_graphs_are_never_replaced(
-    driver: CapturingDriver, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("captured", [False, True])
+def test_descriptors_that_are_replaced(
+    driver: CapturingDriver, monkeypatch: pytest.MonkeyPatch, captured: bool
 ) -> None:
+    """The least recently used of those for calls; never those for graphs."""
     monkeypatch.setattr(descriptors_hopper, "SETS", 3)
-    found = descriptors_hopper.Descriptors(CAPTURED)
+    found = descriptors_hopper.Descriptors(CAPTURED, captured)
 
     def place(kind: int, address: int) -> int:
         return found.place(kind, (address, address + 1), [encoder(kind, 2, 3, 4, 5)] * 2)
 
-    def numbers(where: int) -> list[int]:
-        return [int(at(where + i, (4,), np.int64)[0]) for i in (0, 128)]
+    def numbers(where: int) -> list[list[int]]:
+        return [at(where + i, (2,), np.int64).tolist() for i in (0, 128)]
 
-    called = place(0, 10)
-    with driver.capture(CAPTURED) as graph:
-        held = [place(0, 10), place(1, 10), place(0, 20)]
-        assert [place(0, 10), place(1, 10), place(0, 20)] == held
+    with driver.capture(CAPTURED if captured else 99) as graph:
+        keys = [(0, 10), (1, 10), (0, 20)]
+        held = [place(*key) for key in keys]
+        assert len(set(held)) == 3
+        assert [place(*key) for key in keys] == held
+        assert place(0, 10) == held[0], "it is the one used last"
+        later = [place(2, 10), place(0, 30)]
+        assert place(0, 10) == held[0]
     assert not graph
-    assert called not in held
-    assert place(0, 10) == called
-    others = [place(2, 10), place(2, 20)]
-    assert place(0, 10) == called, "the most recently used"
-    assert place(3, 10) == others[0]
-    assert [numbers(each) for each in (called, *others)] == [[10, 11], [10, 11], [20, 21]]
-    assert place(2, 10) == others[1], "the least recently used"
-    assert numbers(others[1]) == [10, 11]
-    for kind in range(4, 10):
-        place(kind, 99)
-    assert [numbers(each) for each in held] == [[10, 11], [10, 11], [20, 21]]
-    assert len(set(held)) == 3
+    assert numbers(held[0]) == [[10, 0], [11, 0]]
+    assert [numbers(each) for each in later] == [[[10, 2], [11, 2]], [[30, 0], [31, 0]]]
+    if captured:
+        assert not set(later) & set(held)
+        assert [numbers(each) for each in held[1:]] == [[[10, 1], [11, 1]], [[20, 0], [21, 0]]]
+    else:
+        assert later == held[1:]
