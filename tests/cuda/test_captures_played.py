@@ -112,22 +112,29 @@ def test_graphs_of_one_stream_replayed_in_turn(driver: CapturingDriver) -> None:
             assert layer.difference() < 0.03
 
 
-def test_graphs_share_nothing_with_calls(driver: CapturingDriver) -> None:
-    """A call on the stream may run between any two kernels of a graph that was captured there."""
+@pytest.mark.parametrize("beside", ["a call on the same stream", "a graph of another stream"])
+def test_what_may_run_beside_a_graph(driver: CapturingDriver, beside: str) -> None:
+    """Between any two of its kernels."""
     layer, other = Layer(20, 136, 130), Layer(300, 72, 4300)
     layer.run(CAPTURED)
     with driver.capture(CAPTURED) as graph:
         layer.run(CAPTURED)
+    with driver.capture(WARM) as second:
+        other.run(WARM)
     layer.draw(3)
     layer.run(CAPTURED)
     expected = layer.out.copy()
+    layer.out[...] = np.nan
     for _, work in graph:
         work()
-        out = layer.out.copy()
+        found = layer.out.copy()
         other.draw(5)
-        other.run(CAPTURED)
-    assert np.array_equal(out, expected)
-    assert other.difference() < 0.03
+        if beside == "a graph of another stream":
+            replay(second)
+        else:
+            other.run(CAPTURED)
+        assert other.difference() < 0.03
+    assert np.array_equal(found, expected)
 
 
 def test_rows_under_capture(driver: CapturingDriver) -> None:
