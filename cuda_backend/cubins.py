@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cuda_backend._numba import cuda
+from cuda_backend.capture import relaxed
 from cuda_backend.context import checked, driver
 
 __all__ = ["Image", "compiled", "folder", "load"]
@@ -67,13 +68,14 @@ def load(name: str, variant: Sequence[object], device: int, make: Callable[[], I
     """
     place = _place(name, variant, device)
     image = None if place is None else _read(place)
-    if image is not None:
-        with suppress(RuntimeError):
-            return _function(image)
-    image = make()
-    if place is not None:
-        _write(place, image)
-    return _function(image)
+    with relaxed():  # Numba loads what it compiles
+        if image is not None:
+            with suppress(RuntimeError):
+                return _function(image)
+        image = make()
+        if place is not None:
+            _write(place, image)
+        return _function(image)
 
 
 def folder() -> Path | None:

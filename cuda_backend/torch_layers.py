@@ -51,8 +51,10 @@ def int8_linear(
     Notes
     -----
     It is faster than float16 for many tokens; which layers are, for how many, stands in docs/performance.md.
-    Forward passes may be captured in a CUDA graph once they have run with the same shapes on its stream:
-    ``torch.cuda.graph(graph, stream=stream)`` behind a pass in ``torch.cuda.stream(stream)``.
+    Forward passes may be captured in a CUDA graph, by ``torch.cuda.graph(graph)`` on any stream or by
+    `torch.cuda.make_graphed_callables`; best after one of the same shapes, which compiles and loads kernels.
+    Graphs captured on one stream (PyTorch's own, if none is given) share memory: replay one after another,
+    or capture those that are to run at once each on a stream of its own.
 
     References
     ----------

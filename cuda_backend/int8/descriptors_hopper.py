@@ -11,14 +11,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cuda_backend.capture import lasting, relaxed
 from cuda_backend.context import checked, driver
-from refimpl.errors import UnsupportedError
 
 __all__ = ["Descriptors", "encoder"]
 
 DESCRIPTOR_BYTES = 128  # sizeof(CUtensorMap)
-MEMBERS = 4  # descriptors of a product
-SETS = 1024  # kept on the device
+SET_BYTES = 4 * DESCRIPTOR_BYTES  # those of a product
+SETS = 1024  # kept on the device for calls
 
 
 def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int, box_bytes: int) -> Callable[[int], Any]:
@@ -56,19 +56,17 @@ def encoder(rows: int, row_bytes: int, pitch: int, box_rows: int, box_bytes: int
 
 
 class Descriptors:
-    """Sets of descriptors in device memory, the least recently used replaced first.
+    """Sets of descriptors in device memory, of calls on a stream or of those that are captured on it.
 
-    Copies run on the stream, so no set is overwritten under a kernel that still reads it.  Graphs read their
-    sets at each replay, so sets used under capture are never replaced; and the copy itself is not captured:
-    arrays must have been seen on the stream before.
+    For calls the least recently used is replaced: copies run on the stream, so none is overwritten under a
+    kernel that still reads it.  Graphs read theirs at each replay, so what is `captured` is never replaced:
+    each set has memory of its own, which holds it before the kernel is recorded; no copy is.
     """
 
-    def __init__(self, stream: int) -> None:
-        self._stream = stream
-        self._size = MEMBERS * DESCRIPTOR_BYTES
-        self._base = int(checked(driver.cuMemAlloc(self._size * SETS)))
+    def __init__(self, stream: int, captured: bool) -> None:
+        self._stream, self._captured = stream, captured
+        self._base = 0 if captured else lasting(SET_BYTES * SETS)
         self._places: OrderedDict[Any, int] = OrderedDict()
-        self._captured: set[Any] = set()
 
     def place(self, kind: int, addresses: tuple[int, ...], encoders: Sequence[Callable[[int], Any]]) -> int:
         """Return where on the device the descriptors of matrices at these addresses lie.
@@ -77,30 +75,23 @@ class Descriptors:
         """
         key = (kind, addresses)
         place = self._places.get(key)
-        capturing = checked(driver.cuStreamIsCapturing(self._stream))
-        if place is None:
-            if capturing:
-                raise UnsupportedError(
-                    "a stream under capture: call once with the same arrays before capturing"
-                )
-            made = [encoder(address) for encoder, address in zip(encoders, addresses, strict=True)]
-            place = self._places[key] = self._copied(made)
-        else:
+        if place is not None:
             self._places.move_to_end(key)
-        if capturing:
-            self._captured.add(key)
+            return place
+        made = [encoder(address) for encoder, address in zip(encoders, addresses, strict=True)]
+        content = b"".join(ctypes.string_at(int(each.getPtr()), DESCRIPTOR_BYTES) for each in made)
+        place = lasting(len(content), content) if self._captured else self._copied(content)
+        self._places[key] = place
         return place
 
-    def _copied(self, descriptors: Sequence[Any]) -> int:
-        """Copy a set to a place of its own, or that of the least recently used which no graph holds."""
-        place = self._base + self._size * len(self._places)
-        if len(self._places) == SETS:
-            oldest = next((key for key in self._places if key not in self._captured), None)
-            if oldest is None:
-                raise UnsupportedError(f"captured graphs hold all {SETS} sets of descriptors of this stream")
-            place = self._places.pop(oldest)
-        content = b"".join(ctypes.string_at(int(each.getPtr()), DESCRIPTOR_BYTES) for each in descriptors)
+    def _copied(self, content: bytes) -> int:
+        """Copy a set to a place of its own, or that of the least recently used."""
+        if len(self._places) < SETS:
+            place = self._base + SET_BYTES * len(self._places)
+        else:
+            _, place = self._places.popitem(last=False)
         # The driver has read pageable memory when this returns.
-        source = ctypes.create_string_buffer(content, self._size)
-        checked(driver.cuMemcpyHtoDAsync(place, ctypes.addressof(source), self._size, self._stream))
+        source = ctypes.create_string_buffer(content, len(content))
+        with relaxed():  # another stream may be under capture
+            checked(driver.cuMemcpyHtoDAsync(place, ctypes.addressof(source), len(content), self._stream))
         return place

@@ -140,8 +140,8 @@ def llm_int8_linear_hopper(
     ShapeError, DTypeError, OptionError, BackendUnavailableError
         As `cuda_backend.llm_int8_linear_fused`.
     UnsupportedError
-        If the GPU is no Hopper, for other dtypes, strides and addresses, for the paper's convention with a
-        prepared weight that does not keep the weight, or if a stream under capture has not seen the shapes.
+        If the GPU is no Hopper, for other dtypes, strides and addresses, or for the paper's convention with a
+        prepared weight that does not keep the weight.
 
     Notes
     -----
@@ -149,6 +149,9 @@ def llm_int8_linear_hopper(
     many rows up to 1024 outlier columns are multiplied by tensor cores, with few rows the first 32 lie in
     shared memory; further ones follow number by number.  Any output repeats bit for bit; without outliers it
     equals the reference's.
+
+    A CUDA graph may be captured of calls with codes or a prepared weight, without `return_parts`.  Graphs
+    that were captured on one stream share the memory between kernels: none may run beside another.
 
     References
     ----------

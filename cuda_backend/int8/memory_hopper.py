@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from threading import Lock
 
-from cuda_backend.context import checked, driver
+from cuda_backend.capture import lasting
 from cuda_backend.int8.descriptors_hopper import Descriptors
-from refimpl.errors import UnsupportedError
 
-__all__ = ["ALIGNMENT", "Arena", "Shared", "padded", "refuse_capture", "shared_by"]
+__all__ = ["ALIGNMENT", "Arena", "Shared", "padded", "shared_by"]
 
 ALIGNMENT = 256
 
@@ -33,16 +32,16 @@ class Arena:
 
 
 class Shared:
-    """Descriptors and memory of one stream, whose kernels run one after the other.
+    """Descriptors and memory of calls that run one after the other: those on a stream, or captured on it.
 
-    Memory grows and is never given back: plans and captured graphs hold its addresses.  What kernels find in
-    `zeros` is 0, and they leave it so; what they find in `scratch` means nothing.
+    Memory grows and is never given back: plans and graphs hold its addresses.  What kernels find in `zeros`
+    is 0, and they leave it so; what they find in `scratch` means nothing.  Graphs captured on one stream
+    share theirs wherever they are replayed, so none may run beside another; beside calls there they may.
     """
 
-    def __init__(self, stream: int) -> None:
-        self.descriptors = Descriptors(stream)
+    def __init__(self, stream: int, captured: bool) -> None:
+        self.descriptors = Descriptors(stream, captured)
         self.lock = Lock()
-        self._stream = stream
         self._held = {"zeros": (0, 0), "scratch": (0, 0)}
 
     def zeros(self, size: int) -> int:
@@ -57,23 +56,12 @@ class Shared:
         address, held = self._held[name]
         if size > held:
             held = max(size, 2 * held)
-            address = int(checked(driver.cuMemAlloc(held)))
-            if name == "zeros":
-                checked(driver.cuMemsetD8Async(address, 0, held, self._stream))
+            address = lasting(held, bytes(held) if name == "zeros" else b"")
             self._held[name] = address, held
         return address
 
 
-def refuse_capture(stream: int) -> None:
-    """Raise UnsupportedError before kernels are loaded or memory is asked for, which breaks a capture."""
-    if checked(driver.cuStreamIsCapturing(stream)):
-        raise UnsupportedError(
-            "a stream under capture: call once with these shapes on it before capturing; with PyTorch, in "
-            "torch.cuda.stream(stream), and capture by torch.cuda.graph(graph, stream=stream)"
-        )
-
-
 @functools.cache
-def shared_by(stream: int, _device: int) -> Shared:
-    """Return what calls on `stream` share."""
-    return Shared(stream)
+def shared_by(stream: int, _device: int, captured: bool) -> Shared:
+    """Return what calls on `stream` share, or those that are captured on it."""
+    return Shared(stream, captured)

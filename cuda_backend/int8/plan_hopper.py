@@ -9,8 +9,9 @@ import numpy as np
 
 from cuda_backend._numba import cuda
 from cuda_backend.arrays import ITEMSIZE, Layout, View, laid_out
+from cuda_backend.capture import capturing
 from cuda_backend.int8.few_hopper import few_layer
-from cuda_backend.int8.memory_hopper import Arena, refuse_capture, shared_by
+from cuda_backend.int8.memory_hopper import Arena, Shared, shared_by
 from cuda_backend.int8.operands import check_inner, check_threshold
 from cuda_backend.int8.product_hopper import MISALIGNED, NOTHING, After, Product
 from cuda_backend.int8.rows_hopper import Rows, gpu_reasons, reasons
@@ -23,22 +24,27 @@ __all__ = ["LinearPlan", "ProductPlan", "RowsPlan", "linear_plan", "product_plan
 
 
 class _Plan:
-    """A launch on one stream: what it shares with others, and its room in the memory of the stream."""
+    """A launch on one stream, or under capture on it: room in the memory that it shares with others."""
 
     def __init__(self, caller: str, stream: int, device: int) -> None:
-        refuse_capture(stream)
-        self.caller, self.stream = caller, stream
-        self.shared = shared_by(stream, device)
+        self.caller, self.stream, self._device = caller, stream, device
         self.scratch, self.zeros = Arena(), Arena()
+        self._rooms: dict[bool, tuple[Shared, tuple[int, int]]] = {}
         self.where: dict[str, Any] = {
             "scratch": self.scratch,
             "device": device,
             "processors": int(cuda.get_current_device().MULTIPROCESSOR_COUNT),
         }
 
-    def settle(self) -> None:
-        """Ask for the memory that was reserved."""
-        self.memory = self.shared.scratch(self.scratch.size), self.shared.zeros(self.zeros.size)
+    def room(self) -> tuple[Shared, tuple[int, int]]:
+        """Return what this call shares with others, and where its scratch and its zeros begin."""
+        captured = capturing(self.stream)
+        room = self._rooms.get(captured)
+        if room is None:
+            shared = shared_by(self.stream, self._device, captured)
+            room = shared, (shared.scratch(self.scratch.size), shared.zeros(self.zeros.size))
+            self._rooms[captured] = room
+        return room
 
     def check(self, *addresses: int) -> None:
         """Raise UnsupportedError for an address that wide loads cannot take."""
@@ -57,12 +63,12 @@ class ProductPlan(_Plan):
         _refuse(self.caller, gpu_reasons())
         self.shape = a.shape[0], b.shape[0]
         self.product = Product(a, b, kind, "released", variant=variant, **self.where)
-        self.settle()
 
     def run(self, a: int, b: int, out: int, after: After) -> None:
         """Queue it; nothing waits."""
-        with self.shared.lock:
-            self.product.run(self.shared, self.stream, self.memory[0], a, b, out, after)
+        shared, (scratch, _) = self.room()
+        with shared.lock:
+            self.product.run(shared, self.stream, scratch, a, b, out, after)
 
 
 class RowsPlan(_Plan):
@@ -75,16 +81,16 @@ class RowsPlan(_Plan):
         _refuse(self.caller, reasons(x))
         self.rows_count = x.shape[0]
         self.rows = Rows(x, threshold, convention, 0, zeros=self.zeros, **self.where)
-        self.settle()
 
     def run(self, x: int, codes: int, absmax: int) -> After:
         """Queue it; nothing waits."""
         if not self.rows_count:
             return NOTHING
         self.check(codes, x if self.rows.aligned else 0)
-        with self.shared.lock:
-            after = self.rows.run(self.stream, self.memory, x, codes, absmax)
-            self.rows.clear(self.stream, self.memory[1])
+        shared, memory = self.room()
+        with shared.lock:
+            after = self.rows.run(self.stream, memory, x, codes, absmax)
+            self.rows.clear(self.stream, memory[1])
             return after
 
 
@@ -113,7 +119,6 @@ class LinearPlan(_Plan):
         self.few = None if in_steps else few_layer(x, codes, threshold, convention, **self.where)
         if self.few is not None:
             self._asked = x, codes, weight, threshold, convention, stream, device
-            self.settle()
             return
         variant = choose(x.dtype, convention, T, N, K, self.where["processors"])
         beside, wide = threshold is not None, isinstance(variant, Wide)
@@ -131,7 +136,6 @@ class LinearPlan(_Plan):
         self._met = (1, codes.strides[0]) if weight is None else (weight.strides[0], weight.strides[1])
         if weight is None:
             self._met = codes.strides[1], codes.strides[0]
-        self.settle()
 
     def run(
         self,
@@ -150,22 +154,25 @@ class LinearPlan(_Plan):
             if kept is not None:
                 return self._in_steps.run(x, codes, absmax, weight, bias, out, kept)
             self.check(out, x)
-            with self.shared.lock:
-                self.few.run(self.shared, self.stream, self.memory[0], x, codes, absmax, bias, out)
+            shared, (scratch, _) = self.room()
+            with shared.lock:
+                self.few.run(shared, self.stream, scratch, x, codes, absmax, bias, out)
             return NOTHING
         self.check(out, x if self.rows.aligned else 0)
-        x_codes, x_absmax = kept or (self.memory[0] + self._codes, self.memory[0] + self._absmax)
+        shared, memory = self.room()
+        scratch, zeros = memory
+        x_codes, x_absmax = kept or (scratch + self._codes, scratch + self._absmax)
         feature, column = self._met
         met = After(b_absmax=absmax, bias=bias, w=weight or codes, w_feature=feature, w_column=column)
-        with self.shared.lock:
-            after = self.rows.run(self.stream, self.memory, x, x_codes, x_absmax, met, kept is not None)
+        with shared.lock:
+            after = self.rows.run(self.stream, memory, x, x_codes, x_absmax, met, kept is not None)
             try:
                 if self.shape[1]:
-                    self.product.run(self.shared, self.stream, self.memory[0], x_codes, codes, out, after)
+                    self.product.run(shared, self.stream, scratch, x_codes, codes, out, after)
                 else:
-                    self.rows.clear(self.stream, self.memory[1])
+                    self.rows.clear(self.stream, zeros)
             except BaseException:  # the product clears the marks, if it is queued
-                self.rows.clear(self.stream, self.memory[1])
+                self.rows.clear(self.stream, zeros)
                 raise
         return after
 

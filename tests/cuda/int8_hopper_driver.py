@@ -94,8 +94,8 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     monkeypatch.setattr(launches_hopper, "driver", driver)
     for module in (product_hopper, few_hopper):
         monkeypatch.setattr(module, "encoder", lambda *_: None)
-    monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
-    monkeypatch.setattr(memory_hopper, "driver", SimpleNamespace(cuStreamIsCapturing=lambda _: (0, 0)))
+    monkeypatch.setattr(plan_hopper, "shared_by", lambda *_: shared)
+    monkeypatch.setattr(plan_hopper, "capturing", lambda _: False)
     for module in (plan_hopper, rows_hopper):
         monkeypatch.setattr(module, "cuda", cuda)
     for module in (product_hopper, rows_hopper, few_hopper):

@@ -119,7 +119,7 @@ def played(
     monkeypatch.setattr(product_hopper.Launch, "__call__", call)
     for module in (product_hopper, few_hopper):
         monkeypatch.setattr(module, "encoder", encoder)
-    monkeypatch.setattr(plan_hopper, "shared_by", lambda stream, device: shared)
+    monkeypatch.setattr(plan_hopper, "shared_by", lambda *_: shared)
     monkeypatch.setattr(linear_hopper, "quantized_columns", columns)
 
     def memset(where: int, value: int, size: int, _stream: int) -> tuple[int]:

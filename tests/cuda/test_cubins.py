@@ -11,18 +11,20 @@ from typing import Any
 
 import pytest
 
-from cuda_backend import cubins
+from cuda_backend import capture, cubins
 from cuda_backend.cubins import Image
 
 
 class Driver:
-    """Loads any cubin but the refused ones; its version and the GPU's can be set."""
+    """Loads any cubin but the refused ones, in relaxed mode only; its version and the GPU's can be set."""
 
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76
     )
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
 
     def __init__(self) -> None:
+        self.mode = 0
         self.version, self.capability = 13000, (9, 0)
         self.refused: set[bytes] = set()
 
@@ -32,7 +34,12 @@ class Driver:
     def cuDeviceGetAttribute(self, kind: int, _: int) -> tuple[int, int]:
         return 0, self.capability[kind - 75]
 
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:
+        before, self.mode = self.mode, mode
+        return 0, before
+
     def cuModuleLoadData(self, cubin: bytes) -> tuple[Any, Any]:
+        assert self.mode == 2, "the strictest mode refuses modules while anything is under capture"
         return (SimpleNamespace(name="CUDA_ERROR_INVALID_IMAGE") if cubin in self.refused else 0), cubin
 
     def cuModuleGetFunction(self, module: bytes, entry: bytes) -> tuple[int, tuple[bytes, bytes]]:
@@ -42,7 +49,8 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     fake = Driver()
-    monkeypatch.setattr(cubins, "driver", fake)
+    for module in (capture, cubins):
+        monkeypatch.setattr(module, "driver", fake)
     monkeypatch.setenv("FRUGAL_KERNEL_CACHE", str(tmp_path / "kernels"))
     _forget()
     return fake
@@ -156,6 +164,23 @@ def test_what_cannot_be_loaded_at_all_is_an_error(driver: Driver) -> None:
     driver.refused.add(b"bad")
     with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_IMAGE"):
         load(Compiler(b"bad"), "f16")
+    assert driver.mode == 0
+
+
+def test_kernels_are_compiled_and_loaded_under_capture(driver: Driver) -> None:
+    """Numba loads what it compiles; afterwards the thread's mode is what it was."""
+    modes = []
+
+    class Numba(Compiler):
+        def __call__(self) -> Image:
+            modes.append(driver.mode)
+            return super().__call__()
+
+    load(Numba(), "f16")
+    assert driver.mode == 0
+    driver.mode = 1
+    load(Numba(), "f16")
+    assert (modes, driver.mode) == ([2], 1)
 
 
 def test_off_writes_and_reads_nothing(

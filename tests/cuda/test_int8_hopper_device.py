@@ -276,9 +276,15 @@ def test_graphs(T: int, N: int) -> None:
         assert torch.equal(out, cuda_backend.llm_int8_linear_hopper(x, prepared)), columns
     fresh, other = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(other, stream=fresh):
-        torch.neg(x)  # of an empty graph PyTorch warns
-        with pytest.raises(UnsupportedError, match="call once"):
-            cuda_backend.llm_int8_linear_hopper(x, prepared)
+        later = cuda_backend.llm_int8_linear_hopper(x, prepared)
+    for columns in (5, 0):
+        x.normal_().clamp_(-5, 5)
+        x[:, :columns] = -9.0
+        other.replay()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(later, cuda_backend.llm_int8_linear_hopper(x, prepared)), columns
+        assert torch.equal(later, out), columns
 
 
 def test_other_libraries() -> None:

@@ -10,11 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuda_backend.int8 import (
-    memory_hopper,
-    plan_hopper,
-    rows_hopper,
-)
+from cuda_backend.int8 import plan_hopper, rows_hopper
 from cuda_backend.int8.plan_hopper import linear_plan, product_plan, rows_plan
 from cuda_backend.int8.product_hopper import After
 from cuda_backend.int8.rows_hopper import sixteen_bit_limit
@@ -283,14 +279,3 @@ def test_other_gpus_are_refused(launched: list[SimpleNamespace], monkeypatch: py
         monkeypatch.setattr(module, "cuda", SimpleNamespace(get_current_device=lambda: ampere))
     with pytest.raises(UnsupportedError, match=r"compute capability 8\.0; the kernel needs 9\.0"):
         rows_plan(layout(4, 64), None, "released", 0, 0)
-
-
-def test_new_shapes_are_refused_under_capture(
-    launched: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x = layout(4, 64)
-    seen = rows_plan(x, None, "released", 0, 0)
-    monkeypatch.setattr(memory_hopper, "driver", SimpleNamespace(cuStreamIsCapturing=lambda _: (0, 1)))
-    assert rows_plan(x, None, "released", 0, 0) is seen
-    with pytest.raises(UnsupportedError, match="call once with these shapes"):
-        rows_plan(layout(5, 64), None, "released", 0, 0)

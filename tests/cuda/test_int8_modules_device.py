@@ -101,11 +101,130 @@ def test_layers_of_a_model_merged(tokens: int) -> None:
             model.cpu().cuda()
         assert torch.equal(model(x), found)
         stream, graph, given = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.zeros_like(x)
-        with torch.cuda.stream(stream):
-            model(given)
-            stream.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             out = model(given)
         given.copy_(x)
         graph.replay()
         assert torch.equal(out, found)
+
+
+def small_model() -> Any:
+    """Return two layers, the second of few outputs, whose weights are in int8."""
+    from cuda_backend.torch_ops import replace_linear
+
+    make = {"device": "cuda", "dtype": torch.float16}
+    torch.manual_seed(0)
+    layers = (
+        torch.nn.Linear(520, 4400, **make),
+        torch.nn.ReLU(),
+        torch.nn.Linear(4400, 40, bias=False, **make),
+    )
+    model = torch.nn.Sequential(*layers).eval()
+    assert replace_linear(model) == 2
+    return model
+
+
+def draw(x: Any, outliers: int) -> None:
+    """Change an input, with as many columns of outliers."""
+    x.normal_().clamp_(-5, 5)
+    x[..., :outliers] = -9.0
+
+
+def follows(replay: Any, given: Any, out: Any, model: Any) -> None:
+    """Compare replays of a graph with calls, outliers and their number changing between them."""
+    for outliers in (0, 1, 30, 400, 0):
+        draw(given, outliers)
+        expected = model(given)
+        for _ in range(2):
+            out.fill_(float("nan"))
+            replay()
+            assert torch.equal(out, expected), outliers
+
+
+@pytest.mark.parametrize("warm_up", ["side stream", "default stream", "other shapes", "kernels gone"])
+@pytest.mark.parametrize("tokens", [3, 20, 700])
+def test_graphs_as_pytorch_captures_them(tokens: int, warm_up: str) -> None:
+    """On PyTorch's stream, behind calls on another; without such a call kernels are loaded meanwhile."""
+    from cuda_backend.int8 import launches_hopper, plan_hopper
+
+    model, given = small_model(), torch.zeros(tokens, 520, device="cuda", dtype=torch.float16)
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(torch.cuda.default_stream() if warm_up == "default stream" else side):
+            for _ in range(3):
+                model(given[:2] if warm_up == "other shapes" else given)
+        torch.cuda.current_stream().wait_stream(side)
+        if warm_up == "kernels gone":
+            launches_hopper.function_of.cache_clear()
+            plan_hopper.linear_plan.cache_clear()
+        with torch.cuda.graph(graph):
+            out = model(given)
+        follows(graph.replay, given, out, model)
+
+
+def test_graphed_callables() -> None:
+    """Of two models, whose graphs share PyTorch's pool and our memory; also under inference mode."""
+    models = small_model(), small_model()
+    samples = tuple(torch.zeros(n, 520, device="cuda", dtype=torch.float16) for n in (700, 20))
+    with torch.no_grad():
+        graphed = torch.cuda.make_graphed_callables(
+            tuple(model.__call__ for model in models), tuple((sample,) for sample in samples)
+        )
+        for outliers in (0, 30, 400, 0):
+            for each, model, sample in zip(graphed, models, samples, strict=True):
+                x = torch.empty_like(sample)
+                draw(x, outliers)
+                expected = model(x)
+                assert torch.equal(each(x), expected), outliers
+                with torch.inference_mode():
+                    assert torch.equal(each(x), expected), outliers
+
+
+def test_only_kernels_are_captured() -> None:
+    """And of these no more than calls launch: memory and descriptors were there before."""
+    from cuda.bindings import driver
+
+    import cuda_backend
+    from cuda_backend.context import checked
+
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    x = torch.zeros(700, 520, device="cuda", dtype=torch.float16)
+    weight = cuda_backend.prepare_weight(torch.randn(520, 4400, device="cuda", dtype=torch.float16))
+    cuda_backend.llm_int8_linear_hopper(x, weight)
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        cuda_backend.llm_int8_linear_hopper(x, weight)
+    raw = driver.CUgraph(graph.raw_cuda_graph())
+    _, nodes, count = driver.cuGraphGetNodes(raw, 8)
+    kinds = [checked(driver.cuGraphNodeGetType(node)).name for node in nodes[:count]]
+    assert kinds == ["CU_GRAPH_NODE_TYPE_KERNEL"] * 2
+
+
+def test_graphs_side_by_side() -> None:
+    """Each captured on a stream of its own, beside each other and beside calls on those streams."""
+    model, streams = small_model(), [torch.cuda.Stream() for _ in range(2)]
+    inputs = [torch.zeros(700, 520, device="cuda", dtype=torch.float16) for _ in streams]
+    graphs, outs, beside = [], [], torch.zeros_like(inputs[0])
+    draw(beside, 17)
+    with torch.no_grad():
+        model(inputs[0])
+        for stream, x in zip(streams, inputs, strict=True):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], stream=stream):
+                outs.append(model(x))
+        for outliers in (3, 0, 300):
+            for x in inputs:
+                draw(x, outliers)
+            expected = [model(x) for x in (*inputs, beside)]
+            torch.cuda.synchronize()
+            replaying = [torch.cuda.Stream() for _ in streams]
+            found = []
+            for _ in range(20):
+                for stream, graph in zip(replaying, graphs, strict=True):
+                    with torch.cuda.stream(stream):
+                        graph.replay()
+                with torch.cuda.stream(streams[0]):
+                    found.append(model(beside))
+            torch.cuda.synchronize()
+            for one, other in zip([*outs, *found], [*expected[:2], *expected[2:] * 20], strict=True):
+                assert torch.equal(one, other), outliers
