@@ -162,6 +162,7 @@ def test_apart_is_none_if_a_layer_was_not_timed() -> None:
         assert apart(q, {**k, key: "other"}) is None
     assert apart(q, {**k, "shape": [8, 2, 2]}) is None, "other rows"
     assert apart(q, k, {**joint, "time_s": 9.0}) == 3.0
+    assert [row["apart_s"] for row in with_times_apart([q], [q])] == [None], "it is apart itself"
 
 
 def test_the_layers_of_a_model() -> None:

@@ -39,6 +39,14 @@ BENCH = [
         "of one input are q, k, v; gate, up",
     ),
     (
+        ("int8", "--model", "llama-2-7b", "--merge", "gate,up,down"),
+        "gate, up, down of llama-2-7b read different",
+    ),
+    (
+        ("int8", "--model", "llama-2-70b", "--tokens", "20M", "--merge", "gate,up"),
+        "no GPU holds arrays as large as those of 20000000x8192x57344",
+    ),
+    (
         ("int8", "--model", "llama-2-7b", "--model", "gpt2", "--merge", "k,v", "--merge", "v,up"),
         "v, up of llama-2-7b read different inputs",
     ),
