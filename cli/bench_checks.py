@@ -22,7 +22,14 @@ MOST_PARTS = 64  # of a cache, each a block of threads
 TILE = 16  # the smallest side of a tile: threads without an element take their time, too
 
 
-def check_options(what: str, wanted: Wanted, models: Sequence[str], tokens: Any, mods: Sequence[str]) -> None:
+def check_options(
+    what: str,
+    wanted: Wanted,
+    models: Sequence[str],
+    tokens: Any,
+    merge: Sequence[Sequence[str]],
+    mods: Sequence[str],
+) -> None:
     """Refuse options that say nothing about what is measured.
 
     Raises
@@ -39,10 +46,16 @@ def check_options(what: str, wanted: Wanted, models: Sequence[str], tokens: Any,
         raise click.UsageError(f"--dtype of {what} is float16 or bfloat16")
     if "float64" in kinds:
         raise click.UsageError(f"--dtype of {what} is float16, bfloat16 or float32")
-    if what != "int8" and (models or tokens):
-        raise click.UsageError("--model and --tokens are options of int8")
+    if what != "int8" and (models or tokens or merge):
+        raise click.UsageError("--model, --tokens and --merge are options of int8")
     if tokens and not models:
         raise click.UsageError("--tokens are the rows of a --model")
+    if merge and not models:
+        raise click.UsageError("--merge is of projections of a --model")
+    for names in merge:
+        if len(names) < 2 or len(set(names)) != len(names):
+            given = ",".join(names)
+            raise click.UsageError(f"--merge: expected two names or more, each once; got {given!r}")
     if what != "flexible" and (wanted.forms or mods):
         raise click.UsageError("--form and --mod are options of flexible")
     if what != "decode" and wanted.splits:

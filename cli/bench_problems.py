@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cli.backward_problem import attention_backward_problem
 from cli.decode_problems import decode_problems
@@ -13,6 +13,7 @@ from cli.flexible_problems import flexible_problem
 from cli.int8_attention_problems import int8_attention_problem
 from cli.int8_problems import int8_problems
 from cli.problems import Problem, attention_problem
+from cli.projections import Layer
 from cli.weight_only_problems import weight_only_problems
 
 __all__ = ["AXES", "DEFAULT_SHAPES", "DIRECTIONS", "GROUPED", "Wanted", "problems_of", "specimens"]
@@ -63,6 +64,7 @@ class Wanted(NamedTuple):
     forms: tuple[str, ...] = ()
     own_forms: tuple[Form, ...] = ()
     splits: int | None = None
+    layers: tuple[Layer, ...] = ()
 
 
 def problems_of(what: str, backend: str, wanted: Wanted) -> list[Problem]:
@@ -70,13 +72,15 @@ def problems_of(what: str, backend: str, wanted: Wanted) -> list[Problem]:
     kinds, direction = wanted.dtypes or ("float16",), wanted.direction or "fwd"
     if what == "flexible":
         return [problem for kind in kinds for problem in _flexible(backend, kind, direction, wanted)]
-    shapes = wanted.shapes or DEFAULT_SHAPES[what, backend]
+    shapes = wanted.shapes or (() if wanted.layers else DEFAULT_SHAPES[what, backend])
     pairs = list(itertools.product(kinds, shapes))
     if what == "decode":
         return [p for kind, shape in pairs for p in decode_problems(shape, kind, wanted.splits)]
-    if what in ("int8", "weight-only"):
-        several: Any = int8_problems if what == "int8" else weight_only_problems
-        return [problem for kind, shape in pairs for problem in several(shape, kind)]
+    if what == "weight-only":
+        return [problem for kind, shape in pairs for problem in weight_only_problems(shape, kind)]
+    if what == "int8":
+        sized = [*((shape, None) for shape in shapes), *((layer.shape, layer) for layer in wanted.layers)]
+        return [p for kind in kinds for shape, layer in sized for p in int8_problems(shape, kind, layer)]
     masks = (False, True) if wanted.causal is None else (wanted.causal,)
     return [
         problem(shape, kind, mask)
@@ -88,7 +92,7 @@ def problems_of(what: str, backend: str, wanted: Wanted) -> list[Problem]:
 
 def specimens(what: str, wanted: Wanted) -> list[Problem]:
     """Return the same at small shapes, cheap to make on any machine: functions have the same names at all."""
-    return problems_of(what, "cudasim", wanted._replace(shapes=()))
+    return problems_of(what, "cudasim", wanted._replace(shapes=(), layers=()))
 
 
 def _flexible(backend: str, kind: str, direction: str, wanted: Wanted) -> list[Problem]:

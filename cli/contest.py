@@ -231,8 +231,11 @@ def rates(problem: Problem, timing: Timing, best_s: float, card: Hardware | None
 
 
 def _row(problem: Problem, name: str, *, ours: bool, status: str, detail: str) -> dict[str, Any]:
+    layer = problem.layer
     return {
         "operation": problem.operation,
+        "model": None if layer is None else layer.model,
+        "layers": None if layer is None else list(layer.names),
         "shape": list(problem.shape),
         "dtype": problem.dtype,
         "causal": problem.causal,
@@ -253,6 +256,7 @@ def _row(problem: Problem, name: str, *, ours: bool, status: str, detail: str) -
                 "peak_share",
                 "bandwidth_share",
                 "frugal_speedup",
+                "apart_s",
                 "rms_error",
             )
         ),

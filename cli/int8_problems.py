@@ -12,35 +12,18 @@ import numpy as np
 from cli.problems import Arrays, Draw, Problem, ToHost, kernel, sampled
 
 if TYPE_CHECKING:
+    from cli.projections import Layer
     from cuda_backend.torch_rivals import Rival
 
-__all__ = ["int8_problems", "projections"]
+__all__ = ["int8_problems"]
 
 SAMPLED_ROWS, SAMPLED_COLUMNS = 16, 256
 THRESHOLD, OUTLIERS_A_THOUSAND = 6.0, 1
 
 
-def projections(name: str, tokens: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return (M, K, N) of each linear layer of a model's block, of each size once.
-
-    >>> projections("llama-2-70b", [16])
-    [(16, 8192, 8192), (16, 8192, 1024), (16, 8192, 28672), (16, 28672, 8192)]
-    """
-    from memsim.model import model
-
-    found = model(name)
-    (block,) = (stack for stack in found.stacks if stack.layers > 1)
-    layers: list[tuple[int, int]] = []
-    for part in block.parts:
-        if part.kind == "attention":
-            heads, key_heads = part.sizes["heads"], part.sizes.get("key_heads", part.sizes["heads"])
-            layers += [(found.width, found.width), (found.width, found.width * key_heads // heads)]
-        elif part.kind == "ffn":
-            layers += [(found.width, part.sizes["width"]), (part.sizes["width"], found.width)]
-    return [(M, K, N) for M in tokens for K, N in dict.fromkeys(layers)]
-
-
-def int8_problems(shape: Sequence[int], dtype: str = "float16") -> list[Problem]:
+def int8_problems(
+    shape: Sequence[int], dtype: str = "float16", layer_of_model: Layer | None = None
+) -> list[Problem]:
     """Return what can be timed at a shape (M, K, N), with activations and outputs of `dtype`.
 
     One column of a thousand, and at least one, holds outliers.
@@ -88,6 +71,7 @@ def int8_problems(shape: Sequence[int], dtype: str = "float16") -> list[Problem]
         check=_check_product,
         rival_names=("torch._int_mm",),
         rivals=lambda: _rivals("int8_product_rivals"),
+        layer=layer_of_model,
     )
     scaled = replace(
         product,

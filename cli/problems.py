@@ -13,6 +13,7 @@ import numpy as np
 from cli.parameters import PRECISIONS
 
 if TYPE_CHECKING:
+    from cli.projections import Layer
     from cuda_backend.torch_rivals import Rival
     from refimpl.numerics import Array
 
@@ -54,6 +55,8 @@ class Problem:
     error
         ``error(operands, output, to_host)``, the rms error relative to what an output without quantisation
         would be: shown beside the time.
+    layer
+        Which layers of a model have this size, if it is asked for as theirs.
     """
 
     operation: str
@@ -72,6 +75,7 @@ class Problem:
     rivals: Callable[[], Mapping[str, Rival]]
     functions: Callable[[str], Mapping[str, Callable[..., Any]]] | None = None
     error: Callable[[Arrays, Any, ToHost], float] | None = None
+    layer: Layer | None = None
 
 
 def attention_problem(shape: Sequence[int], dtype: str, causal: bool) -> Problem:

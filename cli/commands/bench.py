@@ -12,15 +12,16 @@ from click.core import ParameterSource
 
 from cli.bench_checks import check_names, check_options, check_shapes, check_simulated, check_simulation
 from cli.bench_problems import AXES, DIRECTIONS, Wanted, problems_of, specimens
+from cli.bench_result import bench_result, finished, with_times_apart
 from cli.commands.env import why_not
 from cli.flexible_forms import FORMS, users_form
 from cli.foreign import users_functions
 from cli.growth_methods import NAMES
-from cli.int8_problems import projections
 from cli.output import output_options, progress, say
 from cli.parameters import COUNTS, DTYPES, HARDWARE, ListOf
-from cli.problems import Problem
-from cli.result import Column, Result, cell_text
+from cli.projections import NAMES as PROJECTIONS
+from cli.projections import layers_of
+from cli.result import Result
 
 if TYPE_CHECKING:
     from memsim.hardware import Hardware
@@ -33,43 +34,11 @@ GROWTH = "growth"
 OWN = {
     "kernels": (
         *("backend", "shapes", "dtypes", "causal", "direction", "tier", "rivals", "chosen", "hardware"),
-        *("models", "tokens", "forms", "mods", "splits"),
+        *("models", "tokens", "merge", "forms", "mods", "splits"),
     ),
     GROWTH: ("methods", "sizes"),
 }
 ROUNDS, GROWTH_ROUNDS = 9, 3
-SIMULATED = "Seconds are the simulator's, on the host: no measure of speed."
-
-
-def _scaled(unit: float, digits: int = 1) -> Any:
-    return lambda value: "" if value is None else f"{value * unit:.{digits}f}"
-
-
-def _name(value: Any) -> str:
-    return "x".join(map(str, value))
-
-
-IDENTITY = (
-    Column("operation"),
-    Column("shape", text=_name),
-    Column("dtype"),
-    Column("causal"),
-    Column("function"),
-    Column("status"),
-)
-MEASURED = (
-    Column("time_s", "time/us", right=True, text=_scaled(1e6)),
-    Column("rate_op_per_s", "TFLOP/s or TOPS", right=True, text=_scaled(1e-12)),
-    Column("peak_share", "% of peak", right=True, text=_scaled(100)),
-    Column("compulsory_bytes", "MB at least", right=True, text=_scaled(1e-6)),
-    Column("bandwidth_share", "% of HBM", right=True, text=_scaled(100)),
-    Column("frugal_speedup", "frugal is faster by", right=True, text=_scaled(1, 2)),
-    Column("host_s", "host/us", right=True, text=_scaled(1e6)),
-)
-ERROR = Column(
-    "rms_error", "rms error", right=True, text=lambda value: "" if value is None else f"{value:.1e}"
-)
-SIMULATION = (Column("simulator_s", "simulator/s", right=True, text=cell_text),)
 
 
 class _Shape(click.ParamType):  # type: ignore[type-arg]
@@ -91,6 +60,7 @@ Examples:
   frugal bench attention --shape 4,32,8,4096,128 --causal --rivals
   frugal bench int8 --shape 4096,4096,4096 --rivals --json
   frugal bench int8 --model llama-2-70b --tokens 16,4096 --dtype bf16 --rivals
+  frugal bench int8 --model llama-2-70b --merge k,v --merge gate,up --rivals
   frugal bench weight-only --rivals
   frugal bench int8-attention --no-causal
   frugal bench flexible --form sliding --form bigbird --pass both --rivals
@@ -120,6 +90,12 @@ Examples:
     "--model", "models", multiple=True, help="Of int8: the linear layers of a model's block; may be repeated."
 )
 @click.option("--tokens", type=COUNTS, help="Of int8 with --model: rows.  [default: 16,4096]")
+@click.option(
+    "--merge",
+    type=ListOf(click.Choice(PROJECTIONS)),
+    multiple=True,
+    help="Of int8 with --model: projections as one layer, beside them; may be repeated.",
+)
 @click.option(
     "--form", "forms", type=click.Choice(tuple(FORMS)), multiple=True, help="Of flexible.  [default: all]"
 )
@@ -169,6 +145,7 @@ def command(
     shapes: tuple[tuple[int, ...], ...],
     models: tuple[str, ...],
     tokens: tuple[int, ...] | None,
+    merge: tuple[tuple[str, ...], ...],
     forms: tuple[str, ...],
     mods: tuple[str, ...],
     splits: int | None,
@@ -190,6 +167,10 @@ def command(
     Operations of attention are 4 B H N² D, of its backward pass 10, halved under a causal mask.  The
     simulator can run the same checks on small shapes, and its seconds say nothing about a GPU.
 
+    With --merge, projections that read one input, such as k,v, are timed as one layer as well, which is what
+    replace_linear(merge=) and merged_int8_linear of cuda_backend.torch_ops make of them.  Beside its time
+    stands the sum of theirs.
+
     WHAT = weight-only is decoding: a few tokens times a weight in int8 or NF4, stored ahead.  The time of
     int8-attention has the codes in it, and the error against exact attention stands beside it.
 
@@ -206,7 +187,7 @@ def command(
 
         return growth_result(methods or NAMES, sizes, rounds or GROWTH_ROUNDS)
     wanted = Wanted(shapes, dtypes, causal, direction, forms, splits=splits)
-    check_options(what, wanted, models, tokens, mods)
+    check_options(what, wanted, models, tokens, merge, mods)
     from cli.contest import result_rows, supply_of
     from memsim.hardware import hardware as find_hardware
     from refimpl import registry
@@ -214,14 +195,15 @@ def command(
     from refimpl.testing import dtype_named
 
     card = None if hardware is None else find_hardware(hardware)
-    shapes += tuple(shape for name in models for shape in projections(name, tokens or DEFAULT_TOKENS))
-    check_shapes(what, shapes)
+    layers = tuple(each for name in models for each in layers_of(name, tokens or DEFAULT_TOKENS, merge))
+    sizes_of_all = (*shapes, *(layer.shape for layer in layers))
+    check_shapes(what, sizes_of_all)
     if backend == "cudasim":
         check_simulation(ctx)
-        check_simulated(what, shapes)
+        check_simulated(what, sizes_of_all)
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # numba reads it once, when it is first imported
     registry.load()
-    wanted = wanted._replace(shapes=shapes, own_forms=tuple(map(users_form, mods)))
+    wanted = wanted._replace(layers=layers, own_forms=tuple(map(users_form, mods)))
     named = chosen or ("",) * rivals
     with users_functions(mods, "--mod"):
         check_names(specimens(what, wanted), backend, tier, chosen)
@@ -243,33 +225,10 @@ def command(
             found = result_rows(
                 problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
             )
+        found = with_times_apart(found, rows)
         rows += found
-        say(_finished(found))
-    return _result(rows, problems, backend, card, tier)
-
-
-def _masked(problems: Sequence[Problem]) -> bool:
-    """Return whether --causal says anything of the problems; a form has a mask of its own."""
-    return any(problem.causal is not None for problem in problems)
-
-
-def _finished(rows: Sequence[dict[str, Any]]) -> str:
-    """Return in a line what a problem gave: a run that is cut short has said what it knew."""
-    first = rows[0]
-    mask = ", causal" if first["causal"] else ""
-    texts = [
-        f"{row['function']} "
-        + _took(row)
-        + ("" if row["rms_error"] is None else f" (error {row['rms_error']:.1e})")
-        for row in rows
-    ]
-    return f"{first['operation']} {_name(first['shape'])} {first['dtype']}{mask}: {'; '.join(texts)}"
-
-
-def _took(row: dict[str, Any]) -> str:
-    if row["simulator_s"] is not None:
-        return f"{row['simulator_s']:.1f} s in the simulator"
-    return str(row["status"]) if row["time_s"] is None else f"{1e6 * row['time_s']:.1f} us"
+        say(finished(found))
+    return bench_result(rows, problems, backend, card, tier)
 
 
 def _refuse_others(ctx: click.Context, what: str) -> None:
@@ -305,70 +264,3 @@ def recognised(device: str, names: Sequence[str]) -> str | None:
     words = set(re.split(r"[^a-z0-9]+", device.lower()))
     matching = [name for name in names if words.issuperset(name.split("-"))]
     return matching[0] if len(matching) == 1 else None
-
-
-def _result(
-    rows: list[dict[str, Any]],
-    problems: Sequence[Problem],
-    backend: str,
-    card: Hardware | None,
-    tier: str | None,
-) -> Result:
-    unregistered = {problem.technique for problem in problems} - {
-        problem.technique
-        for problem in problems
-        if any(row["ours"] and row["operation"] == problem.operation for row in rows)
-    }
-    failed = [row for row in rows if row["status"] == "failed"]
-    details = [f"{row['function']}, {_name(row['shape'])}: {row['detail']}" for row in rows if row["detail"]]
-    sought = backend if tier is None else f"{backend} in tier {tier!r}"
-    details += [f"{name}: nothing is registered for {sought}" for name in sorted(unregistered)]
-    if backend == "cudasim":
-        details.append(SIMULATED)
-    elif card is None:
-        details.append("No ceilings: the GPU is none of the known ones (--hardware).")
-    problem = ""
-    if failed:
-        problem = f"{len(failed)} functions are wrong and were not timed"
-    elif not any(row["ours"] and row["status"] == "timed" for row in rows):
-        problem = "nothing of ours was timed"
-    sources = []
-    if card is not None:
-        precisions = dict.fromkeys(problem.precision for problem in problems)
-        sources = [card.peak(name).source for name in precisions if name in card.peaks]
-        sources.append(card.hbm_bandwidth.source)
-    timed = [row for row in rows if row["rate_op_per_s"] is not None]
-    return Result(
-        rows,
-        (
-            *(column for column in IDENTITY if column.key != "causal" or _masked(problems)),
-            *(SIMULATION if backend == "cudasim" else MEASURED),
-            *((ERROR,) if any(problem.error for problem in problems) else ()),
-        ),
-        totals={"timed": sum(row["status"] == "timed" for row in rows), "failed": len(failed)},
-        sources=sources,
-        details=list(dict.fromkeys(details)),
-        problem=problem,
-        exit_code=1 if problem else 0,
-        draw=(lambda axes: _draw(axes, timed)) if timed else None,
-    )
-
-
-def _draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw a group of bars for each problem, a colour for each function."""
-
-    def label(row: dict[str, Any]) -> str:
-        mask = "\ncausal" if row["causal"] else ""
-        return f"{row['operation']}\n{_name(row['shape'])}\n{row['dtype']}{mask}"
-
-    problems = list(dict.fromkeys(label(row) for row in rows))
-    functions = list(dict.fromkeys(row["function"] for row in rows))
-    width = 0.8 / len(functions)
-    for index, function in enumerate(functions):
-        mine = [row for row in rows if row["function"] == function]
-        places = [problems.index(label(row)) + (index + 0.5) * width - 0.4 for row in mine]
-        axes.bar(places, [1e-12 * row["rate_op_per_s"] for row in mine], width, label=function)
-    axes.set_xticks(range(len(problems)), problems, fontsize=5)
-    axes.set_ylabel("TFLOP/s or TOPS")
-    axes.grid(visible=True, axis="y", alpha=0.3)
-    axes.legend(fontsize=7)

@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cli.commands.env import BACKENDS, why_not
-from cli.foreign import accepted_dtypes, import_function, untrusted
+from cli.foreign import accepted_dtypes, untrusted
 from cli.output import output_options, progress
-from cli.parameters import AXES, DTYPES, TECHNIQUE, AxisValue, axis_text
+from cli.parameters import AXES, DTYPES, TECHNIQUE, AxisValue
 from cli.processes import another_speaks, together
 from cli.result import Result
+from cli.verify_checks import known_axes, refuse_hours
+from cli.verify_jobs import Job, jobs_of
 from cli.verify_result import SHOWN_FAILURES, SHOWN_REASONS, outcome_rows, unloaded_row, verify_result
-
-if TYPE_CHECKING:
-    from refimpl.registry import Implementation, Technique
 
 __all__ = ["command"]
 
 KERNELS = ("cuda", "cudasim")
-MOST_SIMULATED = (
-    64  # times the sizes of the record; measured: 5 s for one check of attention 50 times as large
-)
 # Whose kernels ``--tier`` means: on Hopper those for Ampere's tensor cores are some techniques' fast ones.
 TIERS = {"portable": ("portable",), "ampere": ("ampere",), "hopper": ("ampere", "hopper")}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One function to hold to one technique; without a function, the reference itself."""
-
-    technique: Technique
-    target: str
-    load: Callable[[], Callable[..., Any] | None]
-    with_: str | None = None
-    item: Implementation | None = None
-
-    @property
-    def tier(self) -> str:
-        """The kind of GPU that a kernel is made for, as ``--tier`` names it."""
-        return self.item.tier.partition(" ")[0] if self.item else ""
 
 
 @click.command(
@@ -165,14 +143,14 @@ def command(
 
     registry.load()
     techniques = [registry.get(name) for name in dict.fromkeys(names) or sorted(registry.TECHNIQUES)]
-    fixed = {record.name: _known_axes(record, axes) for record in techniques} if axes is not None else {}
+    fixed = {record.name: known_axes(record, axes) for record in techniques} if axes is not None else {}
     if backend == "cudasim":
         for record in techniques:
-            _refuse_hours(record, fixed.get(record.name, {}))
+            refuse_hours(record, fixed.get(record.name, {}))
     jobs = [
         job
         for record in techniques
-        for job in _jobs(record, backend, with_)
+        for job in jobs_of(record, backend, with_)
         if tier is None or job.tier in TIERS[tier]
     ]
     _open(backend, tier)  # last: what any machine can tell of the command line has been told
@@ -288,66 +266,3 @@ def _poisoned(backend: str) -> AbstractContextManager[None]:
     from cuda_backend.arrays import poisoned_outputs
 
     return poisoned_outputs()
-
-
-def _known_axes(technique: Technique, axes: Mapping[str, AxisValue]) -> dict[str, AxisValue]:
-    """Return `axes` as the technique spells them; a word such as none may stand for a choice of that name."""
-    known: dict[str, AxisValue] = {}
-    for name, value in axes.items():
-        if name in technique.axes:
-            sizes = [edge[name] for edge in technique.edges if name in edge]
-            least = min([technique.axes[name][0], *(size for size in sizes if isinstance(size, int))])
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                wanted = f"is a size of at least {least}"
-                raise click.BadParameter(f"--axes: {name} {wanted}; got {axis_text(value)!r}")
-            known[name] = value
-            continue
-        if name not in technique.options:
-            has = ", ".join([*technique.axes, *technique.options])
-            raise click.BadParameter(f"--axes: {technique.name} has no axis {name!r}; it has {has}")
-        edges = (edge[name] for edge in technique.edges if name in edge)
-        choices = {axis_text(choice): choice for choice in (*technique.options[name], *edges)}
-        if axis_text(value) not in choices:
-            raise click.BadParameter(
-                f"--axes: {name} is one of {', '.join(choices)}; got {axis_text(value)!r}"
-            )
-        known[name] = choices[axis_text(value)]
-    return known
-
-
-def _refuse_hours(technique: Technique, fixed: Mapping[str, AxisValue]) -> None:
-    """Refuse sizes at which the simulator takes hours; it takes about a second at those of the record."""
-    growth = math.prod(_larger(technique, fixed).values())
-    # What an edge case of the record asks for is run without --axes, too.
-    if growth > max([MOST_SIMULATED, *(math.prod(_larger(technique, e).values()) for e in technique.edges)]):
-        sizes = ", ".join(f"{name}={fixed[name]}" for name in _larger(technique, fixed))
-        times = f"{float(min(growth, 10**30)):.3g}"
-        raise click.BadParameter(
-            f"--axes: {sizes} make cases of {technique.name} {times} times as large as its record, and"
-            f" the simulator takes minutes for {MOST_SIMULATED} times; a GPU takes them: --backend cuda"
-        )
-
-
-def _larger(technique: Technique, sizes: Mapping[str, Any]) -> dict[str, Fraction]:
-    """Return how many times as large as the record's largest axes are, those that are larger."""
-    return {
-        name: Fraction(size, max(1, technique.axes[name][1]))
-        for name, size in sizes.items()
-        if name in technique.axes and isinstance(size, int) and size > technique.axes[name][1]
-    }
-
-
-def _jobs(technique: Technique, backend: str, with_: str | None) -> Iterator[Job]:
-    from refimpl import registry
-
-    if with_ is not None:
-        function = import_function(with_)
-        yield Job(technique, with_, lambda: function, with_)
-        return
-    if technique.sample is None:
-        return
-    if backend == "numpy":
-        yield Job(technique, technique.home, lambda: None)
-    for item in registry.implementations_of(technique.name):
-        if backend in item.backends:
-            yield Job(technique, item.label, item.load, item=item)

@@ -15,7 +15,7 @@ from cli import contest
 from cli.backward_problem import attention_backward_problem
 from cli.commands import bench
 from cli.contest import Supply
-from cli.int8_problems import int8_problems, projections
+from cli.int8_problems import int8_problems
 from cli.problems import attention_problem
 from cuda_backend.timing import Timing
 from cuda_backend.torch_rivals import Rival
@@ -357,9 +357,3 @@ def test_the_sampled_cells_of_a_scaled_product_and_of_rows_are_those_of_the_refe
     assert quantised.check(operands, found, keep) is None
     found.codes[29, 23] ^= 1
     assert quantised.check(operands, found, keep) == "1 codes or absmax of sampled rows differ"
-
-
-def test_the_layers_of_a_model() -> None:
-    assert projections("llama-2-7b", [1, 2]) == [
-        (M, K, N) for M in (1, 2) for K, N in ((4096, 4096), (4096, 11008), (11008, 4096))
-    ]

@@ -22,6 +22,34 @@ BENCH = [
     (("decode", "--tier", "nope"), "--tier: expected one of ampere, portable; got 'nope'"),
     (("int8", "--rival", "cudnn"), "has 'cudnn' in its name"),
     (("int8", "--model", "llama-2-70c"), "did you mean llama-2-70b"),
+    (("int8", "--model", "mamba-130m"), "mamba-130m has no attention or feed-forward network"),
+    (("int8", "--model", "bart-base"), "several kinds, encoder block, decoder block"),
+    (("int8", "--merge", "k,v"), "--merge is of projections of a --model"),
+    (("attention", "--merge", "k,v"), "--merge are options of int8"),
+    (("growth", "--merge", "k,v"), "--merge is no option of growth"),
+    (("int8", "--model", "llama-2-70b", "--merge", "k"), "two names or more, each once; got 'k'"),
+    (("int8", "--model", "llama-2-70b", "--merge", "k,v,k"), "two names or more, each once; got 'k,v,k'"),
+    (("int8", "--model", "llama-2-70b", "--merge", "k,w"), "'w' is not one of 'q', 'k', 'v', 'o', 'gate'"),
+    (
+        ("int8", "--model", "gpt2", "--merge", "gate,up"),
+        "gpt2 has no projection 'gate'; it has q, k",
+    ),
+    (
+        ("int8", "--model", "llama-2-7b", "--merge", "q,o"),
+        "of one input are q, k, v; gate, up",
+    ),
+    (
+        ("int8", "--model", "llama-2-7b", "--merge", "gate,up,down"),
+        "gate, up, down of llama-2-7b read different",
+    ),
+    (
+        ("int8", "--model", "llama-2-70b", "--tokens", "20M", "--merge", "gate,up"),
+        "no GPU holds arrays as large as those of 20000000x8192x57344",
+    ),
+    (
+        ("int8", "--model", "llama-2-7b", "--model", "gpt2", "--merge", "k,v", "--merge", "v,up"),
+        "v, up of llama-2-7b read different inputs",
+    ),
     (("attention", "--hardware", "h2000"), "h200"),
     (("flexible", "--mod", "not_there.py:f"), "not_there.py"),
 ]
@@ -58,6 +86,18 @@ def test_verify(run: Callable[..., Any], backend: str, arguments: tuple[str, ...
     [
         ("bench", "attention", "--tier", "hopper"),
         ("bench", "int8", "--model", "llama-2-70b", "--rival", "_int_mm", "--hardware", "h200"),
+        (
+            "bench",
+            "int8",
+            "--model",
+            "llama-2-70b",
+            "--merge",
+            "v,k",
+            "--merge",
+            "q,k,v",
+            "--merge",
+            "up,gate",
+        ),
         ("bench", "flexible", "--form", "sliding", "--tier", "portable"),
         ("verify", "attention.flash", "--axes", "Tq=3", "--backend", "cuda", "--tier", "hopper"),
         ("verify", "attention.dense", "--with", "math:sqrt", "--backend", "cuda"),

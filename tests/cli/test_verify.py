@@ -257,13 +257,13 @@ def test_the_simulator_refuses_what_would_take_hours(run, technique, axes, said)
 
 
 def test_the_simulator_takes_the_reproducer_of_every_edge_case():
-    from cli.commands.verify import _refuse_hours
+    from cli.verify_checks import refuse_hours
     from refimpl import registry
 
     registry.load()
     for record in registry.TECHNIQUES.values():
         for edge in record.edges:
-            _refuse_hours(record, edge)
+            refuse_hours(record, edge)
 
 
 def test_an_edge_case_that_is_large_for_its_record_runs_in_the_simulator(rows):
