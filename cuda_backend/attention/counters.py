@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from cuda_backend.context import checked, driver
+from cuda_backend.capture import capturing, lasting
 from refimpl.errors import UnsupportedError
 
 __all__ = ["TileCounters", "tile_counters"]
@@ -22,7 +22,7 @@ class TileCounters:
     Parameters
     ----------
     stream : int
-        A CUstream, not under capture.
+        A CUstream.
     size : int
         Bytes of the counters of one launch.
     """
@@ -30,8 +30,7 @@ class TileCounters:
     def __init__(self, stream: int, size: int = COUNTER_BYTES) -> None:
         self._stream, self._size = stream, size
         self._most = min(CAPTURED, ARENA_BYTES // size)
-        self._base = int(checked(driver.cuMemAlloc(size * (1 + self._most))))
-        checked(driver.cuMemsetD32Async(self._base, 0, size // 4 * (1 + self._most), stream))
+        self._base = lasting(size * (1 + self._most), bytes(size * (1 + self._most)))
         self._captured = 0
 
     def address(self) -> int:
@@ -42,7 +41,7 @@ class TileCounters:
         UnsupportedError
             If graphs hold all that there are.
         """
-        if not checked(driver.cuStreamIsCapturing(self._stream)):
+        if not capturing(self._stream):
             return self._base
         if self._captured == self._most:
             raise UnsupportedError(f"graphs hold the tile counters of {self._most} launches of this stream")
@@ -52,13 +51,5 @@ class TileCounters:
 
 @functools.cache
 def tile_counters(stream: int, _device: int, size: int = COUNTER_BYTES) -> TileCounters:
-    """Return the counters of a stream of a GPU, `size` bytes for a launch.
-
-    Raises
-    ------
-    UnsupportedError
-        If the stream is under capture and has none yet.
-    """
-    if checked(driver.cuStreamIsCapturing(stream)):
-        raise UnsupportedError("a stream under capture: call once on it before capturing")
+    """Return the counters of a stream of a GPU, `size` bytes for a launch."""
     return TileCounters(stream, size)

@@ -239,15 +239,18 @@ def test_strides_streams_and_graphs(causal: bool) -> None:
         found = flash_attention_vjp_hopper(q, k, v, out, lse, late, causal=causal, deterministic=True)
     stream.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(expected[:3], found[:3], strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = flash_attention_vjp_hopper(q, k, v, out, lse, do, causal=causal, deterministic=True)
-    for _ in range(3):
-        for x in found[:3]:
-            x.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(torch.equal(x, y) for x, y in zip(expected[:3], found[:3], strict=True))
+    for capture in ({"stream": stream}, {}):  # PyTorch's own has not been seen before
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, **capture):
+            again, sums = flash_attention_hopper(q, k, v, causal=causal, return_lse=True)
+            found = flash_attention_vjp_hopper(q, k, v, again, sums, do, causal=causal, deterministic=True)
+        for _ in range(3):
+            for x in (again, *found[:3]):
+                x.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(again, out)
+            assert all(torch.equal(x, y) for x, y in zip(expected[:3], found[:3], strict=True))
 
 
 BESIDE = """

@@ -103,15 +103,16 @@ def test_graphs() -> None:
     torch.cuda.synchronize()  # another stream goes on
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        _step(k, v, new[0], q[0], None, 4096)  # compiles, and makes the counters of the stream
+        _step(k, v, new[0], q[0], None, 4096)  # compiles
         stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
         entry, query = new[1].clone(), q[1].clone()
-        with torch.cuda.graph(graph, stream=stream):
-            out = _step(k, v, entry, query, None, 4096)
-        for i in (2, 3):
-            entry.copy_(new[i])
-            query.copy_(q[i])
-            graph.replay()
-            stream.synchronize()
-            assert torch.equal(out, _step(k, v, new[i], q[i], None, 4096))
+        for capture in ({"stream": stream}, {}):  # PyTorch's own has not been seen before
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, **capture):
+                out = _step(k, v, entry, query, None, 4096)
+            for i in (2, 3):
+                entry.copy_(new[i])
+                query.copy_(q[i])
+                graph.replay()
+                stream.synchronize()
+                assert torch.equal(out, _step(k, v, new[i], q[i], None, 4096))

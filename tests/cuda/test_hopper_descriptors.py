@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cuda_backend import capture
 from cuda_backend.attention import counters, descriptors
 from refimpl.errors import UnsupportedError
 
@@ -19,14 +20,11 @@ class Driver:
 
     def __init__(self) -> None:
         self.capturing = self.exchanged = 0
-        self.cleared: list[tuple[int, int, int, int]] = []
+        self.asked: list[tuple[int, bytes]] = []
 
-    def cuMemAlloc(self, _: int) -> tuple[int, int]:
-        return 0, ADDRESS
-
-    def cuMemsetD32Async(self, *what: int) -> tuple[int]:
-        self.cleared.append(what)  # type: ignore[arg-type]
-        return (0,)
+    def lasting(self, size: int, content: bytes) -> int:
+        self.asked.append((size, content))
+        return ADDRESS
 
     def cuStreamIsCapturing(self, _: int) -> tuple[int, int]:
         return 0, self.capturing
@@ -44,7 +42,8 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     fake = Driver()
     monkeypatch.setattr(descriptors, "driver", fake)
-    monkeypatch.setattr(counters, "driver", fake)
+    monkeypatch.setattr(capture, "driver", fake)
+    monkeypatch.setattr(counters, "lasting", fake.lasting)
     monkeypatch.setattr(counters, "CAPTURED", 3)
     counters.tile_counters.cache_clear()
     return fake
@@ -52,7 +51,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 def test_launches_of_a_stream_share_a_counter_and_graphs_have_their_own(driver: Driver) -> None:
     found = counters.tile_counters(7, 0)
-    assert driver.cleared == [(ADDRESS, 0, 2 * 4, 7)]
+    assert driver.asked == [(4 * 8, bytes(4 * 8))], "all are 0"
     assert found.address() == found.address() == ADDRESS
     driver.capturing = 1
     captured = [found.address() for _ in range(3)]
@@ -64,10 +63,9 @@ def test_launches_of_a_stream_share_a_counter_and_graphs_have_their_own(driver: 
     assert counters.tile_counters(7, 0) is found
 
 
-def test_the_first_call_on_a_stream_is_not_captured(driver: Driver) -> None:
+def test_the_first_call_on_a_stream_may_be_captured(driver: Driver) -> None:
     driver.capturing = 1
-    with pytest.raises(UnsupportedError, match="before capturing"):
-        counters.tile_counters(7, 0)
+    assert counters.tile_counters(7, 0).address() == ADDRESS + 8
     driver.capturing = 0
     assert counters.tile_counters(7, 0).address() == ADDRESS
 
