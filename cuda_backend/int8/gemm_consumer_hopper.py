@@ -2,7 +2,9 @@
 
 The columns of a tile may be two halves, each with registers of its own.  Along K both are multiplied stage by
 stage, but the last stages half by half: while tensor cores are at the right half, the left one is scaled, and
-written if no outliers follow.  A tile that is not in halves is all in the left one.
+written if no outliers follow; else those of the left half are added while the right one is scaled.  Codes of
+outliers are taken away in the same stream of products.  A tile that is not in halves is all in the left one,
+and each step waits for the one before: ptxas serialises products of it that are under way.
 """
 
 from __future__ import annotations
