@@ -96,7 +96,7 @@ def check_shapes(what: str, shapes: Sequence[tuple[int, ...]]) -> None:
         if (grouped or what == "decode") and shape[1] % shape[2]:
             raise click.UsageError(f"--shape: Hkv must divide H, got {shown}")
         if _elements(what, shape) > MOST_ELEMENTS:
-            raise click.UsageError(f"--shape: no GPU holds arrays as large as those of {shown}")
+            raise click.UsageError(f"no GPU holds arrays as large as those of {what} at {shown}")
 
 
 def _elements(what: str, shape: tuple[int, ...]) -> int:

@@ -165,7 +165,7 @@ def replace_linear(
     Notes
     -----
     A model that is called with few tokens at a time gets slower in LLM.int8() where its layers are small, and
-    its host has more to do: see docs/performance.md, and `weight_only` for 1 to 16 tokens.
+    its host has more to do: see docs/performance.md, and `weight_only` for up to 8 tokens.
 
     Of layers that are merged the first computes all, and the others find what it left for them if they are
     given the same tensor, unwritten since, on the same stream; given any other, a layer computes its own.

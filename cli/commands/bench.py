@@ -87,7 +87,10 @@ Examples:
     help="Sizes of a problem; may be repeated.  [default: a few usual ones]",
 )
 @click.option(
-    "--model", "models", multiple=True, help="Of int8: the linear layers of a model's block; may be repeated."
+    "--model",
+    "models",
+    multiple=True,
+    help="Of int8, on a GPU: the linear layers of a model's block; may be repeated.",
 )
 @click.option("--tokens", type=COUNTS, help="Of int8 with --model: rows.  [default: 16,4096]")
 @click.option(

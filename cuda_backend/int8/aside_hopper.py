@@ -1,10 +1,10 @@
 """Setting outliers aside beside a product on Hopper: by warps that have nothing else to do, as it goes on.
 
 The product of all codes needs no list of outliers.  While its first tile is multiplied, two warps of every
-block make the list from the marks, a half each.  Then warps of all blocks share the rows of x and the columns of the weight: of
-each, the numbers that are outliers' are put side by side, and behind them their codes, those of the weight
-with the other sign.  The product adds ``codes of x @ -codes of the weight``, which takes away what the
-outliers' codes had added, exactly: they are integers.  So no code has to be 0 beforehand.
+block make the list from the marks, a half each.  Then warps of all blocks share the rows of x and the
+columns of the weight: of each, the numbers that are outliers' are put side by side, and behind them their
+codes, those of the weight with the other sign.  The product adds ``codes of x @ -codes of the weight``, which
+takes away what the outliers' codes had added, exactly: they are integers.  So no code has to be 0 beforehand.
 
 Shares are claimed, not dealt: who waits for a share waits for a warp that runs, whatever else the GPU does.
 The last block that needs no mark any more clears all of them.
