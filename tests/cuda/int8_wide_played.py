@@ -202,6 +202,7 @@ def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, se
             machine.begin(name)
             machine.own.thread = np.arange(first, first + lanes, dtype=np.int32)
             machine.own.behind_earlier_grids, machine.own.hidden = False, []
+            machine.own.apart = False  # whether lanes have stored since they met
             with np.errstate(all="ignore"):
                 kernel(*arguments)
 

@@ -31,6 +31,7 @@ WHOLE = FEW._replace(halves=False)
 UNWRITTEN = AssertionError, f"{UNORDERED}|outside all arrays"  # or garbage has been used by then
 NO_TURN = HangError, "waits for a turn to be passed"
 TURNS = AssertionError, f"{UNORDERED}|not been told of|passed on once"
+NOT_MET = AssertionError, "for lanes that have not met"
 NO_FULL = HangError, "consumer 0 waits for stage . to be full"
 
 # Setting aside.
@@ -113,6 +114,10 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "who has looked is not told what others have done": (FEW, ("aside", SEEN, ""), UNTOLD),
     "the copy engine is not told what is set aside":
         (FEW, ("aside", TOLD, TOLD.replace("turns.to_the_copy_engine()", "pass")), UNTOLD),
+    "one lane tells the copy engine what it has set aside":
+        (FEW, ("aside", TOLD, "            if lane == 0:\n    " + TOLD), UNTOLD),
+    "a lane passes shares before the others are done":
+        (FEW, ("aside", TOLD, TOLD.replace("barrier.warp()", "pass")), NOT_MET),
     "the number is written behind its barrier":
         (FEW, ("aside", f"{NUMBER}                {READY}", f"{READY}                {NUMBER}"), RACE),
     "marks are cleared while others read them":

@@ -82,6 +82,7 @@ class Arena:
         if seen.size:
             self.watch.write(cells_of(seen))
         self._own.hidden.append(places)
+        self._own.apart = True
 
     def pass_on(self, address: Any) -> None:
         """Let who sees a word know what the calling thread has done."""
