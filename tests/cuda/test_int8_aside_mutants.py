@@ -31,6 +31,7 @@ WHOLE = FEW._replace(halves=False)
 UNWRITTEN = AssertionError, f"{UNORDERED}|outside all arrays"  # or garbage has been used by then
 NO_TURN = HangError, "waits for a turn to be passed"
 TURNS = AssertionError, f"{UNORDERED}|not been told of|passed on once"
+NOT_RUN = AssertionError, f"{UNORDERED}|while products run"
 NOT_MET = AssertionError, "for lanes that have not met"
 NO_FULL = HangError, "consumer 0 waits for stage . to be full"
 
@@ -167,7 +168,7 @@ MISTAKES: dict[str, tuple[Asked, tuple[str, str, str], tuple[type[AssertionError
     "of a whole tile, the stage of codes is not handed back":
         (WHOLE, ("consumer", TAKEN_BACK, TAKEN), NO_STAGE),
     "of a whole tile, the product of codes may still run":
-        (WHOLE, ("consumer", TAKEN_BACK, TAKEN_BACK.removeprefix(TAKEN)), RUNNING),
+        (WHOLE, ("consumer", TAKEN_BACK, TAKEN_BACK.removeprefix(TAKEN)), NOT_RUN),
     "sign of the codes that are taken away one by one":
         (MANY, ("epilogue", "total[4 * i + e] -= low * met", "total[4 * i + e] += low * met"),
          DIFFERS),
