@@ -8,6 +8,7 @@ branch on a vector runs with a mask: what it assigns changes for the lanes that 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import itertools
 import threading
@@ -22,6 +23,11 @@ import numpy as np
 def differs(value: Any) -> bool:
     """Return whether a value is a vector."""
     return isinstance(value, np.ndarray) and value.ndim > 0
+
+
+def least(*values: Any) -> Any:
+    """Return ``min(*values)``, of each lane if they differ."""
+    return functools.reduce(np.minimum, values) if any(map(differs, values)) else min(*values)
 
 
 class Branch:
@@ -255,6 +261,6 @@ def rewritten(
         raise ValueError(f"{old!r} stands {source.count(old)} times in {module.__name__}")
     tree = Rewriter(left_out).visit(ast.parse(source.replace(old, new) if old else source))
     made = ModuleType(module.__name__)
-    vars(made).update(given or {}, _lanes=MASKS)
+    vars(made).update(given or {}, _lanes=MASKS, min=least)
     exec(compile(ast.fix_missing_locations(tree), str(module.__file__), "exec"), vars(made))
     return made

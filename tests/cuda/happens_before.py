@@ -83,6 +83,12 @@ class Watch:
             self.after_writes(cells, "read before it")
             self._reads[own.name][cells] = UNDER_WAY if under_way else own.known[own.name]
 
+    def look(self, cells: Any) -> None:
+        """Note a load that waits for a word to change: it may come too early, what overwrites may not."""
+        own = self._machine.own
+        with self._lock:
+            self._reads[own.name][cells] = own.known[own.name]
+
     def end_reads(self, ended: list[Any], under_way: list[Any]) -> None:
         """Note which cells products of the calling thread have read, and which they still read."""
         own = self._machine.own

@@ -70,7 +70,7 @@ class Asked(NamedTuple):
 
 
 def layer(asked: Asked) -> Case:
-    """Return a call of the layer with so many outliers, the last column's among them."""
+    """Return a call of the layer with so many outliers: the last column, where two lists meet, others."""
     M, K, number = asked.M, asked.K, asked.number
     dtype = "float16" if asked.kind == "int32" else asked.kind
     case = case_of(
@@ -78,8 +78,10 @@ def layer(asked: Asked) -> Case:
         threshold=None if number is None else 6.0,
     )  # fmt: skip
     x = case.args[0].copy()
-    columns = np.random.default_rng(K).permutation(K - 1)[: max(0, (number or 0) - 1)]
-    for i, column in enumerate([K - 1, *columns] if number else []):
+    half = 16 * -(-K // 32)
+    edges = [K - 1, half, half - 1]
+    columns = [*edges, *np.setdiff1d(np.random.default_rng(K).permutation(K), edges, assume_unique=True)]
+    for i, column in enumerate(columns[: number or 0]):
         x[i % M, column] = (9.0 + i) * (-1) ** i
     return case.replace(x, case.args[1])
 
@@ -200,6 +202,7 @@ def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, se
             machine.begin(name)
             machine.own.thread = np.arange(first, first + lanes, dtype=np.int32)
             machine.own.behind_earlier_grids, machine.own.hidden = False, []
+            machine.own.apart = False  # whether lanes have stored since they met
             with np.errstate(all="ignore"):
                 kernel(*arguments)
 
@@ -220,6 +223,8 @@ def played(asked: Asked, mutant: Mutant | None = None, *, late: bool = False, se
     assert not problem.marks.any(), "marks stay"
     assert not problem.counters.any(), "counters stay"
     assert np.all(arena.stored(problem.out) == 1), "an output is not stored once"
+    shares = -(-asked.M // 32) - (-asked.N // 32) if asked.number else 0
+    assert arena.passed == shares, "shares are not passed on once"
     return problem.wrong(asked)
 
 

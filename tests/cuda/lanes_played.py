@@ -87,8 +87,9 @@ class Lanes:
     def install(self, monkeypatch: pytest.MonkeyPatch, modules: Sequence[ModuleType]) -> None:
         """Let the device functions that `modules` build run here."""
         nothing = SimpleNamespace(
-            acquire=lambda *_: None, load=lambda *_: None, wait_for_earlier_grids=lambda: None
-        )
+            acquire=lambda *_: None, load=lambda *_: None, wait_for_earlier_grids=lambda: None,
+            let_next_grid_start=lambda: None,
+        )  # fmt: skip
         families = {
             "barrier": self._barrier(), "cluster": self._cluster(), "copy": self._copy(),
             "cuda": self._cuda(), "registers": self._registers(), "turns": self._turns(),
@@ -205,18 +206,18 @@ class Lanes:
         )  # fmt: skip
 
     def _turns(self) -> Any:
-        def word_seen(address: Any) -> Any:
-            if self.problems:
-                raise threading.BrokenBarrierError
-            return memory(int(address), 4).view(np.int32)[0]
-
-        def pass_turn(address: Any) -> None:
+        def pass_turns(address: Any, count: Any) -> None:
             with self.lock:
-                memory(int(address), 4).view(np.int32)[0] += 1
+                memory(int(address), 4).view(np.int32)[0] += int(count)
 
         return SimpleNamespace(
-            word_seen=word_seen, pass_turn=pass_turn, rest=lambda: None, to_the_copy_engine=lambda: None
+            word_seen=self._fresh, pass_turns=pass_turns, rest=lambda: None, to_the_copy_engine=lambda: None
         )
+
+    def _fresh(self, address: Any) -> Any:
+        if self.problems:
+            raise threading.BrokenBarrierError
+        return memory(int(address), 4).view(np.int32)[0]
 
     def _copy(self) -> Any:
         def load(kind: Any) -> Any:
@@ -228,9 +229,12 @@ class Lanes:
 
             return from_global
 
-        def load_16(words: Any, first: Any, address: Any) -> None:
-            assert int(address) % 16 == 0
-            words[int(first) :][:4] = memory(int(address), 16).view(words.dtype)
+        def load_words(size: int) -> Any:
+            def from_global(words: Any, first: Any, address: Any) -> None:
+                assert int(address) % size == 0
+                words[int(first) :][: size // 4] = memory(int(address), size).view(words.dtype)
+
+            return from_global
 
         def load_shared(size: int) -> Any:
             def load(words: Any, first: Any, address: Any) -> None:
@@ -274,18 +278,26 @@ class Lanes:
 
             return atomic
 
-        def store_half(address: Any, value: Any) -> None:
-            memory(int(address), 2).view(np.uint16)[0] = int(value) & 0xFFFF
+        def store(kind: Any) -> Any:
+            def to_global(address: Any, value: Any) -> None:
+                size = np.dtype(kind).itemsize
+                assert int(address) % size == 0
+                memory(int(address), size).view(kind)[0] = value
+
+            return to_global
 
         def shared_address(array: Any) -> Any:
             block = self.own.block
             return np.uint32(block.starts[next(i for i, a in enumerate(block.arrays) if a is array)])
 
         return SimpleNamespace(
-            load_16=load_16, load_word=load(np.int32), load_float=load(np.float32),
+            load_8=load_words(8), load_16=load_words(16), load_word=load(np.int32),
+            load_float=load(np.float32), load_word_fresh=self._fresh,
             load_half=lambda address: np.uint32(load(np.uint16)(address)),
             load_byte=lambda address: np.int32(load(np.int8)(address)),
-            store_global_word=put, store_global_8=put, store_global_16=put, store_global_half=store_half,
+            store_global_word=put, store_global_8=put, store_global_16=put,
+            store_global_half=store(np.uint16), store_global_byte=store(np.uint8),
+            store_global_float=store(np.float32),
             load_shared_word=lambda address: place(address, np.int32)[0],
             store_shared_word=store_shared(np.int32), store_shared_float=store_shared(np.float32),
             store_shared_8=store_shared_8, store_shared_byte=store_shared_byte,

@@ -25,7 +25,7 @@ from tests.cuda.int8_judge import case_of, linear_difference
 from tests.cuda.lanes_played import Lanes
 
 MODULES = (arithmetic, aside_hopper, epilogue_hopper, layer_few_hopper, outliers_hopper, quantize_hopper)
-LISTED_AT, NUMBER_AT, READY_AT = 0, 8192, 8200
+LISTED_AT, NUMBER_AT, READY_AT, COUNTED_AT = 0, 8192, 8200, 8208
 
 
 def placed(array: Any) -> Any:
@@ -38,12 +38,12 @@ def placed(array: Any) -> Any:
 def judge_set_aside(
     monkeypatch: pytest.MonkeyPatch, count: int, outliers: str, module: Any = aside_hopper
 ) -> None:
-    """Let three blocks set aside `count` outliers, with room for 64."""
-    M, N, K, room, blocks = 70, 45, 4100, 64, 3
+    """Let three blocks set aside `count` outliers, with room for 64: some where two lists meet."""
+    M, N, K, room, blocks, half = 70, 45, 4100, 64, 3, 2064
     rng = np.random.default_rng(count)
-    found = np.sort(rng.choice(K, count, replace=False))
-    if count > 1:
-        found[-1] = K - 1
+    edges = [K - 1, half, half - 1, 0] if count > 1 else []
+    others = np.setdiff1d(np.arange(K), edges)
+    found = np.sort([*edges, *rng.choice(others, count - len(edges), replace=False)]).astype(np.int64)
     marks = placed(np.isin(np.arange(4112), found).astype(np.uint8))
     counters, indices = placed(np.zeros(4, np.int32)), placed(np.full(K, -1, np.int32))
     x = placed(rng.standard_normal((M, K)).astype(np.float16))
@@ -65,7 +65,7 @@ def judge_set_aside(
     def kernel() -> None:
         set_aside(
             np.int32(lanes.own.thread), np.uint64(marks.ctypes.data), np.uint64(counters.ctypes.data),
-            np.uint64(indices.ctypes.data), LISTED_AT, NUMBER_AT, READY_AT, given,
+            np.uint64(indices.ctypes.data), LISTED_AT, NUMBER_AT, COUNTED_AT, READY_AT, given,
             (np.uint64(x_aside.ctypes.data), np.uint64(w_aside.ctypes.data)), (M, N, room), K, blocks,
         )  # fmt: skip
 
@@ -78,6 +78,7 @@ def judge_set_aside(
         assert block.arrived == {READY_AT: 1}
         assert block.shared[NUMBER_AT:][:4].view(np.int32)[0] == count
         assert np.array_equal(block.shared[LISTED_AT:][: 4 * count].view(np.int32), found)
+        assert np.all(block.shared[LISTED_AT:NUMBER_AT][4 * count :] == 0xFF)
     factors = absmax / np.float32(127)
     if outliers == "paper":
         wide = weight.T
@@ -116,7 +117,16 @@ MISTAKES = {
     "marks stay": ("clear_marks(marks, K, lane, 32)", "pass"),
     "a counter stays": ("copy.store_global_word(counters + uint64(DONE), uint32(0))", "pass"),
     "no padding": ("found[i], own[i] = uint32(0), uint32(0)", "pass"),
-    "the last marks": ("if first + 16 * v < K:", "if first + 16 * v < K - 16:"),
+    "the last marks": ("if first + 16 * v < end:", "if first + 16 * v < end - 16:"),
+    "marks beyond a half": ("if first + 16 * v < end:", "if first + 16 * v < end + 16:"),
+    "both halves are one warp's": ("int32(half if warp == 0 else K)", "K"),
+    "a gap between the halves": ("int32(half * warp)", "int32((half + 16) * warp)"),
+    "halves overlap": ("int32(half if warp == 0 else K)", "int32(half + 16 if warp == 0 else K)"),
+    "halves are not whole vectors": ("int32(16 * ((K + 31) >> 5))", "int32((K + 1) >> 1)"),
+    "the second half is listed from the start": ("int32(before * warp)", "int32(0)"),
+    "both halves are listed behind the first": ("int32(before * warp)", "before"),
+    "the first half counts twice": ("uint32(counted + 16))", "uint32(counted))"),
+    "marks are only counted": ("if own > 0:", "if own < 0:"),
     "marks of lanes below": ("upto += lower", "upto += int32(0)"),
     "the ready word": ("barrier.arrive(ready)", "barrier.arrive(number_at)"),
 }

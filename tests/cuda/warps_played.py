@@ -179,7 +179,11 @@ def warp_barriers(machine: Clocked) -> Any:
         assert threads == 64, "what two warps take turns at is where they meet"
         return lambda: found.take_turn(number)
 
-    return SimpleNamespace(**{**vars(found), "arrive": arrive, "named": named, "warp": lambda: None})
+    def warp() -> None:
+        assert MASKS.mask is None, "lanes of a warp are elsewhere"
+        machine.own.apart = False
+
+    return SimpleNamespace(**{**vars(found), "arrive": arrive, "named": named, "warp": warp})
 
 
 def clocked_turns(machine: Clocked, arena: Arena) -> Any:
@@ -194,6 +198,7 @@ def clocked_turns(machine: Clocked, arena: Arena) -> Any:
 
     def pass_turn(address: Any) -> None:
         assert len(MASKS.active(machine.own.lanes)) == 1, "one lane passes a turn"
+        assert not machine.own.apart, "a turn is passed for lanes that have not met"
         with machine.changed:
             arena.pass_on(address)
             found.pass_turn(address)
@@ -205,6 +210,10 @@ def clocked_turns(machine: Clocked, arena: Arena) -> Any:
             for _ in range(int(active(count)[0])):
                 pass_turn(address)
 
+    def to_the_copy_engine() -> None:
+        if MASKS.mask is None:  # a lane alone tells of its own stores, which are not kept apart
+            arena.publish()
+
     def rest() -> None:
         seen = machine.own.passed
         with machine.changed:
@@ -212,7 +221,7 @@ def clocked_turns(machine: Clocked, arena: Arena) -> Any:
 
     return SimpleNamespace(
         word_seen=word_seen, pass_turn=pass_turn, pass_turns=pass_turns, rest=rest,
-        to_the_copy_engine=arena.publish,
+        to_the_copy_engine=to_the_copy_engine,
     )  # fmt: skip
 
 

@@ -67,7 +67,10 @@ class Arena:
     def look(self, address: Any) -> Any:
         """Return a word as a relaxed load sees it: who looks may not yet know what was done before."""
         assert self._own.behind_earlier_grids, "read before the grid ahead has ended"
-        return self._bytes[self.places(address, 4)].view(np.int32)[0, 0]
+        places = self.places(address, 4)
+        if self._watched[places].all():
+            self.watch.look(cells_of(places))
+        return self._bytes[places].view(np.int32)[0, 0]
 
     def store(self, addresses: Any, data: Any) -> None:
         """Store bytes [lanes, size] as threads do: the copy engine must be told of it."""
@@ -79,6 +82,7 @@ class Arena:
         if seen.size:
             self.watch.write(cells_of(seen))
         self._own.hidden.append(places)
+        self._own.apart = True
 
     def pass_on(self, address: Any) -> None:
         """Let who sees a word know what the calling thread has done."""
