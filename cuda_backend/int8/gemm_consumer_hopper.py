@@ -99,7 +99,6 @@ def build_consumer(variant: Wide) -> Callable[..., None]:
             if not halved:
                 both_done(left, right)
                 hand_back(base, lane, before)
-                before = int32(-1)
             if beside and marks != uint64(0):
                 if tile == first:
                     barrier.wait(base + at.ready, 0)

@@ -44,7 +44,7 @@ BENCH = [
     ),
     (
         ("int8", "--model", "llama-2-70b", "--tokens", "20M", "--merge", "gate,up"),
-        "no GPU holds arrays as large as those of 20000000x8192x57344",
+        "no GPU holds arrays as large as those of int8 at 20000000x8192x57344",
     ),
     (
         ("int8", "--model", "llama-2-7b", "--model", "gpt2", "--merge", "k,v", "--merge", "v,up"),
