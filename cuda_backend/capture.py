@@ -21,13 +21,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from cuda_backend.context import checked, current_device, driver
+from refimpl.errors import UnsupportedError
 
-__all__ = ["capturing", "lasting", "relaxed"]
+__all__ = ["capturing", "lasting", "refuse_capture", "relaxed"]
 
 
 def capturing(stream: int) -> bool:
     """Return whether work on `stream` is recorded in place of being done."""
     return bool(checked(driver.cuStreamIsCapturing(stream)))
+
+
+def refuse_capture(caller: str, stream: int, why: str) -> None:
+    """Raise UnsupportedError if `stream` is under capture: a call that waits for the GPU would end it."""
+    if capturing(stream):
+        raise UnsupportedError(f"{caller}: the stream is under capture, and {why}")
 
 
 @contextmanager
@@ -47,12 +54,16 @@ def lasting(size: int, content: bytes = b"") -> int:
     They begin with `content`, which is there when this returns, for work on any stream.
     """
     with relaxed():
+        stream = _aside(current_device()) if content else None
         address = int(checked(driver.cuMemAlloc(size)))
         if content:
-            stream = _aside(current_device())
-            source = ctypes.create_string_buffer(content, len(content))
-            checked(driver.cuMemcpyHtoDAsync(address, ctypes.addressof(source), len(content), stream))
-            checked(driver.cuStreamSynchronize(stream))
+            try:
+                source = ctypes.create_string_buffer(content, len(content))
+                checked(driver.cuMemcpyHtoDAsync(address, ctypes.addressof(source), len(content), stream))
+                checked(driver.cuStreamSynchronize(stream))
+            except BaseException:
+                driver.cuMemFree(address)
+                raise
     return address
 
 

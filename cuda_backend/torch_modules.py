@@ -170,7 +170,10 @@ def classes() -> Any:
             """Return the outputs for x [..., in_features]."""
             self.check_input(x)
             ahead, self.ahead = self.ahead, None
-            state = None if x.is_inference() else (x._version, torch_stream(x))
+            state: tuple[int, int, bool] | None = None
+            if not x.is_inference():  # what was left outside of a capture is in no graph
+                recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+                state = x._version, torch_stream(x), recorded
             if ahead is not None and ahead[0] is x and ahead[1] == state:
                 return ahead[2]
             if not self.rest or state is None:

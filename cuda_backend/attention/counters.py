@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from threading import Lock
 
 from cuda_backend.capture import capturing, lasting
 from refimpl.errors import UnsupportedError
@@ -49,7 +50,15 @@ class TileCounters:
         return self._base + self._size * self._captured
 
 
+_made = Lock()  # a cache alone lets two threads make one each
+
+
+def tile_counters(stream: int, device: int, size: int = COUNTER_BYTES) -> TileCounters:
+    """Return the counters of a stream of `device`, `size` bytes for a launch."""
+    with _made:
+        return _counters(stream, device, size)
+
+
 @functools.cache
-def tile_counters(stream: int, _device: int, size: int = COUNTER_BYTES) -> TileCounters:
-    """Return the counters of a stream of a GPU, `size` bytes for a launch."""
+def _counters(stream: int, _device: int, size: int) -> TileCounters:
     return TileCounters(stream, size)

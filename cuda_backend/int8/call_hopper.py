@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cuda_backend.arrays import View, is_host, view
+from cuda_backend.capture import refuse_capture
 from cuda_backend.context import checked, current_device, driver
 from cuda_backend.int8.memory import allocated, to_host, transposed, transposed_view
 from cuda_backend.int8.memory_hopper import padded
@@ -131,7 +132,7 @@ def quantize_rows_hopper(
     ShapeError, DTypeError, OptionError, BackendUnavailableError
         As `cuda_backend.quantize_rows`.
     UnsupportedError
-        If the GPU is no Hopper, or for other dtypes and strides.
+        If the GPU is no Hopper, for other dtypes and strides, or with a threshold on a stream under capture.
 
     Notes
     -----
@@ -154,6 +155,10 @@ def quantize_rows_hopper(
     check_threshold(threshold, convention)
     x = shape if is_host(x) else x
     on = stream_of(x, stream)
+    if threshold is not None:
+        refuse_capture(
+            "quantize_rows_hopper", on, "with a threshold it waits for how many outliers there are"
+        )
     rows = view("x", x, on)
     wait_for([rows], on)
     kept = Kept(rows.shape, x, on)

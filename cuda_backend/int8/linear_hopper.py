@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuda_backend.arrays import empty_tensor, is_host, library_of, torch_layout, view
+from cuda_backend.capture import refuse_capture
 from cuda_backend.context import current_device
 from cuda_backend.int8.call_hopper import Kept, outlier_indices
 from cuda_backend.int8.memory import allocated, transposed, transposed_view
@@ -140,8 +141,9 @@ def llm_int8_linear_hopper(
     ShapeError, DTypeError, OptionError, BackendUnavailableError
         As `cuda_backend.llm_int8_linear_fused`.
     UnsupportedError
-        If the GPU is no Hopper, for other dtypes, strides and addresses, or for the paper's convention with a
-        prepared weight that does not keep the weight.
+        If the GPU is no Hopper, for other dtypes, strides and addresses, for the paper's convention with a
+        prepared weight that does not keep the weight, or on a stream under capture with `return_parts` or a
+        weight that has no codes.
 
     Notes
     -----
@@ -150,8 +152,9 @@ def llm_int8_linear_hopper(
     shared memory; further ones follow number by number.  Any output repeats bit for bit; without outliers it
     equals the reference's.
 
-    A CUDA graph may be captured of calls with codes or a prepared weight, without `return_parts`.  Graphs
-    that were captured on one stream share the memory between kernels: none may run beside another.
+    A CUDA graph may be captured of calls with PyTorch's tensors and codes or a prepared weight, without
+    `return_parts`.  Graphs that were captured on one stream share the memory between kernels: none may run
+    beside another.
 
     References
     ----------
@@ -172,6 +175,11 @@ def llm_int8_linear_hopper(
     if host:
         x, bias = floats["x"], floats.get("bias")
     on = stream_of(x, stream)
+    if return_parts or weight.codes is None:
+        waits = (
+            "return_parts waits for outliers" if return_parts else "a weight that has no codes is waited for"
+        )
+        refuse_capture("llm_int8_linear_hopper", on, waits)
     row = view("x", x, on)
     given, stored = floats.get("weight", weight.given), weight
     if weight.codes is None:

@@ -61,7 +61,15 @@ class Shared:
         return address
 
 
+_made = Lock()  # a cache alone lets two threads make one each
+
+
+def shared_by(stream: int, device: int, captured: bool) -> Shared:
+    """Return what calls on `stream` of `device` share, or those that are captured on it."""
+    with _made:
+        return _shared(stream, device, captured)
+
+
 @functools.cache
-def shared_by(stream: int, _device: int, captured: bool) -> Shared:
-    """Return what calls on `stream` share, or those that are captured on it."""
+def _shared(stream: int, _device: int, captured: bool) -> Shared:
     return Shared(stream, captured)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,22 +32,30 @@ class _Plan:
     def __init__(self, caller: str, stream: int, device: int) -> None:
         self.caller, self.stream, self._device = caller, stream, device
         self.scratch, self.zeros = Arena(), Arena()
-        self._rooms: dict[bool, tuple[Shared, tuple[int, int]]] = {}
+        self._lock = Lock()
+        self._rooms: dict[bool, tuple[Shared, int, int]] = {}
         self.where: dict[str, Any] = {
             "scratch": self.scratch,
             "device": device,
             "processors": int(cuda.get_current_device().MULTIPROCESSOR_COUNT),
         }
 
-    def room(self) -> tuple[Shared, tuple[int, int]]:
-        """Return what this call shares with others, and where its scratch and its zeros begin."""
-        captured = capturing(self.stream)
-        room = self._rooms.get(captured)
-        if room is None:
-            shared = shared_by(self.stream, self._device, captured)
-            room = shared, (shared.scratch(self.scratch.size), shared.zeros(self.zeros.size))
-            self._rooms[captured] = room
-        return room
+    @contextmanager
+    def room(self) -> Iterator[tuple[Shared, int, int]]:
+        """Give one call what it shares with others, and where its scratch and its zeros begin.
+
+        Other calls wait until its kernels are queued: they write the same memory, and those of this plan
+        pack their arguments where it does.
+        """
+        with self._lock:
+            captured = capturing(self.stream)
+            room = self._rooms.get(captured)
+            if room is None:
+                shared = shared_by(self.stream, self._device, captured)
+                room = shared, shared.scratch(self.scratch.size), shared.zeros(self.zeros.size)
+                self._rooms[captured] = room
+            with room[0].lock:
+                yield room
 
     def check(self, *addresses: int) -> None:
         """Raise UnsupportedError for an address that wide loads cannot take."""
@@ -66,8 +77,7 @@ class ProductPlan(_Plan):
 
     def run(self, a: int, b: int, out: int, after: After) -> None:
         """Queue it; nothing waits."""
-        shared, (scratch, _) = self.room()
-        with shared.lock:
+        with self.room() as (shared, scratch, _):
             self.product.run(shared, self.stream, scratch, a, b, out, after)
 
 
@@ -87,10 +97,9 @@ class RowsPlan(_Plan):
         if not self.rows_count:
             return NOTHING
         self.check(codes, x if self.rows.aligned else 0)
-        shared, memory = self.room()
-        with shared.lock:
-            after = self.rows.run(self.stream, memory, x, codes, absmax)
-            self.rows.clear(self.stream, memory[1])
+        with self.room() as (_, scratch, zeros):
+            after = self.rows.run(self.stream, (scratch, zeros), x, codes, absmax)
+            self.rows.clear(self.stream, zeros)
             return after
 
 
@@ -154,17 +163,15 @@ class LinearPlan(_Plan):
             if kept is not None:
                 return self._in_steps.run(x, codes, absmax, weight, bias, out, kept)
             self.check(out, x)
-            shared, (scratch, _) = self.room()
-            with shared.lock:
+            with self.room() as (shared, scratch, _):
                 self.few.run(shared, self.stream, scratch, x, codes, absmax, bias, out)
             return NOTHING
         self.check(out, x if self.rows.aligned else 0)
-        shared, memory = self.room()
-        scratch, zeros = memory
-        x_codes, x_absmax = kept or (scratch + self._codes, scratch + self._absmax)
         feature, column = self._met
         met = After(b_absmax=absmax, bias=bias, w=weight or codes, w_feature=feature, w_column=column)
-        with shared.lock:
+        with self.room() as (shared, scratch, zeros):
+            memory = scratch, zeros
+            x_codes, x_absmax = kept or (scratch + self._codes, scratch + self._absmax)
             after = self.rows.run(self.stream, memory, x, x_codes, x_absmax, met, kept is not None)
             try:
                 if self.shape[1]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from cuda_backend._numba import SIMULATOR
 from cuda_backend.arrays import ITEMSIZE, View, contiguous, is_host, view
+from cuda_backend.capture import refuse_capture
 from cuda_backend.context import checked, driver
 from cuda_backend.int8.memory import transposed_view
 from cuda_backend.int8.operands import check_format, codes_matrix, described, one_library
@@ -183,8 +184,8 @@ def prepare_nf4(weight: NF4Weight, /, *, stream: Any = None) -> PreparedNF4:
 
 
 def _refuse_capture(caller: str, stream: int) -> None:
-    if not SIMULATOR and checked(driver.cuStreamIsCapturing(stream)):
-        raise UnsupportedError(f"{caller}: the stream is under capture; prepare weights ahead")
+    if not SIMULATOR:
+        refuse_capture(caller, stream, "weights are prepared ahead")
 
 
 def _wait(stream: int) -> None:

@@ -25,6 +25,7 @@ from tests.cuda.int8_hopper_played import aligned, played
 GLOBAL, RELAXED, NON_BLOCKING = 0, 2, 1
 REFUSED = SimpleNamespace(name="CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
 FULL = SimpleNamespace(name="CUDA_ERROR_OUT_OF_MEMORY")
+CAPTURING = capture.capturing
 MAPS = {"product": 4, "narrow": 2, "layer_few": 1}
 
 Work = tuple[str, Callable[[], Any]]
@@ -121,7 +122,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> CapturingDriver:
     for module in (product_hopper, few_hopper):
         monkeypatch.setattr(module, "encoder", encoder)
     monkeypatch.setattr(plan_hopper, "shared_by", memory_hopper.shared_by)
-    monkeypatch.setattr(plan_hopper, "capturing", capture.capturing)
+    for module in (capture, plan_hopper):
+        monkeypatch.setattr(module, "capturing", CAPTURING)
 
     def launch(kernel: Callable[..., None], item: SimpleNamespace, _matrices: Any) -> None:
         def run() -> None:
@@ -140,5 +142,5 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> CapturingDriver:
 def forget() -> None:
     """Forget plans, memory and the stream of another driver."""
     forget_plans()
-    memory_hopper.shared_by.cache_clear()
+    memory_hopper._shared.cache_clear()
     capture._aside.cache_clear()

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from cuda_backend import capture
 from cuda_backend.arrays import View
 from cuda_backend.int8 import (
     call_hopper,
@@ -120,6 +121,7 @@ def played(
     for module in (product_hopper, few_hopper):
         monkeypatch.setattr(module, "encoder", encoder)
     monkeypatch.setattr(plan_hopper, "shared_by", lambda *_: shared)
+    monkeypatch.setattr(capture, "capturing", lambda _: False)
     monkeypatch.setattr(linear_hopper, "quantized_columns", columns)
 
     def memset(where: int, value: int, size: int, _stream: int) -> tuple[int]:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from cuda_backend import capture
-from cuda_backend.int8 import descriptors_hopper
+from cuda_backend.int8 import call_hopper, descriptors_hopper, linear_hopper
 from cuda_backend.int8.memory_hopper import Shared
 from cuda_backend.int8.plan_hopper import linear_plan, rows_plan
 from refimpl import quant
-from tests.cuda.capturing_driver import GLOBAL, CapturingDriver, Work, captures, encoder, forget
+from refimpl.errors import UnsupportedError
+from tests.cuda.capturing_driver import FULL, GLOBAL, CapturingDriver, Work, captures, encoder, forget
 from tests.cuda.int8_hopper_played import aligned, at
 
 WARM, CAPTURED = 5, 7  # streams
@@ -213,3 +214,33 @@ def test_descriptors_that_are_replaced(
         assert [numbers(each) for each in held[1:]] == [[[10, 1], [11, 1]], [[20, 0], [21, 0]]]
     else:
         assert later == held[1:]
+
+
+def test_calls_that_wait_are_refused_before_anything_is_recorded(
+    driver: CapturingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver would end the capture."""
+    for module in (call_hopper, linear_hopper):
+        monkeypatch.setattr(module, "stream_of", lambda *_: CAPTURED)
+    x, weight = np.ones((3, 64), np.float16), np.ones((64, 48), np.float16)
+    codes = quant.quantize_columns(weight)
+    with driver.capture(CAPTURED) as graph:
+        with pytest.raises(UnsupportedError, match="quantize_rows_hopper: the stream is under capture, and"):
+            call_hopper.quantize_rows_hopper(x, threshold=6.0)
+        with pytest.raises(UnsupportedError, match="under capture, and return_parts waits"):
+            linear_hopper.llm_int8_linear_hopper(x, codes, return_parts=True)
+        with pytest.raises(UnsupportedError, match="under capture, and a weight that has no codes"):
+            linear_hopper.llm_int8_linear_hopper(x, weight)
+    assert not graph
+
+
+def test_memory_is_given_back_if_its_contents_cannot_be_copied(
+    driver: CapturingDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[int] = []
+    monkeypatch.setattr(driver, "cuMemFree", freed.append, raising=False)
+    monkeypatch.setattr(driver, "cuMemcpyHtoDAsync", lambda *_: (FULL,))
+    with pytest.raises(RuntimeError, match="OUT_OF_MEMORY"):
+        capture.lasting(64, bytes(64))
+    assert len(freed) == 1
+    assert driver.mode == GLOBAL

@@ -108,6 +108,38 @@ def test_layers_of_a_model_merged(tokens: int) -> None:
         assert torch.equal(out, found)
 
 
+@pytest.mark.parametrize("names", ["qkv", "vqk"])
+def test_a_graph_of_merged_layers_computes_all(names: str) -> None:
+    """On PyTorch's stream or the warm-up's, whatever the warm-up has left, in whichever order they are called."""
+    from cuda_backend.torch_ops import replace_linear
+
+    model = torch.nn.ModuleDict({
+        name: torch.nn.Linear(512, 136, device="cuda", dtype=torch.float16) for name in "qkv"
+    })  # fmt: skip
+    replace_linear(model, merge=[("q", "k", "v")])
+    given = torch.zeros(20, 512, device="cuda", dtype=torch.float16)
+
+    def called() -> list[Any]:
+        return [model[name](given) for name in names]
+
+    stream = torch.cuda.Stream()
+    for capture in ({}, {"stream": stream}):
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad():
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                called()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, **capture):
+                outs = called()
+            for outliers in (0, 3):
+                draw(given, outliers)
+                graph.replay()
+                expected = [model[name](given.clone()) for name in names]
+                torch.cuda.synchronize()
+                assert all(map(torch.equal, outs, expected))
+
+
 def small_model() -> Any:
     """Return two layers, the second of few outputs, whose weights are in int8."""
     from cuda_backend.torch_ops import replace_linear
