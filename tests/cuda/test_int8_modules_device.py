@@ -110,7 +110,7 @@ def test_layers_of_a_model_merged(tokens: int) -> None:
 
 @pytest.mark.parametrize("names", ["qkv", "vqk"])
 def test_a_graph_of_merged_layers_computes_all(names: str) -> None:
-    """On PyTorch's stream or the warm-up's, whatever the warm-up has left, in whichever order they are called."""
+    """On PyTorch's stream or the warm-up's, whatever that has left, in whichever order they are called."""
     from cuda_backend.torch_ops import replace_linear
 
     model = torch.nn.ModuleDict({
@@ -135,7 +135,8 @@ def test_a_graph_of_merged_layers_computes_all(names: str) -> None:
             for outliers in (0, 3):
                 draw(given, outliers)
                 graph.replay()
-                expected = [model[name](given.clone()) for name in names]
+                same = given.clone()
+                expected = [model[name](same) for name in names]
                 torch.cuda.synchronize()
                 assert all(map(torch.equal, outs, expected))
 
