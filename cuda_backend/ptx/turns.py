@@ -1,6 +1,6 @@
 """Blocks that take turns, or numbers: a word in global memory says whose turn it is, or how many came.
 
-What a block has done before `pass_turn` is seen by the one that `word_seen` has told of it, what the copy
+What a block has done before `pass_turns` is seen by the one that `word_seen` has told of it, what the copy
 engine has done included: for it stands the fence between the proxies.  What other threads of the block have
 done counts if a barrier of the block lies between, and they see what the thread has been told behind another.
 
@@ -15,7 +15,6 @@ from cuda_backend.ptx.assembly import instruction, types
 __all__ = [
     "addition_seen",
     "pass_addition",
-    "pass_turn",
     "pass_turn_of_warp",
     "pass_turns",
     "rest",
@@ -32,15 +31,6 @@ word_seen = instruction(
     "ld.acquire.gpu.global.b32 $0, [$1]; fence.proxy.async;",
     "=r,l",
     'The word, and with it all that was done before it was written.  PTX ISA, "ld", .acquire.',
-)
-
-pass_turn = instruction(
-    "pass_turn",
-    types.void,
-    {"address": types.uint64},
-    "fence.proxy.async; fence.acq_rel.gpu; red.release.gpu.global.add.s32 [$0], 1;",
-    "l",
-    'Add 1 to the word, after all that this thread has seen done.  PTX ISA, "red", .release.',
 )
 
 pass_turns = instruction(
@@ -68,8 +58,8 @@ pass_addition = instruction(
     {"address": types.uint64},
     "red.release.gpu.global.add.s32 [$0], 1;",
     "l",
-    "`pass_turn` behind `bulk.wait_added`: what the copy engine has done is done for this thread, without a "
-    'fence between the proxies.  PTX ISA, "Async proxy": completion is followed by an implicit one.',
+    "Add 1 behind `bulk.wait_added`: what the copy engine has done is done for this thread, without a fence "
+    'between the proxies.  PTX ISA, "Async proxy": completion is followed by an implicit one.',
 )
 
 rest = instruction(
