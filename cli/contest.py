@@ -12,12 +12,13 @@ from cli.problems import Arrays, Problem, total_bytes
 from refimpl import registry
 
 if TYPE_CHECKING:
+    from cli.projections import Layer
     from cuda_backend.timing import Timing
     from cuda_backend.torch_rivals import Rival
     from memsim.hardware import Hardware
     from refimpl.numerics import Array
 
-__all__ = ["Supply", "rates", "result_rows", "supply_of", "tiers"]
+__all__ = ["Supply", "labels", "rates", "result_rows", "supply_of", "tiers"]
 
 EXAMPLES = {"cuda": 4, "cudasim": 1}  # small cases on which a function obeys every law of its record
 
@@ -230,12 +231,17 @@ def rates(problem: Problem, timing: Timing, best_s: float, card: Hardware | None
     return found
 
 
+def labels(layer: Layer | None) -> dict[str, Any]:
+    """Return what a row says of whose layers it is about."""
+    if layer is None:
+        return {"model": None, "layers": None}
+    return {"model": layer.model, "layers": list(layer.names)}
+
+
 def _row(problem: Problem, name: str, *, ours: bool, status: str, detail: str) -> dict[str, Any]:
-    layer = problem.layer
     return {
         "operation": problem.operation,
-        "model": None if layer is None else layer.model,
-        "layers": None if layer is None else list(layer.names),
+        **labels(problem.layer),
         "shape": list(problem.shape),
         "dtype": problem.dtype,
         "causal": problem.causal,

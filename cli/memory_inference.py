@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["inference_command"]
 
 SHARE = Number(0.0, 1.0, min_open=True)
+PRECISION = "bf16"
 INPUTS = ("model", "weights", "cache", "tensor", "batch", "prompt")
 
 
@@ -51,7 +52,12 @@ Examples:
     "--weights", default="bf16", show_default=True, help="Formats of weights: bf16,int8,nf4,q4_k,..."
 )
 @click.option("--cache", default="bf16", show_default=True, help="Formats of the cache: bf16,fp8,...")
-@click.option("--precision", default="bf16", show_default=True, help="Whose peak rate products reach.")
+@click.option(
+    "--precision",
+    default=PRECISION,
+    show_default=True,
+    help="Whose peak rate products reach, whatever weights are held in.",
+)
 @click.option("--capacity", type=BYTES, help="Memory that may be filled.  [default: all of an accelerator's]")
 @click.option("--latency", type=Number(0.0, 1.0), default=0.0, help="Seconds a message.")
 @click.option("--compute", type=SHARE, default=1.0, help="Share of the peak rate that products reach.")
@@ -130,7 +136,7 @@ def _row(one: Serving, served: Inference) -> dict[str, Any]:
 
     return {
         "model": one.model if isinstance(one.model, str) else one.model.name,
-        "weights": one.weights, "cache": one.cache, "tensor": one.tensor,
+        "weights": one.weights, "cache": one.cache, "precision": one.precision, "tensor": one.tensor,
         "batch": one.batch, "prompt": one.prompt, "generated": one.generated,
         "token_bytes": of("token"), "weights_bytes": of("weights"), "cache_bytes": of("cache"),
         "memory_bytes": of("memory"), "batch_limit": max(0, int(served.value("limit"))),
@@ -160,6 +166,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     shown = [key for key in INPUTS if key == "model" or len({row[key] for row in rows}) > 1]
     return [
         *(Column(key, right=key in ("tensor", "batch", "prompt")) for key in shown),
+        *([] if rows[0]["precision"] == PRECISION else [Column("precision", "products in")]),
         Column("token_bytes", "cache a token", right=True, text=bytes_text),
         Column("weights_bytes", "weights", right=True, text=bytes_text),
         Column("cache_bytes", "cache", right=True, text=bytes_text),

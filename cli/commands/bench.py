@@ -191,7 +191,7 @@ def command(
         return growth_result(methods or NAMES, sizes, rounds or GROWTH_ROUNDS)
     wanted = Wanted(shapes, dtypes, causal, direction, forms, splits=splits)
     check_options(what, wanted, models, tokens, merge, mods)
-    from cli.contest import result_rows, supply_of
+    from cli.contest import labels, result_rows, supply_of
     from memsim.hardware import hardware as find_hardware
     from refimpl import registry
     from refimpl.errors import BackendUnavailableError, UnsupportedError
@@ -223,11 +223,16 @@ def command(
     with users_functions(mods, "--mod"):
         problems = problems_of(what, backend, wanted)
     rows: list[dict[str, Any]] = []
+    timed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # of layers: each size once, whosever it is
     for problem in progress(problems, "bench", lambda problem: f"{problem.operation} {problem.shape}"):
-        with users_functions(mods, "--mod"):
-            found = result_rows(
-                problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
-            )
+        size = problem.operation, tuple(problem.shape), problem.dtype
+        if problem.layer is not None and size in timed:
+            found = [row | labels(problem.layer) for row in timed[size]]
+        else:
+            with users_functions(mods, "--mod"):
+                found = timed[size] = result_rows(
+                    problem, backend, supply, tier=tier, rivals=named, rounds=rounds or ROUNDS, card=card
+                )
         found = with_times_apart(found, rows)
         rows += found
         say(finished(found))

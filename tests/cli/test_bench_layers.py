@@ -108,6 +108,27 @@ def test_merged_layers_stand_beside_those_apart(rows: Callable[..., Any]) -> Non
 
 
 @pytest.mark.usefixtures("gpu")
+def test_what_several_layers_share_is_timed_once(
+    rows: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one width are quantised alike, whichever layer reads them; k and v as one are as large as q."""
+    import cuda_backend.timing
+
+    real, asked = cuda_backend.timing.interleaved, []
+
+    def counted(contestants: Mapping[str, Any], **options: Any) -> Any:
+        asked.append(sorted(contestants))
+        return real(contestants, **options)
+
+    monkeypatch.setattr("cuda_backend.timing.interleaved", counted)
+    document = rows("bench", "int8", *TINY, *TINY, "--merge", "k,v")
+    problems = {(row["operation"], tuple(row["shape"])) for row in document["rows"]}
+    assert len(asked) == len(problems)
+    labelled = [(row["operation"], row["function"], tuple(row["layers"])) for row in document["rows"]]
+    assert len(labelled) > len(set(labelled)) > len(problems)
+
+
+@pytest.mark.usefixtures("gpu")
 def test_every_format_says_what_was_merged(run: Callable[..., Any]) -> None:
     arguments = ("bench", "int8", *TINY, "--merge", "gate,up")
     table, csv, markdown = (run(*arguments, *form) for form in ((), ("--csv",), ("--markdown",)))
