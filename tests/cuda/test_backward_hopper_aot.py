@@ -8,6 +8,7 @@ import pytest
 
 from cuda_backend.attention.variant_hopper import SHARED_LIMIT
 from tests.cuda.ahead import answer
+from tests.cuda.every_other import every_other
 
 PROGRAM = """
 import json, re, sys
@@ -84,7 +85,7 @@ def clean(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", RECORDED)
+@pytest.mark.parametrize("case", every_other(RECORDED))
 def test_resources_are_as_recorded(case: Any) -> None:
     found = compiled(*case, {})
     clean(found)
@@ -97,7 +98,7 @@ def test_resources_are_as_recorded(case: Any) -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", WIDE)
+@pytest.mark.parametrize("case", every_other(WIDE))
 def test_resources_of_wide_heads(case: Any) -> None:
     found = compiled(*case, {})
     clean(found)

