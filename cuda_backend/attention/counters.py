@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from threading import Lock
-
 from cuda_backend.capture import capturing, lasting
+from cuda_backend.once import once_each
 from refimpl.errors import UnsupportedError
 
 __all__ = ["TileCounters", "tile_counters"]
@@ -50,15 +48,7 @@ class TileCounters:
         return self._base + self._size * self._captured
 
 
-_made = Lock()  # a cache alone lets two threads make one each
-
-
-def tile_counters(stream: int, device: int, size: int = COUNTER_BYTES) -> TileCounters:
-    """Return the counters of a stream of `device`, `size` bytes for a launch."""
-    with _made:
-        return _counters(stream, device, size)
-
-
-@functools.cache
-def _counters(stream: int, _device: int, size: int) -> TileCounters:
+@once_each
+def tile_counters(stream: int, _device: int, size: int = COUNTER_BYTES) -> TileCounters:
+    """Return the counters of a stream of a GPU, `size` bytes for a launch."""
     return TileCounters(stream, size)

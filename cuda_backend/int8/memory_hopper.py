@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from threading import Lock
 
 from cuda_backend.capture import lasting
 from cuda_backend.int8.descriptors_hopper import Descriptors
+from cuda_backend.once import once_each
 
 __all__ = ["ALIGNMENT", "Arena", "Shared", "padded", "shared_by"]
 
@@ -61,15 +61,7 @@ class Shared:
         return address
 
 
-_made = Lock()  # a cache alone lets two threads make one each
-
-
-def shared_by(stream: int, device: int, captured: bool) -> Shared:
-    """Return what calls on `stream` of `device` share, or those that are captured on it."""
-    with _made:
-        return _shared(stream, device, captured)
-
-
-@functools.cache
-def _shared(stream: int, _device: int, captured: bool) -> Shared:
+@once_each
+def shared_by(stream: int, _device: int, captured: bool) -> Shared:
+    """Return what calls on `stream` share, or those that are captured on it."""
     return Shared(stream, captured)

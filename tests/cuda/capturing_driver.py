@@ -142,5 +142,5 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> CapturingDriver:
 def forget() -> None:
     """Forget plans, memory and the stream of another driver."""
     forget_plans()
-    memory_hopper._shared.cache_clear()
+    memory_hopper.shared_by.cache_clear()
     capture._aside.cache_clear()

@@ -45,7 +45,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(capture, "driver", fake)
     monkeypatch.setattr(counters, "lasting", fake.lasting)
     monkeypatch.setattr(counters, "CAPTURED", 3)
-    counters._counters.cache_clear()
+    counters.tile_counters.cache_clear()
     return fake
 
 

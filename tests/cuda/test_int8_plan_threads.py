@@ -46,7 +46,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDriver]:
     driver = SlowDriver()
     monkeypatch.setattr(capture, "driver", driver)
     monkeypatch.setattr(capture, "current_device", lambda: 0)
-    caches = memory_hopper._shared, counters._counters, capture._aside
+    caches = memory_hopper.shared_by, counters.tile_counters, capture._aside
     for each in caches:
         each.cache_clear()
     yield driver
