@@ -170,6 +170,8 @@ def classes() -> Any:
             """Return the outputs for x [..., in_features]."""
             self.check_input(x)
             ahead, self.ahead = self.ahead, None
+            if ahead is None and not self.rest:  # nothing to find or to leave: most layers
+                return outputs([self], x)[0]
             state: tuple[int, int, bool] | None = None
             if not x.is_inference():  # what was left outside of a capture is in no graph
                 recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
